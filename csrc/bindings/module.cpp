@@ -1,0 +1,8 @@
+#include "bindings/module.hpp"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The native core of pipeline_ext: plans, schedules, the simulator and the host executor.";
+  pe::bind_plan(m);
+  pe::bind_simulate(m);
+  pe::bind_runtime(m);
+}

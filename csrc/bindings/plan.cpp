@@ -1,0 +1,131 @@
+#include <pybind11/stl.h>
+
+#include "bindings/module.hpp"
+#include "plan/plan.hpp"
+#include "schedule/schedule.hpp"
+#include "simulate/make_plan.hpp"
+
+namespace py = pybind11;
+
+namespace pe {
+namespace {
+
+using SharedPlan = std::shared_ptr<Plan>;
+
+template <class Make>
+SharedPlan make_shared_plan(Make&& make) {
+  py::gil_scoped_release release;
+  return std::make_shared<Plan>(make());
+}
+
+py::dict order_by_rank(const Plan& plan) {
+  py::dict order;
+  int rank = 0;
+  for (auto& cells : to_cells(plan.order())) order[py::int_(rank++)] = cells;
+  return order;
+}
+
+const char* stream_name(Stream stream) {
+  return stream == Stream::Forward ? "forward" : "backward";
+}
+
+}  // namespace
+
+void bind_plan(py::module_& m) {
+  py::register_exception<PlanError>(m, "PlanError", PyExc_ValueError);
+
+  py::class_<Plan, SharedPlan>(m, "Plan", R"(The immutable task graph of one step.
+
+Tasks are numbered rank by rank in their planned order. Read the order with ``order()`` or ``print``.)")
+      .def_property_readonly("num_ranks", &Plan::num_ranks)
+      .def_property_readonly("num_stages", &Plan::num_stages)
+      .def_property_readonly("num_microbatches", &Plan::num_microbatches)
+      .def_property_readonly("num_workers", &Plan::num_workers)
+      .def_property_readonly("num_messages", &Plan::num_messages,
+                             "Results that travel between ranks in one step.")
+      .def_property_readonly("has_backward", &Plan::has_backward)
+      .def_property_readonly(
+          "overlap", [](const Plan& p) { return p.options().overlap; },
+          "Whether a rank's forward and backward stream may run at the same time.")
+      .def_property_readonly(
+          "reactive", [](const Plan& p) { return p.options().reactive; },
+          "Whether a rank whose next planned task is not ready takes another that is.")
+      .def_property_readonly(
+          "rank_of_stage", [](const Plan& p) { return p.shape().rank_of_stage; })
+      .def_property_readonly("limits", &Plan::limits,
+                             "The most microbatches each stage may have in flight.")
+      .def("order", &order_by_rank, "Rank -> its actions as text, from first to last.")
+      .def("to_csv", [](const Plan& p) { return to_csv(p.order()); },
+           "One line a rank, in the action text of torch.distributed.pipelining.")
+      .def("kinds",
+           [](const Plan& p) {
+             std::vector<bool> seen(kNumKinds, false);
+             for (TaskId t = 0; t < p.size(); ++t) seen[static_cast<int>(p.action(t).kind)] = true;
+             std::vector<std::string> kinds;
+             for (int k = 0; k < kNumKinds; ++k) {
+               if (seen[k]) kinds.emplace_back(kind_name(static_cast<Kind>(k)));
+             }
+             return kinds;
+           },
+           "The kinds of action in the plan.")
+      .def("action", [](const Plan& p, TaskId t) { return to_text(p.action(t)); }, py::arg("task"))
+      .def(
+          "describe",
+          [](const Plan& p, TaskId t) {
+            const Action& a = p.action(t);
+            return py::make_tuple(std::string(kind_name(a.kind)), a.stage, a.microbatch,
+                                  p.rank_of(t), stream_name(stream_of(a.kind)));
+          },
+          py::arg("task"), "(kind, stage, microbatch, rank, stream) of a task.")
+      .def("dependencies", &Plan::dependencies, py::arg("task"))
+      .def("__len__", &Plan::size)
+      .def("__str__", [](const Plan& p) { return to_table(p.order()); })
+      .def("__repr__", [](const Plan& p) {
+        return "<Plan: " + std::to_string(p.size()) + " tasks, " + std::to_string(p.num_stages()) +
+               " stages on " + std::to_string(p.num_ranks()) + " ranks, " +
+               std::to_string(p.num_microbatches()) + " microbatches>";
+      });
+
+  m.def("schedule_names", [] {
+    std::vector<std::string> names;
+    for (const auto& schedule : schedules()) names.push_back(schedule.name);
+    return names;
+  });
+  m.def(
+      "is_looped", [](const std::string& name) { return find_schedule(name).looped; },
+      py::arg("schedule"), "Whether the schedule holds several stages on each rank.");
+  m.def(
+      "make_plan",
+      [](const std::string& name, int num_stages, int num_ranks, int microbatches, bool overlap,
+         bool reactive) {
+        return make_shared_plan([&] {
+          return make_plan(find_schedule(name), num_stages, num_ranks, microbatches,
+                           {overlap, reactive});
+        });
+      },
+      py::arg("schedule"), py::arg("num_stages"), py::arg("num_ranks"), py::arg("microbatches"),
+      py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false);
+  m.def(
+      "plan_of_cells",
+      [](const Cells& cells, bool overlap, bool reactive) {
+        return make_shared_plan([&] { return make_plan(parse_order(cells), {overlap, reactive}); });
+      },
+      py::arg("cells"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false);
+  m.def(
+      "plan_of_csv",
+      [](const std::string& text, bool overlap, bool reactive) {
+        return make_shared_plan(
+            [&] { return make_plan(order_from_csv(text), {overlap, reactive}); });
+      },
+      py::arg("text"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false);
+  m.def(
+      "make_forward_plan",
+      [](const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, bool overlap) {
+        return make_shared_plan(
+            [&] { return make_forward_plan(rank_of_stage, num_ranks, microbatches, overlap); });
+      },
+      py::arg("rank_of_stage"), py::arg("num_ranks"), py::arg("microbatches"), py::kw_only(),
+      py::arg("overlap") = false);
+}
+
+}  // namespace pe

@@ -1,0 +1,162 @@
+#include <pybind11/chrono.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "bindings/module.hpp"
+#include "runtime/host_executor.hpp"
+
+namespace py = pybind11;
+
+namespace pe {
+namespace {
+
+// Calls a Python callable with the microbatch. The callable is kept alive by PyProgram.
+class PythonBody {
+ public:
+  explicit PythonBody(PyObject* callable) : callable_(callable) {}
+
+  void operator()(const Action& action) const {
+    // The raw calls: unlike pybind11's guard they may be unwound when the interpreter ends a thread.
+    const PyGILState_STATE state = PyGILState_Ensure();
+    PyObject* microbatch = PyLong_FromLong(action.microbatch);
+    PyObject* result = microbatch ? PyObject_CallOneArg(callable_, microbatch) : nullptr;
+    Py_XDECREF(microbatch);
+    if (result == nullptr) {
+      std::exception_ptr error = std::make_exception_ptr(py::error_already_set());
+      PyGILState_Release(state);
+      std::rethrow_exception(error);
+    }
+    Py_DECREF(result);
+    PyGILState_Release(state);
+  }
+
+ private:
+  PyObject* callable_;
+};
+
+// A program whose bodies are Python callables, by stage and kind; what has none does nothing.
+struct PyProgram {
+  PyProgram(std::shared_ptr<Plan> plan, py::dict by_stage_and_kind)
+      : bodies(std::move(by_stage_and_kind)), program(std::make_shared<Program>(plan)) {
+    for (const auto& [key, callable] : bodies) {
+      const auto [stage, kind] = key.cast<std::pair<int, std::string>>();
+      program->set_body(stage, kind_of(kind), PythonBody(callable.ptr()));
+    }
+  }
+
+  py::dict bodies;
+  std::shared_ptr<Program> program;
+};
+
+// Gives each thread one Python thread state for its whole life, so that threading.local lasts.
+HostExecutor::ThreadHooks python_threads(int num_workers) {
+  struct State {
+    PyGILState_STATE gil;
+    PyThreadState* thread;
+  };
+  auto states = std::make_shared<std::vector<State>>(num_workers);
+  return {[states](int worker) {
+            (*states)[worker].gil = PyGILState_Ensure();
+            (*states)[worker].thread = PyEval_SaveThread();
+          },
+          [states](int worker) {
+            PyEval_RestoreThread((*states)[worker].thread);
+            PyGILState_Release((*states)[worker].gil);
+          }};
+}
+
+std::unique_ptr<HostExecutor> make_executor(const std::vector<std::string>& thread_names) {
+  const int workers = static_cast<int>(thread_names.size());
+  return std::make_unique<HostExecutor>(workers, thread_names, python_threads(workers));
+}
+
+// Raises what a signal handler raised (KeyboardInterrupt) once the step has stopped.
+StepResult run(HostExecutor& executor, const PyProgram& program, double timeout, bool record) {
+  PyObject* signal = nullptr;
+  RunOptions options;
+  options.record = record;
+  options.timeout = std::chrono::duration<double>(timeout);
+  options.poll = [&signal] {
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool raised = PyErr_CheckSignals() != 0;
+    if (raised) {
+      py::error_already_set error;
+      Py_XDECREF(signal);
+      signal = error.value().inc_ref().ptr();
+    }
+    PyGILState_Release(state);
+    return raised;
+  };
+  StepResult result;
+  {
+    py::gil_scoped_release release;
+    result = executor.run(program.program, options);
+  }
+  if (signal != nullptr) {
+    const py::object error = py::reinterpret_steal<py::object>(signal);
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+    throw py::error_already_set();
+  }
+  return result;
+}
+
+py::object error_of(const StepResult& result) {
+  if (!result.error) return py::none();
+  try {
+    std::rethrow_exception(result.error);
+  } catch (py::error_already_set& error) {
+    return error.value();
+  } catch (const std::exception& error) {
+    return py::module_::import("builtins").attr("RuntimeError")(error.what());
+  }
+}
+
+const char* outcome_name(Outcome outcome) {
+  switch (outcome) {
+    case Outcome::Done:
+      return "done";
+    case Outcome::Failed:
+      return "failed";
+    case Outcome::Interrupted:
+      return "interrupted";
+    case Outcome::TimedOut:
+      return "timed out";
+  }
+  return "";
+}
+
+}  // namespace
+
+void bind_runtime(py::module_& m) {
+  py::class_<PyProgram>(m, "Program", R"(A plan and what its tasks do.
+
+``bodies`` maps (stage, kind), as in ``(0, "F")``, to a callable that takes the microbatch.)")
+      .def(py::init<std::shared_ptr<Plan>, py::dict>(), py::arg("plan"), py::arg("bodies"));
+
+  py::class_<StepResult>(m, "StepResult", "What a step did; times are nanoseconds of a steady clock.")
+      .def_property_readonly("outcome",
+                             [](const StepResult& r) { return outcome_name(r.outcome); })
+      .def_property_readonly("error", &error_of, "The first exception a body raised, or None.")
+      .def_property_readonly("failed_task",
+                             [](const StepResult& r) -> py::object {
+                               if (r.failed_task == kNoTask) return py::none();
+                               return py::int_(r.failed_task);
+                             })
+      .def_readonly("waiting", &StepResult::waiting, "Who waits for what, of a step that timed out.")
+      .def_readonly("begin", &StepResult::begin)
+      .def_readonly("end", &StepResult::end)
+      .def_readonly("task_begin", &StepResult::task_begin)
+      .def_readonly("task_end", &StepResult::task_end)
+      .def_readonly("peak_by_stage", &StepResult::peak_by_stage)
+      .def_readonly("peak_by_rank", &StepResult::peak_by_rank);
+
+  py::class_<HostExecutor>(m, "HostExecutor", "Native threads, one a worker, that run one step after another.")
+      .def(py::init(&make_executor), py::arg("thread_names"))
+      .def("run", &run, py::arg("program"), py::kw_only(), py::arg("timeout"),
+           py::arg("record") = true)
+      .def("close", &HostExecutor::close, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("dead", &HostExecutor::dead);
+}
+
+}  // namespace pe

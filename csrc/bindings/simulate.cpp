@@ -1,0 +1,39 @@
+#include <pybind11/stl.h>
+
+#include "bindings/module.hpp"
+#include "simulate/simulator.hpp"
+
+namespace py = pybind11;
+
+namespace pe {
+
+void bind_simulate(py::module_& m) {
+  py::class_<Simulation, std::shared_ptr<Simulation>>(m, "SimulatedTimes")
+      .def_readonly("makespan", &Simulation::makespan)
+      .def_readonly("begin", &Simulation::begin)
+      .def_readonly("end", &Simulation::end)
+      .def_readonly("busy", &Simulation::busy)
+      .def_readonly("peak_in_flight", &Simulation::peak_in_flight)
+      .def_readonly("peak_in_flight_of_stage", &Simulation::peak_in_flight_of_stage)
+      .def_property_readonly("bubble", &Simulation::bubble)
+      .def("bubble_of", &Simulation::bubble_of, py::arg("rank"));
+
+  m.def(
+      "simulate",
+      [](const Plan& plan, std::vector<double> forward, std::vector<double> backward,
+         std::vector<double> input_grad, std::vector<double> weight_grad,
+         std::vector<double> latency, double contention) {
+        const Costs costs{std::move(forward),     std::move(backward), std::move(input_grad),
+                          std::move(weight_grad), std::move(latency),  contention};
+        py::gil_scoped_release release;
+        return std::make_shared<Simulation>(simulate(plan, costs));
+      },
+      py::arg("plan"), py::kw_only(), py::arg("forward"), py::arg("backward"),
+      py::arg("input_grad"), py::arg("weight_grad"), py::arg("latency"), py::arg("contention"));
+  m.def(
+      "simulated_order",
+      [](const Plan& plan, const Simulation& times) { return to_cells(order_of(plan, times)); },
+      py::arg("plan"), py::arg("times"));
+}
+
+}  // namespace pe

@@ -1,0 +1,256 @@
+#include "plan/order.hpp"
+
+#include <algorithm>
+#include <map>
+#include <optional>
+#include <tuple>
+
+namespace pe {
+namespace {
+
+struct Place {
+  int rank;
+  int position;
+};
+
+// Position of an action among the cells, in which an overlapped pair counts once.
+int cell_of(const std::vector<Action>& actions, int position) {
+  int cell = 0;
+  for (int i = 0; i < position; ++i) cell += actions[i].joins_next ? 0 : 1;
+  return cell;
+}
+
+std::string where(const Order& order, Place place) {
+  return "rank " + std::to_string(place.rank) + ", cell " +
+         std::to_string(cell_of(order[place.rank], place.position)) + " '" +
+         to_text(order[place.rank][place.position]) + "'";
+}
+
+[[noreturn]] void refuse(const Order& order, Place place, const std::string& why) {
+  throw PlanError(where(order, place) + ": " + why + "\n" +
+                  to_table(order, place.rank, cell_of(order[place.rank], place.position)));
+}
+
+using Key = std::tuple<int, Kind, int>;
+using Index = std::map<Key, Place>;
+
+std::optional<Place> find(const Index& index, int stage, Kind kind, int microbatch) {
+  const auto it = index.find({stage, kind, microbatch});
+  if (it == index.end()) return std::nullopt;
+  return it->second;
+}
+
+std::vector<int> ranks_of_stages(const Order& order) {
+  std::map<int, Place> home;
+  for (int rank = 0; rank < static_cast<int>(order.size()); ++rank) {
+    for (int i = 0; i < static_cast<int>(order[rank].size()); ++i) {
+      const auto [it, fresh] = home.try_emplace(order[rank][i].stage, Place{rank, i});
+      if (!fresh && it->second.rank != rank) {
+        refuse(order, {rank, i},
+               "stage " + std::to_string(it->first) + " is already on rank " +
+                   std::to_string(it->second.rank) + " (" + where(order, it->second) +
+                   "); a stage lives on one rank");
+      }
+    }
+  }
+  std::vector<int> ranks;
+  for (const auto& [stage, place] : home) {
+    if (stage != static_cast<int>(ranks.size())) {
+      refuse(order, place,
+             "stage " + std::to_string(ranks.size()) +
+                 " appears nowhere; stages are numbered from 0 without gaps");
+    }
+    ranks.push_back(place.rank);
+  }
+  return ranks;
+}
+
+Index index_of(const Order& order) {
+  Index index;
+  for (int rank = 0; rank < static_cast<int>(order.size()); ++rank) {
+    for (int i = 0; i < static_cast<int>(order[rank].size()); ++i) {
+      const Action& a = order[rank][i];
+      if (concerns_whole_stage(a.kind) && a.kind != Kind::ReduceGrad) continue;
+      const auto [it, fresh] = index.try_emplace({a.stage, a.kind, a.microbatch}, Place{rank, i});
+      if (!fresh) refuse(order, {rank, i}, "already listed as " + where(order, it->second));
+    }
+  }
+  return index;
+}
+
+// Of two actions on one rank, `before` must come first.
+void require_order(const Order& order, const Index& index, int stage, int microbatch, Kind before,
+                   Kind after) {
+  const auto first = find(index, stage, before, microbatch);
+  const auto second = find(index, stage, after, microbatch);
+  if (first && second && first->position > second->position) {
+    refuse(order, *second, "needs " + to_text({stage, microbatch, before}) +
+                               ", which comes only later, as " + where(order, *first));
+  }
+}
+
+void require_partner(const Order& order, const Index& index, Place place, int stage, Kind kind) {
+  const Action& a = order[place.rank][place.position];
+  if (!find(index, stage, kind, a.microbatch)) {
+    refuse(order, place, "its partner " + to_text({stage, a.microbatch, kind}) + " appears nowhere");
+  }
+}
+
+void check_messages(const Order& order, const Index& index, int num_stages) {
+  for (const auto& [key, place] : index) {
+    const auto [stage, kind, microbatch] = key;
+    const bool last = stage + 1 == num_stages;
+    if ((last && (kind == Kind::SendF || kind == Kind::RecvB)) ||
+        (stage == 0 && (kind == Kind::RecvF || kind == Kind::SendB))) {
+      refuse(order, place, "stage " + std::to_string(stage) + " has no neighbour on that side");
+    }
+    if (kind == Kind::SendF) require_partner(order, index, place, stage + 1, Kind::RecvF);
+    if (kind == Kind::RecvF) require_partner(order, index, place, stage - 1, Kind::SendF);
+    if (kind == Kind::SendB) require_partner(order, index, place, stage - 1, Kind::RecvB);
+    if (kind == Kind::RecvB) require_partner(order, index, place, stage + 1, Kind::SendB);
+  }
+}
+
+}  // namespace
+
+Order parse_order(const Cells& cells) {
+  Order order(cells.size());
+  for (std::size_t rank = 0; rank < cells.size(); ++rank) {
+    for (std::size_t cell = 0; cell < cells[rank].size(); ++cell) {
+      try {
+        for (const Action& action : parse_cell(cells[rank][cell])) order[rank].push_back(action);
+      } catch (const PlanError& error) {
+        throw PlanError("rank " + std::to_string(rank) + ", cell " + std::to_string(cell) + ": " +
+                        error.what());
+      }
+    }
+  }
+  return order;
+}
+
+Cells to_cells(const Order& order) {
+  Cells cells;
+  for (const auto& actions : order) cells.push_back(to_cells(actions));
+  return cells;
+}
+
+Order order_from_csv(std::string_view text) {
+  Cells cells;
+  while (!text.empty()) {
+    const auto newline = text.find('\n');
+    std::string_view line = text.substr(0, newline);
+    text.remove_prefix(newline == std::string_view::npos ? text.size() : newline + 1);
+    if (text.empty() && line.find_first_not_of(" \t\r") == std::string_view::npos) break;
+    auto& row = cells.emplace_back();
+    for (;;) {
+      const auto comma = line.find(',');
+      row.emplace_back(line.substr(0, comma));
+      if (comma == std::string_view::npos) break;
+      line.remove_prefix(comma + 1);
+    }
+  }
+  return parse_order(cells);
+}
+
+std::string to_csv(const Order& order) {
+  std::string text;
+  for (const auto& row : to_cells(order)) {
+    for (std::size_t i = 0; i < row.size(); ++i) text += (i ? "," : "") + row[i];
+    text += "\n";
+  }
+  return text;
+}
+
+Shape validate(const Order& order) {
+  Shape shape;
+  shape.rank_of_stage = ranks_of_stages(order);
+  shape.num_stages = static_cast<int>(shape.rank_of_stage.size());
+  if (shape.num_stages == 0) {
+    throw PlanError("the schedule holds no action; give each rank its list, as in 0F0, 0B0");
+  }
+  const Index index = index_of(order);
+  for (const auto& [key, place] : index) {
+    const auto [stage, kind, microbatch] = key;
+    shape.num_microbatches = std::max(shape.num_microbatches, microbatch + 1);
+    shape.has_backward |= kind == Kind::B || kind == Kind::I || kind == Kind::W;
+  }
+  // The first action listed for a stage stands for what is missing there.
+  std::vector<Place> first(shape.num_stages, Place{-1, 0});
+  for (int rank = 0; rank < static_cast<int>(order.size()); ++rank) {
+    for (int i = static_cast<int>(order[rank].size()) - 1; i >= 0; --i) {
+      first[order[rank][i].stage] = {rank, i};
+    }
+  }
+  for (int s = 0; s < shape.num_stages; ++s) {
+    for (int m = 0; m < shape.num_microbatches; ++m) {
+      const auto f = find(index, s, Kind::F, m);
+      const auto b = find(index, s, Kind::B, m);
+      const auto i = find(index, s, Kind::I, m);
+      const auto w = find(index, s, Kind::W, m);
+      if (!f) {
+        refuse(order, b ? *b : i ? *i : w ? *w : first[s],
+               "stage " + std::to_string(s) + " has no F for microbatch " + std::to_string(m));
+      }
+      if (b && (i || w)) {
+        refuse(order, *b, "the backward is listed whole and as " +
+                              to_text({s, m, i ? Kind::I : Kind::W}) + "; use B, or I and W");
+      }
+      if (shape.has_backward && !b && !(i && w)) {
+        refuse(order, i ? *i : w ? *w : *f,
+               "stage " + std::to_string(s) + " has no " + (i ? "W" : w ? "I" : "B") +
+                   " for microbatch " + std::to_string(m));
+      }
+      for (const Kind backward : {Kind::B, Kind::I, Kind::W}) {
+        require_order(order, index, s, m, Kind::F, backward);
+        require_order(order, index, s, m, Kind::RecvB, backward);
+        require_order(order, index, s, m, backward, backward == Kind::W ? Kind::W : Kind::SendB);
+      }
+      require_order(order, index, s, m, Kind::I, Kind::W);
+      require_order(order, index, s, m, Kind::RecvF, Kind::F);
+      require_order(order, index, s, m, Kind::F, Kind::SendF);
+    }
+  }
+  check_messages(order, index, shape.num_stages);
+  return shape;
+}
+
+std::string to_table(const Order& order, int marked_rank, int marked_cell) {
+  const Cells cells = to_cells(order);
+  std::size_t rows = 0;
+  std::vector<std::size_t> width;
+  for (std::size_t rank = 0; rank < cells.size(); ++rank) {
+    rows = std::max(rows, cells[rank].size());
+    std::size_t widest = std::string("rank " + std::to_string(rank)).size();
+    for (const auto& cell : cells[rank]) widest = std::max(widest, cell.size());
+    width.push_back(widest);
+  }
+  std::string text(6, ' ');
+  const auto pad = [&](const std::string& cell, std::size_t to) {
+    text += "  " + cell + std::string(to - cell.size(), ' ');
+  };
+  const auto end_line = [&] {
+    text.erase(text.find_last_not_of(' ') + 1);
+    text += "\n";
+  };
+  for (std::size_t rank = 0; rank < cells.size(); ++rank) {
+    pad("rank " + std::to_string(rank), width[rank]);
+  }
+  end_line();
+  // Around an error a few rows are enough, however long the schedule.
+  constexpr int kContext = 8;
+  const int from = marked_cell < 0 ? 0 : std::max(0, marked_cell - kContext);
+  const int to = marked_cell < 0 ? static_cast<int>(rows)
+                                 : std::min(static_cast<int>(rows), marked_cell + kContext + 1);
+  for (int row = from; row < to; ++row) {
+    const std::string number = std::to_string(row);
+    text += std::string(6 - std::min<std::size_t>(6, number.size()), ' ') + number;
+    for (std::size_t rank = 0; rank < cells.size(); ++rank) {
+      pad(row < static_cast<int>(cells[rank].size()) ? cells[rank][row] : "", width[rank]);
+    }
+    if (row == marked_cell) text += "  <-- ERROR HERE (rank " + std::to_string(marked_rank) + ")";
+    end_line();
+  }
+  return text;
+}
+
+}  // namespace pe

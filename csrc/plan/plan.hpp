@@ -1,0 +1,113 @@
+// The immutable task graph of one step. Everything that runs or simulates a step reads only this.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "plan/action.hpp"
+#include "plan/order.hpp"
+
+namespace pe {
+
+using TaskId = std::uint32_t;
+inline constexpr TaskId kNoTask = ~TaskId{0};
+
+// A worker takes the tasks of a queue strictly from its head. In order, a worker has one queue;
+// reactive, one for each stage and kind, so that only what the microbatches of one stage and kind
+// must keep, their declared order, is kept.
+struct Queue {
+  TaskId begin = 0;  // range of Plan::queued
+  TaskId end = 0;
+  int priority = 0;  // smaller goes first; among equals the task planned earlier
+};
+
+struct PlanOptions {
+  bool overlap = false;   // a rank's forward and backward stream may run at the same time
+  bool reactive = false;  // a rank whose next planned task is not ready takes another that is
+};
+
+class Plan {
+ public:
+  // `limits` are slots by stage; empty: the most that `order` itself ever has in flight. `preference`
+  // ranks kinds for a reactive plan, first before later; empty: the planned order alone decides.
+  Plan(const Order& order, const Shape& shape, PlanOptions options, std::vector<int> limits = {},
+       const std::vector<Kind>& preference = {});
+
+  TaskId size() const { return static_cast<TaskId>(actions_.size()); }
+  int num_ranks() const { return static_cast<int>(rank_begin_.size()) - 1; }
+  int num_stages() const { return shape_.num_stages; }
+  int num_microbatches() const { return shape_.num_microbatches; }
+  bool has_backward() const { return shape_.has_backward; }
+  const Shape& shape() const { return shape_; }
+  const PlanOptions& options() const { return options_; }
+
+  // One worker a rank, or one a stream of a rank where the streams may overlap.
+  int num_workers() const { return num_ranks() * workers_per_rank(); }
+  int rank_of_worker(int worker) const { return worker / workers_per_rank(); }
+  int worker_of(TaskId task) const {
+    const Action& a = actions_[task];
+    const int rank = rank_of_stage(a.stage);
+    return options_.overlap ? 2 * rank + static_cast<int>(stream_of(a.kind)) : rank;
+  }
+
+  const Action& action(TaskId task) const { return actions_[task]; }
+  int rank_of_stage(int stage) const { return shape_.rank_of_stage[stage]; }
+  int rank_of(TaskId task) const { return rank_of_stage(actions_[task].stage); }
+
+  // Tasks are numbered rank by rank in their planned order.
+  TaskId first_of_rank(int rank) const { return rank_begin_[rank]; }
+  TaskId end_of_rank(int rank) const { return rank_begin_[rank + 1]; }
+  Order order() const;
+
+  std::uint16_t num_dependencies(TaskId task) const { return num_dependencies_[task]; }
+  std::span<const TaskId> successors(TaskId task) const {
+    return {successors_.data() + successors_begin_[task],
+            successors_.data() + successors_begin_[task + 1]};
+  }
+  std::vector<TaskId> dependencies(TaskId task) const;  // slow: for messages
+
+  std::span<const Queue> queues_of(int worker) const {
+    return {queues_.data() + queues_begin_[worker], queues_.data() + queues_begin_[worker + 1]};
+  }
+  int first_queue_of(int worker) const { return queues_begin_[worker]; }
+  int num_queues() const { return static_cast<int>(queues_.size()); }
+  TaskId queued(TaskId position) const { return queued_[position]; }
+
+  // A microbatch occupies one slot of a stage from its F until its last task there.
+  bool takes_slot(TaskId task) const { return actions_[task].kind == Kind::F; }
+  bool frees_slot(TaskId task) const {
+    const Kind kind = actions_[task].kind;
+    return kind == Kind::B || kind == Kind::W || (kind == Kind::F && !shape_.has_backward);
+  }
+  int limit(int stage) const { return limits_[stage]; }
+  const std::vector<int>& limits() const { return limits_; }
+
+  // What travels between ranks in one step: one for each dependency that crosses ranks.
+  int num_messages() const { return num_messages_; }
+
+ private:
+  int workers_per_rank() const { return options_.overlap ? 2 : 1; }
+  void number_tasks(const Order& order);
+  void link_tasks();
+  void fill_queues(const std::vector<Kind>& preference);
+
+  Shape shape_;
+  PlanOptions options_;
+  std::vector<Action> actions_;
+  std::vector<TaskId> rank_begin_;
+  std::vector<TaskId> successors_begin_;
+  std::vector<TaskId> successors_;
+  std::vector<std::uint16_t> num_dependencies_;
+  std::vector<TaskId> queued_;
+  std::vector<Queue> queues_;
+  std::vector<int> queues_begin_;
+  std::vector<int> limits_;
+  int num_messages_ = 0;
+};
+
+// The most microbatches that each stage has in flight when every rank runs its list from first to last.
+std::vector<int> peak_in_flight(const Order& order, const Shape& shape);
+
+}  // namespace pe

@@ -1,0 +1,246 @@
+#include "runtime/host_executor.hpp"
+
+#include <cxxabi.h>
+#include <pthread.h>
+#include <unistd.h>
+
+#include <condition_variable>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+
+#include "schedule/list_scheduler.hpp"
+
+namespace pe {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr auto kPollPeriod = std::chrono::milliseconds(50);
+
+Nanoseconds now() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch())
+      .count();
+}
+
+}  // namespace
+
+struct HostExecutor::Step {
+  Step(std::shared_ptr<const Program> to_run, bool record)
+      : program(std::move(to_run)), scheduler(program->plan()) {
+    result.begin = now();
+    last_progress = result.begin;
+    if (record) {
+      result.task_begin.assign(program->plan().size(), 0);
+      result.task_end.assign(program->plan().size(), 0);
+    }
+  }
+
+  const Plan& plan() const { return program->plan(); }
+  bool recording() const { return !result.task_begin.empty(); }
+  bool over() const { return running == 0 && (stopping || scheduler.done()); }
+
+  const std::shared_ptr<const Program> program;
+  ListScheduler scheduler;
+  StepResult result;
+  Nanoseconds last_progress;
+  int running = 0;
+  bool stopping = false;
+};
+
+struct HostExecutor::Shared {
+  Shared(int num_workers, ThreadHooks thread_hooks)
+      : hooks(std::move(thread_hooks)),
+        work(num_workers),
+        running(num_workers, kNoTask),
+        abandoned(num_workers, false) {}
+
+  const ThreadHooks hooks;
+  std::mutex mutex;                           // guards all below
+  std::vector<std::condition_variable> work;  // by worker: there may be a task
+  std::condition_variable over;               // the step is over
+  std::unique_ptr<Step> step;                 // the one that runs, if any
+  std::vector<TaskId> running;                // by worker
+  std::vector<bool> abandoned;                // by worker
+  std::vector<std::thread> threads;
+  bool closing = false;
+  bool dead = false;
+};
+
+HostExecutor::HostExecutor(int num_workers, const std::vector<std::string>& thread_names,
+                           ThreadHooks hooks)
+    : num_workers_(num_workers),
+      owner_pid_(getpid()),
+      shared_(std::make_shared<Shared>(num_workers, std::move(hooks))) {
+  for (int worker = 0; worker < num_workers; ++worker) {
+    auto& thread = shared_->threads.emplace_back(
+        [shared = shared_, worker] { HostExecutor::work(shared, worker); });
+    // The kernel keeps 15 characters.
+    pthread_setname_np(thread.native_handle(), thread_names[worker].substr(0, 15).c_str());
+  }
+}
+
+HostExecutor::~HostExecutor() { close(); }
+
+void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
+  Shared& s = *shared;
+  if (s.hooks.start) s.hooks.start(me);
+  std::vector<int> to_wake;
+  const auto wake = [&](int worker) {
+    if (worker != me) to_wake.push_back(worker);
+  };
+  std::unique_lock lock(s.mutex);
+  while (!s.closing) {
+    Step* const step = s.step.get();
+    const TaskId task = step && !step->stopping ? step->scheduler.take(me) : kNoTask;
+    if (task == kNoTask && to_wake.empty()) {
+      s.work[me].wait(lock);
+      continue;
+    }
+    if (task != kNoTask) {
+      s.running[me] = task;
+      ++step->running;
+      step->last_progress = now();
+      if (step->recording()) step->result.task_begin[task] = step->last_progress;
+    }
+    lock.unlock();
+    for (const int worker : to_wake) s.work[worker].notify_one();
+    to_wake.clear();
+    if (task == kNoTask) {
+      lock.lock();
+      continue;
+    }
+
+    std::exception_ptr error;
+    try {
+      step->program->run(task);
+    } catch (const abi::__forced_unwind&) {
+      throw;  // the interpreter ends this thread; it must not be stopped from doing so
+    } catch (...) {
+      error = std::current_exception();
+    }
+    const Nanoseconds ended = now();
+
+    lock.lock();
+    if (s.abandoned[me]) return;  // the step is gone
+    s.running[me] = kNoTask;
+    --step->running;
+    step->last_progress = ended;
+    if (step->recording()) step->result.task_end[task] = ended;
+    if (error) {
+      if (!step->stopping) {
+        step->stopping = true;
+        step->result.outcome = Outcome::Failed;
+        step->result.failed_task = task;
+        step->result.error = error;
+      }
+    } else {
+      step->scheduler.finish(task, wake);
+      for (const TaskId after : step->plan().successors(task)) {
+        step->scheduler.arrive(after, wake);
+      }
+    }
+    if (step->over()) s.over.notify_one();
+    if (error) {
+      // Its destructor may need a lock of the body's own language.
+      lock.unlock();
+      error = nullptr;
+      lock.lock();
+    }
+  }
+  lock.unlock();
+  if (s.hooks.stop) s.hooks.stop(me);
+}
+
+StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOptions& options) {
+  Shared& s = *shared_;
+  if (getpid() != owner_pid_) {
+    throw std::logic_error("its threads live in the process that made it, not in this fork of it");
+  }
+  std::unique_lock lock(s.mutex);
+  if (s.dead) throw std::logic_error("it is dead: a stage's code never returned");
+  if (s.closing) throw std::logic_error("it is closed");
+  if (s.step) throw std::logic_error("it is running a step already");
+  if (program->plan().num_workers() != num_workers_) {
+    throw std::logic_error("the plan is for another number of workers");
+  }
+  s.step = std::make_unique<Step>(std::move(program), options.record);
+  Step& step = *s.step;
+  for (auto& worker : s.work) worker.notify_one();
+
+  const Nanoseconds timeout = static_cast<Nanoseconds>(options.timeout.count() * 1e9);
+  auto next_poll = Clock::now() + kPollPeriod;
+  while (!step.over()) {
+    if (s.over.wait_until(lock, next_poll) != std::cv_status::timeout) continue;
+    lock.unlock();
+    const bool interrupt = options.poll && options.poll();
+    lock.lock();
+    next_poll = Clock::now() + kPollPeriod;
+    if (step.over()) break;
+    if (interrupt) {
+      if (step.stopping) {
+        abandon(step);
+        break;
+      }
+      step.result.outcome = Outcome::Interrupted;
+      step.stopping = true;
+    }
+    if (now() - step.last_progress > timeout) {
+      if (!step.stopping) {
+        step.result.outcome = Outcome::TimedOut;
+        step.result.waiting = step.scheduler.waiting();
+        step.stopping = true;
+      }
+      if (step.running > 0) {
+        abandon(step);
+        break;
+      }
+    }
+  }
+  StepResult result = std::move(step.result);
+  result.end = now();
+  result.peak_by_stage = step.scheduler.peak_by_stage();
+  result.peak_by_rank = step.scheduler.peak_by_rank();
+  std::unique_ptr<Step> ended = std::move(s.step);
+  lock.unlock();
+  if (dead()) ended.release();  // an abandoned thread may still be inside its program
+  return result;
+}
+
+void HostExecutor::abandon(Step& step) {
+  Shared& s = *shared_;
+  std::string running;
+  for (int worker = 0; worker < num_workers_; ++worker) {
+    if (s.running[worker] == kNoTask) continue;
+    s.abandoned[worker] = true;
+    running += "  rank " + std::to_string(step.plan().rank_of_worker(worker)) + ": " +
+               to_text(step.plan().action(s.running[worker])) + " is running and has not returned\n";
+  }
+  step.result.waiting = running + step.result.waiting;
+  s.dead = true;
+}
+
+void HostExecutor::close() {
+  if (!shared_) return;
+  if (getpid() != owner_pid_) {
+    new std::shared_ptr<Shared>(std::move(shared_));  // leaked: its threads and locks are not ours
+    return;
+  }
+  Shared& s = *shared_;
+  {
+    std::lock_guard lock(s.mutex);
+    if (s.closing) return;
+    s.closing = true;
+  }
+  for (auto& worker : s.work) worker.notify_one();
+  for (int worker = 0; worker < num_workers_; ++worker) {
+    s.abandoned[worker] ? s.threads[worker].detach() : s.threads[worker].join();
+  }
+}
+
+bool HostExecutor::dead() const {
+  std::lock_guard lock(shared_->mutex);
+  return shared_->dead;
+}
+
+}  // namespace pe

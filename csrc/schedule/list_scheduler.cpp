@@ -1,0 +1,106 @@
+#include "schedule/list_scheduler.hpp"
+
+#include <algorithm>
+
+namespace pe {
+
+ListScheduler::ListScheduler(const Plan& plan)
+    : plan_(plan),
+      missing_(plan.size()),
+      finished_(plan.size(), false),
+      head_(plan.num_queues()),
+      in_flight_of_stage_(plan.num_stages(), 0),
+      peak_of_stage_(plan.num_stages(), 0),
+      in_flight_of_rank_(plan.num_ranks(), 0),
+      peak_of_rank_(plan.num_ranks(), 0),
+      unfinished_(plan.size()) {
+  for (TaskId t = 0; t < plan.size(); ++t) missing_[t] = plan.num_dependencies(t);
+  for (int worker = 0; worker < plan.num_workers(); ++worker) {
+    int queue = plan.first_queue_of(worker);
+    for (const Queue& q : plan.queues_of(worker)) head_[queue++] = q.begin;
+  }
+}
+
+bool ListScheduler::has_slot(TaskId task) const {
+  const int stage = plan_.action(task).stage;
+  return !plan_.takes_slot(task) || in_flight_of_stage_[stage] < plan_.limit(stage);
+}
+
+TaskId ListScheduler::take(int worker) {
+  TaskId best = kNoTask;
+  int best_queue = -1;
+  int best_priority = 0;
+  int queue = plan_.first_queue_of(worker);
+  for (const Queue& q : plan_.queues_of(worker)) {
+    const int at = queue++;
+    if (head_[at] == q.end) continue;
+    const TaskId task = plan_.queued(head_[at]);
+    if (missing_[task] != 0 || !has_slot(task)) continue;
+    if (best == kNoTask || q.priority < best_priority ||
+        (q.priority == best_priority && task < best)) {
+      best = task;
+      best_queue = at;
+      best_priority = q.priority;
+    }
+  }
+  if (best == kNoTask) return kNoTask;
+  ++head_[best_queue];
+  if (plan_.takes_slot(best)) {
+    const int stage = plan_.action(best).stage;
+    const int rank = plan_.rank_of_stage(stage);
+    peak_of_stage_[stage] = std::max(peak_of_stage_[stage], ++in_flight_of_stage_[stage]);
+    peak_of_rank_[rank] = std::max(peak_of_rank_[rank], ++in_flight_of_rank_[rank]);
+  }
+  return best;
+}
+
+std::string ListScheduler::waiting() const {
+  std::string text;
+  for (int worker = 0; worker < plan_.num_workers(); ++worker) {
+    TaskId first = kNoTask;
+    int queue = plan_.first_queue_of(worker);
+    for (const Queue& q : plan_.queues_of(worker)) {
+      const int at = queue++;
+      if (head_[at] != q.end) first = std::min(first, plan_.queued(head_[at]));
+    }
+    if (first == kNoTask) continue;
+    text += "  rank " + std::to_string(plan_.rank_of_worker(worker)) + ": " +
+            to_text(plan_.action(first)) + " waits for";
+    const char* separator = " ";
+    for (const TaskId before : plan_.dependencies(first)) {
+      if (finished(before)) continue;
+      text += separator + to_text(plan_.action(before)) + " on rank " +
+              std::to_string(plan_.rank_of(before));
+      separator = ", ";
+    }
+    if (missing_[first] == 0) {
+      text += has_slot(first) ? " its rank's running task"
+                              : " a slot of stage " + std::to_string(plan_.action(first).stage) +
+                                    " (" + std::to_string(plan_.limit(plan_.action(first).stage)) +
+                                    " in flight at most)";
+    }
+    text += "\n";
+  }
+  return text;
+}
+
+void check_ends(const Plan& plan) {
+  ListScheduler scheduler(plan);
+  std::vector<int> awake;
+  for (int worker = 0; worker < plan.num_workers(); ++worker) awake.push_back(worker);
+  const auto wake = [&](int worker) { awake.push_back(worker); };
+  while (!awake.empty()) {
+    const int worker = awake.back();
+    awake.pop_back();
+    for (TaskId task; (task = scheduler.take(worker)) != kNoTask;) {
+      scheduler.finish(task, wake);
+      for (const TaskId after : plan.successors(task)) scheduler.arrive(after, wake);
+    }
+  }
+  if (!scheduler.done()) {
+    throw PlanError("this schedule never ends: these tasks wait for one another\n" +
+                    scheduler.waiting());
+  }
+}
+
+}  // namespace pe

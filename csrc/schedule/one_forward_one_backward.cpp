@@ -1,0 +1,17 @@
+// Backward first, and at stage s of S no more than S - s microbatches in flight. With equal stages this
+// yields the order of PipeDream-Flush: Narayanan et al., Memory-Efficient Pipeline-Parallel DNN Training,
+// ICML 2021.
+#include <algorithm>
+
+#include "schedule/schedule.hpp"
+
+namespace pe {
+
+Schedule one_forward_one_backward() {
+  return {"1f1b", false,
+          Rule{{Kind::B, Kind::F}, [](const Placement& placement, int stage, int microbatches) {
+                 return std::min(placement.num_stages() - stage, microbatches);
+               }}};
+}
+
+}  // namespace pe

@@ -1,0 +1,40 @@
+// A schedule is a placement and a policy, with a name. Nothing outside this folder knows a name.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "plan/plan.hpp"
+#include "schedule/placement.hpp"
+
+namespace pe {
+
+// What a rank prefers among its ready tasks, and how many microbatches a stage may have in flight.
+struct Rule {
+  std::vector<Kind> preference;                                       // first before later
+  std::function<int(const Placement&, int stage, int microbatches)> limit;  // slots
+};
+
+// All actions of one rank, from first to last.
+using OrderOfRank =
+    std::function<std::vector<Action>(const Placement&, int rank, int microbatches)>;
+
+struct Schedule {
+  std::string name;
+  bool looped = false;  // several stages a rank; otherwise exactly one
+  std::variant<Rule, OrderOfRank> policy;
+};
+
+// One file each.
+Schedule gpipe();
+Schedule one_forward_one_backward();
+Schedule interleaved_one_forward_one_backward();
+
+const std::vector<Schedule>& schedules();
+// Throws PlanError listing the names there are.
+const Schedule& find_schedule(std::string_view name);
+
+}  // namespace pe

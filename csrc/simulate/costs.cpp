@@ -1,0 +1,65 @@
+#include "simulate/costs.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+namespace pe {
+
+Costs Costs::uniform(int num_stages) {
+  Costs costs;
+  costs.forward.assign(num_stages, 1.0);
+  costs.backward.assign(num_stages, 2.0);
+  costs.input_grad.assign(num_stages, 1.0);
+  costs.weight_grad.assign(num_stages, 1.0);
+  costs.latency.assign(num_stages - 1, 0.0);
+  return costs;
+}
+
+void Costs::validate(int num_stages) const {
+  const auto check = [](const char* what, const std::vector<double>& values, int expected,
+                        const char* of_what) {
+    if (static_cast<int>(values.size()) != expected) {
+      throw PlanError(std::string(what) + " has " + std::to_string(values.size()) +
+                      " entries; give one number, or one for each of the " +
+                      std::to_string(expected) + " " + of_what);
+    }
+    for (const double value : values) {
+      if (!std::isfinite(value) || value < 0) {
+        throw PlanError(std::string(what) + " holds " + std::to_string(value) +
+                        "; times are finite and not negative");
+      }
+    }
+  };
+  check("forward", forward, num_stages, "stages");
+  check("backward", backward, num_stages, "stages");
+  check("input_grad", input_grad, num_stages, "stages");
+  check("weight_grad", weight_grad, num_stages, "stages");
+  check("latency", latency, num_stages - 1, "boundaries");
+  if (!std::isfinite(contention) || contention < 1.0) {
+    throw PlanError("contention is " + std::to_string(contention) +
+                    "; it is a factor of at least 1");
+  }
+}
+
+double Costs::of(const Action& action) const {
+  switch (action.kind) {
+    case Kind::F:
+      return forward[action.stage];
+    case Kind::B:
+      return backward[action.stage];
+    case Kind::I:
+      return input_grad[action.stage];
+    case Kind::W:
+      return weight_grad[action.stage];
+    default:
+      return 0.0;
+  }
+}
+
+double Costs::latency_between(const Plan& plan, TaskId from, TaskId to) const {
+  const int a = plan.action(from).stage;
+  const int b = plan.action(to).stage;
+  return plan.rank_of_stage(a) == plan.rank_of_stage(b) ? 0.0 : latency[std::min(a, b)];
+}
+
+}  // namespace pe

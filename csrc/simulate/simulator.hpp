@@ -1,0 +1,29 @@
+// The list scheduler under a virtual clock: when would each task run?
+#pragma once
+
+#include <vector>
+
+#include "plan/plan.hpp"
+#include "simulate/costs.hpp"
+
+namespace pe {
+
+struct Simulation {
+  double makespan = 0;
+  std::vector<double> begin;             // by task
+  std::vector<double> end;               // by task
+  std::vector<double> busy;              // by rank: time in which at least one of its tasks runs
+  std::vector<int> peak_in_flight;       // by rank
+  std::vector<int> peak_in_flight_of_stage;
+
+  double bubble_of(int rank) const { return makespan > 0 ? 1.0 - busy[rank] / makespan : 0.0; }
+  double bubble() const;  // mean over ranks
+};
+
+// Throws PlanError if the costs do not fit the plan or the plan cannot end.
+Simulation simulate(const Plan& plan, const Costs& costs);
+
+// Each rank's tasks as they began, ties as planned.
+Order order_of(const Plan& plan, const Simulation& simulation);
+
+}  // namespace pe
