@@ -1,0 +1,36 @@
+"""Pipeline-parallel training for PyTorch with a native scheduler."""
+
+from .errors import (
+    DeadPipeline,
+    InvalidArgument,
+    InvalidSchedule,
+    PipelineError,
+    StageError,
+    StepTimeout,
+)
+from ._C import Plan
+from .pipeline import Pipeline
+from .planning import build_plan, schedule_names
+from .report.trace import Profile, TaskRecord, Trace
+from .simulation import Costs, Simulation, simulate
+from .stage import WithLoss
+
+__all__ = [
+    "Costs",
+    "DeadPipeline",
+    "InvalidArgument",
+    "InvalidSchedule",
+    "Pipeline",
+    "PipelineError",
+    "Plan",
+    "Profile",
+    "Simulation",
+    "StageError",
+    "StepTimeout",
+    "TaskRecord",
+    "Trace",
+    "WithLoss",
+    "build_plan",
+    "schedule_names",
+    "simulate",
+]

@@ -32,7 +32,16 @@ const char* stream_name(Stream stream) {
 }  // namespace
 
 void bind_plan(py::module_& m) {
-  py::register_exception<PlanError>(m, "PlanError", PyExc_ValueError);
+  // Leaked on purpose: needed until the interpreter ends.
+  static auto* const invalid_schedule = new py::object(
+      py::module_::import("pipeline_ext.errors").attr("InvalidSchedule"));
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const PlanError& refused) {
+      py::set_error(*invalid_schedule, refused.what());
+    }
+  });
 
   py::class_<Plan, SharedPlan>(m, "Plan", R"(The immutable task graph of one step.
 

@@ -37,14 +37,17 @@ class PythonBody {
 
 // A program whose bodies are Python callables, by stage and kind; what has none does nothing.
 struct PyProgram {
-  PyProgram(std::shared_ptr<Plan> plan, py::dict by_stage_and_kind)
-      : bodies(std::move(by_stage_and_kind)), program(std::make_shared<Program>(plan)) {
+  PyProgram(std::shared_ptr<Plan> of_plan, py::dict by_stage_and_kind)
+      : plan(std::move(of_plan)),
+        bodies(std::move(by_stage_and_kind)),
+        program(std::make_shared<Program>(plan)) {
     for (const auto& [key, callable] : bodies) {
       const auto [stage, kind] = key.cast<std::pair<int, std::string>>();
       program->set_body(stage, kind_of(kind), PythonBody(callable.ptr()));
     }
   }
 
+  std::shared_ptr<Plan> plan;
   py::dict bodies;
   std::shared_ptr<Program> program;
 };
@@ -132,7 +135,8 @@ void bind_runtime(py::module_& m) {
   py::class_<PyProgram>(m, "Program", R"(A plan and what its tasks do.
 
 ``bodies`` maps (stage, kind), as in ``(0, "F")``, to a callable that takes the microbatch.)")
-      .def(py::init<std::shared_ptr<Plan>, py::dict>(), py::arg("plan"), py::arg("bodies"));
+      .def(py::init<std::shared_ptr<Plan>, py::dict>(), py::arg("plan"), py::arg("bodies"))
+      .def_property_readonly("plan", [](const PyProgram& p) { return p.plan; });
 
   py::class_<StepResult>(m, "StepResult", "What a step did; times are nanoseconds of a steady clock.")
       .def_property_readonly("outcome",

@@ -1,0 +1,35 @@
+"""What can go wrong, as exceptions. Every one derives from PipelineError."""
+
+
+class PipelineError(Exception):
+    """Base of all errors of this package."""
+
+
+class InvalidArgument(PipelineError, ValueError):
+    """An argument that cannot be used. Raised before any work starts; nothing has changed."""
+
+
+class InvalidSchedule(InvalidArgument):
+    """A schedule, order or cost model that cannot be used; names the offending cell where there is one."""
+
+
+class StageError(PipelineError):
+    """A stage's code raised. The original exception is ``__cause__``.
+
+    Attributes: ``action`` (text, as in ``1B3``), ``stage``, ``microbatch``, ``rank``.
+    """
+
+    def __init__(self, message: str, *, action: str, stage: int, microbatch: int, rank: int):
+        super().__init__(message)
+        self.action = action
+        self.stage = stage
+        self.microbatch = microbatch
+        self.rank = rank
+
+
+class StepTimeout(PipelineError, TimeoutError):
+    """A step made no progress for ``timeout`` seconds; the message lists who waits for what."""
+
+
+class DeadPipeline(PipelineError, RuntimeError):
+    """The pipeline was used after it was closed, or after a stage's code never returned."""

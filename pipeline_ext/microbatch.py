@@ -1,0 +1,90 @@
+"""Cutting a batch into microbatches, and joining their results."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import InvalidArgument
+
+
+def batch_size(args: tuple, kwargs: dict) -> int:
+    """Length of dimension 0 that all input tensors of one dimension or more share."""
+    size = None
+    for path, leaf in pytree.tree_flatten_with_path((args, kwargs))[0]:
+        if not _is_split(leaf):
+            continue
+        if size is None:
+            size, first = leaf.shape[0], path
+        elif leaf.shape[0] != size:
+            raise InvalidArgument(
+                f"input {_name(first)} has {size} rows and input {_name(path)} has "
+                f"{leaf.shape[0]}; every input tensor is cut along dimension 0, so give all of them "
+                "the batch there, or make one that belongs to no row a buffer of the model"
+            )
+    if size is None:
+        raise InvalidArgument(
+            "no input tensor has a batch dimension; give at least one of one dimension or more"
+        )
+    return size
+
+
+def split(value: Any, size: int, microbatches: int, what: str) -> list[Any]:
+    """``value`` cut leaf by leaf with ``Tensor.tensor_split`` along dimension 0.
+
+    What is no tensor, or has no dimension, goes to every microbatch as it is.
+    Raises InvalidArgument if a tensor of ``value`` does not have ``size`` rows.
+    """
+    flat, spec = pytree.tree_flatten(value)
+    columns = []
+    for leaf in flat:
+        if not _is_split(leaf):
+            columns.append([leaf] * microbatches)
+            continue
+        if leaf.shape[0] != size:
+            raise InvalidArgument(
+                f"{what} has {leaf.shape[0]} rows where the batch has {size}; give it one row for "
+                "each of the batch's"
+            )
+        columns.append(leaf.tensor_split(microbatches))
+    if len(columns) == 1 and spec.is_leaf():
+        return list(columns[0])
+    return [pytree.tree_unflatten(list(row), spec) for row in zip(*columns)] or [value] * microbatches
+
+
+def lengths(size: int, microbatches: int) -> list[int]:
+    """Rows of each microbatch: the first ``size % microbatches`` have one more than the others."""
+    base, extra = divmod(size, microbatches)
+    return [base + (m < extra) for m in range(microbatches)]
+
+
+def merge(parts: list[Any]) -> Any:
+    """The whole batch's value from its microbatches': tensors joined along dimension 0.
+
+    Tensors without a dimension are stacked; what is no tensor is taken from the first microbatch.
+    """
+    flats, specs = zip(*(pytree.tree_flatten(part) for part in parts))
+    if any(spec != specs[0] for spec in specs):
+        raise InvalidArgument(
+            "the microbatches' outputs differ in structure and cannot be joined: "
+            f"{specs[0]} and {next(s for s in specs if s != specs[0])}"
+        )
+    joined = []
+    for column in zip(*flats):
+        if not isinstance(column[0], Tensor):
+            joined.append(column[0])
+        elif column[0].dim() == 0:
+            joined.append(torch.stack(column))
+        else:
+            joined.append(torch.cat(column))
+    return pytree.tree_unflatten(joined, specs[0])
+
+
+def _is_split(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+def _name(path: tuple) -> str:
+    kind, *rest = path
+    return f"{'keyword ' if kind.idx else ''}{pytree.keystr(tuple(rest))}"

@@ -1,0 +1,368 @@
+"""Pipeline: the object the user holds."""
+
+import math
+import os
+import threading
+import weakref
+from collections.abc import Callable, MutableSequence, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _C, microbatch, partition, planning
+from .batchnorm import RecomputationGuard
+from .boundary import differentiable
+from .context import CallerContext
+from .errors import DeadPipeline, InvalidArgument, InvalidSchedule, PipelineError
+from .failure import NO_GRADIENTS, stage_error, timeout_error
+from .report.trace import Profile, Trace
+from .simulation import Costs, Simulation, simulate
+from .stage import Stage
+from .step import Step
+
+
+class Pipeline:
+    """A model cut into stages that trains on microbatches, with the gradients of plain autograd.
+
+    Example::
+
+        pipe = Pipeline(model, num_stages=2, microbatches=8, schedule="1f1b", loss_fn=loss_fn)
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss = pipe.step(x, target=y)
+            optimizer.step()
+
+    Args:
+        model: an ``nn.Sequential``; a list of stage modules, each of which takes what the one before
+            returns as its one argument; or a module whose children run in order, with ``cuts``.
+        num_stages: into how many stages to cut; may be left out where ``model`` or ``cuts`` say it.
+        microbatches: M, into how many parts ``step`` cuts a batch along dimension 0.
+        schedule: a name (``schedule_names()`` lists them), the path of a CSV file in the action text of
+            torch.distributed.pipelining, or each rank's actions as text, by rank.
+        loss_fn: called as ``loss_fn(output, target)``, or ``loss_fn(output)`` for a step without target;
+            returns a tensor without dimensions. If it is a module, its parameters are trained too.
+        devices: one entry for each rank; CPUs only. By default as many as stages, or half as many for a
+            schedule that holds several stages on a rank.
+        cuts, balance, sample: where to cut; see ``pipeline_ext.partition.cut``.
+        loss_reduction: ``"mean"`` weights a microbatch's loss by its share of the batch's rows, ``"sum"``
+            by 1.
+        overlap: let a rank's forward and backward tasks run at the same time, each on its own thread. A
+            module may then run forward in two threads at once where it is recomputed.
+        reactive: let a rank whose next planned task is not ready run another that is. The microbatches of
+            one stage and kind keep their order, and the limit of microbatches in flight holds; so the
+            gradients are the same. False: exactly the planned order.
+        timeout: seconds without a task's begin or end after which a step is given up.
+        trace: record when each task of a step runs.
+
+    Raises:
+        InvalidArgument: for anything above that cannot be used (InvalidSchedule for ``schedule``).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        num_stages: int | None = None,
+        microbatches: int | None = None,
+        schedule: planning.ScheduleLike = "1f1b",
+        loss_fn: Callable[..., Tensor] | None = None,
+        *,
+        devices: Sequence[str | torch.device] | None = None,
+        cuts: Sequence[str | int] | None = None,
+        balance: str = "parameters",
+        sample: Any = None,
+        loss_reduction: str = "mean",
+        overlap: bool = False,
+        reactive: bool = True,
+        timeout: float = 1800.0,
+        trace: bool = True,
+    ) -> None:
+        _check_count("num_stages", num_stages, optional=True)
+        _check_count("microbatches", microbatches)
+        if loss_fn is not None and not callable(loss_fn):
+            raise InvalidArgument(
+                f"loss_fn is {loss_fn!r}; give a function of output and target that returns a scalar"
+            )
+        if loss_reduction not in ("mean", "sum"):
+            raise InvalidArgument(f'loss_reduction is {loss_reduction!r}; it is "mean" or "sum"')
+        if not (isinstance(timeout, (int, float)) and 0 < timeout < math.inf):
+            raise InvalidArgument(f"timeout is {timeout!r}; give a positive number of seconds")
+        num_ranks = planning.cpu_ranks(devices)
+        modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
+
+        self.microbatches = microbatches
+        self.plan = planning.build_plan(
+            schedule,
+            num_stages=len(modules),
+            microbatches=microbatches,
+            num_ranks=num_ranks,
+            overlap=overlap,
+            reactive=reactive,
+        )
+        planning.check_trainable(self.plan)
+        self._stages = [
+            Stage(
+                index,
+                module,
+                is_last=index == len(modules) - 1,
+                loss_fn=loss_fn if index == len(modules) - 1 else None,
+            )
+            for index, module in enumerate(modules)
+        ]
+        self._has_loss = loss_fn is not None
+        self._weighted = loss_reduction == "mean"
+        self._timeout = float(timeout)
+        self._trace_wanted = trace
+        self._trace: Trace | None = None
+        self._context = CallerContext.of_this_thread()
+        self._in_step = threading.Lock()
+        self._owner = os.getpid()
+
+        guard = RecomputationGuard(modules if overlap else [])
+        bodies: dict[tuple[int, str], Callable[[int], None]] = {}
+        for stage in self._stages:
+            bodies[stage.index, "F"] = stage.forward
+            bodies[stage.index, "B"] = guard.watch(stage.backward)
+        self._program = _C.Program(self.plan, bodies)
+        self._eval_programs: dict[int, _C.Program] = {}
+        executor = _C.HostExecutor(_thread_names(self.plan))
+        self._executor = executor
+        self._close = weakref.finalize(self, _close, executor, guard)
+
+    # -- training and evaluation
+
+    def step(
+        self,
+        *args: Any,
+        target: Any = None,
+        losses: MutableSequence[Tensor] | None = None,
+        return_outputs: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Runs one batch forward and backward; adds the gradients to the parameters' ``.grad``.
+
+        Args:
+            args, kwargs: inputs of the first stage. Every tensor of one dimension or more is cut along
+                dimension 0; all have the same number of rows, at least ``microbatches``. What is no
+                tensor goes to every microbatch.
+            target: any pytree of tensors with one row for each of the batch's, for ``loss_fn``.
+            losses: filled with each microbatch's loss, as ``loss_fn`` returned it.
+            return_outputs: also return the last stage's output for the whole batch.
+
+        Returns:
+            The total loss, a tensor without dimensions and without gradient; with ``return_outputs`` a
+            pair of it and the output.
+
+        Raises:
+            InvalidArgument: for inputs that cannot be used; nothing has run.
+            StageError: a stage's code raised; the exception is its ``__cause__``.
+            StepTimeout: no progress for ``timeout`` seconds.
+            DeadPipeline: the pipeline is closed, or a stage's code never returned.
+
+            After StageError, StepTimeout or KeyboardInterrupt every ``.grad`` of the model is None;
+            buffers and random state may have advanced. The next ``step`` works, unless a stage's code has
+            never returned.
+        """
+        self._check_alive()
+        if not self._has_loss:
+            raise InvalidArgument(
+                "step needs a loss: give loss_fn= to Pipeline, as in "
+                "Pipeline(..., loss_fn=torch.nn.functional.cross_entropy); eval() needs none"
+            )
+        if not torch.is_grad_enabled():
+            raise InvalidArgument(
+                "step computes gradients, but was called where they are off (torch.no_grad or "
+                "inference_mode); call it outside, or use eval()"
+            )
+        size = microbatch.batch_size(args, kwargs)
+        count = self.microbatches
+        if size < count:
+            raise InvalidArgument(
+                f"the batch has {size} rows, too few for {count} microbatches; give a larger batch, or "
+                f"Pipeline(..., microbatches={max(size, 1)})"
+            )
+        if differentiable(target):
+            raise InvalidArgument(
+                "target requires a gradient, and step gives none to targets; detach it, or make it an "
+                "input of the model"
+            )
+        rows = microbatch.lengths(size, count)
+        step = Step(
+            num_stages=len(self._stages),
+            inputs=microbatch.split((args, kwargs), size, count, "an input"),
+            context=self._caller_context(),
+            targets=None if target is None else microbatch.split(target, size, count, "target"),
+            weights=[n / size if self._weighted else 1 for n in rows],
+            keep_outputs=return_outputs,
+        )
+        self._run(self._program, step)
+        for stage in self._stages:
+            stage.accumulator.merge()
+        step.backward_into_inputs()
+        if losses is not None:
+            losses[:] = step.losses
+        loss = step.total_loss()
+        return (loss, microbatch.merge(step.outputs)) if return_outputs else loss
+
+    def eval(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs one batch forward without gradients and returns the last stage's output.
+
+        Takes inputs as ``step`` does; a batch smaller than ``microbatches`` is cut into single rows.
+        Whether modules are in training or evaluation mode is left as it is. Raises as ``step`` does, but
+        leaves every ``.grad`` alone.
+        """
+        self._check_alive()
+        size = microbatch.batch_size(args, kwargs)
+        if size == 0:
+            raise InvalidArgument("the batch has no rows")
+        count = min(size, self.microbatches)
+        step = Step(
+            num_stages=len(self._stages),
+            inputs=microbatch.split((args, kwargs), size, count, "an input"),
+            context=self._caller_context(),
+        )
+        if count not in self._eval_programs:
+            plan = _C.make_forward_plan(
+                self.plan.rank_of_stage, self.plan.num_ranks, count, overlap=self.plan.overlap
+            )
+            bodies = {(stage.index, "F"): stage.evaluate for stage in self._stages}
+            self._eval_programs[count] = _C.Program(plan, bodies)
+        self._run(self._eval_programs[count], step, training=False)
+        return microbatch.merge(step.outputs)
+
+    # -- what was planned and what happened
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages."""
+        return len(self._stages)
+
+    @property
+    def stage_modules(self) -> list[nn.Module]:
+        """The module of each stage. Its layers are the model's own."""
+        return [stage.module for stage in self._stages]
+
+    @property
+    def trace(self) -> Trace:
+        """Records of the last ``step``. Raises PipelineError before the first, or with trace=False."""
+        if self._trace is None:
+            raise PipelineError(
+                "there is no trace: run a step first"
+                if self._trace_wanted
+                else "there is no trace: this pipeline was made with trace=False"
+            )
+        return self._trace
+
+    def profile(self) -> Profile:
+        """Seconds of F and B of one microbatch at each stage, measured in the last ``step``."""
+        return self.trace.profile()
+
+    def simulate(self, costs: Costs | None = None) -> Simulation:
+        """Simulates this pipeline's plan.
+
+        With no ``costs``, those measured in the last step, in seconds; before the first step
+        ``Costs()``: F = 1 and B = 2 at every stage.
+        """
+        if costs is None:
+            costs = Costs()
+            if self._trace is not None:
+                measured = self.profile()
+                costs = Costs(forward=measured.forward, backward=measured.backward)
+        return simulate(self.plan, costs)
+
+    # -- lifetime
+
+    def close(self) -> None:
+        """Ends the pipeline's threads. Also done by ``with``, by garbage collection and at exit."""
+        self._close()
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- inside
+
+    def _run(self, program: _C.Program, step: Step, training: bool = True) -> None:
+        if not self._in_step.acquire(blocking=False):
+            raise PipelineError("this pipeline is running a step already; wait for it to end")
+        try:
+            shared = self._shared_parameters() if training else frozenset()
+            for stage in self._stages:
+                stage.begin(step, shared)
+            try:
+                result = self._executor.run(
+                    program, timeout=self._timeout, record=self._trace_wanted and training
+                )
+            except BaseException as interrupt:
+                self._give_up(training)
+                if training:
+                    interrupt.add_note(f"the pipeline's step was stopped; {NO_GRADIENTS}")
+                raise
+            if result.outcome != "done":
+                self._give_up(training)
+                if result.outcome == "failed":
+                    raise stage_error(program.plan, result, self._executor.dead, training)
+                raise timeout_error(result, self._timeout, self._executor.dead, training)
+            if training and self._trace_wanted:
+                self._trace = Trace(self.plan, result)
+        finally:
+            for stage in self._stages:
+                stage.end()
+            self._in_step.release()
+
+    def _give_up(self, training: bool) -> None:
+        if self._executor.dead:
+            for stage in self._stages:
+                stage.accumulator.close()
+        if training:
+            for stage in self._stages:
+                for leaf in (*stage.parameters(), *stage.adopted()):
+                    leaf.grad = None
+
+    def _shared_parameters(self) -> frozenset[Tensor]:
+        seen: set[Tensor] = set()
+        shared: set[Tensor] = set()
+        for stage in self._stages:
+            parameters = set(stage.parameters())
+            shared |= seen & parameters
+            seen |= parameters
+        return frozenset(shared)
+
+    def _caller_context(self) -> CallerContext:
+        context = CallerContext.of_this_thread()
+        if context != self._context:
+            self._context = context
+        return self._context
+
+    def _check_alive(self) -> None:
+        if not self._close.alive:
+            raise DeadPipeline("this pipeline is closed; make a new one")
+        if self._executor.dead:
+            raise DeadPipeline(
+                "this pipeline is dead: a stage's code never returned in an earlier step; make a new one"
+            )
+        if os.getpid() != self._owner:
+            raise DeadPipeline(
+                "this pipeline was made in another process, and threads do not survive a fork; make it "
+                "in the process that uses it"
+            )
+
+
+def _check_count(name: str, value: Any, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgument(f"{name} is {value!r}; give a whole number of at least 1")
+
+
+def _thread_names(plan: _C.Plan) -> list[str]:
+    if not plan.overlap:
+        return [f"pe rank {rank}" for rank in range(plan.num_ranks)]
+    return [f"pe rank {rank} {way}" for rank in range(plan.num_ranks) for way in ("F", "B")]
+
+
+def _close(executor: _C.HostExecutor, guard: RecomputationGuard) -> None:
+    executor.close()
+    guard.remove()

@@ -1,0 +1,139 @@
+"""From what the user says about schedule and devices to a plan."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from . import _C
+from .errors import InvalidArgument, InvalidSchedule
+
+ScheduleLike = str | os.PathLike | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
+
+
+def schedule_names() -> list[str]:
+    """The schedules known by name."""
+    return _C.schedule_names()
+
+
+def build_plan(
+    schedule: ScheduleLike,
+    *,
+    num_stages: int,
+    microbatches: int,
+    num_ranks: int | None = None,
+    overlap: bool = False,
+    reactive: bool = False,
+) -> _C.Plan:
+    """The plan of one step.
+
+    Args:
+        schedule: a name of ``schedule_names()``; the path of a CSV file with one line of actions for
+            each rank; or the actions of each rank as text, by rank.
+        num_stages: stages of the model.
+        microbatches: microbatches of one step.
+        num_ranks: ranks; by default one for each stage, or for each two of a schedule that holds
+            several stages on a rank.
+        overlap: let a rank's forward and backward stream run at the same time.
+        reactive: let a rank whose next planned task is not ready take another that is.
+
+    Raises:
+        InvalidSchedule: if there is no such schedule, it does not fit, or it would never end.
+    """
+    mode = {"overlap": overlap, "reactive": reactive}
+    path = _csv_path(schedule)
+    if isinstance(schedule, str) and path is None:
+        if num_ranks is None:
+            num_ranks = default_ranks(schedule, num_stages)
+        return _C.make_plan(schedule, num_stages, num_ranks, microbatches, **mode)
+    if path is not None:
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidSchedule(f"the schedule {str(path)!r} cannot be read: {error}") from error
+        plan = _C.plan_of_csv(text, **mode)
+    else:
+        plan = _C.plan_of_cells(_cells(schedule), **mode)
+    for what, given, found in (
+        ("num_stages", num_stages, plan.num_stages),
+        ("microbatches", microbatches, plan.num_microbatches),
+        ("the number of devices", num_ranks, plan.num_ranks),
+    ):
+        if given is not None and given != found:
+            raise InvalidSchedule(f"{what} is {given}, but the schedule given has {found}")
+    return plan
+
+
+def check_trainable(plan: _C.Plan) -> None:
+    """Raises InvalidSchedule for a plan that this engine cannot train with."""
+    if not plan.has_backward:
+        raise InvalidSchedule("the schedule has no backward action (B), so it would train nothing")
+    split = {"I", "W"} & set(plan.kinds())
+    if split:
+        raise InvalidSchedule(
+            f"the schedule splits the backward into {' and '.join(sorted(split))}; stages run it whole, "
+            "so list B for each microbatch instead"
+        )
+
+
+def default_ranks(schedule: str, num_stages: int) -> int:
+    """Ranks that a named schedule takes for a number of stages where none are given."""
+    if not _C.is_looped(schedule) or num_stages == 1:
+        return num_stages
+    if num_stages % 2:
+        raise InvalidSchedule(
+            f"'{schedule}' holds two stages on each rank by default, so num_stages is even; got "
+            f"{num_stages}. Give devices= to hold another number"
+        )
+    return num_stages // 2
+
+
+def cpu_ranks(devices: Sequence[str | torch.device] | None) -> int | None:
+    """How many ranks ``devices`` asks for.
+
+    Raises InvalidArgument for devices other than CPUs.
+    """
+    if devices is None:
+        return None
+    if isinstance(devices, (str, torch.device)) or len(devices) == 0:
+        raise InvalidArgument(
+            f'devices is {devices!r}; give a list with one entry for each rank, as in ["cpu", "cpu"]'
+        )
+    for device in devices:
+        try:
+            kind = torch.device(device).type
+        except (RuntimeError, TypeError) as error:
+            raise InvalidArgument(f"devices holds {device!r}, which is no device") from error
+        if kind != "cpu":
+            raise InvalidArgument(f"devices holds {device!r}; this version runs ranks on the CPU only")
+    return len(devices)
+
+
+def _csv_path(schedule: ScheduleLike) -> Path | None:
+    if isinstance(schedule, os.PathLike):
+        return Path(schedule)
+    if isinstance(schedule, str) and schedule.endswith(".csv"):
+        return Path(schedule)
+    return None
+
+
+def _cells(schedule: object) -> list[list[str]]:
+    rows = schedule
+    if isinstance(schedule, Mapping):
+        if sorted(schedule) != list(range(len(schedule))):
+            raise InvalidSchedule(
+                f"the schedule's ranks are {sorted(schedule)}; number them from 0 without gaps"
+            )
+        rows = [schedule[rank] for rank in range(len(schedule))]
+    if (
+        not isinstance(rows, Sequence)
+        or isinstance(rows, bytes)
+        or not all(isinstance(row, Sequence) and not isinstance(row, str) for row in rows)
+        or not all(isinstance(cell, str) for row in rows for cell in row)
+    ):
+        raise InvalidSchedule(
+            "a schedule is a name, the path of a CSV file, or for each rank a list of actions as text, "
+            'as in [["0F0", "0B0"], ["1F0", "1B0"]]'
+        )
+    return [list(row) for row in rows]

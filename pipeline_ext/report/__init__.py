@@ -1,0 +1,1 @@
+"""What a step did, for people and for files."""

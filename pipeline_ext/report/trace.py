@@ -1,0 +1,102 @@
+"""Records of one step: when each task ran, on which rank and stream."""
+
+import statistics
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from .. import _C
+
+
+class TaskRecord(NamedTuple):
+    """One task of a step. Times are seconds since the step began."""
+
+    action: str
+    kind: str
+    stage: int
+    microbatch: int
+    rank: int
+    stream: str  # "forward" or "backward"
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds that one microbatch takes at each stage: medians over the microbatches of a step."""
+
+    forward: list[float]
+    backward: list[float]
+
+
+class Trace:
+    """What one step did.
+
+    Attributes:
+        plan: the plan it followed.
+        step_time: seconds from the step's begin to its end.
+        peak_in_flight: most microbatches alive at once, by rank.
+        peak_in_flight_of_stage: the same by stage.
+    """
+
+    def __init__(self, plan: _C.Plan, result: _C.StepResult) -> None:
+        self.plan = plan
+        self.step_time = (result.end - result.begin) * 1e-9
+        self.peak_in_flight: list[int] = result.peak_by_rank
+        self.peak_in_flight_of_stage: list[int] = result.peak_by_stage
+        self._result = result
+
+    @cached_property
+    def tasks(self) -> list[TaskRecord]:
+        """The tasks that ran, in the order in which they began."""
+        zero = self._result.begin
+        records = [
+            TaskRecord(
+                self.plan.action(task),
+                *self.plan.describe(task),
+                (begin - zero) * 1e-9,
+                (end - zero) * 1e-9,
+            )
+            for task, (begin, end) in enumerate(
+                zip(self._result.task_begin, self._result.task_end)
+            )
+            if end
+        ]
+        return sorted(records, key=lambda record: record.begin)
+
+    def order(self) -> dict[int, list[str]]:
+        """Rank -> its actions as text, as they began."""
+        order: dict[int, list[str]] = {rank: [] for rank in range(self.plan.num_ranks)}
+        for record in self.tasks:
+            order[record.rank].append(record.action)
+        return order
+
+    @cached_property
+    def busy(self) -> list[float]:
+        """Seconds in which each rank ran at least one task."""
+        busy = [0.0] * self.plan.num_ranks
+        covered = [0.0] * self.plan.num_ranks
+        for record in self.tasks:
+            busy[record.rank] += max(0.0, record.end - max(record.begin, covered[record.rank]))
+            covered[record.rank] = max(covered[record.rank], record.end)
+        return busy
+
+    @property
+    def bubble_by_rank(self) -> list[float]:
+        """Share of the step in which each rank ran nothing."""
+        return [1.0 - busy / self.step_time for busy in self.busy]
+
+    @property
+    def bubble(self) -> float:
+        """Mean of ``bubble_by_rank``."""
+        return statistics.fmean(self.bubble_by_rank)
+
+    def profile(self) -> Profile:
+        """Measured times of each stage."""
+
+        def median(kind: str, stage: int) -> float:
+            times = [r.end - r.begin for r in self.tasks if r.kind == kind and r.stage == stage]
+            return statistics.median(times) if times else 0.0
+
+        stages = range(self.plan.num_stages)
+        return Profile([median("F", s) for s in stages], [median("B", s) for s in stages])

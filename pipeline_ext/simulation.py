@@ -1,0 +1,105 @@
+"""What a plan would take: the scheduler under a virtual clock."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from . import _C
+
+PerStage = float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times of tasks and links, in any one unit; a number stands for every stage or boundary.
+
+    Attributes:
+        forward: of F, by stage.
+        backward: of B, the full backward, by stage.
+        input_grad: of I, by stage; None: half of ``backward``.
+        weight_grad: of W, by stage; None: what ``input_grad`` leaves of ``backward``.
+        latency: of a result on its way to another rank, by boundary between stages.
+        contention: factor by which a task takes longer while its rank's other stream is busy too
+            (plans with ``overlap`` only).
+    """
+
+    forward: PerStage = 1.0
+    backward: PerStage = 2.0
+    input_grad: PerStage | None = None
+    weight_grad: PerStage | None = None
+    latency: PerStage = 0.0
+    contention: float = 1.0
+
+    def by_stage(self, num_stages: int) -> dict[str, list[float] | float]:
+        """Each of the costs as a list, by stage or by boundary."""
+        forward = _spread(self.forward, num_stages)
+        backward = _spread(self.backward, num_stages)
+        if self.input_grad is None:
+            input_grad = [b / 2 for b in backward]
+        else:
+            input_grad = _spread(self.input_grad, num_stages)
+        if self.weight_grad is None:
+            weight_grad = [b - i for b, i in zip(backward, input_grad)]
+        else:
+            weight_grad = _spread(self.weight_grad, num_stages)
+        return {
+            "forward": forward,
+            "backward": backward,
+            "input_grad": input_grad,
+            "weight_grad": weight_grad,
+            "latency": _spread(self.latency, num_stages - 1),
+            "contention": float(self.contention),
+        }
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A simulated step. Times are in the unit of the costs.
+
+    Attributes:
+        plan: the plan that was simulated.
+        makespan: from the first task's begin to the last one's end.
+        bubble: share of the makespan in which a rank runs nothing, mean over ranks.
+        bubble_by_rank: the same for each rank.
+        begin, end: of each task, numbered as in the plan.
+        peak_in_flight: most microbatches alive at once, by rank.
+        peak_in_flight_of_stage: the same by stage.
+    """
+
+    plan: _C.Plan
+    makespan: float
+    bubble: float
+    bubble_by_rank: list[float]
+    begin: list[float]
+    end: list[float]
+    peak_in_flight: list[int]
+    peak_in_flight_of_stage: list[int]
+    _times: _C.SimulatedTimes
+
+    def order(self) -> dict[int, list[str]]:
+        """Rank -> its actions as text, as they began."""
+        return dict(enumerate(_C.simulated_order(self.plan, self._times)))
+
+
+def simulate(plan: _C.Plan, costs: Costs = Costs()) -> Simulation:
+    """Runs ``plan`` under a virtual clock.
+
+    Raises InvalidSchedule if the costs do not fit the plan.
+    """
+    times = _C.simulate(plan, **costs.by_stage(plan.num_stages))
+    return Simulation(
+        plan=plan,
+        makespan=times.makespan,
+        bubble=times.bubble,
+        bubble_by_rank=[times.bubble_of(rank) for rank in range(plan.num_ranks)],
+        begin=times.begin,
+        end=times.end,
+        peak_in_flight=times.peak_in_flight,
+        peak_in_flight_of_stage=times.peak_in_flight_of_stage,
+        _times=times,
+    )
+
+
+def _spread(cost: PerStage, count: int) -> list[float]:
+    if isinstance(cost, (int, float)):
+        return [float(cost)] * count
+    return [float(c) for c in cost]
