@@ -96,6 +96,7 @@ StepResult run(HostExecutor& executor, const PyProgram& program, double timeout,
     py::gil_scoped_release release;
     result = executor.run(program.program, options);
   }
+  if (executor.dead()) program.bodies.inc_ref();  // leaked: an abandoned thread is still inside one
   if (signal != nullptr) {
     const py::object error = py::reinterpret_steal<py::object>(signal);
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());

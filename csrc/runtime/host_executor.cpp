@@ -60,6 +60,7 @@ struct HostExecutor::Shared {
   std::vector<std::condition_variable> work;  // by worker: there may be a task
   std::condition_variable over;               // the step is over
   std::unique_ptr<Step> step;                 // the one that runs, if any
+  std::unique_ptr<Step> lost;                 // the one that abandoned threads are still inside
   std::vector<TaskId> running;                // by worker
   std::vector<bool> abandoned;                // by worker
   std::vector<std::thread> threads;
@@ -202,8 +203,8 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   result.peak_by_stage = step.scheduler.peak_by_stage();
   result.peak_by_rank = step.scheduler.peak_by_rank();
   std::unique_ptr<Step> ended = std::move(s.step);
+  if (s.dead) s.lost = std::move(ended);
   lock.unlock();
-  if (dead()) ended.release();  // an abandoned thread may still be inside its program
   return result;
 }
 

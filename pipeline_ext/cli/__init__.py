@@ -1,0 +1,23 @@
+"""The command line: ``pipeline-ext`` and ``python -m pipeline_ext``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..errors import PipelineError
+from . import train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="pipeline-ext", description="Pipeline-parallel training for PyTorch."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train.add_parser(commands)
+    options = parser.parse_args(argv)
+    try:
+        return options.run(options)
+    except PipelineError as error:
+        print(f"pipeline-ext: {error}", file=sys.stderr)
+        return 2

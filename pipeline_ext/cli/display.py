@@ -1,0 +1,105 @@
+"""What a person sees of a training run: on a terminal a live bar, elsewhere plain lines."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..lm.training import StepMetrics, Summary
+
+Show = Callable[[StepMetrics], None]
+_PLAIN_LINES = 20  # of a whole run, where there is no terminal
+
+
+class Display:
+    """Shows one training run."""
+
+    def __init__(self, summary: Summary, steps: int) -> None:
+        self._summary = summary
+        self._steps = steps
+        self._console = Console(highlight=False, soft_wrap=True)
+
+    def header(self, *, model: str, data: str, batch: str, ranks: int) -> None:
+        """Model, data, stages, schedule, microbatches, predicted bubble."""
+        table = Table.grid(padding=(0, 2))
+        for name, value in (
+            ("model", model),
+            ("data", data),
+            ("batch", batch),
+            ("stages", f"{self._summary.stages} on {ranks} ranks"),
+            ("schedule", self._summary.schedule),
+            ("bubble", f"{self._summary.bubble_predicted:.1%} predicted, if all stages cost the same"),
+        ):
+            table.add_row(name, value)
+        self._console.print(table)
+
+    def validation(self, when: str, bits_per_byte: float) -> None:
+        """One line for a validation."""
+        self._console.print(f"validation {when}: {bits_per_byte:.3f} bits per byte")
+
+    def stopped(self) -> None:
+        """One line for Ctrl-C."""
+        self._console.print("stopped by Ctrl-C")
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Show]:
+        """Yields a function to be called with the metrics of each step."""
+        if not self._console.is_terminal:
+            yield self._plain_line
+            return
+        columns = (
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console) as bar:
+            task = bar.add_task("", total=self._steps)
+            yield lambda m: bar.update(task, completed=m.step, description=_figures(m))
+
+    def _plain_line(self, m: StepMetrics) -> None:
+        every = max(1, self._steps // _PLAIN_LINES)
+        if m.step % every and m.step not in (1, self._steps):
+            return
+        done = self._summary.steps
+        left = (self._steps - m.step) * sum(s.step_ms for s in done) / len(done) / 1e3
+        self._console.print(f"step {m.step}/{self._steps}  {_figures(m)}  ETA {left:.0f} s")
+
+    def closing_table(self, written: list[Path]) -> None:
+        """What the run came to, and the files it wrote."""
+        s = self._summary
+        table = Table(show_header=False)
+        for name, value in (
+            ("steps", f"{len(s.steps)} of {self._steps}"),
+            (
+                "validation, bits per byte",
+                f"{_number(s.val_bpb_first, '.3f')} first, {_number(s.val_bpb_last, '.3f')} last",
+            ),
+            ("tokens/s", _number(s.tokens_per_second, ",.0f")),
+            (
+                "bubble",
+                f"{s.bubble_predicted:.1%} predicted, "
+                f"{_number(s.bubble_simulated, '.1%')} simulated from measured times, "
+                f"{_number(s.bubble_measured, '.1%')} measured",
+            ),
+            ("messages per step", str(s.messages_per_step)),
+            ("microbatches in flight, by rank", ", ".join(map(str, s.peak_in_flight))),
+            ("files written", "\n".join(map(str, written))),
+        ):
+            table.add_row(name, value)
+        self._console.print(table)
+
+
+def _figures(m: StepMetrics) -> str:
+    return (
+        f"loss {m.loss:.3f}  {m.bits_per_byte:.3f} bits per byte  {m.tokens_per_second:,.0f} tokens/s"
+    )
+
+
+def _number(value: float, form: str) -> str:
+    return "not measured" if math.isnan(value) else format(value, form)

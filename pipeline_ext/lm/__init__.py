@@ -1,0 +1,1 @@
+"""The main job on real input: a byte-level language model, trained through a pipeline."""

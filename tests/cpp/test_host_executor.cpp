@@ -1,0 +1,201 @@
+#include <atomic>
+#include <barrier>
+#include <mutex>
+#include <random>
+#include <stdexcept>
+#include <thread>
+
+#include "check.hpp"
+#include "runtime/host_executor.hpp"
+#include "simulate/make_plan.hpp"
+
+using namespace pe;
+using namespace std::chrono_literals;
+
+namespace {
+
+std::shared_ptr<const Plan> shared_plan(Plan plan) {
+  return std::make_shared<const Plan>(std::move(plan));
+}
+
+std::shared_ptr<Program> program_of(std::shared_ptr<const Plan> plan, const Body& body) {
+  auto program = std::make_shared<Program>(plan);
+  for (int stage = 0; stage < plan->num_stages(); ++stage) {
+    for (const Kind kind : {Kind::F, Kind::B}) program->set_body(stage, kind, body);
+  }
+  return program;
+}
+
+struct Pool : HostExecutor {
+  explicit Pool(int workers)
+      : HostExecutor(workers, std::vector<std::string>(workers, "test"), {}) {}
+};
+
+RunOptions with_timeout(double seconds) {
+  RunOptions options;
+  options.timeout = std::chrono::duration<double>(seconds);
+  return options;
+}
+
+}  // namespace
+
+TEST(a_static_plan_runs_in_its_order_on_every_rank) {
+  for (const char* name : {"gpipe", "1f1b", "interleaved-1f1b"}) {
+    const bool looped = find_schedule(name).looped;
+    const auto plan = shared_plan(make_plan(find_schedule(name), looped ? 6 : 3, 3, 7, {}));
+    std::mutex mutex;
+    Order ran(3);
+    Pool pool(plan->num_workers());
+    const auto program = program_of(plan, [&](const Action& action) {
+      std::lock_guard lock(mutex);
+      ran[plan->rank_of_stage(action.stage)].push_back(action);
+    });
+    for (int step = 0; step < 20; ++step) {
+      for (auto& actions : ran) actions.clear();
+      CHECK(pool.run(program, {}).outcome == Outcome::Done);
+      CHECK(ran == plan->order());
+    }
+  }
+}
+
+// Every mode, with tasks of random length: all run once, after what they depend on, within the limits.
+TEST(random_steps_keep_the_rules) {
+  std::mt19937 random(3);
+  for (int round = 0; round < 60; ++round) {
+    const Schedule& schedule = schedules()[random() % schedules().size()];
+    const int ranks = 1 + static_cast<int>(random() % 4);
+    const int stages = schedule.looped ? 2 * ranks : ranks;
+    const PlanOptions options{random() % 2 == 0, random() % 2 == 0};
+    const auto plan = shared_plan(
+        make_plan(schedule, stages, ranks, 1 + static_cast<int>(random() % 9), options));
+    std::atomic<int> count{0};
+    std::atomic<unsigned> noise{static_cast<unsigned>(random())};
+    Pool pool(plan->num_workers());
+    const auto program = program_of(plan, [&](const Action&) {
+      ++count;
+      const unsigned length = (noise = noise * 1664525u + 1013904223u) >> 26;
+      if (length < 8) std::this_thread::sleep_for(std::chrono::microseconds(length * 10));
+    });
+    const StepResult result = pool.run(program, {});
+    CHECK(result.outcome == Outcome::Done);
+    CHECK_EQ(count.load(), static_cast<int>(plan->size()));
+    for (TaskId t = 0; t < plan->size(); ++t) {
+      CHECK(result.task_begin[t] != 0 && result.task_begin[t] <= result.task_end[t]);
+      for (const TaskId after : plan->successors(t)) {
+        CHECK(result.task_end[t] <= result.task_begin[after]);
+      }
+    }
+    for (int stage = 0; stage < stages; ++stage) {
+      CHECK(result.peak_by_stage[stage] <= plan->limit(stage));
+    }
+  }
+}
+
+TEST(forward_and_backward_of_a_rank_meet_when_they_may_overlap) {
+  const auto order = parse_order({{"0F0", "0F1", "0B0", "0B1"}});
+  for (const bool overlap : {false, true}) {
+    const auto plan = shared_plan(make_plan(order, {.overlap = overlap}));
+    std::atomic<int> inside{0};
+    std::atomic<bool> met{false};
+    const auto program = program_of(plan, [&](const Action& action) {
+      if (action != Action{0, 1, Kind::F} && action != Action{0, 0, Kind::B}) return;
+      ++inside;
+      for (int i = 0; i < 200 && !met; ++i) {
+        if (inside == 2) met = true;
+        std::this_thread::sleep_for(1ms);
+      }
+      --inside;
+    });
+    Pool pool(plan->num_workers());
+    CHECK(pool.run(program, {}).outcome == Outcome::Done);
+    CHECK_EQ(met.load(), overlap);
+  }
+}
+
+TEST(the_first_exception_stops_the_step_and_the_next_step_runs) {
+  const auto plan = shared_plan(make_plan(find_schedule("1f1b"), 3, 3, 6, {}));
+  Pool pool(3);
+  for (TaskId bad = 0; bad < plan->size(); ++bad) {
+    std::atomic<int> after{0};
+    std::atomic<bool> thrown{false};
+    const Action action = plan->action(bad);
+    const auto program = program_of(plan, [&](const Action& a) {
+      if (thrown) ++after;
+      if (a == action) {
+        thrown = true;
+        throw std::runtime_error("no");
+      }
+    });
+    const StepResult result = pool.run(program, {});
+    CHECK(result.outcome == Outcome::Failed);
+    CHECK_EQ(result.failed_task, bad);
+    CHECK_THROWS(std::rethrow_exception(result.error), std::runtime_error, "no");
+    const int settled = after;
+    std::this_thread::sleep_for(1ms);
+    CHECK_EQ(after.load(), settled);
+    CHECK(pool.run(program_of(plan, {}), {}).outcome == Outcome::Done);
+  }
+}
+
+TEST(an_interrupt_stops_the_step_once_running_tasks_return) {
+  const auto plan = shared_plan(make_plan(find_schedule("1f1b"), 2, 2, 50, {}));
+  Pool pool(2);
+  std::atomic<int> count{0};
+  const auto program = program_of(plan, [&](const Action&) {
+    ++count;
+    std::this_thread::sleep_for(5ms);
+  });
+  RunOptions options;
+  options.poll = [] { return true; };
+  CHECK(pool.run(program, options).outcome == Outcome::Interrupted);
+  CHECK(count < 60);
+  CHECK(!pool.dead());
+  CHECK(pool.run(program_of(plan, {}), {}).outcome == Outcome::Done);
+}
+
+TEST(a_body_that_does_not_return_is_abandoned) {
+  static std::atomic<bool> let_go{false};
+  {
+    const auto plan = shared_plan(make_plan(find_schedule("1f1b"), 2, 2, 2, {}));
+    Pool pool(2);
+    const auto program = program_of(plan, [](const Action& a) {
+      while (a == Action{1, 0, Kind::F} && !let_go) std::this_thread::sleep_for(1ms);
+    });
+    const StepResult result = pool.run(program, with_timeout(0.1));
+    CHECK(result.outcome == Outcome::TimedOut);
+    CHECK(result.waiting.find("rank 1: 1F0 is running and has not returned") != std::string::npos);
+    CHECK(result.waiting.find("rank 0: 0B0 waits for 1B0 on rank 1") != std::string::npos);
+    CHECK(pool.dead());
+    CHECK_THROWS(pool.run(program, {}), std::logic_error, "dead");
+  }
+  let_go = true;  // the pool is gone; its thread must end by itself
+  std::this_thread::sleep_for(50ms);
+}
+
+TEST(a_pool_refuses_what_it_cannot_run) {
+  const auto plan = shared_plan(make_plan(find_schedule("1f1b"), 2, 2, 2, {}));
+  Pool pool(2);
+  Pool other(3);
+  CHECK_THROWS(other.run(program_of(plan, {}), {}), std::logic_error, "another number of workers");
+  std::atomic<bool> inside{false};
+  std::thread busy([&] {
+    pool.run(program_of(plan,
+                        [&](const Action&) {
+                          inside = true;
+                          std::this_thread::sleep_for(20ms);
+                        }),
+             {});
+  });
+  while (!inside) std::this_thread::yield();
+  CHECK_THROWS(pool.run(program_of(plan, {}), {}), std::logic_error, "running a step already");
+  busy.join();
+  pool.close();
+  CHECK_THROWS(pool.run(program_of(plan, {}), {}), std::logic_error, "closed");
+}
+
+TEST(a_body_may_be_missing) {
+  const auto plan = shared_plan(
+      make_plan(order_from_csv("0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0,1SEND_B0\n"), {}));
+  Pool pool(2);
+  CHECK(pool.run(std::make_shared<Program>(plan), {}).outcome == Outcome::Done);
+}

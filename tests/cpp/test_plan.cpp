@@ -1,0 +1,82 @@
+#include <algorithm>
+#include <set>
+
+#include "check.hpp"
+#include "plan/plan.hpp"
+#include "schedule/schedule.hpp"
+#include "simulate/make_plan.hpp"
+
+using namespace pe;
+
+namespace {
+
+TaskId task_of(const Plan& plan, const std::string& text) {
+  for (TaskId t = 0; t < plan.size(); ++t) {
+    if (to_text(plan.action(t)) == text) return t;
+  }
+  return kNoTask;
+}
+
+std::set<std::string> dependencies(const Plan& plan, const std::string& text) {
+  std::set<std::string> found;
+  for (const TaskId t : plan.dependencies(task_of(plan, text))) {
+    found.insert(to_text(plan.action(t)));
+  }
+  return found;
+}
+
+}  // namespace
+
+TEST(a_task_depends_on_what_it_computes_from) {
+  const Plan plan = make_plan(find_schedule("1f1b"), 3, 3, 4, {});
+  CHECK((dependencies(plan, "0F2") == std::set<std::string>{}));
+  CHECK((dependencies(plan, "1F2") == std::set<std::string>{"0F2"}));
+  CHECK((dependencies(plan, "2B1") == std::set<std::string>{"2F1"}));
+  CHECK((dependencies(plan, "0B1") == std::set<std::string>{"0F1", "1B1"}));
+  CHECK_EQ(plan.num_messages(), 2 * 2 * 4);
+}
+
+TEST(messages_stand_between_where_they_are_listed) {
+  const Plan plan = make_plan(
+      order_from_csv("0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1I0,1SEND_B0,1W0\n"), {});
+  CHECK((dependencies(plan, "1F0") == std::set<std::string>{"1RECV_F0"}));
+  CHECK((dependencies(plan, "1RECV_F0") == std::set<std::string>{"0SEND_F0"}));
+  CHECK((dependencies(plan, "0B0") == std::set<std::string>{"0F0", "0RECV_B0"}));
+  CHECK((dependencies(plan, "1SEND_B0") == std::set<std::string>{"1I0"}));
+  CHECK((dependencies(plan, "1W0") == std::set<std::string>{"1I0"}));
+  CHECK((dependencies(plan, "0REDUCE_GRAD") == std::set<std::string>{"0B0"}));
+  CHECK_EQ(plan.num_messages(), 2);
+}
+
+TEST(limits_of_an_order_are_what_it_has_in_flight) {
+  const Plan plan = make_plan(find_schedule("gpipe"), 2, 2, 5, {});
+  CHECK((plan.limits() == std::vector<int>{5, 5}));
+  const Plan rule = make_plan(find_schedule("1f1b"), 4, 4, 3, {});
+  CHECK((rule.limits() == std::vector<int>{3, 3, 2, 1}));
+}
+
+TEST(every_task_stands_in_one_queue_of_its_worker) {
+  for (const bool overlap : {false, true}) {
+    for (const bool reactive : {false, true}) {
+      const Plan plan =
+          make_plan(find_schedule("interleaved-1f1b"), 6, 3, 6, {overlap, reactive});
+      std::vector<int> seen(plan.size(), 0);
+      for (int worker = 0; worker < plan.num_workers(); ++worker) {
+        for (const Queue& queue : plan.queues_of(worker)) {
+          for (TaskId at = queue.begin; at < queue.end; ++at) {
+            ++seen[plan.queued(at)];
+            CHECK_EQ(plan.worker_of(plan.queued(at)), worker);
+          }
+        }
+      }
+      CHECK(std::all_of(seen.begin(), seen.end(), [](int n) { return n == 1; }));
+    }
+  }
+}
+
+TEST(schedules_refuse_what_they_cannot_place) {
+  CHECK_THROWS(make_plan(find_schedule("1f1b"), 4, 2, 8, {}), PlanError, "exactly one stage");
+  CHECK_THROWS(make_plan(find_schedule("interleaved-1f1b"), 5, 2, 8, {}), PlanError,
+               "the same number of stages");
+  CHECK_THROWS(find_schedule("2f2b"), PlanError, "gpipe, 1f1b, interleaved-1f1b");
+}

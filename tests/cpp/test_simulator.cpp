@@ -1,0 +1,88 @@
+#include <cmath>
+#include <random>
+
+#include "check.hpp"
+#include "simulate/make_plan.hpp"
+#include "simulate/simulator.hpp"
+
+using namespace pe;
+
+TEST(the_bubble_of_1f1b_has_its_closed_form) {
+  for (int p = 1; p <= 8; ++p) {
+    for (int m = p; m <= 24; m += 5) {
+      const Plan plan = make_plan(find_schedule("1f1b"), p, p, m, {});
+      const Simulation s = simulate(plan, Costs::uniform(p));
+      CHECK_EQ(s.makespan, 3.0 * (m + p - 1));
+    }
+  }
+}
+
+TEST(latency_delays_what_crosses_ranks) {
+  const Plan plan = make_plan(find_schedule("gpipe"), 2, 2, 1, {});
+  Costs costs = Costs::uniform(2);
+  costs.latency = {0.25};
+  CHECK_EQ(simulate(plan, costs).makespan, 2 * (1.0 + 2.0) + 2 * 0.25);
+}
+
+TEST(contention_stretches_tasks_only_while_both_streams_are_busy) {
+  // One rank: F0, then B0 beside F1, then B1.
+  const Order order = parse_order({{"0F0", "0F1", "0B0", "0B1"}});
+  Costs costs = Costs::uniform(1);
+  const Plan plan = make_plan(order, {.overlap = true});
+  CHECK_EQ(simulate(plan, costs).makespan, 1.0 + 2.0 + 2.0);
+  costs.contention = 2.0;
+  // F1 runs from 1 to 3 at half pace; B0 has half of its 2 left then, so ends at 4; B1 at 6.
+  const Simulation s = simulate(plan, costs);
+  CHECK_EQ(s.end[1], 3.0);
+  CHECK_EQ(s.end[2], 4.0);
+  CHECK_EQ(s.makespan, 6.0);
+  CHECK_EQ(s.bubble(), 0.0);
+}
+
+TEST(costs_that_do_not_fit_are_refused) {
+  const Plan plan = make_plan(find_schedule("gpipe"), 2, 2, 1, {});
+  Costs costs = Costs::uniform(3);
+  CHECK_THROWS(simulate(plan, costs), PlanError, "forward has 3 entries");
+  costs = Costs::uniform(2);
+  costs.backward[1] = NAN;
+  CHECK_THROWS(simulate(plan, costs), PlanError, "finite and not negative");
+  costs = Costs::uniform(2);
+  costs.contention = 0.5;
+  CHECK_THROWS(simulate(plan, costs), PlanError, "at least 1");
+}
+
+// Whatever the costs: dependencies and latencies hold, a worker runs one task at a time, limits hold,
+// and the microbatches of one stage and kind keep their order.
+TEST(random_simulations_keep_the_rules) {
+  std::mt19937 random(7);
+  std::uniform_real_distribution<double> cost(0.0, 3.0);
+  for (int round = 0; round < 200; ++round) {
+    const Schedule& schedule = schedules()[random() % schedules().size()];
+    const int ranks = 1 + static_cast<int>(random() % 4);
+    const int stages = schedule.looped ? ranks * (1 + static_cast<int>(random() % 3)) : ranks;
+    const PlanOptions options{random() % 2 == 0, random() % 2 == 0};
+    const Plan plan =
+        make_plan(schedule, stages, ranks, 1 + static_cast<int>(random() % 9), options);
+    Costs costs = Costs::uniform(stages);
+    for (auto* values : {&costs.forward, &costs.backward, &costs.latency}) {
+      for (double& value : *values) value = random() % 5 == 0 ? 0.0 : cost(random);
+    }
+    if (random() % 2 == 0) costs.contention = 1.0 + cost(random);
+    const Simulation s = simulate(plan, costs);
+    for (TaskId t = 0; t < plan.size(); ++t) {
+      for (const TaskId after : plan.successors(t)) {
+        CHECK(s.begin[after] >= s.end[t] + costs.latency_between(plan, t, after) - 1e-9);
+      }
+      for (TaskId u = 0; u < t; ++u) {
+        if (plan.worker_of(t) != plan.worker_of(u)) continue;
+        CHECK(s.end[t] <= s.begin[u] + 1e-9 || s.end[u] <= s.begin[t] + 1e-9);
+        const Action& a = plan.action(t);
+        const Action& b = plan.action(u);
+        if (a.stage == b.stage && a.kind == b.kind) CHECK(s.begin[u] <= s.begin[t]);
+      }
+    }
+    for (int stage = 0; stage < stages; ++stage) {
+      CHECK(s.peak_in_flight_of_stage[stage] <= plan.limit(stage));
+    }
+  }
+}
