@@ -173,6 +173,10 @@ Shape validate(const Order& order) {
     const auto [stage, kind, microbatch] = key;
     shape.num_microbatches = std::max(shape.num_microbatches, microbatch + 1);
     shape.has_backward |= kind == Kind::B || kind == Kind::I || kind == Kind::W;
+    if (is_compute(kind) && !find(index, stage, Kind::F, microbatch)) {
+      refuse(order, place, "stage " + std::to_string(stage) + " has no F for microbatch " +
+                               std::to_string(microbatch));
+    }
   }
   // The first action listed for a stage stands for what is missing there.
   std::vector<Place> first(shape.num_stages, Place{-1, 0});
@@ -188,7 +192,7 @@ Shape validate(const Order& order) {
       const auto i = find(index, s, Kind::I, m);
       const auto w = find(index, s, Kind::W, m);
       if (!f) {
-        refuse(order, b ? *b : i ? *i : w ? *w : first[s],
+        refuse(order, first[s],
                "stage " + std::to_string(s) + " has no F for microbatch " + std::to_string(m));
       }
       if (b && (i || w)) {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import InvalidArgument
 from ..lm.corpus import Corpus
 from ..lm.gpt import count_parameters, gpt, loss_fn
 from ..lm.training import Training
@@ -28,15 +29,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("--data", metavar="PATH", help="file or folder to learn; none: Python's standard library")
-    add("--steps", type=_count, default=240, help="training steps")
+    add("--steps", type=_count, default=360, help="training steps")
     add("--batch", type=_count, default=32, help="rows of a batch")
-    add("--context", type=_count, default=128, help="bytes the model sees at once")
+    add("--context", type=_count, default=64, help="bytes the model sees at once")
     add("--stages", type=_count, default=2, help="stages to cut the model into")
     add("--microbatches", type=_count, default=8, help="parts a batch is cut into")
     add("--schedule", default="1f1b", help=f"{', '.join(schedule_names())}, or a CSV file")
     add("--overlap", action="store_true", help="let a rank run forward and backward at once")
     add("--width", type=_count, default=160, help="width of the model")
-    add("--layers", type=_count, default=6, help="blocks of the model")
+    add("--layers", type=_count, default=4, help="blocks of the model")
     add("--heads", type=_count, default=5, help="attention heads; must divide the width")
     add("--learning-rate", type=float, default=3e-3, help="the highest learning rate")
     add("--threads", type=_count, help="intra-op threads of each rank; none: cores / ranks")
@@ -48,8 +49,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
     if options.width % options.heads:
-        raise SystemExit(
-            f"pipeline-ext train: --heads {options.heads} does not divide --width {options.width}"
+        raise InvalidArgument(f"--heads {options.heads} does not divide --width {options.width}")
+    if options.batch < options.microbatches:
+        raise InvalidArgument(
+            f"--batch {options.batch} has too few rows for --microbatches {options.microbatches}"
         )
     corpus = Corpus(options.data, options.context)
     torch.manual_seed(options.seed)

@@ -15,6 +15,8 @@ from ..pipeline import Pipeline
 from .corpus import Corpus
 from .gpt import bits, loss_fn
 
+_VALIDATION_BATCHES = 12
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -107,7 +109,7 @@ class Training:
         self._batch = batch
         self._peak_rate = learning_rate
         self._generator = torch.Generator().manual_seed(seed)
-        self._validation = corpus.validation(batch, batches=4)
+        self._validation = corpus.validation(rows=32, batches=_VALIDATION_BATCHES)
         self._optimizer = torch.optim.AdamW(
             model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1
         )
