@@ -51,7 +51,6 @@ class Costs:
         }
 
 
-@dataclass(frozen=True)
 class Simulation:
     """A simulated step. Times are in the unit of the costs.
 
@@ -60,20 +59,30 @@ class Simulation:
         makespan: from the first task's begin to the last one's end.
         bubble: share of the makespan in which a rank runs nothing, mean over ranks.
         bubble_by_rank: the same for each rank.
-        begin, end: of each task, numbered as in the plan.
         peak_in_flight: most microbatches alive at once, by rank.
         peak_in_flight_of_stage: the same by stage.
+        working_bytes: memory the simulation took beside the plan.
     """
 
-    plan: _C.Plan
-    makespan: float
-    bubble: float
-    bubble_by_rank: list[float]
-    begin: list[float]
-    end: list[float]
-    peak_in_flight: list[int]
-    peak_in_flight_of_stage: list[int]
-    _times: _C.SimulatedTimes
+    def __init__(self, plan: _C.Plan, times: _C.SimulatedTimes) -> None:
+        self.plan = plan
+        self.makespan: float = times.makespan
+        self.bubble: float = times.bubble
+        self.bubble_by_rank = [times.bubble_of(rank) for rank in range(plan.num_ranks)]
+        self.peak_in_flight: list[int] = times.peak_in_flight
+        self.peak_in_flight_of_stage: list[int] = times.peak_in_flight_of_stage
+        self.working_bytes: int = times.working_bytes
+        self._times = times
+
+    @property
+    def begin(self) -> list[float]:
+        """When each task begins, numbered as in the plan."""
+        return self._times.begin
+
+    @property
+    def end(self) -> list[float]:
+        """When each task ends."""
+        return self._times.end
 
     def order(self) -> dict[int, list[str]]:
         """Rank -> its actions as text, as they began."""
@@ -85,18 +94,7 @@ def simulate(plan: _C.Plan, costs: Costs = Costs()) -> Simulation:
 
     Raises InvalidSchedule if the costs do not fit the plan.
     """
-    times = _C.simulate(plan, **costs.by_stage(plan.num_stages))
-    return Simulation(
-        plan=plan,
-        makespan=times.makespan,
-        bubble=times.bubble,
-        bubble_by_rank=[times.bubble_of(rank) for rank in range(plan.num_ranks)],
-        begin=times.begin,
-        end=times.end,
-        peak_in_flight=times.peak_in_flight,
-        peak_in_flight_of_stage=times.peak_in_flight_of_stage,
-        _times=times,
-    )
+    return Simulation(plan, _C.simulate(plan, **costs.by_stage(plan.num_stages)))
 
 
 def _spread(cost: PerStage, count: int) -> list[float]:

@@ -63,6 +63,7 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
           "rank_of_stage", [](const Plan& p) { return p.shape().rank_of_stage; })
       .def_property_readonly("limits", &Plan::limits,
                              "The most microbatches each stage may have in flight.")
+      .def_property_readonly("nbytes", &Plan::nbytes, "Memory the plan holds.")
       .def("order", &order_by_rank, "Rank -> its actions as text, from first to last.")
       .def("to_csv", [](const Plan& p) { return to_csv(p.order()); },
            "One line a rank, in the action text of torch.distributed.pipelining.")

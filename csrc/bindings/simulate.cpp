@@ -15,6 +15,7 @@ void bind_simulate(py::module_& m) {
       .def_readonly("busy", &Simulation::busy)
       .def_readonly("peak_in_flight", &Simulation::peak_in_flight)
       .def_readonly("peak_in_flight_of_stage", &Simulation::peak_in_flight_of_stage)
+      .def_readonly("working_bytes", &Simulation::working_bytes)
       .def_property_readonly("bubble", &Simulation::bubble)
       .def("bubble_of", &Simulation::bubble_of, py::arg("rank"));
 

@@ -184,6 +184,13 @@ void Plan::fill_queues(const std::vector<Kind>& preference) {
   queues_begin_.push_back(num_queues());
 }
 
+std::size_t Plan::nbytes() const {
+  const auto of = [](const auto& values) { return values.size() * sizeof(values[0]); };
+  return sizeof(Plan) + of(actions_) + of(rank_begin_) + of(successors_begin_) + of(successors_) +
+         of(num_dependencies_) + of(queued_) + of(queues_) + of(queues_begin_) + of(limits_) +
+         of(shape_.rank_of_stage);
+}
+
 Order Plan::order() const {
   Order order;
   for (int rank = 0; rank < num_ranks(); ++rank) {

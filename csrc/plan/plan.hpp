@@ -1,6 +1,7 @@
 // The immutable task graph of one step. Everything that runs or simulates a step reads only this.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -83,6 +84,8 @@ class Plan {
   }
   int limit(int stage) const { return limits_[stage]; }
   const std::vector<int>& limits() const { return limits_; }
+
+  std::size_t nbytes() const;
 
   // What travels between ranks in one step: one for each dependency that crosses ranks.
   int num_messages() const { return num_messages_; }

@@ -21,37 +21,16 @@ ListScheduler::ListScheduler(const Plan& plan)
   }
 }
 
-bool ListScheduler::has_slot(TaskId task) const {
-  const int stage = plan_.action(task).stage;
-  return !plan_.takes_slot(task) || in_flight_of_stage_[stage] < plan_.limit(stage);
+void ListScheduler::occupy_slot(int stage) {
+  const int rank = plan_.rank_of_stage(stage);
+  peak_of_stage_[stage] = std::max(peak_of_stage_[stage], ++in_flight_of_stage_[stage]);
+  peak_of_rank_[rank] = std::max(peak_of_rank_[rank], ++in_flight_of_rank_[rank]);
 }
 
-TaskId ListScheduler::take(int worker) {
-  TaskId best = kNoTask;
-  int best_queue = -1;
-  int best_priority = 0;
-  int queue = plan_.first_queue_of(worker);
-  for (const Queue& q : plan_.queues_of(worker)) {
-    const int at = queue++;
-    if (head_[at] == q.end) continue;
-    const TaskId task = plan_.queued(head_[at]);
-    if (missing_[task] != 0 || !has_slot(task)) continue;
-    if (best == kNoTask || q.priority < best_priority ||
-        (q.priority == best_priority && task < best)) {
-      best = task;
-      best_queue = at;
-      best_priority = q.priority;
-    }
-  }
-  if (best == kNoTask) return kNoTask;
-  ++head_[best_queue];
-  if (plan_.takes_slot(best)) {
-    const int stage = plan_.action(best).stage;
-    const int rank = plan_.rank_of_stage(stage);
-    peak_of_stage_[stage] = std::max(peak_of_stage_[stage], ++in_flight_of_stage_[stage]);
-    peak_of_rank_[rank] = std::max(peak_of_rank_[rank], ++in_flight_of_rank_[rank]);
-  }
-  return best;
+std::size_t ListScheduler::nbytes() const {
+  return missing_.size() * sizeof(missing_[0]) + finished_.size() / 8 +
+         head_.size() * sizeof(head_[0]) +
+         2 * sizeof(int) * (peak_of_stage_.size() + peak_of_rank_.size());
 }
 
 std::string ListScheduler::waiting() const {

@@ -2,6 +2,7 @@
 // threads of its own; the simulator drives it with virtual time, the executors with real events.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -14,15 +15,21 @@ class ListScheduler {
  public:
   explicit ListScheduler(const Plan& plan);
 
-  // The task `worker` starts now, or kNoTask. Occupies a slot if the task takes one.
-  TaskId take(int worker);
+  // The task `worker` starts now, or kNoTask. Occupies a slot if the task takes one. A task that waits
+  // for nothing more is still passed over while is_here(task) is false: a clock that knows when its
+  // inputs will have travelled can say so.
+  template <class IsHere>
+  TaskId take(int worker, IsHere&& is_here);
+  TaskId take(int worker) {
+    return take(worker, [](TaskId) { return true; });
+  }
 
   // `task` has ended: its slot, if it frees one, is free. Its results are not yet anywhere else.
   // Calls wake(worker) for a worker that may now find a task.
   template <class Wake>
   void finish(TaskId task, Wake&& wake);
 
-  // One thing `task` depends on has arrived. Calls wake(worker) if the task waits for nothing more.
+  // One thing `task` depends on is done. Calls wake(worker) if the task waits for nothing more.
   template <class Wake>
   void arrive(TaskId task, Wake&& wake);
 
@@ -36,8 +43,14 @@ class ListScheduler {
   // For each worker with tasks left, its foremost one and what that waits for, a line each.
   std::string waiting() const;
 
+  std::size_t nbytes() const;
+
  private:
-  bool has_slot(TaskId task) const;
+  bool has_slot(TaskId task) const {
+    const int stage = plan_.action(task).stage;
+    return !plan_.takes_slot(task) || in_flight_of_stage_[stage] < plan_.limit(stage);
+  }
+  void occupy_slot(int stage);
 
   const Plan& plan_;
   std::vector<std::uint16_t> missing_;  // dependencies that have not arrived, by task
@@ -50,6 +63,30 @@ class ListScheduler {
 
 // Runs the plan without time. Throws PlanError with the tasks that wait for one another if it cannot end.
 void check_ends(const Plan& plan);
+
+template <class IsHere>
+TaskId ListScheduler::take(int worker, IsHere&& is_here) {
+  TaskId best = kNoTask;
+  int best_queue = -1;
+  int best_priority = 0;
+  int queue = plan_.first_queue_of(worker);
+  for (const Queue& q : plan_.queues_of(worker)) {
+    const int at = queue++;
+    if (head_[at] == q.end) continue;
+    const TaskId task = plan_.queued(head_[at]);
+    if (missing_[task] != 0 || !has_slot(task) || !is_here(task)) continue;
+    if (best == kNoTask || q.priority < best_priority ||
+        (q.priority == best_priority && task < best)) {
+      best = task;
+      best_queue = at;
+      best_priority = q.priority;
+    }
+  }
+  if (best == kNoTask) return kNoTask;
+  ++head_[best_queue];
+  if (plan_.takes_slot(best)) occupy_slot(plan_.action(best).stage);
+  return best;
+}
 
 template <class Wake>
 void ListScheduler::finish(TaskId task, Wake&& wake) {

@@ -1,23 +1,16 @@
 #include "simulate/simulator.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "schedule/list_scheduler.hpp"
+#include "simulate/event_heap.hpp"
 
 namespace pe {
 namespace {
 
-struct Event {
-  double time;
-  TaskId task;
-  std::uint32_t generation;  // of an end: stale unless it is the worker's latest; kArrival: an arrival
-};
-constexpr std::uint32_t kArrival = ~std::uint32_t{0};
-
-bool later(const Event& a, const Event& b) {
-  return a.time != b.time ? a.time > b.time : a.task > b.task;
-}
+constexpr std::uint32_t kLookAgain = ~std::uint32_t{0};
 
 class VirtualClock {
  public:
@@ -30,17 +23,14 @@ class VirtualClock {
         may_contend_(plan.options().overlap && costs.contention > 1.0) {}
 
   void run() {
-    awake_.resize(plan_.num_workers());
-    std::iota(awake_.begin(), awake_.end(), 0);
-    for (auto& worker : workers_) worker.awake = true;
+    for (int worker = 0; worker < plan_.num_workers(); ++worker) wake(worker);
     dispatch();
     while (!events_.empty()) {
-      now_ = events_.front().time;
+      now_ = events_.top().time;
       // All that happens at one moment happens before anyone chooses.
-      while (!events_.empty() && events_.front().time == now_) {
-        std::pop_heap(events_.begin(), events_.end(), later);
-        const Event event = events_.back();
-        events_.pop_back();
+      while (!events_.empty() && events_.top().time == now_) {
+        const Event event = events_.top();
+        events_.pop();
         handle(event);
       }
       dispatch();
@@ -52,50 +42,47 @@ class VirtualClock {
     result_.makespan = now_;
     result_.peak_in_flight = scheduler_.peak_by_rank();
     result_.peak_in_flight_of_stage = scheduler_.peak_by_stage();
+    result_.working_bytes = 2 * sizeof(double) * plan_.size() + scheduler_.nbytes() +
+                            events_.nbytes() + workers_.size() * sizeof(Worker);
   }
 
  private:
   struct Worker {
-    TaskId task = kNoTask;  // running
-    std::uint32_t generation = 0;
-    double work_left = 0;  // at `since`; kept only where tasks may contend
+    TaskId task = kNoTask;         // running
+    std::uint32_t generation = 0;  // of its latest event; an earlier one's end is stale
+    double work_left = 0;          // at `since`; kept only where tasks may contend
     double since = 0;
     bool awake = false;
   };
 
-  void push(Event event) {
-    events_.push_back(event);
-    std::push_heap(events_.begin(), events_.end(), later);
+  // Until a task begins, its place in the result holds when the last of its inputs so far arrives.
+  double& arrival(TaskId task) { return result_.begin[task]; }
+
+  void push_end(int index, double time) {
+    events_.push({time, static_cast<std::uint32_t>(index), ++workers_[index].generation});
   }
 
-  void wake(int worker) {
-    if (!workers_[worker].awake) {
-      workers_[worker].awake = true;
-      awake_.push_back(worker);
-    }
+  void wake(int index) {
+    if (workers_[index].awake) return;
+    workers_[index].awake = true;
+    awake_.push_back(index);
   }
 
   void handle(const Event& event) {
-    const auto waker = [this](int worker) { wake(worker); };
-    if (event.generation == kArrival) {
-      scheduler_.arrive(event.task, waker);
-      return;
-    }
-    const int index = plan_.worker_of(event.task);
+    const int index = static_cast<int>(event.worker);
     Worker& worker = workers_[index];
-    if (worker.task != event.task || worker.generation != event.generation) return;
-    worker.task = kNoTask;
-    result_.end[event.task] = now_;
-    if (may_contend_) retime(index ^ 1);
     wake(index);
-    scheduler_.finish(event.task, waker);
-    for (const TaskId after : plan_.successors(event.task)) {
-      const double latency = costs_.latency_between(plan_, event.task, after);
-      if (latency > 0) {
-        push({now_ + latency, after, kArrival});
-      } else {
-        scheduler_.arrive(after, waker);
-      }
+    if (event.generation != worker.generation || worker.task == kNoTask) return;
+    const TaskId task = worker.task;
+    worker.task = kNoTask;
+    result_.end[task] = now_;
+    if (may_contend_) retime(index ^ 1, costs_.contention);
+    const auto waker = [this](int idle) { wake(idle); };
+    scheduler_.finish(task, waker);
+    for (const TaskId after : plan_.successors(task)) {
+      arrival(after) =
+          std::max(arrival(after), now_ + costs_.latency_between(plan_, task, after));
+      scheduler_.arrive(after, waker);
     }
   }
 
@@ -105,30 +92,35 @@ class VirtualClock {
       Worker& worker = workers_[index];
       worker.awake = false;
       if (worker.task != kNoTask) continue;
-      worker.task = scheduler_.take(index);
-      if (worker.task == kNoTask) continue;
-      result_.begin[worker.task] = now_;
-      const double cost = costs_.of(plan_.action(worker.task));
-      if (!may_contend_) {
-        push({now_ + cost, worker.task, ++worker.generation});
+      double soonest = std::numeric_limits<double>::infinity();
+      worker.task = scheduler_.take(index, [&](TaskId task) {
+        if (arrival(task) <= now_) return true;
+        soonest = std::min(soonest, arrival(task));
+        return false;
+      });
+      if (worker.task == kNoTask) {
+        if (soonest < std::numeric_limits<double>::infinity()) {
+          events_.push({soonest, static_cast<std::uint32_t>(index), kLookAgain});
+        }
         continue;
       }
-      worker.work_left = cost;
+      result_.begin[worker.task] = now_;
+      worker.work_left = costs_.of(plan_.action(worker.task));
       worker.since = now_;
-      push({now_ + cost * stretch(index), worker.task, ++worker.generation});
-      retime(index ^ 1, /*was_alone=*/true);
+      push_end(index, now_ + worker.work_left * (may_contend_ ? stretch(index) : 1.0));
+      if (may_contend_) retime(index ^ 1, 1.0);
     }
     awake_.clear();
   }
 
-  // The rank's other stream has become busy or idle: what `index` runs ends at another time.
-  void retime(int index, bool was_alone = false) {
+  // The rank's other stream has become busy or idle: what `index` runs, so far stretched by `pace`, ends
+  // at another time.
+  void retime(int index, double pace) {
     Worker& worker = workers_[index];
     if (worker.task == kNoTask) return;
-    const double pace = was_alone ? 1.0 : costs_.contention;
     worker.work_left = std::max(0.0, worker.work_left - (now_ - worker.since) / pace);
     worker.since = now_;
-    push({now_ + worker.work_left * stretch(index), worker.task, ++worker.generation});
+    push_end(index, now_ + worker.work_left * stretch(index));
   }
 
   double stretch(int index) const {
@@ -140,7 +132,7 @@ class VirtualClock {
   Simulation& result_;
   ListScheduler scheduler_;
   std::vector<Worker> workers_;
-  std::vector<Event> events_;  // a heap, earliest first
+  EventHeap events_;
   std::vector<int> awake_;
   const bool may_contend_;
   double now_ = 0;

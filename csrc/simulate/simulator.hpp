@@ -15,6 +15,7 @@ struct Simulation {
   std::vector<double> busy;              // by rank: time in which at least one of its tasks runs
   std::vector<int> peak_in_flight;       // by rank
   std::vector<int> peak_in_flight_of_stage;
+  std::size_t working_bytes = 0;         // that the simulation took beside the plan, its result included
 
   double bubble_of(int rank) const { return makespan > 0 ? 1.0 - busy[rank] / makespan : 0.0; }
   double bubble() const;  // mean over ranks

@@ -1,0 +1,41 @@
+# make train   trains a small language model through a pipeline; ARGS="--help" shows the options
+# make test    runs the whole test suite; ARGS="-k name" selects tests
+# make bench   runs the benchmarks and writes bench/results/
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+# A plain "torch" may fetch gigabytes of CUDA packages; the package itself accepts a wide range.
+TORCH := torch==2.13.0
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
+
+.PHONY: train test bench clean
+
+train: .venv/installed
+	@$(BIN)/pipeline-ext train $(ARGS)
+
+test: .venv/installed-test
+	@$(BIN)/pytest $(ARGS)
+
+bench: .venv/installed
+	@$(BIN)/python bench/simulate.py $(ARGS)
+
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "pipeline_ext needs Python 3.11 or newer; make PYTHON=... names one"; exit 1; }
+	@command -v g++ >/dev/null || { echo "pipeline_ext needs g++ to build its native core"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/installed: .venv/created $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info pipeline_ext/*.so
