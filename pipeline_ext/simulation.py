@@ -29,7 +29,7 @@ class Costs:
     latency: PerStage = 0.0
     contention: float = 1.0
 
-    def by_stage(self, num_stages: int) -> dict[str, list[float] | float]:
+    def by_stage(self, num_stages: int) -> _C.CostsByStage:
         """Each of the costs as a list, by stage or by boundary."""
         forward = _spread(self.forward, num_stages)
         backward = _spread(self.backward, num_stages)
@@ -41,14 +41,14 @@ class Costs:
             weight_grad = [b - i for b, i in zip(backward, input_grad)]
         else:
             weight_grad = _spread(self.weight_grad, num_stages)
-        return {
-            "forward": forward,
-            "backward": backward,
-            "input_grad": input_grad,
-            "weight_grad": weight_grad,
-            "latency": _spread(self.latency, num_stages - 1),
-            "contention": float(self.contention),
-        }
+        return _C.CostsByStage(
+            forward=forward,
+            backward=backward,
+            input_grad=input_grad,
+            weight_grad=weight_grad,
+            latency=_spread(self.latency, num_stages - 1),
+            contention=float(self.contention),
+        )
 
 
 class Simulation:
@@ -64,7 +64,9 @@ class Simulation:
         working_bytes: memory the simulation took beside the plan.
     """
 
-    def __init__(self, plan: _C.Plan, times: _C.SimulatedTimes) -> None:
+    def __init__(
+        self, plan: _C.Plan, costs: _C.CostsByStage, times: _C.SimulatedTimes
+    ) -> None:
         self.plan = plan
         self.makespan: float = times.makespan
         self.bubble: float = times.bubble
@@ -72,6 +74,7 @@ class Simulation:
         self.peak_in_flight: list[int] = times.peak_in_flight
         self.peak_in_flight_of_stage: list[int] = times.peak_in_flight_of_stage
         self.working_bytes: int = times.working_bytes
+        self._costs = costs
         self._times = times
 
     @property
@@ -82,7 +85,7 @@ class Simulation:
     @property
     def end(self) -> list[float]:
         """When each task ends."""
-        return self._times.end
+        return _C.end_times(self.plan, self._costs, self._times)
 
     def order(self) -> dict[int, list[str]]:
         """Rank -> its actions as text, as they began."""
@@ -94,7 +97,8 @@ def simulate(plan: _C.Plan, costs: Costs = Costs()) -> Simulation:
 
     Raises InvalidSchedule if the costs do not fit the plan.
     """
-    return Simulation(plan, _C.simulate(plan, **costs.by_stage(plan.num_stages)))
+    by_stage = costs.by_stage(plan.num_stages)
+    return Simulation(plan, by_stage, _C.simulate(plan, by_stage))
 
 
 def _spread(cost: PerStage, count: int) -> list[float]:

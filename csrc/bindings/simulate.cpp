@@ -6,31 +6,35 @@
 namespace py = pybind11;
 
 namespace pe {
+namespace {
+
+Costs make_costs(std::vector<double> forward, std::vector<double> backward,
+                 std::vector<double> input_grad, std::vector<double> weight_grad,
+                 std::vector<double> latency, double contention) {
+  return {std::move(forward),     std::move(backward), std::move(input_grad),
+          std::move(weight_grad), std::move(latency),  contention};
+}
+
+}  // namespace
 
 void bind_simulate(py::module_& m) {
+  py::class_<Costs, std::shared_ptr<Costs>>(m, "CostsByStage")
+      .def(py::init(&make_costs), py::kw_only(), py::arg("forward"), py::arg("backward"),
+           py::arg("input_grad"), py::arg("weight_grad"), py::arg("latency"),
+           py::arg("contention"));
+
   py::class_<Simulation, std::shared_ptr<Simulation>>(m, "SimulatedTimes")
       .def_readonly("makespan", &Simulation::makespan)
       .def_readonly("begin", &Simulation::begin)
-      .def_readonly("end", &Simulation::end)
-      .def_readonly("busy", &Simulation::busy)
       .def_readonly("peak_in_flight", &Simulation::peak_in_flight)
       .def_readonly("peak_in_flight_of_stage", &Simulation::peak_in_flight_of_stage)
       .def_readonly("working_bytes", &Simulation::working_bytes)
       .def_property_readonly("bubble", &Simulation::bubble)
       .def("bubble_of", &Simulation::bubble_of, py::arg("rank"));
 
-  m.def(
-      "simulate",
-      [](const Plan& plan, std::vector<double> forward, std::vector<double> backward,
-         std::vector<double> input_grad, std::vector<double> weight_grad,
-         std::vector<double> latency, double contention) {
-        const Costs costs{std::move(forward),     std::move(backward), std::move(input_grad),
-                          std::move(weight_grad), std::move(latency),  contention};
-        py::gil_scoped_release release;
-        return std::make_shared<Simulation>(simulate(plan, costs));
-      },
-      py::arg("plan"), py::kw_only(), py::arg("forward"), py::arg("backward"),
-      py::arg("input_grad"), py::arg("weight_grad"), py::arg("latency"), py::arg("contention"));
+  m.def("simulate", &simulate, py::arg("plan"), py::arg("costs"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("end_times", &end_times, py::arg("plan"), py::arg("costs"), py::arg("times"));
   m.def(
       "simulated_order",
       [](const Plan& plan, const Simulation& times) { return to_cells(order_of(plan, times)); },

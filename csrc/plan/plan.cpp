@@ -152,6 +152,14 @@ void Plan::link_tasks() {
 }
 
 void Plan::fill_queues(const std::vector<Kind>& preference) {
+  if (!options_.reactive && !options_.overlap) {
+    for (int rank = 0; rank < num_ranks(); ++rank) {
+      queues_begin_.push_back(rank);
+      queues_.push_back({first_of_rank(rank), end_of_rank(rank), 0});
+    }
+    queues_begin_.push_back(num_ranks());
+    return;
+  }
   // What tells a worker's queues apart.
   const auto key_of = [&](const Action& a) {
     return options_.reactive ? a.stage * kNumKinds + static_cast<int>(a.kind) : 0;

@@ -74,7 +74,7 @@ class Plan {
   }
   int first_queue_of(int worker) const { return queues_begin_[worker]; }
   int num_queues() const { return static_cast<int>(queues_.size()); }
-  TaskId queued(TaskId position) const { return queued_[position]; }
+  TaskId queued(TaskId position) const { return queued_.empty() ? position : queued_[position]; }
 
   // A microbatch occupies one slot of a stage from its F until its last task there.
   bool takes_slot(TaskId task) const { return actions_[task].kind == Kind::F; }
@@ -103,7 +103,7 @@ class Plan {
   std::vector<TaskId> successors_begin_;
   std::vector<TaskId> successors_;
   std::vector<std::uint16_t> num_dependencies_;
-  std::vector<TaskId> queued_;
+  std::vector<TaskId> queued_;  // empty where each worker's one queue holds its rank's tasks in order
   std::vector<Queue> queues_;
   std::vector<int> queues_begin_;
   std::vector<int> limits_;

@@ -20,7 +20,10 @@ class VirtualClock {
         result_(result),
         scheduler_(plan),
         workers_(plan.num_workers()),
-        may_contend_(plan.options().overlap && costs.contention > 1.0) {}
+        may_contend_(plan.options().overlap && costs.contention > 1.0) {
+    result_.begin.resize(plan.size());
+    if (may_contend_) result_.stretched_end.resize(plan.size());
+  }
 
   void run() {
     for (int worker = 0; worker < plan_.num_workers(); ++worker) wake(worker);
@@ -42,8 +45,9 @@ class VirtualClock {
     result_.makespan = now_;
     result_.peak_in_flight = scheduler_.peak_by_rank();
     result_.peak_in_flight_of_stage = scheduler_.peak_by_stage();
-    result_.working_bytes = 2 * sizeof(double) * plan_.size() + scheduler_.nbytes() +
-                            events_.nbytes() + workers_.size() * sizeof(Worker);
+    result_.working_bytes = sizeof(double) * (result_.begin.size() + result_.stretched_end.size()) +
+                            scheduler_.nbytes() + events_.nbytes() +
+                            workers_.size() * sizeof(Worker);
   }
 
  private:
@@ -75,8 +79,10 @@ class VirtualClock {
     if (event.generation != worker.generation || worker.task == kNoTask) return;
     const TaskId task = worker.task;
     worker.task = kNoTask;
-    result_.end[task] = now_;
-    if (may_contend_) retime(index ^ 1, costs_.contention);
+    if (may_contend_) {
+      result_.stretched_end[task] = now_;
+      retime(index ^ 1, costs_.contention);
+    }
     const auto waker = [this](int idle) { wake(idle); };
     scheduler_.finish(task, waker);
     for (const TaskId after : plan_.successors(task)) {
@@ -139,22 +145,23 @@ class VirtualClock {
 };
 
 // Time in which at least one task of the rank runs.
-double busy_time(const Plan& plan, const Simulation& simulation, int rank) {
+double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulation, int rank) {
   const TaskId first = plan.first_of_rank(rank);
   const TaskId end = plan.end_of_rank(rank);
   double busy = 0;
   if (!plan.options().overlap) {
-    for (TaskId t = first; t < end; ++t) busy += simulation.end[t] - simulation.begin[t];
+    for (TaskId t = first; t < end; ++t) busy += costs.of(plan.action(t));
     return busy;
   }
+  const std::vector<double> ends = end_times(plan, costs, simulation);
   std::vector<TaskId> tasks(end - first);
   std::iota(tasks.begin(), tasks.end(), first);
   std::sort(tasks.begin(), tasks.end(),
             [&](TaskId a, TaskId b) { return simulation.begin[a] < simulation.begin[b]; });
   double covered = 0;
   for (const TaskId t : tasks) {
-    busy += std::max(0.0, simulation.end[t] - std::max(covered, simulation.begin[t]));
-    covered = std::max(covered, simulation.end[t]);
+    busy += std::max(0.0, ends[t] - std::max(covered, simulation.begin[t]));
+    covered = std::max(covered, ends[t]);
   }
   return busy;
 }
@@ -170,13 +177,18 @@ double Simulation::bubble() const {
 Simulation simulate(const Plan& plan, const Costs& costs) {
   costs.validate(plan.num_stages());
   Simulation result;
-  result.begin.resize(plan.size());
-  result.end.resize(plan.size());
   VirtualClock(plan, costs, result).run();
   for (int rank = 0; rank < plan.num_ranks(); ++rank) {
-    result.busy.push_back(busy_time(plan, result, rank));
+    result.busy.push_back(busy_time(plan, costs, result, rank));
   }
   return result;
+}
+
+std::vector<double> end_times(const Plan& plan, const Costs& costs, const Simulation& simulation) {
+  if (!simulation.stretched_end.empty()) return simulation.stretched_end;
+  std::vector<double> ends = simulation.begin;
+  for (TaskId t = 0; t < plan.size(); ++t) ends[t] += costs.of(plan.action(t));
+  return ends;
 }
 
 Order order_of(const Plan& plan, const Simulation& simulation) {
@@ -185,8 +197,7 @@ Order order_of(const Plan& plan, const Simulation& simulation) {
     std::vector<TaskId> tasks(plan.end_of_rank(rank) - plan.first_of_rank(rank));
     std::iota(tasks.begin(), tasks.end(), plan.first_of_rank(rank));
     std::stable_sort(tasks.begin(), tasks.end(), [&](TaskId a, TaskId b) {
-      return simulation.begin[a] != simulation.begin[b] ? simulation.begin[a] < simulation.begin[b]
-                                                        : simulation.end[a] < simulation.end[b];
+      return simulation.begin[a] < simulation.begin[b];
     });
     auto& actions = order.emplace_back();
     for (const TaskId t : tasks) actions.push_back(plan.action(t));

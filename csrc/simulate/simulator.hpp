@@ -11,7 +11,7 @@ namespace pe {
 struct Simulation {
   double makespan = 0;
   std::vector<double> begin;             // by task
-  std::vector<double> end;               // by task
+  std::vector<double> stretched_end;     // by task, where tasks took longer than they cost; else empty
   std::vector<double> busy;              // by rank: time in which at least one of its tasks runs
   std::vector<int> peak_in_flight;       // by rank
   std::vector<int> peak_in_flight_of_stage;
@@ -23,6 +23,9 @@ struct Simulation {
 
 // Throws PlanError if the costs do not fit the plan or the plan cannot end.
 Simulation simulate(const Plan& plan, const Costs& costs);
+
+// When each task ends.
+std::vector<double> end_times(const Plan& plan, const Costs& costs, const Simulation& simulation);
 
 // Each rank's tasks as they began, ties as planned.
 Order order_of(const Plan& plan, const Simulation& simulation);
