@@ -29,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("--data", metavar="PATH", help="file or folder to learn; none: Python's standard library")
-    add("--steps", type=_count, default=360, help="training steps")
+    add("--steps", type=_count, default=480, help="training steps")
     add("--batch", type=_count, default=32, help="rows of a batch")
     add("--context", type=_count, default=64, help="bytes the model sees at once")
     add("--stages", type=_count, default=2, help="stages to cut the model into")
