@@ -7,7 +7,8 @@ ARGS ?=
 
 BIN := .venv/bin
 # A plain "torch" may fetch gigabytes of CUDA packages; the package itself accepts a wide range.
-TORCH := torch==2.13.0
+# Without numpy torch prints a warning.
+TORCH := torch==2.13.0 numpy
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
 .PHONY: train test bench clean

@@ -52,6 +52,20 @@ def differentiable(value: Any) -> list[Tensor]:
     return [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor) and v.requires_grad]
 
 
+def gradient(leaf: Tensor) -> Tensor | None:
+    """The gradient that a backward left at a leaf of ``receive``, in memory of its own.
+
+    Autograd may let it share memory with a parameter's gradient, to which the stage's next microbatch is
+    added while the stage before still reads this one.
+    """
+    grad = leaf.grad
+    if grad is None or grad.layout is not torch.strided:
+        return grad
+    storage = grad.untyped_storage()
+    shared = torch._C._storage_Use_Count(storage._cdata) > 2  # the gradient, and `storage` itself
+    return grad.clone() if shared else grad
+
+
 def detach(value: Any) -> Any:
     """``value`` with its tensors cut from autograd."""
     return pytree.tree_map_only(Tensor, Tensor.detach, value)

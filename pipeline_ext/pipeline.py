@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from . import _C, microbatch, partition, planning
+from .abandoned import lock_out
 from .batchnorm import RecomputationGuard
 from .boundary import differentiable
 from .context import CallerContext
 from .errors import DeadPipeline, InvalidArgument, InvalidSchedule, PipelineError
 from .failure import NO_GRADIENTS, stage_error, timeout_error
 from .report.trace import Profile, Trace
+from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
 from .stage import Stage
 from .step import Step
@@ -119,6 +121,7 @@ class Pipeline:
         self._owner = os.getpid()
 
         guard = RecomputationGuard(modules if overlap else [])
+        self._shared = SharedParameters(modules)
         bodies: dict[tuple[int, str], Callable[[int], None]] = {}
         for stage in self._stages:
             bodies[stage.index, "F"] = stage.forward
@@ -196,8 +199,6 @@ class Pipeline:
             keep_outputs=return_outputs,
         )
         self._run(self._program, step)
-        for stage in self._stages:
-            stage.accumulator.merge()
         step.backward_into_inputs()
         if losses is not None:
             losses[:] = step.losses
@@ -288,9 +289,9 @@ class Pipeline:
         if not self._in_step.acquire(blocking=False):
             raise PipelineError("this pipeline is running a step already; wait for it to end")
         try:
-            shared = self._shared_parameters() if training else frozenset()
-            for stage in self._stages:
-                stage.begin(step, shared)
+            aliases = self._shared.begin() if training else [None] * len(self._stages)
+            for stage, replaced in zip(self._stages, aliases):
+                stage.begin(step, replaced)
             try:
                 result = self._executor.run(
                     program, timeout=self._timeout, record=self._trace_wanted and training
@@ -305,30 +306,22 @@ class Pipeline:
                 if result.outcome == "failed":
                     raise stage_error(program.plan, result, self._executor.dead, training)
                 raise timeout_error(result, self._timeout, self._executor.dead, training)
-            if training and self._trace_wanted:
-                self._trace = Trace(self.plan, result)
+            if training:
+                self._shared.end()
+                if self._trace_wanted:
+                    self._trace = Trace(self.plan, result)
         finally:
             for stage in self._stages:
                 stage.end()
             self._in_step.release()
 
     def _give_up(self, training: bool) -> None:
+        parameters = [p for stage in self._stages for p in stage.parameters()]
         if self._executor.dead:
-            for stage in self._stages:
-                stage.accumulator.close()
+            lock_out((s.thread for s in self._stages if s.thread is not None), parameters)
         if training:
-            for stage in self._stages:
-                for leaf in (*stage.parameters(), *stage.adopted()):
-                    leaf.grad = None
-
-    def _shared_parameters(self) -> frozenset[Tensor]:
-        seen: set[Tensor] = set()
-        shared: set[Tensor] = set()
-        for stage in self._stages:
-            parameters = set(stage.parameters())
-            shared |= seen & parameters
-            seen |= parameters
-        return frozenset(shared)
+            for parameter in parameters:
+                parameter.grad = None
 
     def _caller_context(self) -> CallerContext:
         context = CallerContext.of_this_thread()

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from . import boundary
+from .abandoned import this_thread
 from .errors import InvalidArgument
-from .gradients import Accumulator, leaves_of_graph
 from .step import Step
 
 
@@ -49,13 +50,12 @@ class Stage:
     ) -> None:
         self.index = index
         self.module = module
-        self.accumulator = Accumulator()
+        self.thread: object | None = None  # that runs a backward of this stage
         self._is_last = is_last
         self._loss_fn = loss_fn
         self._step: Step | None = None
         self._in_flight: dict[int, _InFlight] = {}
-        self._trained: list[Tensor] = []
-        self._graph_searched = False
+        self._aliases: dict[str, Tensor] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of the stage, and of its loss function, each once."""
@@ -64,23 +64,17 @@ class Stage:
             found.update(dict.fromkeys(self._loss_fn.parameters()))
         return list(found)
 
-    def adopted(self) -> list[Tensor]:
-        """Leaves that the stage trains in this step though they are no parameters of it."""
-        own = set(self.parameters())
-        return [leaf for leaf in self._trained if leaf not in own]
-
-    def begin(self, step: Step, shared: frozenset[Tensor] = frozenset()) -> None:
-        """Prepares for a step; other stages hold the parameters of ``shared`` too."""
+    def begin(self, step: Step, aliases: dict[str, Tensor] | None = None) -> None:
+        """Prepares for a step, in which the module's parameters named in ``aliases`` are replaced."""
         self._step = step
         self._in_flight = {}
-        self._trained = [p for p in self.parameters() if p.requires_grad]
-        self._graph_searched = False
-        self.accumulator.begin(frozenset(self._trained) - shared)
+        self._aliases = aliases
 
     def end(self) -> None:
         """Lets go of everything that belongs to the step."""
         self._step = None
         self._in_flight = {}
+        self._aliases = None
 
     def forward(self, m: int) -> None:
         """Runs microbatch ``m``, hands the result on, and keeps what its backward needs."""
@@ -104,13 +98,10 @@ class Stage:
         else:
             sent = boundary.differentiable(value)
             step.values[self.index + 1][m] = value
-        if not self._graph_searched:
-            self._graph_searched = True
-            self._adopt_unregistered([*sent, *contributions], received)
         self._in_flight[m] = _InFlight(received, sent, contributions)
 
     def backward(self, m: int) -> None:
-        """Runs microbatch ``m`` backward, hands the gradients of its input on, and adds up the others."""
+        """Runs microbatch ``m`` backward, hands the gradients of its input on, and adds the others to ``.grad``."""
         step = self._step
         step.context.apply()
         received, sent, contributions = self._in_flight.pop(m)
@@ -121,19 +112,16 @@ class Stage:
                 outputs.append(tensor)
                 grads_out.append(grad)
         step.grads[self.index][m] = ()
-        inputs = [*received, *self._trained]
-        if outputs and inputs:
+        if outputs:
+            self.thread = this_thread()
             with step.context.backward():
-                grads = torch.autograd.grad(outputs, inputs, grads_out, allow_unused=True)
-        else:
-            grads = (None,) * len(inputs)
-        grads_in = grads[: len(received)]
+                torch.autograd.backward(outputs, grads_out)
+            self.thread = None
+        grads_in = [boundary.gradient(leaf) for leaf in received]
         if self.index == 0:
             step.input_grads[m] = grads_in
         else:
             step.grads[self.index - 1][m] = grads_in
-        in_use = [g for g in (*grads_in, *grads_out) if g is not None]
-        self.accumulator.add(self._trained, grads[len(received) :], in_use)
 
     def evaluate(self, m: int) -> None:
         """Runs microbatch ``m`` without gradients and hands the result on."""
@@ -160,6 +148,8 @@ class Stage:
             value, received = boundary.receive(value)
             args, kwargs = (value,), {}
         try:
+            if self._aliases:
+                return functional_call(self.module, self._aliases, args, kwargs), received
             return self.module(*args, **kwargs), received
         except Exception as error:
             source = "the step" if self.index == 0 else f"stage {self.index - 1}"
@@ -179,8 +169,3 @@ class Stage:
             )
         weight = step.weights[m]
         return loss if weight == 1 else loss * weight
-
-    def _adopt_unregistered(self, outputs: list[Tensor], received: list[Tensor]) -> None:
-        """Trains leaves that the module uses but does not own, as a closure's or another stage's."""
-        known = {*received, *self._trained}
-        self._trained += [leaf for leaf in leaves_of_graph(outputs) if leaf not in known]

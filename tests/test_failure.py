@@ -301,7 +301,7 @@ def test_a_fork_is_refused_and_can_exit():
 
 def run_python(code, **kwargs):
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
         timeout=120,

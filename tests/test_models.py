@@ -204,12 +204,21 @@ def test_tied_parameters_on_different_stages_are_summed():
     assert plain[3].weight is plain[0].weight
     x, y = torch.randn(8, 6), torch.randn(8, 6)
     reference_step(plain, x, y, 4, F.mse_loss)
+    sums = []
     with pe.Pipeline(model, 4, 4, loss_fn=F.mse_loss) as pipe:
         for _ in range(10):
             model.zero_grad()
             pipe.step(x, target=y)
             torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad)
             assert torch.equal(model[2].weight.grad, plain[2].weight.grad)
+            sums.append(model[0].weight.grad)
+        assert all(torch.equal(total, sums[0]) for total in sums)  # whichever thread came first
+        pipe.step(x, target=y)
+        reference_step(plain, x, y, 4, F.mse_loss)
+        torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad)
+    F.mse_loss(model(x), y).backward()  # the model's own backward is as it was
+    F.mse_loss(plain(x), y).backward()
+    torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad)
 
 
 def test_a_loss_module_is_trained_too():
