@@ -71,7 +71,10 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     context = multiprocessing.get_context("spawn")
-    print(f"{'case':28} {'ranks':>6} {'tasks':>10} {'M tasks/s (min median max)':>28} {'bytes/task: plan':>17} {'simulation':>11}")
+    print(
+        f"{'case':28} {'ranks':>6} {'tasks':>10} {'M tasks/s (min median max)':>28} "
+        f"{'bytes/task: plan':>17} {'simulation':>11}"
+    )
     for case in CASES:
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=measure, args=(case, options.repeats, theirs))

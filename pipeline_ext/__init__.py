@@ -1,5 +1,6 @@
 """Pipeline-parallel training for PyTorch with a native scheduler."""
 
+from ._C import Plan
 from .errors import (
     DeadPipeline,
     InvalidArgument,
@@ -8,7 +9,6 @@ from .errors import (
     StageError,
     StepTimeout,
 )
-from ._C import Plan
 from .pipeline import Pipeline
 from .planning import build_plan, schedule_names
 from .report.trace import Profile, TaskRecord, Trace

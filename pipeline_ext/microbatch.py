@@ -1,5 +1,6 @@
 """Cutting a batch into microbatches, and joining their results."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,23 +12,24 @@ from .errors import InvalidArgument
 
 def batch_size(args: tuple, kwargs: dict) -> int:
     """Length of dimension 0 that all input tensors of one dimension or more share."""
-    size = None
-    for path, leaf in pytree.tree_flatten_with_path((args, kwargs))[0]:
-        if not _is_split(leaf):
-            continue
-        if size is None:
-            size, first = leaf.shape[0], path
-        elif leaf.shape[0] != size:
-            raise InvalidArgument(
-                f"input {_name(first)} has {size} rows and input {_name(path)} has "
-                f"{leaf.shape[0]}; every input tensor is cut along dimension 0, so give all of them "
-                "the batch there, or make one that belongs to no row a buffer of the model"
-            )
-    if size is None:
+    sizes = {leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if _is_split(leaf)}
+    if not sizes:
         raise InvalidArgument(
             "no input tensor has a batch dimension; give at least one of one dimension or more"
         )
-    return size
+    if len(sizes) > 1:
+        rows = [
+            (_name(path), leaf.shape[0])
+            for path, leaf in pytree.tree_flatten_with_path((args, kwargs))[0]
+            if _is_split(leaf)
+        ]
+        (first, size), (other, differs) = rows[0], next(r for r in rows if r[1] != rows[0][1])
+        raise InvalidArgument(
+            f"input {first} has {size} rows and input {other} has {differs}; every input tensor is cut "
+            "along dimension 0, so give all of them the batch there, or make one that belongs to no row "
+            "a buffer of the model"
+        )
+    return sizes.pop()
 
 
 def split(value: Any, size: int, microbatches: int, what: str) -> list[Any]:
@@ -36,21 +38,24 @@ def split(value: Any, size: int, microbatches: int, what: str) -> list[Any]:
     What is no tensor, or has no dimension, goes to every microbatch as it is.
     Raises InvalidArgument if a tensor of ``value`` does not have ``size`` rows.
     """
-    flat, spec = pytree.tree_flatten(value)
-    columns = []
-    for leaf in flat:
+
+    def cut(leaf: Any) -> Sequence[Any]:
         if not _is_split(leaf):
-            columns.append([leaf] * microbatches)
-            continue
+            return [leaf] * microbatches
         if leaf.shape[0] != size:
             raise InvalidArgument(
                 f"{what} has {leaf.shape[0]} rows where the batch has {size}; give it one row for "
                 "each of the batch's"
             )
-        columns.append(leaf.tensor_split(microbatches))
-    if len(columns) == 1 and spec.is_leaf():
-        return list(columns[0])
-    return [pytree.tree_unflatten(list(row), spec) for row in zip(*columns)] or [value] * microbatches
+        return leaf.tensor_split(microbatches)
+
+    if isinstance(value, Tensor):
+        return list(cut(value))
+    flat, spec = pytree.tree_flatten(value)
+    columns = [cut(leaf) for leaf in flat]
+    return [
+        pytree.tree_unflatten([column[m] for column in columns], spec) for m in range(microbatches)
+    ]
 
 
 def lengths(size: int, microbatches: int) -> list[int]:

@@ -15,7 +15,7 @@ from .abandoned import lock_out
 from .batchnorm import RecomputationGuard
 from .boundary import differentiable
 from .context import CallerContext
-from .errors import DeadPipeline, InvalidArgument, InvalidSchedule, PipelineError
+from .errors import DeadPipeline, InvalidArgument, PipelineError
 from .failure import NO_GRADIENTS, stage_error, timeout_error
 from .report.trace import Profile, Trace
 from .shared import SharedParameters
@@ -92,7 +92,7 @@ class Pipeline:
         num_ranks = planning.cpu_ranks(devices)
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
 
-        self.microbatches = microbatches
+        self.microbatches: int = microbatches
         self.plan = planning.build_plan(
             schedule,
             num_stages=len(modules),

@@ -101,7 +101,7 @@ class Stage:
         self._in_flight[m] = _InFlight(received, sent, contributions)
 
     def backward(self, m: int) -> None:
-        """Runs microbatch ``m`` backward, hands the gradients of its input on, and adds the others to ``.grad``."""
+        """Runs microbatch ``m`` backward; sends its input's gradients back, adds the others to ``.grad``."""
         step = self._step
         step.context.apply()
         received, sent, contributions = self._in_flight.pop(m)

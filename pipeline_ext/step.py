@@ -36,16 +36,23 @@ class Step:
         self.outputs: list[Any] = [None] * microbatches
         self.losses: list[Tensor | None] = [None] * microbatches  # unweighted
         # Where the inputs themselves require a gradient: the tensors, and their gradients.
-        self.input_tensors: list[list[Tensor]] = [differentiable(value) for value in inputs]
-        self.input_grads: list[list[Tensor | None]] = [[] for _ in range(microbatches)]
+        needed = differentiable(inputs[0])
+        self.input_tensors: list[list[Tensor]] = (
+            [differentiable(value) for value in inputs] if needed else [[]] * microbatches
+        )
+        self.input_grads: list[list[Tensor | None]] = [[]] * microbatches
 
     def total_loss(self) -> Tensor:
         """Sum of all contributions: microbatch by microbatch, in each the loss, then the stages' own."""
         *earlier, last = self.contributions
-        return sum(
-            sum((c for stage in earlier for c in stage[m]), start=sum(last[m]))
-            for m in range(len(last))
-        )
+        total = 0
+        for m, contributions in enumerate(last):
+            of_m = sum(contributions)
+            for stage in earlier:
+                for contribution in stage[m]:
+                    of_m = of_m + contribution
+            total = total + of_m
+        return total
 
     def backward_into_inputs(self) -> None:
         """Carries the gradients of the step's inputs on into the graph that made them."""

@@ -113,7 +113,7 @@ def test_what_was_not_measured_is_not_shown():
     with pe.Pipeline(model(), 2, 2, loss_fn=F.mse_loss, trace=False) as pipe:
         pipe.step(torch.randn(4, 4), target=torch.randn(4, 4))
         with pytest.raises(pe.PipelineError, match="trace=False"):
-            pipe.trace
+            pipe.profile()
 
 
 def test_costs_that_do_not_fit_the_plan():
