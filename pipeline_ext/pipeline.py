@@ -128,6 +128,7 @@ class Pipeline:
             bodies[stage.index, "B"] = guard.watch(stage.backward)
         self._program = _C.Program(self.plan, bodies)
         self._eval_programs: dict[int, _C.Program] = {}
+        _C.keep_freed_memory()
         executor = _C.HostExecutor(_thread_names(self.plan))
         self._executor = executor
         self._close = weakref.finalize(self, _close, executor, guard)

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "bindings/module.hpp"
+#include "runtime/allocator.hpp"
 #include "runtime/host_executor.hpp"
 
 namespace py = pybind11;
@@ -133,6 +134,9 @@ const char* outcome_name(Outcome outcome) {
 }  // namespace
 
 void bind_runtime(py::module_& m) {
+  m.def("keep_freed_memory", &keep_freed_memory,
+        "Tells glibc, once for the process, not to give freed memory back; returns whether it did.");
+
   py::class_<PyProgram>(m, "Program", R"(A plan and what its tasks do.
 
 ``bodies`` maps (stage, kind), as in ``(0, "F")``, to a callable that takes the microbatch.)")
