@@ -1,7 +1,7 @@
 """Values that pass from one stage to the next.
 
-A value is any pytree of tensors. In one process its tensors are handed over themselves; autograd is
-cut between the stages, so that each stage's backward runs on its own.
+A value is any pytree of tensors. In one process its tensors are handed over themselves; autograd is cut
+between the stages, so that each stage's backward runs on its own.
 """
 
 from typing import Any
@@ -11,59 +11,78 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-class _Identity(torch.autograd.Function):
-    """Gives a leaf a successor that shares its memory and version but may be changed in place."""
+class Received:
+    """A tensor that a stage was given, and in the end the gradient that its backward found for it."""
+
+    __slots__ = ("grad",)
+
+    def __init__(self) -> None:
+        self.grad: Tensor | None = None
+
+    def gradient(self) -> Tensor | None:
+        """The gradient, in memory of its own.
+
+        Autograd may let it share memory with a parameter's gradient, to which the stage's next microbatch
+        is added while the stage before still reads this one.
+        """
+        grad = self.grad
+        if grad is None or grad.layout is not torch.strided:
+            return grad
+        storage = grad.untyped_storage()
+        shared = torch._C._storage_Use_Count(storage._cdata) > 2  # the gradient, and `storage` itself
+        return grad.clone() if shared else grad
+
+
+class _Entry(torch.autograd.Function):
+    """Where a stage's backward ends: keeps the gradient as it comes, in its own memory layout.
+
+    The result shares memory and version with the tensor but may be changed in place.
+    """
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+    def forward(ctx: Any, leaf: Tensor, received: Received) -> Tensor:
+        ctx.received = received
         return leaf.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        ctx.received.grad = grad
+        return None, None
 
 
-def receive(value: Any) -> tuple[Any, list[Tensor]]:
-    """The value a stage works on, and the leaves at which its backward ends.
+def receive(value: Any, own: bool = False) -> tuple[Any, list[Received]]:
+    """The value a stage works on, and what will hold the gradients of its tensors.
 
-    There is one leaf for each tensor of ``value`` that requires a gradient, in pytree order: as
-    ``differentiable(value)`` lists them for the stage that made it.
+    There is one ``Received`` for each tensor of ``value`` that requires a gradient, as
+    ``differentiable(value)`` lists them for the stage that made it. With ``own`` such tensors are copied.
     """
+    entered: dict[int, tuple[Tensor, Received]] = {}
+
+    def enter(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        if id(tensor) not in entered:
+            received = Received()
+            leaf = tensor.detach()
+            leaf = (leaf.clone() if own else leaf).requires_grad_()
+            entered[id(tensor)] = _Entry.apply(leaf, received), received
+        return entered[id(tensor)][0]
+
     if isinstance(value, Tensor):
-        return _receive_tensor(value, leaves := []), leaves
-    flat, spec = pytree.tree_flatten(value)
-    leaves = []
-    received = [_receive_tensor(v, leaves) if isinstance(v, Tensor) else v for v in flat]
-    return pytree.tree_unflatten(received, spec), leaves
-
-
-def _receive_tensor(tensor: Tensor, leaves: list[Tensor]) -> Tensor:
-    if not tensor.requires_grad:
-        return tensor
-    leaf = tensor.detach().requires_grad_()
-    leaves.append(leaf)
-    return _Identity.apply(leaf)
+        value = enter(value)
+    else:
+        flat, spec = pytree.tree_flatten(value)
+        flat = [enter(v) if isinstance(v, Tensor) else v for v in flat]
+        value = pytree.tree_unflatten(flat, spec)
+    return value, [received for _, received in entered.values()]
 
 
 def differentiable(value: Any) -> list[Tensor]:
-    """The tensors of ``value`` that require a gradient, in pytree order."""
+    """The tensors of ``value`` that require a gradient, in pytree order, each once."""
     if isinstance(value, Tensor):
         return [value] if value.requires_grad else []
-    return [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor) and v.requires_grad]
-
-
-def gradient(leaf: Tensor) -> Tensor | None:
-    """The gradient that a backward left at a leaf of ``receive``, in memory of its own.
-
-    Autograd may let it share memory with a parameter's gradient, to which the stage's next microbatch is
-    added while the stage before still reads this one.
-    """
-    grad = leaf.grad
-    if grad is None or grad.layout is not torch.strided:
-        return grad
-    storage = grad.untyped_storage()
-    shared = torch._C._storage_Use_Count(storage._cdata) > 2  # the gradient, and `storage` itself
-    return grad.clone() if shared else grad
+    tensors = (v for v in pytree.tree_leaves(value) if isinstance(v, Tensor) and v.requires_grad)
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def detach(value: Any) -> Any:

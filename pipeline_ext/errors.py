@@ -26,6 +26,15 @@ class StageError(PipelineError):
         self.microbatch = microbatch
         self.rank = rank
 
+    def __reduce__(self):
+        place = (self.action, self.stage, self.microbatch, self.rank)
+        return _stage_error, (str(self), *place)
+
+
+def _stage_error(message: str, action: str, stage: int, microbatch: int, rank: int) -> StageError:
+    """Remakes a pickled StageError."""
+    return StageError(message, action=action, stage=stage, microbatch=microbatch, rank=rank)
+
 
 class StepTimeout(PipelineError, TimeoutError):
     """A step made no progress for ``timeout`` seconds; the message lists who waits for what."""

@@ -1,7 +1,7 @@
 """A step's failure, as the exception the user sees."""
 
 from . import _C
-from .errors import StageError, StepTimeout
+from .errors import DeadPipeline, StageError, StepTimeout
 
 NO_GRADIENTS = (
     "every .grad of the model is None; buffers and random state may have advanced"
@@ -32,6 +32,12 @@ def stage_error(
     )
     failure.__cause__ = error
     return failure
+
+
+def closed_error(training: bool) -> DeadPipeline:
+    """The exception for a step during which the pipeline was closed."""
+    state = f"; {NO_GRADIENTS}" if training else ""
+    return DeadPipeline(f"the pipeline was closed while a step ran{state}")
 
 
 def timeout_error(

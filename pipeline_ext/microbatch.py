@@ -35,19 +35,28 @@ def batch_size(args: tuple, kwargs: dict) -> int:
 def split(value: Any, size: int, microbatches: int, what: str) -> list[Any]:
     """``value`` cut leaf by leaf with ``Tensor.tensor_split`` along dimension 0.
 
-    What is no tensor, or has no dimension, goes to every microbatch as it is.
-    Raises InvalidArgument if a tensor of ``value`` does not have ``size`` rows.
+    What is no tensor, or has no dimension, goes to every microbatch as it is. The parts share the tensor's
+    memory, but each has a version of its own: one that is changed in place does not spoil what the
+    backward of another needs.
+    Raises InvalidArgument if a tensor of ``value`` does not have ``size`` rows, or for another library's
+    array.
     """
 
     def cut(leaf: Any) -> Sequence[Any]:
         if not _is_split(leaf):
+            if not isinstance(leaf, Tensor) and hasattr(leaf, "__array__"):
+                raise InvalidArgument(
+                    f"{what} is a {type(leaf).__module__}.{type(leaf).__name__}; give a tensor, as "
+                    "torch.as_tensor makes of it"
+                )
             return [leaf] * microbatches
         if leaf.shape[0] != size:
             raise InvalidArgument(
                 f"{what} has {leaf.shape[0]} rows where the batch has {size}; give it one row for "
                 "each of the batch's"
             )
-        return leaf.tensor_split(microbatches)
+        parts = leaf.tensor_split(microbatches)
+        return parts if leaf.requires_grad else [part.data for part in parts]
 
     if isinstance(value, Tensor):
         return list(cut(value))

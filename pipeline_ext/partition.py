@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from .errors import InvalidArgument
@@ -78,6 +79,13 @@ def cut(
     layers = _open(model)
     if not layers:
         raise InvalidArgument(f"{type(model).__name__} has no child modules to cut; {_LIST_FORM}")
+    own = [*model._parameters, *model._buffers]
+    if own or _has_hooks(model):
+        raise InvalidArgument(
+            f"{type(model).__name__} has "
+            + (f"parameters or buffers of its own ({', '.join(own)})" if own else "hooks of its own")
+            + f", which would be lost, for its children run without it; {_LIST_FORM}"
+        )
     if cuts is not None:
         starts = _starts_of(cuts, [name for name, _ in layers], num_stages)
     else:
@@ -134,17 +142,34 @@ def _runs_children_in_order(module: nn.Module) -> bool:
 def _open(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     """Layers with their names; containers that only hold layers are opened."""
     layers = []
-    for name, child in model.named_children():
-        is_container = isinstance(child, nn.ModuleList) or _runs_children_in_order(child)
-        has_hooks = child._forward_hooks or child._forward_pre_hooks
-        if is_container and not has_hooks and len(child) > 0:
+    for name, child in model._modules.items():  # a layer that is there twice runs twice
+        if child is None:
+            continue
+        is_list = type(child).forward is nn.ModuleList.forward and isinstance(child, nn.ModuleList)
+        is_container = is_list or _runs_children_in_order(child)
+        if is_container and not _has_hooks(child) and len(child) > 0:
             layers += _open(child, f"{prefix}{name}.")
         else:
             layers.append((prefix + name, child))
     return layers
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )
+
+
 def _starts_of(cuts: Sequence[str | int], names: list[str], num_stages: int | None) -> list[int]:
+    if isinstance(cuts, str) or not all(isinstance(c, (str, int)) for c in cuts):
+        raise InvalidArgument(
+            f"cuts is {cuts!r}; give a list of layer names or positions, as in cuts=[{names[-1]!r}]"
+        )
     starts = [0]
     for cut_at in cuts:
         position = _position(cut_at, names)
@@ -201,6 +226,11 @@ def _parameter_counts(layers: Sequence[nn.Module]) -> list[float]:
 
     Each layer weighs a little besides, so that layers without parameters spread evenly.
     """
+    lazy = [p for layer in layers for p in layer.parameters() if is_lazy(p)]
+    if lazy:
+        raise InvalidArgument(
+            "the model has lazy parameters, whose size is not known yet; run it once before cutting it"
+        )
     seen: set[Tensor] = set()
     counts = []
     for layer in layers:

@@ -1,10 +1,11 @@
 """Pipeline: the object the user holds."""
 
 import math
+import operator
 import os
 import threading
 import weakref
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from . import _C, microbatch, partition, planning
 from .abandoned import lock_out
-from .batchnorm import RecomputationGuard
 from .boundary import differentiable
 from .context import CallerContext
 from .errors import DeadPipeline, InvalidArgument, PipelineError
-from .failure import NO_GRADIENTS, stage_error, timeout_error
+from .failure import NO_GRADIENTS, closed_error, stage_error, timeout_error
+from .recomputation import RecomputationGuard
 from .report.trace import Profile, Trace
 from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
@@ -79,8 +80,8 @@ class Pipeline:
         timeout: float = 1800.0,
         trace: bool = True,
     ) -> None:
-        _check_count("num_stages", num_stages, optional=True)
-        _check_count("microbatches", microbatches)
+        num_stages = None if num_stages is None else _count("num_stages", num_stages)
+        microbatches = _count("microbatches", microbatches)
         if loss_fn is not None and not callable(loss_fn):
             raise InvalidArgument(
                 f"loss_fn is {loss_fn!r}; give a function of output and target that returns a scalar"
@@ -92,14 +93,14 @@ class Pipeline:
         num_ranks = planning.cpu_ranks(devices)
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
 
-        self.microbatches: int = microbatches
+        self.microbatches = microbatches
         self.plan = planning.build_plan(
             schedule,
             num_stages=len(modules),
             microbatches=microbatches,
             num_ranks=num_ranks,
-            overlap=overlap,
-            reactive=reactive,
+            overlap=bool(overlap),
+            reactive=bool(reactive),
         )
         planning.check_trainable(self.plan)
         self._stages = [
@@ -120,11 +121,11 @@ class Pipeline:
         self._in_step = threading.Lock()
         self._owner = os.getpid()
 
-        guard = RecomputationGuard(modules if overlap else [])
-        self._shared = SharedParameters(modules)
+        guard = RecomputationGuard(modules, overlap=overlap, threads=self.plan.num_workers)
+        self._shared = SharedParameters([stage.modules() for stage in self._stages])
         bodies: dict[tuple[int, str], Callable[[int], None]] = {}
         for stage in self._stages:
-            bodies[stage.index, "F"] = stage.forward
+            bodies[stage.index, "F"] = self._shared.watch(stage.index, stage.forward)
             bodies[stage.index, "B"] = guard.watch(stage.backward)
         self._program = _C.Program(self.plan, bodies)
         self._eval_programs: dict[int, _C.Program] = {}
@@ -139,7 +140,7 @@ class Pipeline:
         self,
         *args: Any,
         target: Any = None,
-        losses: MutableSequence[Tensor] | None = None,
+        losses: list[Tensor] | None = None,
         return_outputs: bool = False,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Any]:
@@ -178,6 +179,8 @@ class Pipeline:
                 "step computes gradients, but was called where they are off (torch.no_grad or "
                 "inference_mode); call it outside, or use eval()"
             )
+        if losses is not None and not isinstance(losses, list):
+            raise InvalidArgument(f"losses is a {type(losses).__name__}; give a list, to be filled")
         size = microbatch.batch_size(args, kwargs)
         count = self.microbatches
         if size < count:
@@ -200,11 +203,18 @@ class Pipeline:
             keep_outputs=return_outputs,
         )
         self._run(self._program, step)
-        step.backward_into_inputs()
+        try:
+            self._shared.end()
+            step.backward_into_inputs()
+            loss = step.total_loss()
+            outputs = microbatch.merge(step.outputs) if return_outputs else None
+        except BaseException as error:
+            self._give_up(training=True)
+            error.add_note(NO_GRADIENTS)
+            raise
         if losses is not None:
             losses[:] = step.losses
-        loss = step.total_loss()
-        return (loss, microbatch.merge(step.outputs)) if return_outputs else loss
+        return (loss, outputs) if return_outputs else loss
 
     def eval(self, *args: Any, **kwargs: Any) -> Any:
         """Runs one batch forward without gradients and returns the last stage's output.
@@ -290,9 +300,10 @@ class Pipeline:
         if not self._in_step.acquire(blocking=False):
             raise PipelineError("this pipeline is running a step already; wait for it to end")
         try:
-            aliases = self._shared.begin() if training else [None] * len(self._stages)
-            for stage, replaced in zip(self._stages, aliases):
-                stage.begin(step, replaced)
+            if training:
+                self._shared.begin()
+            for stage in self._stages:
+                stage.begin(step)
             try:
                 result = self._executor.run(
                     program, timeout=self._timeout, record=self._trace_wanted and training
@@ -306,17 +317,19 @@ class Pipeline:
                 self._give_up(training)
                 if result.outcome == "failed":
                     raise stage_error(program.plan, result, self._executor.dead, training)
+                if result.outcome == "closed":
+                    raise closed_error(training)
                 raise timeout_error(result, self._timeout, self._executor.dead, training)
-            if training:
-                self._shared.end()
-                if self._trace_wanted:
-                    self._trace = Trace(self.plan, result)
+            if training and self._trace_wanted:
+                self._trace = Trace(self.plan, result)
         finally:
             for stage in self._stages:
                 stage.end()
             self._in_step.release()
 
     def _give_up(self, training: bool) -> None:
+        if self._executor.dead:
+            self._shared.give_up()
         parameters = [p for stage in self._stages for p in stage.parameters()]
         if self._executor.dead:
             lock_out((s.thread for s in self._stages if s.thread is not None), parameters)
@@ -331,24 +344,27 @@ class Pipeline:
         return self._context
 
     def _check_alive(self) -> None:
+        if os.getpid() != self._owner:
+            raise DeadPipeline(
+                "this pipeline was made in another process, and threads do not survive a fork; make it "
+                "in the process that uses it"
+            )
         if not self._close.alive:
             raise DeadPipeline("this pipeline is closed; make a new one")
         if self._executor.dead:
             raise DeadPipeline(
                 "this pipeline is dead: a stage's code never returned in an earlier step; make a new one"
             )
-        if os.getpid() != self._owner:
-            raise DeadPipeline(
-                "this pipeline was made in another process, and threads do not survive a fork; make it "
-                "in the process that uses it"
-            )
 
 
-def _check_count(name: str, value: Any, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _count(name: str, value: Any) -> int:
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if not 1 <= count < 2**31:
         raise InvalidArgument(f"{name} is {value!r}; give a whole number of at least 1")
+    return count
 
 
 def _thread_names(plan: _C.Plan) -> list[str]:

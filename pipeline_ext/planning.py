@@ -96,7 +96,7 @@ def cpu_ranks(devices: Sequence[str | torch.device] | None) -> int | None:
     """
     if devices is None:
         return None
-    if isinstance(devices, (str, torch.device)) or len(devices) == 0:
+    if not isinstance(devices, (list, tuple)) or len(devices) == 0:
         raise InvalidArgument(
             f'devices is {devices!r}; give a list with one entry for each rank, as in ["cpu", "cpu"]'
         )

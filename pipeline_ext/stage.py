@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from . import boundary
 from .abandoned import this_thread
@@ -29,7 +28,7 @@ class WithLoss:
 class _InFlight(NamedTuple):
     """What a microbatch's backward needs."""
 
-    received: list[Tensor]  # leaves at the stage's entry
+    received: list[boundary.Received]
     sent: list[Tensor]  # tensors at its exit that require a gradient
     contributions: list[Tensor]  # scalars of this stage in the total loss
 
@@ -55,26 +54,24 @@ class Stage:
         self._loss_fn = loss_fn
         self._step: Step | None = None
         self._in_flight: dict[int, _InFlight] = {}
-        self._aliases: dict[str, Tensor] | None = None
+
+    def modules(self) -> list[nn.Module]:
+        """The stage's module, and its loss function where that is one."""
+        return [m for m in (self.module, self._loss_fn) if isinstance(m, nn.Module)]
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of the stage, and of its loss function, each once."""
-        found = dict.fromkeys(self.module.parameters())
-        if isinstance(self._loss_fn, nn.Module):
-            found.update(dict.fromkeys(self._loss_fn.parameters()))
-        return list(found)
+        return list(dict.fromkeys(p for module in self.modules() for p in module.parameters()))
 
-    def begin(self, step: Step, aliases: dict[str, Tensor] | None = None) -> None:
-        """Prepares for a step, in which the module's parameters named in ``aliases`` are replaced."""
+    def begin(self, step: Step) -> None:
+        """Prepares for a step."""
         self._step = step
         self._in_flight = {}
-        self._aliases = aliases
 
     def end(self) -> None:
         """Lets go of everything that belongs to the step."""
         self._step = None
         self._in_flight = {}
-        self._aliases = None
 
     def forward(self, m: int) -> None:
         """Runs microbatch ``m``, hands the result on, and keeps what its backward needs."""
@@ -102,6 +99,7 @@ class Stage:
 
     def backward(self, m: int) -> None:
         """Runs microbatch ``m`` backward; sends its input's gradients back, adds the others to ``.grad``."""
+        self.thread = this_thread()
         step = self._step
         step.context.apply()
         received, sent, contributions = self._in_flight.pop(m)
@@ -113,15 +111,14 @@ class Stage:
                 grads_out.append(grad)
         step.grads[self.index][m] = ()
         if outputs:
-            self.thread = this_thread()
             with step.context.backward():
                 torch.autograd.backward(outputs, grads_out)
-            self.thread = None
-        grads_in = [boundary.gradient(leaf) for leaf in received]
+        grads_in = [tensor.gradient() for tensor in received]
         if self.index == 0:
             step.input_grads[m] = grads_in
         else:
             step.grads[self.index - 1][m] = grads_in
+        self.thread = None
 
     def evaluate(self, m: int) -> None:
         """Runs microbatch ``m`` without gradients and hands the result on."""
@@ -136,20 +133,18 @@ class Stage:
         else:
             step.values[self.index + 1][m] = value
 
-    def _run_module(self, step: Step, m: int) -> tuple[Any, list[Tensor]]:
+    def _run_module(self, step: Step, m: int) -> tuple[Any, list[boundary.Received]]:
         if self.index == 0:
             value = step.inputs[m]
-            received: list[Tensor] = []
+            received: list[boundary.Received] = []
             if step.input_tensors[m]:
-                value, received = boundary.receive(value)
+                value, received = boundary.receive(value, own=True)
             args, kwargs = value
         else:
             value, step.values[self.index][m] = step.values[self.index][m], None
             value, received = boundary.receive(value)
             args, kwargs = (value,), {}
         try:
-            if self._aliases:
-                return functional_call(self.module, self._aliases, args, kwargs), received
             return self.module(*args, **kwargs), received
         except Exception as error:
             source = "the step" if self.index == 0 else f"stage {self.index - 1}"

@@ -70,9 +70,19 @@ HostExecutor::ThreadHooks python_threads(int num_workers) {
           }};
 }
 
-std::unique_ptr<HostExecutor> make_executor(const std::vector<std::string>& thread_names) {
+// Joining threads that must give up their Python state needs them to get the GIL.
+struct DeleteWithoutGil {
+  void operator()(HostExecutor* executor) const {
+    py::gil_scoped_release release;
+    delete executor;
+  }
+};
+
+std::unique_ptr<HostExecutor, DeleteWithoutGil> make_executor(
+    const std::vector<std::string>& thread_names) {
   const int workers = static_cast<int>(thread_names.size());
-  return std::make_unique<HostExecutor>(workers, thread_names, python_threads(workers));
+  return std::unique_ptr<HostExecutor, DeleteWithoutGil>(
+      new HostExecutor(workers, thread_names, python_threads(workers)));
 }
 
 // Raises what a signal handler raised (KeyboardInterrupt) once the step has stopped.
@@ -93,11 +103,18 @@ StepResult run(HostExecutor& executor, const PyProgram& program, double timeout,
     return raised;
   };
   StepResult result;
-  {
-    py::gil_scoped_release release;
+  std::exception_ptr refused;
+  // The raw calls, for the same reason as in PythonBody.
+  PyThreadState* const thread = PyEval_SaveThread();
+  try {
     result = executor.run(program.program, options);
+  } catch (const std::logic_error&) {
+    refused = std::current_exception();
   }
-  if (executor.dead()) program.bodies.inc_ref();  // leaked: an abandoned thread is still inside one
+  const bool dead = executor.dead();
+  PyEval_RestoreThread(thread);
+  if (refused) std::rethrow_exception(refused);
+  if (dead) program.bodies.inc_ref();  // leaked: an abandoned thread is still inside one
   if (signal != nullptr) {
     const py::object error = py::reinterpret_steal<py::object>(signal);
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
@@ -127,6 +144,8 @@ const char* outcome_name(Outcome outcome) {
       return "interrupted";
     case Outcome::TimedOut:
       return "timed out";
+    case Outcome::Closed:
+      return "closed";
   }
   return "";
 }
@@ -160,12 +179,14 @@ void bind_runtime(py::module_& m) {
       .def_readonly("peak_by_stage", &StepResult::peak_by_stage)
       .def_readonly("peak_by_rank", &StepResult::peak_by_rank);
 
-  py::class_<HostExecutor>(m, "HostExecutor", "Native threads, one a worker, that run one step after another.")
+  py::class_<HostExecutor, std::unique_ptr<HostExecutor, DeleteWithoutGil>>(
+      m, "HostExecutor", "Native threads, one a worker, that run one step after another.")
       .def(py::init(&make_executor), py::arg("thread_names"))
       .def("run", &run, py::arg("program"), py::kw_only(), py::arg("timeout"),
            py::arg("record") = true)
       .def("close", &HostExecutor::close, py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("dead", &HostExecutor::dead);
+      .def_property_readonly("dead", py::cpp_function(&HostExecutor::dead,
+                                                      py::call_guard<py::gil_scoped_release>()));
 }
 
 }  // namespace pe

@@ -55,10 +55,17 @@ struct HostExecutor::Shared {
         running(num_workers, kNoTask),
         abandoned(num_workers, false) {}
 
+  // Threads are left only where the executor died on one of its own: nobody could join them.
+  ~Shared() {
+    for (std::thread& thread : threads) thread.detach();
+  }
+
   const ThreadHooks hooks;
   std::mutex mutex;                           // guards all below
   std::vector<std::condition_variable> work;  // by worker: there may be a task
   std::condition_variable over;               // the step is over
+  std::condition_variable idle;               // there is no step
+  std::thread::id runner;                     // that called run()
   std::unique_ptr<Step> step;                 // the one that runs, if any
   std::unique_ptr<Step> lost;                 // the one that abandoned threads are still inside
   std::vector<TaskId> running;                // by worker
@@ -123,7 +130,10 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
     const Nanoseconds ended = now();
 
     lock.lock();
-    if (s.abandoned[me]) return;  // the step is gone
+    if (s.abandoned[me]) {  // the step is gone
+      lock.unlock();  // before `error` dies, whose destructor may need a lock of the body's own language
+      return;
+    }
     s.running[me] = kNoTask;
     --step->running;
     step->last_progress = ended;
@@ -143,8 +153,7 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
     }
     if (step->over()) s.over.notify_one();
     if (error) {
-      // Its destructor may need a lock of the body's own language.
-      lock.unlock();
+      lock.unlock();  // as above
       error = nullptr;
       lock.lock();
     }
@@ -166,6 +175,7 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
     throw std::logic_error("the plan is for another number of workers");
   }
   s.step = std::make_unique<Step>(std::move(program), options.record);
+  s.runner = std::this_thread::get_id();
   Step& step = *s.step;
   for (auto& worker : s.work) worker.notify_one();
 
@@ -204,7 +214,9 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   result.peak_by_rank = step.scheduler.peak_by_rank();
   std::unique_ptr<Step> ended = std::move(s.step);
   if (s.dead) s.lost = std::move(ended);
+  s.runner = {};
   lock.unlock();
+  s.idle.notify_all();
   return result;
 }
 
@@ -228,14 +240,26 @@ void HostExecutor::close() {
     return;
   }
   Shared& s = *shared_;
-  {
-    std::lock_guard lock(s.mutex);
-    if (s.closing) return;
-    s.closing = true;
-  }
+  std::unique_lock lock(s.mutex);
+  s.closing = true;
   for (auto& worker : s.work) worker.notify_one();
-  for (int worker = 0; worker < num_workers_; ++worker) {
-    s.abandoned[worker] ? s.threads[worker].detach() : s.threads[worker].join();
+  if (s.step) {
+    if (!s.step->stopping) s.step->result.outcome = Outcome::Closed;
+    s.step->stopping = true;
+    s.over.notify_one();
+  }
+  const auto me = std::this_thread::get_id();
+  if (s.runner == me) return;
+  for (const std::thread& thread : s.threads) {
+    if (thread.get_id() == me) return;
+  }
+  s.idle.wait(lock, [&] { return s.step == nullptr; });
+  std::vector<std::thread> threads = std::move(s.threads);
+  s.threads.clear();
+  const std::vector<bool> abandoned = s.abandoned;
+  lock.unlock();
+  for (std::size_t worker = 0; worker < threads.size(); ++worker) {
+    abandoned[worker] ? threads[worker].detach() : threads[worker].join();
   }
 }
 

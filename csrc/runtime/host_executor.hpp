@@ -21,6 +21,7 @@ enum class Outcome {
   Failed,       // a body threw
   Interrupted,  // `poll` asked to stop
   TimedOut,     // nothing began or ended for `timeout`
+  Closed,       // close() was called meanwhile
 };
 
 struct StepResult {
@@ -62,7 +63,9 @@ class HostExecutor {
   // Throws std::logic_error when closed, dead, busy, or given a program for other workers.
   StepResult run(std::shared_ptr<const Program> program, const RunOptions& options);
 
-  // Joins all threads but abandoned ones. In a forked child, which has no threads, does nothing.
+  // Stops a step that runs, waits until it has, and joins all threads but abandoned ones. Called from
+  // inside that step, by a body or by `poll`, it only asks for all this; the destructor then does the rest.
+  // In a forked child, which has no threads, does nothing.
   void close();
 
   bool dead() const;

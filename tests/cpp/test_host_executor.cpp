@@ -193,6 +193,39 @@ TEST(a_pool_refuses_what_it_cannot_run) {
   CHECK_THROWS(pool.run(program_of(plan, {}), {}), std::logic_error, "closed");
 }
 
+TEST(closing_stops_a_running_step) {
+  const auto plan = shared_plan(make_plan(find_schedule("1f1b"), 2, 2, 1000, {}));
+  Pool pool(2);
+  std::atomic<bool> inside{false};
+  const auto program = program_of(plan, [&](const Action&) {
+    inside = true;
+    std::this_thread::sleep_for(1ms);
+  });
+  StepResult result;
+  std::thread runner([&] { result = pool.run(program, {}); });
+  while (!inside) std::this_thread::yield();
+  pool.close();
+  runner.join();
+  CHECK(result.outcome == Outcome::Closed);
+}
+
+TEST(closing_from_inside_a_step_stops_it) {
+  const auto plan = shared_plan(make_plan(find_schedule("1f1b"), 2, 2, 50, {}));
+  for (const bool by_poll : {false, true}) {
+    Pool pool(2);
+    const auto program = program_of(plan, [&](const Action& a) {
+      std::this_thread::sleep_for(2ms);
+      if (!by_poll && a == Action{1, 3, Kind::B}) pool.close();
+    });
+    RunOptions options;
+    options.poll = [&] {
+      if (by_poll) pool.close();
+      return false;
+    };
+    CHECK(pool.run(program, options).outcome == Outcome::Closed);
+  }
+}
+
 TEST(a_body_may_be_missing) {
   const auto plan = shared_plan(
       make_plan(order_from_csv("0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0,1SEND_B0\n"), {}));
