@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, PipelineError
 
 
 def batch_size(args: tuple, kwargs: dict) -> int:
@@ -76,11 +76,12 @@ def lengths(size: int, microbatches: int) -> list[int]:
 def merge(parts: list[Any]) -> Any:
     """The whole batch's value from its microbatches': tensors joined along dimension 0.
 
-    Tensors without a dimension are stacked; what is no tensor is taken from the first microbatch.
+    Tensors without a dimension are stacked; what is no tensor is taken from the first microbatch. Raises
+    PipelineError if they cannot be joined.
     """
     flats, specs = zip(*(pytree.tree_flatten(part) for part in parts))
     if any(spec != specs[0] for spec in specs):
-        raise InvalidArgument(
+        raise PipelineError(
             "the microbatches' outputs differ in structure and cannot be joined: "
             f"{specs[0]} and {next(s for s in specs if s != specs[0])}"
         )
@@ -91,7 +92,13 @@ def merge(parts: list[Any]) -> Any:
         elif column[0].dim() == 0:
             joined.append(torch.stack(column))
         else:
-            joined.append(torch.cat(column))
+            try:
+                joined.append(torch.cat(column))
+            except RuntimeError as error:
+                shapes = [list(part.shape) for part in column]
+                raise PipelineError(
+                    f"the microbatches' outputs cannot be joined along dimension 0: their shapes are {shapes}"
+                ) from error
     return pytree.tree_unflatten(joined, specs[0])
 
 

@@ -2,6 +2,7 @@
 
 import _thread
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -280,6 +281,112 @@ def test_a_closed_pipeline_says_so():
         pipe.step(*batch()[:1], target=batch()[1])
 
 
+def test_closing_stops_a_running_step():
+    stages = trapped()
+    inside, raised = threading.Event(), []
+    for stage in stages:
+        stage.linear.register_forward_hook(lambda *_: (inside.set(), time.sleep(0.01)))
+    pipe = pe.Pipeline(stages, microbatches=60, loss_fn=F.mse_loss)
+
+    def step():
+        try:
+            pipe.step(*batch(60)[:1], target=batch(60)[1])
+        except pe.DeadPipeline as error:
+            raised.append(str(error))
+
+    other = threading.Thread(target=step)
+    other.start()
+    assert inside.wait(10)
+    pipe.close()
+    other.join(10)
+    assert "closed while a step ran; every .grad of the model is None" in raised[0]
+
+
+def test_a_stage_may_close_its_pipeline():
+    stages = trapped()
+    pipe = pe.Pipeline(stages, microbatches=3, loss_fn=F.mse_loss)
+    stages[1].set("F", 1, pipe.close)
+    x, y = batch()
+    with pytest.raises(pe.DeadPipeline, match="closed while a step ran"):
+        pipe.step(x, target=y)
+    with pytest.raises(pe.DeadPipeline, match="closed"):
+        pipe.step(x, target=y)
+
+
+def test_a_hang_inside_a_parameters_own_hook_leaves_no_gradient():
+    stages = trapped(1)
+    let_go, ended = threading.Event(), threading.Event()
+    stages[0].linear.weight.register_hook(lambda grad: (let_go.wait(30), ended.set())[2:] or None)
+    pipe = pe.Pipeline(stages, microbatches=1, loss_fn=F.mse_loss, timeout=0.2)
+    x, y = batch()
+    with pytest.raises(pe.StepTimeout):
+        pipe.step(x, target=y)
+    let_go.set()
+    assert ended.wait(10)
+    time.sleep(0.2)
+    assert all(p.grad is None for p in stages[0].parameters())
+
+
+def test_tied_parameters_are_whole_after_a_hang():
+    stages = trapped(2)
+    stages[1].linear.weight = stages[0].linear.weight
+    weight, let_go = stages[0].linear.weight, threading.Event()
+    pipe = pe.Pipeline(stages, microbatches=2, loss_fn=F.mse_loss, timeout=0.2)
+    stages[1].set("F", 0, lambda: let_go.wait(30))
+    x, y = batch()
+    with pytest.raises(pe.StepTimeout):
+        pipe.step(x, target=y)
+    assert stages[0].linear.weight is weight and stages[1].linear.weight is weight
+    let_go.set()
+    del pipe
+
+
+def test_an_abandoned_thread_that_raises_does_not_hold_up_the_caller():
+    for _ in range(5):
+        stages = trapped(1)
+        let_go = threading.Event()
+
+        def late(let_go=let_go):
+            let_go.wait(30)
+            raise ValueError("late")
+
+        stages[0].set("F", 0, late)
+        pipe = pe.Pipeline(stages, microbatches=1, loss_fn=F.mse_loss, timeout=0.1)
+        x, y = batch()
+        with pytest.raises(pe.StepTimeout):
+            pipe.step(x, target=y)
+        let_go.set()
+        for _ in range(2000):
+            with pytest.raises(pe.DeadPipeline):
+                pipe.step(x, target=y)
+
+
+def test_what_fails_after_the_tasks_leaves_no_gradients_either():
+    class Ragged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.linear(x)[:, : self.calls]
+
+    stages = [Ragged()]
+    with pe.Pipeline(stages, microbatches=3, loss_fn=lambda out: out.sum()) as pipe:
+        with pytest.raises(pe.PipelineError, match=r"cannot be joined.*\[2, 1\], \[2, 2\]"):
+            pipe.step(torch.randn(6, 4), return_outputs=True)
+        assert stages[0].linear.weight.grad is None
+        with pytest.raises(pe.InvalidArgument, match="losses is a tuple; give a list"):
+            pipe.step(torch.randn(6, 4), losses=())
+
+
+def test_a_stage_error_survives_pickling():
+    error = pe.StageError("text", action="1B3", stage=1, microbatch=3, rank=0)
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.action, again.stage) == ("text", "1B3", 1)
+
+
 def test_a_fork_is_refused_and_can_exit():
     with pe.Pipeline(trapped(), microbatches=3, loss_fn=F.mse_loss) as pipe:
         x, y = batch()
@@ -318,6 +425,24 @@ def test_the_interpreter_exits_with_pipelines_open():
         """
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "end\n", "")
+
+
+def test_the_interpreter_exits_while_a_daemon_thread_steps():
+    result = run_python(
+        """
+        import threading, time, torch, pipeline_ext as pe
+        pipe = pe.Pipeline([torch.nn.Linear(2, 2)] * 2, microbatches=2, loss_fn=lambda o: o.sum())
+        def loop():
+            try:
+                while True:
+                    pipe.step(torch.randn(4, 2))
+            except pe.DeadPipeline:
+                pass
+        threading.Thread(target=loop, daemon=True).start()
+        time.sleep(0.3)
+        """
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_interpreter_exits_with_a_thread_abandoned():

@@ -159,6 +159,64 @@ def test_a_gradient_on_its_way_back_shares_no_memory_with_a_parameters():
             assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected))
 
 
+class Patches(torch.nn.Module):
+    def forward(self, x):
+        return x.flatten(2).transpose(1, 2)
+
+
+class Last(torch.nn.Module):
+    def __init__(self, *sizes):
+        super().__init__()
+        self.lstm = torch.nn.LSTM(*sizes, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+def test_gradients_keep_their_memory_layout_at_a_cut():
+    # What stands before a cut may sum in another order if its gradient comes in another layout.
+    nn = torch.nn
+    patches = nn.Sequential(
+        nn.Conv2d(3, 32, 4, 4), nn.BatchNorm2d(32), Patches(), nn.Linear(32, 8)
+    )
+    images = torch.randn(8, 3, 32, 32), torch.randn(8, 64, 8)
+    recurrent = nn.Sequential(Last(16, 24), nn.Linear(24, 24), Last(24, 8))
+    sequences = torch.randn(8, 12, 16), torch.randn(8, 12, 8)
+    for model, (x, y) in ((patches, images), (recurrent, sequences)):
+        plain = twin(model)
+        reference_step(plain, x, y, 4, F.mse_loss)
+        for cuts in ([1], [2], [1, 2]):
+            model.zero_grad()
+            with pe.Pipeline(model, None, 4, loss_fn=F.mse_loss, cuts=cuts) as pipe:
+                pipe.step(x, target=y)
+            assert_same_gradients(model, gradients(plain))
+
+
+def test_one_tensor_handed_on_several_times():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            if isinstance(x, tuple):
+                x = x[0].tanh() + x[1].sigmoid() * x[2].exp()
+            h = self.linear(x)
+            return h, h, h
+
+    model = torch.nn.Sequential(Twice(), Twice(), Twice())
+    x, y = torch.randn(12, 8), torch.randn(12, 8)
+
+    def loss_fn(out, target):
+        return F.mse_loss(out[0] * out[1], target) + out[2].mean()
+
+    plain = twin(model)
+    reference_step(plain, x, y, 4, loss_fn)
+    with pe.Pipeline(model, 3, 4, loss_fn=loss_fn) as pipe:
+        pipe.step(x, target=y)
+    assert_same_gradients(model, gradients(plain))
+
+
 def test_inputs_that_require_a_gradient_get_theirs():
     encoder, model = torch.nn.Linear(12, 12), chain()
     x, y = torch.randn(7, 12), torch.randn(7, 12)

@@ -1,5 +1,7 @@
 """What people do with models and optimizers keeps working."""
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,6 +101,25 @@ def test_recomputed_batch_norm_is_refused_where_it_would_race():
             pipe.step(x, target=x)
     with pe.Pipeline(model, 2, 2, loss_fn=F.mse_loss) as pipe:
         pipe.step(x, target=x)
+
+
+def test_recomputed_dropout_is_refused_where_its_mask_would_change():
+    model = nn.Sequential(
+        *(Checkpointed(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))) for _ in range(2))
+    )
+    x = torch.randn(8, 4)
+    with pe.Pipeline(model, 2, 2, loss_fn=F.mse_loss) as pipe:
+        with pytest.raises(pe.StageError, match="dropout is recomputed.*one rank"):
+            pipe.step(x, target=x)
+    plain = twin(model)
+    torch.manual_seed(3)
+    reference_step(plain, x, x, 2, F.mse_loss)
+    with pe.Pipeline(
+        model, 2, 2, [["0F0", "1F0", "1B0", "0B0", "0F1", "1F1", "1B1", "0B1"]], F.mse_loss
+    ) as pipe:
+        torch.manual_seed(3)
+        pipe.step(x, target=x)
+    assert_same_gradients(model, gradients(plain))
 
 
 def test_train_and_eval_mode_are_the_users():
@@ -221,6 +242,84 @@ def test_tied_parameters_on_different_stages_are_summed():
     torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad)
 
 
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        time.sleep(0.0005)
+        return self.inner(x)
+
+
+def test_one_module_in_several_stages():
+    inner = nn.Linear(4, 4)
+    stages = [Wrapped(inner) for _ in range(3)]
+    weight, plain = inner.weight, twin(nn.Sequential(*stages))
+    x, y = torch.randn(16, 4), torch.randn(16, 4)
+    reference_step(plain, x, y, 16, F.mse_loss)
+    with pe.Pipeline(stages, microbatches=16, loss_fn=F.mse_loss) as pipe:
+        for _ in range(10):
+            inner.zero_grad()
+            pipe.step(x, target=y)
+            assert inner.weight is weight
+            torch.testing.assert_close(weight.grad, plain[0].inner.weight.grad)
+
+
+def test_tied_parameters_may_be_replaced():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    x, y = torch.randn(4, 4), torch.randn(4, 4)
+    with pe.Pipeline(model, 2, 2, loss_fn=F.mse_loss) as pipe:
+        pipe.step(x, target=y)
+        model[0].weight = model[1].weight = nn.Parameter(torch.randn(4, 4))
+        model.zero_grad()
+        plain = twin(model)
+        reference_step(plain, x, y, 2, F.mse_loss)
+        pipe.step(x, target=y)
+    torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad)
+
+
+def test_a_sparse_and_a_dense_gradient_of_a_tied_parameter():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 4, sparse=True)
+
+        def forward(self, ids):
+            return self.table(ids)
+
+    model = nn.Sequential(Table(), nn.Linear(4, 9, bias=False))
+    model[1].weight = model[0].table.weight
+    plain = twin(model)
+    ids, y = torch.randint(9, (6,)), torch.randint(9, (6,))
+    reference_step(plain, ids, y, 3, F.cross_entropy)
+    with pe.Pipeline(model, 2, 3, loss_fn=F.cross_entropy) as pipe:
+        pipe.step(ids, target=y)
+    torch.testing.assert_close(model[1].weight.grad, plain[1].weight.grad)
+
+
+def test_a_loss_module_tied_to_an_early_stage():
+    class Penalty(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, out, target):
+            return F.mse_loss(out, target) + self.weight.square().sum()
+
+    model = chain()
+    loss_fn = Penalty(model[0].weight)
+    x, y = torch.randn(16, 12), torch.randn(16, 12)
+    sums = []
+    with pe.Pipeline(model, 2, 8, loss_fn=loss_fn) as pipe:
+        for _ in range(20):
+            model.zero_grad()
+            pipe.step(x, target=y)
+            sums.append(model[0].weight.grad)
+    assert all(torch.equal(total, sums[0]) for total in sums)
+
+
 def test_a_loss_module_is_trained_too():
     class Scaled(nn.Module):
         def __init__(self):
@@ -316,6 +415,19 @@ def test_keyword_inputs_of_the_first_stage():
         assert pipe.eval(x, scale=scale).shape == (7, 4)
     for stage, other in zip(stages, plain):
         assert_same_gradients(stage, gradients(other))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_the_very_first_layer_in_place(schedule, needs_grad):
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 6), nn.Linear(6, 6))
+    plain, x, y = twin(model), torch.randn(8, 6), torch.randn(8, 6)
+    reference_step(plain, x.clone(), y, 4, F.mse_loss)
+    with pe.Pipeline(model, 2, 4, schedule, F.mse_loss) as pipe:
+        for _ in range(5):
+            model.zero_grad()
+            pipe.step(x.clone().requires_grad_(needs_grad), target=y)
+            assert_same_gradients(model, gradients(plain))
 
 
 def test_a_first_layer_in_place_after_a_layer_that_saved_its_output_fails_as_unsplit():

@@ -76,6 +76,34 @@ def test_nested_containers_are_opened():
     assert [stage.names for stage in stages] == [["0", "1.0"], ["1.1", "1.2"], ["1.3", "2"]]
 
 
+def test_a_layer_that_stands_twice_runs_twice():
+    relu, linear = nn.ReLU(), nn.Linear(4, 4)
+    model = nn.Sequential(linear, relu, nn.Linear(4, 4), relu, linear, relu)
+    plain, x = twin(model), torch.randn(6, 4)
+    expected = reference_step(plain, x, x, 3, F.mse_loss)
+    for stages in (1, 2, 3, 6):
+        model.zero_grad()
+        with pe.Pipeline(model, stages, 3, loss_fn=F.mse_loss) as pipe:
+            assert torch.equal(pipe.step(x, target=x), expected)
+        for p, q in zip(model.parameters(), plain.parameters()):
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_list_with_a_forward_of_its_own_is_a_layer():
+    class Sum(nn.ModuleList):
+        def forward(self, x):
+            return sum(layer(x) for layer in self)
+
+    model = nn.Sequential(Sum([nn.Linear(4, 4), nn.Linear(4, 4)]), nn.Linear(4, 4))
+    assert [stage.names for stage in cut(model, 2)] == [["0"], ["1"]]
+
+
+def test_a_container_with_hooks_is_kept_whole():
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inner.register_full_backward_hook(lambda *_: None)
+    assert [stage.names for stage in cut(nn.Sequential(inner, nn.Linear(4, 4)), 2)] == [["0"], ["1"]]
+
+
 class InOrder(nn.Module):
     def __init__(self):
         super().__init__()
@@ -125,9 +153,26 @@ class Overridden(nn.Sequential):
         return super().forward(x) + 1
 
 
+class Positions(InOrder):
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(4))
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.register_forward_hook(lambda *_: None)
+    return model
+
+
 @pytest.mark.parametrize(
     "model, options, message",
     [
+        (Positions(), {"cuts": ["head"]}, r"parameters or buffers of its own \(positions\)"),
+        (hooked(), {"num_stages": 2}, "has hooks of its own"),
+        (nn.Sequential(nn.LazyLinear(4)), {"num_stages": 1}, "lazy parameters"),
+        (InOrder(), {"cuts": "head"}, r"cuts is 'head'; give a list.*cuts=\['head'\]"),
+        (InOrder(), {"cuts": [1.5]}, "cuts is .1.5.; give a list"),
         (Anything(), {"num_stages": 1}, r"Anything is not an nn.Sequential.*cuts=.*Pipeline\(\["),
         (Overridden(nn.Linear(4, 4)), {"num_stages": 1}, "Overridden is not an nn.Sequential"),
         (nn.Linear(4, 4), {"cuts": ["x"]}, "no child modules"),
