@@ -1,6 +1,5 @@
 #include "simulate/costs.hpp"
 
-#include <algorithm>
 #include <cmath>
 
 namespace pe {
@@ -39,27 +38,6 @@ void Costs::validate(int num_stages) const {
     throw PlanError("contention is " + std::to_string(contention) +
                     "; it is a factor of at least 1");
   }
-}
-
-double Costs::of(const Action& action) const {
-  switch (action.kind) {
-    case Kind::F:
-      return forward[action.stage];
-    case Kind::B:
-      return backward[action.stage];
-    case Kind::I:
-      return input_grad[action.stage];
-    case Kind::W:
-      return weight_grad[action.stage];
-    default:
-      return 0.0;
-  }
-}
-
-double Costs::latency_between(const Plan& plan, TaskId from, TaskId to) const {
-  const int a = plan.action(from).stage;
-  const int b = plan.action(to).stage;
-  return plan.rank_of_stage(a) == plan.rank_of_stage(b) ? 0.0 : latency[std::min(a, b)];
 }
 
 }  // namespace pe

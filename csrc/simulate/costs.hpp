@@ -2,6 +2,7 @@
 // throughout, whichever the caller likes.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "plan/plan.hpp"
@@ -22,8 +23,26 @@ struct Costs {
   // Throws PlanError unless there is one finite, non-negative number for each stage and boundary.
   void validate(int num_stages) const;
 
-  double of(const Action& action) const;
-  double latency_between(const Plan& plan, TaskId from, TaskId to) const;
+  double of(const Action& action) const {
+    switch (action.kind) {
+      case Kind::F:
+        return forward[action.stage];
+      case Kind::B:
+        return backward[action.stage];
+      case Kind::I:
+        return input_grad[action.stage];
+      case Kind::W:
+        return weight_grad[action.stage];
+      default:
+        return 0.0;
+    }
+  }
+
+  double latency_between(const Plan& plan, TaskId from, TaskId to) const {
+    const int a = plan.action(from).stage;
+    const int b = plan.action(to).stage;
+    return plan.rank_of_stage(a) == plan.rank_of_stage(b) ? 0.0 : latency[std::min(a, b)];
+  }
 };
 
 }  // namespace pe
