@@ -1,11 +1,12 @@
 """Pipeline: the object the user holds."""
 
+import contextlib
 import math
 import operator
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -202,16 +203,18 @@ class Pipeline:
             weights=[n / size if self._weighted else 1 for n in rows],
             keep_outputs=return_outputs,
         )
-        self._run(self._program, step)
-        try:
-            self._shared.end()
-            step.backward_into_inputs()
-            loss = step.total_loss()
-            outputs = microbatch.merge(step.outputs) if return_outputs else None
-        except BaseException as error:
-            self._give_up(training=True)
-            error.add_note(NO_GRADIENTS)
-            raise
+        with self._one_at_a_time():
+            self._shared.begin()
+            self._run(self._program, step)
+            try:
+                self._shared.end()
+                step.backward_into_inputs()
+                loss = step.total_loss()
+                outputs = microbatch.merge(step.outputs) if return_outputs else None
+            except BaseException as error:
+                self._give_up(training=True)
+                error.add_note(NO_GRADIENTS)
+                raise
         if losses is not None:
             losses[:] = step.losses
         return (loss, outputs) if return_outputs else loss
@@ -239,7 +242,8 @@ class Pipeline:
             )
             bodies = {(stage.index, "F"): stage.evaluate for stage in self._stages}
             self._eval_programs[count] = _C.Program(plan, bodies)
-        self._run(self._eval_programs[count], step, training=False)
+        with self._one_at_a_time():
+            self._run(self._eval_programs[count], step, training=False)
         return microbatch.merge(step.outputs)
 
     # -- what was planned and what happened
@@ -296,36 +300,39 @@ class Pipeline:
 
     # -- inside
 
-    def _run(self, program: _C.Program, step: Step, training: bool = True) -> None:
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
         if not self._in_step.acquire(blocking=False):
             raise PipelineError("this pipeline is running a step already; wait for it to end")
         try:
+            yield
+        finally:
+            self._in_step.release()
+
+    def _run(self, program: _C.Program, step: Step, training: bool = True) -> None:
+        for stage in self._stages:
+            stage.begin(step)
+        try:
+            result = self._executor.run(
+                program, timeout=self._timeout, record=self._trace_wanted and training
+            )
+        except BaseException as interrupt:
+            self._give_up(training)
             if training:
-                self._shared.begin()
-            for stage in self._stages:
-                stage.begin(step)
-            try:
-                result = self._executor.run(
-                    program, timeout=self._timeout, record=self._trace_wanted and training
-                )
-            except BaseException as interrupt:
-                self._give_up(training)
-                if training:
-                    interrupt.add_note(f"the pipeline's step was stopped; {NO_GRADIENTS}")
-                raise
-            if result.outcome != "done":
-                self._give_up(training)
-                if result.outcome == "failed":
-                    raise stage_error(program.plan, result, self._executor.dead, training)
-                if result.outcome == "closed":
-                    raise closed_error(training)
-                raise timeout_error(result, self._timeout, self._executor.dead, training)
-            if training and self._trace_wanted:
-                self._trace = Trace(self.plan, result)
+                interrupt.add_note(f"the pipeline's step was stopped; {NO_GRADIENTS}")
+            raise
         finally:
             for stage in self._stages:
                 stage.end()
-            self._in_step.release()
+        if result.outcome != "done":
+            self._give_up(training)
+            if result.outcome == "failed":
+                raise stage_error(program.plan, result, self._executor.dead, training)
+            if result.outcome == "closed":
+                raise closed_error(training)
+            raise timeout_error(result, self._timeout, self._executor.dead, training)
+        if training and self._trace_wanted:
+            self._trace = Trace(self.plan, result)
 
     def _give_up(self, training: bool) -> None:
         if self._executor.dead:

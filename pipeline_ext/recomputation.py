@@ -1,7 +1,7 @@
 """What activation checkpointing must not recompute while other tasks run: refused, with advice."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -10,19 +10,28 @@ from torch.nn.modules.dropout import _DropoutNd
 from .errors import PipelineError
 
 
+def _eager_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and those inside it, but for compiled ones, which a hook could break up."""
+    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        return
+    yield module
+    for child in module.children():
+        yield from _eager_layers(child)
+
+
 class RecomputationGuard:
     """Raises when a layer is recomputed inside a backward task though other tasks disturb it.
 
     Batch norm in training mode, with ``overlap``: another microbatch's forward may run beside the
     recomputed one, and both update the running statistics. Dropout, with several threads: the CPU has one
-    random generator for the process, so that the recomputed mask need not be the forward's.
+    random generator for the process, so that the recomputed mask need not be the forward's. Layers of
+    compiled modules are not watched.
     """
 
     def __init__(self, modules: Iterable[nn.Module], *, overlap: bool, threads: int) -> None:
         self._thread = threading.local()
         self._handles = []
-        layers = {layer for module in modules for layer in module.modules()}
-        for layer in layers:
+        for layer in {layer for module in modules for layer in _eager_layers(module)}:
             if overlap and isinstance(layer, _BatchNorm):
                 self._handles.append(layer.register_forward_pre_hook(self._check_batch_norm))
             if threads > 1 and isinstance(layer, _DropoutNd):

@@ -85,8 +85,8 @@ class Stage:
                 value = value.value
             if self._is_last:
                 loss = self._loss_of(step, m, value)
-                step.losses[m] = loss.detach()
                 contributions.insert(0, self._weighted(step, m, loss, "what loss_fn returned"))
+                step.losses[m] = loss.detach()
         step.contributions[self.index][m] = [c.detach() for c in contributions]
         if self._is_last:
             sent = []
