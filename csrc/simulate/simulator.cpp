@@ -93,7 +93,7 @@ class VirtualClock {
   }
 
   void dispatch() {
-    std::sort(awake_.begin(), awake_.end());
+    // In any order: what one worker takes leaves the others' choice as it was.
     for (const int index : awake_) {
       Worker& worker = workers_[index];
       worker.awake = false;
