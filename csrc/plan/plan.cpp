@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
+#include <string>
 #include <utility>
 
 namespace pe {
@@ -137,8 +137,9 @@ void Plan::link_tasks() {
       ++successors_begin_[before + 1];
       num_messages_ += rank_of(before) != rank_of(t);
     });
-    if (count > std::numeric_limits<std::uint16_t>::max()) {
-      throw PlanError(to_text(actions_[t]) + " waits for more than 65535 tasks");
+    if (count > kMaxDependencies) {
+      throw PlanError(to_text(actions_[t]) + " waits for more than " +
+                      std::to_string(kMaxDependencies) + " tasks");
     }
     num_dependencies_[t] = static_cast<std::uint16_t>(count);
   }

@@ -14,6 +14,7 @@ namespace pe {
 
 using TaskId = std::uint32_t;
 inline constexpr TaskId kNoTask = ~TaskId{0};
+inline constexpr int kMaxDependencies = 65534;  // of one task
 
 // A worker takes the tasks of a queue strictly from its head. In order, a worker has one queue;
 // reactive, one for each stage and kind, so that only what the microbatches of one stage and kind

@@ -7,7 +7,6 @@ namespace pe {
 ListScheduler::ListScheduler(const Plan& plan)
     : plan_(plan),
       missing_(plan.size()),
-      finished_(plan.size(), false),
       head_(plan.num_queues()),
       in_flight_of_stage_(plan.num_stages(), 0),
       peak_of_stage_(plan.num_stages(), 0),
@@ -28,8 +27,7 @@ void ListScheduler::occupy_slot(int stage) {
 }
 
 std::size_t ListScheduler::nbytes() const {
-  return missing_.size() * sizeof(missing_[0]) + finished_.size() / 8 +
-         head_.size() * sizeof(head_[0]) +
+  return missing_.size() * sizeof(missing_[0]) + head_.size() * sizeof(head_[0]) +
          2 * sizeof(int) * (peak_of_stage_.size() + peak_of_rank_.size());
 }
 

@@ -34,7 +34,7 @@ class ListScheduler {
   void arrive(TaskId task, Wake&& wake);
 
   bool done() const { return unfinished_ == 0; }
-  bool finished(TaskId task) const { return finished_[task]; }
+  bool finished(TaskId task) const { return missing_[task] == kFinished; }
 
   // The most microbatches that were in flight at once.
   const std::vector<int>& peak_by_stage() const { return peak_of_stage_; }
@@ -52,9 +52,10 @@ class ListScheduler {
   }
   void occupy_slot(int stage);
 
+  static constexpr std::uint16_t kFinished = kMaxDependencies + 1;
+
   const Plan& plan_;
-  std::vector<std::uint16_t> missing_;  // dependencies that have not arrived, by task
-  std::vector<bool> finished_;
+  std::vector<std::uint16_t> missing_;  // dependencies that are not done, by task; or kFinished
   std::vector<TaskId> head_;  // position in Plan::queued, by queue
   std::vector<int> in_flight_of_stage_, peak_of_stage_;
   std::vector<int> in_flight_of_rank_, peak_of_rank_;
@@ -90,7 +91,7 @@ TaskId ListScheduler::take(int worker, IsHere&& is_here) {
 
 template <class Wake>
 void ListScheduler::finish(TaskId task, Wake&& wake) {
-  finished_[task] = true;
+  missing_[task] = kFinished;
   --unfinished_;
   if (plan_.frees_slot(task)) {
     const int stage = plan_.action(task).stage;
