@@ -6,11 +6,8 @@ as PyTorch recommends.
 """
 
 import contextlib
-import ctypes
-import functools
-import os
 import threading
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +18,6 @@ class CallerContext(NamedTuple):
     autocast: tuple[tuple[str, torch.dtype], ...]  # device type and dtype, where enabled
     num_threads: int  # intra-op
     default_device: torch.device
-    profiled: bool  # by torch.profiler
 
     @classmethod
     def of_this_thread(cls) -> "CallerContext":
@@ -33,7 +29,6 @@ class CallerContext(NamedTuple):
             ),
             num_threads=torch.get_num_threads(),
             default_device=torch.get_default_device(),
-            profiled=torch.autograd._profiler_enabled() and _child_profiler() is not None,
         )
 
     def apply(self) -> None:
@@ -48,47 +43,13 @@ class CallerContext(NamedTuple):
 
     def forward(self) -> contextlib.AbstractContextManager:
         """The state in which one forward task runs."""
-        if not self.autocast and not self.profiled:
+        if not self.autocast:
             return _NOTHING
         stack = contextlib.ExitStack()
-        if self.profiled:
-            stack.enter_context(_profiled_thread())
         for device, dtype in self.autocast:
             stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
         return stack
 
-    def backward(self) -> contextlib.AbstractContextManager:
-        """The state in which one backward task runs."""
-        return _profiled_thread() if self.profiled else _NOTHING
-
 
 _NOTHING: contextlib.AbstractContextManager = contextlib.nullcontext()
 _worker = threading.local()
-
-
-@functools.cache
-def _child_profiler() -> tuple[Any, Any] | None:
-    """libtorch's functions by which a thread joins and leaves a running profiler, if it has them.
-
-    torch.profiler records the thread that started it; torch/csrc/autograd/profiler_kineto.h declares
-    these for other threads, and Python has no binding of them.
-    """
-    path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
-    try:
-        library = ctypes.CDLL(path)
-        return tuple(
-            library[f"_ZN5torch8autograd8profiler{len(name)}{name}Ev"]
-            for name in ("enableProfilerInChildThread", "disableProfilerInChildThread")
-        )
-    except (OSError, AttributeError):
-        return None
-
-
-@contextlib.contextmanager
-def _profiled_thread():
-    enable, disable = _child_profiler()
-    enable()
-    try:
-        yield
-    finally:
-        disable()

@@ -111,8 +111,7 @@ class Stage:
                 grads_out.append(grad)
         step.grads[self.index][m] = ()
         if outputs:
-            with step.context.backward():
-                torch.autograd.backward(outputs, grads_out)
+            torch.autograd.backward(outputs, grads_out)
         grads_in = [tensor.gradient() for tensor in received]
         if self.index == 0:
             step.input_grads[m] = grads_in

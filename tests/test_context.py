@@ -129,7 +129,10 @@ def test_torch_profiler_records_all_ranks_operations():
     with pe.Pipeline(model, 2, 3, loss_fn=F.mse_loss) as pipe:
         pipe.step(x, target=x)
         for _ in range(2):
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            # Without it, torch.profiler records the thread that started it and no other.
+            everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+            cpu = [torch.profiler.ProfilerActivity.CPU]
+            with torch.profiler.profile(activities=cpu, experimental_config=everywhere) as profile:
                 pipe.step(x, target=x)
             counts = {event.key: event.count for event in profile.key_averages()}
             assert counts["aten::tanh"] == 3
