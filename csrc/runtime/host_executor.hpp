@@ -69,7 +69,6 @@ class HostExecutor {
   void close();
 
   bool dead() const;
-  int num_workers() const { return num_workers_; }
 
  private:
   struct Step;
