@@ -6,7 +6,7 @@ import operator
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,7 @@ class Pipeline:
         num_ranks = planning.cpu_ranks(devices)
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
 
+        self._model = model if isinstance(model, nn.Module) else nn.Sequential(*model)
         self.microbatches = microbatches
         self.plan = planning.build_plan(
             schedule,
@@ -203,7 +204,7 @@ class Pipeline:
             weights=[n / size if self._weighted else 1 for n in rows],
             keep_outputs=return_outputs,
         )
-        with self._one_at_a_time():
+        with self._one_at_a_time("step was called"):
             self._shared.begin()
             self._run(self._program, step)
             try:
@@ -242,9 +243,31 @@ class Pipeline:
             )
             bodies = {(stage.index, "F"): stage.evaluate for stage in self._stages}
             self._eval_programs[count] = _C.Program(plan, bodies)
-        with self._one_at_a_time():
+        with self._one_at_a_time("eval was called"):
             self._run(self._eval_programs[count], step, training=False)
         return microbatch.merge(step.outputs)
+
+    # -- the model's state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model's parameters and buffers, under the names they have in the unsplit model.
+
+        What ``nn.Module.state_dict`` of the model given to Pipeline returns; of a list of stage modules,
+        that of ``nn.Sequential(*stages)``. A ``loss_fn`` that is a module is not part of it: save it
+        yourself. Works on a closed or dead pipeline too. Raises PipelineError while a step is running.
+        """
+        with self._one_at_a_time("state_dict was called"):
+            return self._model.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
+        """Copies in what ``state_dict`` of a pipeline with any stages, or of the plain model, returned.
+
+        As ``nn.Module.load_state_dict``: returns ``missing_keys`` and ``unexpected_keys``; raises
+        RuntimeError for tensors of other shapes and, if ``strict``, for missing or unexpected names.
+        Raises PipelineError while a step is running.
+        """
+        with self._one_at_a_time("load_state_dict was called"):
+            return self._model.load_state_dict(state_dict, strict=strict)
 
     # -- what was planned and what happened
 
@@ -301,9 +324,12 @@ class Pipeline:
     # -- inside
 
     @contextlib.contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
+    def _one_at_a_time(self, what: str) -> Iterator[None]:
         if not self._in_step.acquire(blocking=False):
-            raise PipelineError("this pipeline is running a step already; wait for it to end")
+            raise PipelineError(
+                f"{what} while this pipeline is running a step already, which uses and changes its "
+                "parameters and buffers; wait for it to end"
+            )
         try:
             yield
         finally:

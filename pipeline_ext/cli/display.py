@@ -35,6 +35,8 @@ class Display:
             ("bubble", f"{self._summary.bubble_predicted:.1%} predicted, if all stages cost the same"),
         ):
             table.add_row(name, value)
+        if self._summary.resumed_after:
+            table.add_row("resumed", f"after step {self._summary.resumed_after}")
         self._console.print(table)
 
     def validation(self, when: str, bits_per_byte: float) -> None:
@@ -59,14 +61,14 @@ class Display:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console) as bar:
-            task = bar.add_task("", total=self._steps)
+            task = bar.add_task("", total=self._steps, completed=self._summary.resumed_after)
             yield lambda m: bar.update(task, completed=m.step, description=_figures(m))
 
     def _plain_line(self, m: StepMetrics) -> None:
         every = max(1, self._steps // _PLAIN_LINES)
-        if m.step % every and m.step not in (1, self._steps):
-            return
         done = self._summary.steps
+        if m.step % every and len(done) > 1 and m.step != self._steps:
+            return
         left = (self._steps - m.step) * sum(s.step_ms for s in done) / len(done) / 1e3
         self._console.print(f"step {m.step}/{self._steps}  {_figures(m)}  ETA {left:.0f} s")
 
@@ -75,7 +77,11 @@ class Display:
         s = self._summary
         table = Table(show_header=False)
         for name, value in (
-            ("steps", f"{len(s.steps)} of {self._steps}"),
+            (
+                "steps",
+                f"{s.resumed_after + len(s.steps)} of {self._steps}"
+                + (f", resumed after {s.resumed_after}" if s.resumed_after else ""),
+            ),
             (
                 "validation, bits per byte",
                 f"{_number(s.val_bpb_first, '.3f')} first, {_number(s.val_bpb_last, '.3f')} last",

@@ -1,5 +1,6 @@
 """Bytes to learn from: files of the user's, or the running Python's own standard library."""
 
+import hashlib
 import sysconfig
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class Corpus:
                 f"with; each must be at least {need} (context + 1)"
             )
         self.name = "Python's standard library" if path is None else str(root)
+        self.fingerprint = hashlib.sha256(train).hexdigest()  # tells other training bytes
         self.train = torch.frombuffer(train, dtype=torch.uint8)
         self.held_out = torch.frombuffer(held_out, dtype=torch.uint8)
 

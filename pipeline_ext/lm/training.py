@@ -7,13 +7,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import InvalidArgument
 from ..pipeline import Pipeline
+from . import interrupt
+from .checkpoint import Checkpoint
 from .corpus import Corpus
 from .gpt import bits, loss_fn
+from .replacing import replacing
 
 _VALIDATION_BATCHES = 12
 
@@ -33,13 +38,18 @@ class StepMetrics:
 
 @dataclass
 class Summary:
-    """What a training run came to; ``as_json`` is what ``--json`` writes."""
+    """What a training run came to; ``as_json`` is what ``--json`` writes.
+
+    Of a resumed run it covers the steps since it was resumed: ``val_bpb_first`` is measured, and
+    ``loss_first`` is that of the first step, after step ``resumed_after``.
+    """
 
     schedule: str
     stages: int
     microbatches: int
     bubble_predicted: float
     messages_per_step: int
+    resumed_after: int = 0  # the last step done before; 0: a new run
     val_bpb_first: float = math.nan
     val_bpb_last: float = math.nan
     steps: list[StepMetrics] = field(default_factory=list)
@@ -53,6 +63,7 @@ class Summary:
             "schedule": self.schedule,
             "stages": self.stages,
             "microbatches": self.microbatches,
+            "resumed_after": self.resumed_after,
             "steps": len(self.steps),
             "loss_first": self.steps[0].loss if ms else None,
             "loss_last": self.steps[-1].loss if ms else None,
@@ -87,8 +98,26 @@ class Summary:
         return tokens / sum(s.step_ms for s in self.steps)
 
 
+def begin_log(log: Path, before: Path, step: int) -> None:
+    """Makes ``log`` the lines of ``before`` up to ``step``; a run that crashed may have added others."""
+    lines = before.read_text().splitlines(keepends=True) if before.exists() else []
+    with replacing(log) as file:
+        file.writelines(line.encode() for line in lines if _step_of(line) <= step)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # the crash cut it short
+
+
 class Training:
-    """A model, its pipeline, its data and its optimizer."""
+    """A model, its pipeline, its data and its optimizer.
+
+    ``step`` counts the whole steps done. All that a checkpoint holds changes at the end of a step, which
+    Ctrl-C cannot split: so ``checkpoint`` is right after a step that was stopped, too.
+    """
 
     def __init__(
         self,
@@ -104,6 +133,7 @@ class Training:
     ) -> None:
         self.pipe = pipe
         self.steps = steps
+        self.step = 0
         self._model = model
         self._corpus = corpus
         self._batch = batch
@@ -121,6 +151,42 @@ class Training:
             messages_per_step=pipe.plan.num_messages,
             peak_in_flight=[0] * pipe.plan.num_ranks,
         )
+        self._remember_random_state()
+
+    def checkpoint(self, options: dict) -> Checkpoint:
+        """The state after the last whole step; its tensors are the model's own."""
+        return Checkpoint(
+            step=self.step,
+            model=self.pipe.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+            batches=self._batches,
+            random=self._random,
+            data=self._corpus.fingerprint,
+            options=options,
+        )
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Takes over the state of ``checkpoint``; of a pipeline with any stages.
+
+        Raises InvalidArgument if it is of other data, or does not fit the model.
+        """
+        if checkpoint.data != self._corpus.fingerprint:
+            was = checkpoint.options.get("data") or "Python's standard library"
+            raise InvalidArgument(
+                f"--data is {was} in the checkpoint, and {self._corpus.name} here holds other bytes than "
+                "that did; resume with the same data, or start a new run without --resume"
+            )
+        try:
+            self.pipe.load_state_dict(checkpoint.model)
+            self._optimizer.load_state_dict(checkpoint.optimizer)
+            self._generator.set_state(checkpoint.batches)
+            torch.set_rng_state(checkpoint.random)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise InvalidArgument(
+                f"the checkpoint does not fit the model that its options make: {error}"
+            ) from error
+        self.step = self.summary.resumed_after = checkpoint.step
+        self._remember_random_state()
 
     def validate(self) -> float:
         """Bits per byte on the held-out data."""
@@ -130,16 +196,13 @@ class Training:
         return bits(statistics.fmean(losses))
 
     def run(self, log: Path) -> Iterator[StepMetrics]:
-        """Trains and yields after each step; writes a line of ``log`` for each."""
-        with log.open("w") as lines:
-            for step in range(1, self.steps + 1):
-                metrics = self._train_one(step)
-                self.summary.steps.append(metrics)
-                lines.write(json.dumps(asdict(metrics)) + "\n")
-                lines.flush()
-                yield metrics
+        """Trains and yields after each step; appends a line to ``log`` for each."""
+        with log.open("a") as lines:
+            while self.step < self.steps:
+                yield self._train_one(lines)
 
-    def _train_one(self, step: int) -> StepMetrics:
+    def _train_one(self, log: TextIO) -> StepMetrics:
+        step = self.step + 1
         x, y = self._corpus.batch(self._batch, self._generator)
         begin = time.perf_counter()
         rate = self._learning_rate(step)
@@ -148,21 +211,36 @@ class Training:
         self._optimizer.zero_grad()
         loss: Tensor = self.pipe.step(x, target=y)
         nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
-        self._optimizer.step()
-        seconds = time.perf_counter() - begin
-        trace = self.pipe.trace
+        with interrupt.deferred():
+            self._optimizer.step()
+            seconds = time.perf_counter() - begin
+            metrics = StepMetrics(
+                step=step,
+                loss=loss.item(),
+                bits_per_byte=bits(loss.item()),
+                tokens_per_second=x.numel() / seconds,
+                step_ms=seconds * 1e3,
+                bubble=self.pipe.trace.bubble,
+                learning_rate=rate,
+            )
+            log.write(json.dumps(asdict(metrics)) + "\n")
+            log.flush()
+            self.step = step
+            self._remember_random_state()
+            self._add_to_summary(metrics)
+        return metrics
+
+    def _remember_random_state(self) -> None:
+        """That of the last whole step: one that is stopped has drawn its batch already."""
+        self._batches = self._generator.get_state()
+        self._random = torch.get_rng_state()
+
+    def _add_to_summary(self, metrics: StepMetrics) -> None:
+        self.summary.steps.append(metrics)
         self.summary.peak_in_flight = [
-            max(a, b) for a, b in zip(self.summary.peak_in_flight, trace.peak_in_flight)
+            max(a, b)
+            for a, b in zip(self.summary.peak_in_flight, self.pipe.trace.peak_in_flight)
         ]
-        return StepMetrics(
-            step=step,
-            loss=loss.item(),
-            bits_per_byte=bits(loss.item()),
-            tokens_per_second=x.numel() / seconds,
-            step_ms=seconds * 1e3,
-            bubble=trace.bubble,
-            learning_rate=rate,
-        )
 
     def _learning_rate(self, step: int) -> float:
         """A linear rise over the first twentieth, then a cosine down to a tenth."""
