@@ -40,8 +40,8 @@ class StepMetrics:
 class Summary:
     """What a training run came to; ``as_json`` is what ``--json`` writes.
 
-    Of a resumed run it covers the steps since it was resumed: ``val_bpb_first`` is measured, and
-    ``loss_first`` is that of the first step, after step ``resumed_after``.
+    Of a resumed run it covers what came after step ``resumed_after``: ``val_bpb_first`` is measured there,
+    ``loss_first`` is that of the next step, and times and bubbles are of the steps since.
     """
 
     schedule: str
@@ -100,16 +100,16 @@ class Summary:
 
 def begin_log(log: Path, before: Path, step: int) -> None:
     """Makes ``log`` the lines of ``before`` up to ``step``; a run that crashed may have added others."""
-    lines = before.read_text().splitlines(keepends=True) if before.exists() else []
+    lines = before.read_bytes().splitlines(keepends=True) if before.exists() else []
     with replacing(log) as file:
-        file.writelines(line.encode() for line in lines if _step_of(line) <= step)
+        file.writelines(line for line in lines if _step_of(line) <= step)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return math.inf  # the crash cut it short
+        return math.inf  # cut short by a crash
 
 
 class Training:
