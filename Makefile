@@ -31,7 +31,7 @@ bench: .venv/installed
 
 .venv/installed: .venv/created $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	@touch $@
 
 .venv/installed-test: .venv/installed

@@ -16,6 +16,7 @@ setup(
         Pybind11Extension(
             "pipeline_ext._C",
             sorted(glob("csrc/*/*.cpp")),
+            depends=sorted(glob("csrc/*/*.hpp")),
             include_dirs=["csrc"],
             cxx_std=20,
             extra_compile_args=["-O3", "-Wall", "-Wextra", "-pthread"],

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from pipeline_ext.machine import processor
+
 
 def describe() -> dict:
     """Commit, versions and machine."""
@@ -20,14 +22,7 @@ def describe() -> dict:
         "commit": commit.stdout.strip() or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()

@@ -134,7 +134,7 @@ class Stage:
 
     def _run_module(self, step: Step, m: int) -> tuple[Any, list[boundary.Received]]:
         if self.index == 0:
-            value = step.inputs[m]
+            value: Any = step.inputs[m]
             received: list[boundary.Received] = []
             if step.input_tensors[m]:
                 value, received = boundary.receive(value, own=True)

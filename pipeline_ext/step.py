@@ -1,5 +1,6 @@
 """What the tasks of one step read and write."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ class Step:
         self.keep_outputs = keep_outputs
         # By stage: values on their way to it, gradients of its results on their way back to it, and
         # what it adds to the total loss, weighted.
-        self.values = [[None] * microbatches for _ in range(num_stages)]
-        self.grads = [[()] * microbatches for _ in range(num_stages)]
-        self.contributions = [[()] * microbatches for _ in range(num_stages)]
+        stages = range(num_stages)
+        self.values: list[list[Any]] = [[None] * microbatches for _ in stages]
+        self.grads: list[list[Sequence[Tensor | None]]] = [[()] * microbatches for _ in stages]
+        self.contributions: list[list[Sequence[Tensor]]] = [[()] * microbatches for _ in stages]
         self.outputs: list[Any] = [None] * microbatches
         self.losses: list[Tensor | None] = [None] * microbatches  # unweighted
         # Where the inputs themselves require a gradient: the tensors, and their gradients.
@@ -63,4 +65,5 @@ class Step:
             if grad is not None
         ]
         if pairs:
-            torch.autograd.backward(*map(list, zip(*pairs)))
+            tensors, grads = zip(*pairs)
+            torch.autograd.backward(tensors, grads)

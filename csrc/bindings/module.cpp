@@ -2,6 +2,7 @@
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native core of pipeline_ext: plans, schedules, the simulator and the host executor.";
+  m.attr("compiler") = "g++ " __VERSION__;
   pe::bind_plan(m);
   pe::bind_simulate(m);
   pe::bind_runtime(m);

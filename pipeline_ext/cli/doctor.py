@@ -1,0 +1,161 @@
+"""``pipeline-ext doctor``: what is installed, what works here, and what to do about the rest."""
+
+import argparse
+import copy
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from ..machine import Machine, describe, first_line
+from ..pipeline import Pipeline
+
+_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Capability:
+    """Something to do with the engine: how it is available here, or why not and what to do."""
+
+    name: str
+    available: bool
+    note: str
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its options."""
+    parser = commands.add_parser(
+        "doctor",
+        help="show what is installed and what works here",
+        description="Shows versions, devices and settings, and what of the engine works here; runs a tiny "
+        "training step. Exit status 0 if training on the CPU works, 1 if not.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print the same as one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status."""
+    machine = describe()
+    failure = self_test()
+    capabilities = capabilities_of(machine, failure)
+    if options.json:
+        report = {
+            "machine": asdict(machine),
+            "capabilities": [asdict(capability) for capability in capabilities],
+            "self_test_failure": failure,
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        _show(machine, capabilities, failure)
+    return 0 if failure is None else 1
+
+
+def self_test() -> str | None:
+    """Trains one step of two stages and four microbatches; returns what is wrong with it, or None."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    plain = copy.deepcopy(model)
+    x, y = torch.randn(8, 4), torch.randn(8, 2)
+    for a, b in zip(x.tensor_split(4), y.tensor_split(4)):
+        (F.mse_loss(plain(a), b) * (len(a) / len(x))).backward()
+    try:
+        with Pipeline(model, num_stages=2, microbatches=4, loss_fn=F.mse_loss, timeout=60) as pipe:
+            pipe.step(x, target=y)
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    expected = dict(plain.named_parameters())
+    wrong = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not torch.equal(parameter.grad, expected[name].grad)
+    ]
+    return f"gradients differ from plain autograd: {', '.join(wrong)}" if wrong else None
+
+
+def capabilities_of(machine: Machine, failure: str | None) -> list[Capability]:
+    """What this version of the engine can do on a machine, given what is wrong with a training step."""
+    plot, triton = machine.libraries["matplotlib"], machine.libraries["triton"]
+    return [
+        Capability(
+            "CPU ranks",
+            failure is None,
+            f"{machine.cores}, one a core, with torch.set_num_threads(1)"
+            if failure is None
+            else "the self-test failed; report it with what `pipeline-ext doctor --json` prints",
+        ),
+        Capability("GPU ranks", False, "not in this version; use CPU ranks"),
+        Capability(
+            "pictures",
+            plot.problem is None,
+            f"matplotlib {plot.version}"
+            if plot.problem is None
+            else f"matplotlib {plot.problem}; pip install 'pipeline_ext[plot]'",
+        ),
+        Capability(
+            "packing kernels",
+            False,
+            f"not in this version; nothing to do (triton {triton.problem or 'imports'})",
+        ),
+        Capability(
+            "many processes",
+            False,
+            "not in this version; use ranks of one process (torch.distributed has "
+            f"{', '.join(machine.process_backends) or 'no backend'})",
+        ),
+    ]
+
+
+def _show(machine: Machine, capabilities: list[Capability], failure: str | None) -> None:
+    console = Console(highlight=False, markup=False)
+    console.width = min(console.width, _WIDTH) if console.is_terminal else _WIDTH
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in _facts(machine):
+        table.add_row(*row)
+    table.add_row()
+    for capability in capabilities:
+        word, style = ("available", "green") if capability.available else ("not available", "yellow")
+        table.add_row(capability.name, Text.assemble((word, style), f": {capability.note}"))
+    passed = Text("gradients equal plain autograd", "green")
+    table.add_row("self-test", passed if failure is None else Text(failure, "red"))
+    console.print(table)
+
+
+def _facts(machine: Machine) -> list[tuple[str, str]]:
+    versions = [
+        f"pipeline_ext {machine.pipeline_ext or 'is not installed, run from its sources'}",
+        f"Python {machine.python}",
+        f"torch {machine.torch} "
+        + (f"(CUDA {machine.torch_cuda} build)" if machine.torch_cuda else "(CPU build)"),
+        *(f"{name} {found.version or found.problem}" for name, found in machine.libraries.items()),
+    ]
+    gpus = Counter(f"{gpu.name}, {gpu.gib:.0f} GiB" for gpu in machine.gpus)
+    driver = machine.cuda_driver
+    return [
+        ("versions", ", ".join(versions)),
+        ("native core", f"{machine.core}, built by {machine.compiler}"),
+        (
+            "CPU",
+            f"{machine.processor}, {machine.cores} cores usable; "
+            f"torch's intra-op threads: {machine.intra_op_threads}",
+        ),
+        ("GPU", "; ".join(f"{n} x {gpu}" for gpu, n in gpus.items()) or "none that torch sees"),
+        ("CUDA driver", driver.problem or f"{machine.cuda_library}, for CUDA up to {driver.version}"),
+        ("malloc", _malloc(machine)),
+    ]
+
+
+def _malloc(machine: Machine) -> str:
+    if machine.keeps_freed_memory:
+        return "keeps freed memory, as pipelines set it"
+    if machine.malloc_variables:
+        return f"left as your environment has it: {', '.join(machine.malloc_variables)}"
+    return "left as it is, for it is not glibc's"
