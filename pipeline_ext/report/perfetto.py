@@ -10,7 +10,6 @@ from .records import TaskRecord
 Event = dict[str, Any]
 
 _STREAMS = ("forward", "backward")
-_NANOSECOND = 1e-3  # the format counts microseconds
 
 
 def chrome_trace(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> dict[str, Any]:
@@ -71,12 +70,17 @@ def _messages(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> Iterator[Event]:
             number += 1
             name = "activation" if before.stage < after.stage else "gradient"
             arrow = {"name": name, "cat": "message", "id": number}
-            begin, end = _microseconds(before.begin), _microseconds(before.end)
-            # Not at the end itself, where the task is over.
-            sent = max(begin, round(end - _NANOSECOND, 3))
-            yield {"ph": "s", **arrow, **_track(before.rank, before.stream), "ts": sent}
+            # Sent just before the end: at it the task is over, and the arrow would bind to nothing.
+            sent = _microseconds(max(before.begin, before.end - 1e-9))
             received = _microseconds(after.begin)
-            yield {"ph": "f", "bp": "e", **arrow, **_track(after.rank, after.stream), "ts": received}
+            yield {"ph": "s", **arrow, **_track(before.rank, before.stream), "ts": sent}
+            yield {
+                "ph": "f",
+                **arrow,
+                **_track(after.rank, after.stream),
+                "ts": received,
+                "bp": "e",
+            }
 
 
 def _activations(tasks: Sequence[TaskRecord]) -> Iterator[Event]:

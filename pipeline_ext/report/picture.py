@@ -23,7 +23,7 @@ from .timeline import Panel
 
 Color = tuple[float, float, float]
 
-# After Okabe and Ito: told apart by the colour-blind, and in grey print, where F is darkest, then W, B, I.
+# After Okabe and Ito, for the colour-blind; in grey print F is darkest, then W, B and I.
 COLORS = {"F": "#0A5A94", "B": "#E69F00", "I": "#F7D06B", "W": "#009E73"}
 NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 BUBBLE = "#EBEBEB"
@@ -33,18 +33,22 @@ FAINT = "#6E6E6E"
 # Inches. A picture is as wide as the text of a page.
 WIDTH = 7.0
 MARGIN = 0.04
-HEADLINE = 0.26
+HEADLINE = 0.22
 TITLE = 0.24
 AXIS = 0.40
 BUBBLES = 0.46
 ROW = 0.84  # of the distance between ranks
 
+# Points.
+HEADLINE_SIZE = 9
+TITLE_SIZE = 8
 LABEL_SIZE = 7.5
+SMALL_SIZE = 6.5
 NUMBER_SIZES = (7.0, 6.5, 6.0, 5.5, 5.0, 4.5)
-NUMBER_PAD = 0.7  # points, on either side
+NUMBER_PAD = 0.7  # on either side
 
 STYLE = {
-    "font.size": 8,
+    "font.size": TITLE_SIZE,
     "text.color": INK,
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
@@ -80,22 +84,21 @@ def figure(plan: _C.Plan, panels: Sequence[Panel], unit: str, units: float = 1.0
 
     picture = Figure(figsize=(WIDTH, height))
     middle = 1 - HEADLINE / 2 / height
-    picture.text(left / WIDTH, middle, _headline(plan), size=9, weight="bold", va="center")
+    picture.text(
+        left / WIDTH, middle, _headline(plan), size=HEADLINE_SIZE, weight="bold", va="center"
+    )
     _add_legend(picture, plan, panels, ((left + width) / WIDTH, middle))
-    axes: list[Axes] = []
+    ax = None
     bottom = height - HEADLINE
     for panel in panels:
         bottom -= TITLE + rows
-        ax = picture.add_axes(
-            (left / WIDTH, bottom / height, width / WIDTH, rows / height),
-            sharex=axes[0] if axes else None,
-        )
+        place = left / WIDTH, bottom / height, width / WIDTH, rows / height
+        ax = picture.add_axes(place, sharex=ax)
         ax.set_xlim(0, makespan)
         ax.tick_params(labelbottom=panel is panels[-1])
         _draw(ax, plan, panel, across=width * 72 / makespan, down=rows * 72 / plan.num_ranks)
         if by_rank:
             _add_bubbles(ax, panel)
-        axes.append(ax)
     ax.set_xlabel(f"time ({unit})", labelpad=2)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda time, _: f"{time * units:g}"))
@@ -104,7 +107,7 @@ def figure(plan: _C.Plan, panels: Sequence[Panel], unit: str, units: float = 1.0
             (left + width) / WIDTH,
             MARGIN / height,
             "paler: a rank's later stages",
-            size=6.5,
+            size=SMALL_SIZE,
             color=FAINT,
             ha="right",
             va="bottom",
@@ -139,7 +142,9 @@ def _draw(ax: Axes, plan: _C.Plan, panel: Panel, across: float, down: float) -> 
     ranks = range(plan.num_ranks)
     ax.set_ylim(plan.num_ranks - 0.5, -0.5)
     ax.set_yticks(ranks, [f"rank {rank}" for rank in ranks])
-    ax.set_title(f"{panel.title}: bubble {_percent(panel.bubble)}", loc="left", size=8, pad=4)
+    ax.set_title(
+        f"{panel.title}: bubble {_percent(panel.bubble)}", loc="left", size=TITLE_SIZE, pad=4
+    )
     ax.barh(ranks, panel.makespan, height=ROW, color=BUBBLE)
 
     boxes = _boxes(plan, panel.tasks)
@@ -183,9 +188,9 @@ def _add_numbers(ax: Axes, boxes: Sequence[Box], across: float, down: float) -> 
             if (box.end - box.begin) * across >= _text_width(box.number, size) + 2 * NUMBER_PAD
             and (box.bottom - box.top) * down >= size
         ]
-        if 2 * len(fitting) > len(boxes):
+        if len(fitting) >= 0.9 * len(boxes):
             break
-    else:
+    if 2 * len(fitting) < len(boxes):
         return
     for box in fitting:
         ax.text(
@@ -201,28 +206,23 @@ def _add_numbers(ax: Axes, boxes: Sequence[Box], across: float, down: float) -> 
 
 def _add_bubbles(ax: Axes, panel: Panel) -> None:
     """The bubble of each rank, right of its row."""
+    beside = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
+    look = {"size": SMALL_SIZE, "color": FAINT}
+    ax.annotate("bubble", (1, -0.5), (4, 4), **beside, **look)
     for rank, bubble in enumerate(panel.bubble_by_rank):
-        ax.annotate(
-            _percent(bubble),
-            (1, rank),
-            (4, 0),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            va="center_baseline",
-            size=6.5,
-            color=FAINT,
-        )
+        ax.annotate(_percent(bubble), (1, rank), (4, 0), va="center_baseline", **beside, **look)
 
 
 def _shades(plan: _C.Plan) -> dict[tuple[str, int], Color]:
-    """The colour of each kind and stage: a rank's later stages are paler."""
+    """The colour of each kind and stage."""
     shades = {}
-    for stage, rank in enumerate(plan.rank_of_stage):
-        chunk = plan.rank_of_stage[:stage].count(rank)
-        chunks = plan.rank_of_stage.count(rank)
-        paler = 0.42 * chunk / max(1, chunks - 1)
+    rank_of_stage = plan.rank_of_stage
+    for stage, rank in enumerate(rank_of_stage):
+        earlier, others = rank_of_stage[:stage].count(rank), rank_of_stage.count(rank) - 1
+        # A rank's later stages are paler, but so that in grey any F is darker than any B.
+        white = 0.34 * earlier / max(1, others)
         for kind, color in COLORS.items():
-            red, green, blue = (c + paler * (1 - c) for c in to_rgb(color))
+            red, green, blue = (part + white * (1 - part) for part in to_rgb(color))
             shades[kind, stage] = red, green, blue
     return shades
 
@@ -266,4 +266,4 @@ def _text_width(text: str, size: float) -> float:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * max(0.0, share):.1f} %"  # rounding may leave a little less than nothing
