@@ -186,7 +186,7 @@ def _add_numbers(ax: Axes, boxes: Sequence[Box], across: float, down: float) -> 
             box
             for box in boxes
             if (box.end - box.begin) * across >= _text_width(box.number, size) + 2 * NUMBER_PAD
-            and (box.bottom - box.top) * down >= size
+            and (box.bottom - box.top) * down >= 1.2 * size
         ]
         if len(fitting) >= 0.9 * len(boxes):
             break
