@@ -11,7 +11,8 @@ from .errors import (
 )
 from .pipeline import Pipeline
 from .planning import build_plan, schedule_names
-from .report.trace import Profile, TaskRecord, Trace
+from .report.records import TaskRecord
+from .report.trace import Profile, Trace
 from .simulation import Costs, Simulation, simulate
 from .stage import WithLoss
 

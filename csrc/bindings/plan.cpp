@@ -88,6 +88,17 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
           },
           py::arg("task"), "(kind, stage, microbatch, rank, stream) of a task.")
       .def("dependencies", &Plan::dependencies, py::arg("task"))
+      .def(
+          "draw",
+          [](const SharedPlan& plan, const py::object& path, const py::object& costs) {
+            py::module_::import("pipeline_ext.report.timeline").attr("draw_plan")(plan, path, costs);
+          },
+          py::arg("path"), py::arg("costs") = py::none(),
+          R"(Draws the plan's simulated timeline; the path ends in .png, .svg or .pdf.
+
+``costs`` are pipeline_ext.Costs, by default F = 1 and B = 2 at every stage. Folders are made. Raises
+InvalidArgument for another suffix, InvalidSchedule for costs that do not fit, and PipelineError without
+matplotlib or where the file cannot be written.)")
       .def("__len__", &Plan::size)
       .def("__str__", [](const Plan& p) { return to_table(p.order()); })
       .def("__repr__", [](const Plan& p) {

@@ -1,24 +1,17 @@
 """Records of one step: when each task ran, on which rank and stream."""
 
+import json
+import os
 import statistics
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 from .. import _C
-
-
-class TaskRecord(NamedTuple):
-    """One task of a step. Times are seconds since the step began."""
-
-    action: str
-    kind: str
-    stage: int
-    microbatch: int
-    rank: int
-    stream: str  # "forward" or "backward"
-    begin: float
-    end: float
+from ..simulation import Costs, simulate
+from .files import accepted_path, whole_file
+from .perfetto import chrome_trace
+from .records import TaskRecord, task_records
+from .timeline import SUFFIXES, Panel, save_picture, simulated_panel
 
 
 @dataclass(frozen=True)
@@ -50,19 +43,11 @@ class Trace:
     def tasks(self) -> list[TaskRecord]:
         """The tasks that ran, in the order in which they began."""
         zero = self._result.begin
-        records = [
-            TaskRecord(
-                self.plan.action(task),
-                *self.plan.describe(task),
-                (begin - zero) * 1e-9,
-                (end - zero) * 1e-9,
-            )
-            for task, (begin, end) in enumerate(
-                zip(self._result.task_begin, self._result.task_end)
-            )
-            if end
-        ]
-        return sorted(records, key=lambda record: record.begin)
+        begin, end = (
+            [(time - zero) * 1e-9 for time in times]
+            for times in (self._result.task_begin, self._result.task_end)
+        )
+        return task_records(self.plan, begin, end)
 
     def order(self) -> dict[int, list[str]]:
         """Rank -> its actions as text, as they began."""
@@ -100,3 +85,27 @@ class Trace:
 
         stages = range(self.plan.num_stages)
         return Profile([median("F", s) for s in stages], [median("B", s) for s in stages])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the step to a file, whose suffix says as what.
+
+        - ``.json``: a Chrome trace, for ui.perfetto.dev.
+        - ``.png``, ``.svg``, ``.pdf``: the timeline, below the one that the plan promises: its simulation
+          with the stage times measured in this step. Needs matplotlib.
+
+        Folders are made. Raises InvalidArgument for another suffix, PipelineError without matplotlib or
+        where the file cannot be written.
+        """
+        path = accepted_path(path, (".json", *SUFFIXES))
+        if path.suffix.lower() == ".json":
+            with whole_file(path) as file:
+                file.write(json.dumps(chrome_trace(self.plan, self.tasks)).encode())
+            return
+        measured = self.profile()
+        planned = simulate(self.plan, Costs(forward=measured.forward, backward=measured.backward))
+        panels = [
+            simulated_panel("Plan, simulated with the stage times measured below", planned),
+            Panel("Measured step", self.tasks, self.step_time, self.bubble_by_rank),
+        ]
+        unit, units = ("s", 1.0) if self.step_time >= 10 else ("ms", 1e3)
+        save_picture(path, self.plan, panels, unit, units)

@@ -1,0 +1,104 @@
+"""A step as a Chrome trace, for ui.perfetto.dev and chrome://tracing."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .. import _C
+from .records import TaskRecord
+
+Event = dict[str, Any]
+
+_STREAMS = ("forward", "backward")
+
+
+def chrome_trace(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> dict[str, Any]:
+    """The contents of the JSON file; ``tasks`` are measured, in seconds, and sorted by begin.
+
+    A process is a rank and a thread one of its streams. Perfetto colours a task by its name without the
+    digits, which is its kind.
+    """
+    # Tasks come before messages, which bind to a task that has been read already.
+    events = [*_names(plan), *_tasks(tasks), *_messages(plan, tasks), *_activations(tasks)]
+    return {"displayTimeUnit": "ms", "traceEvents": events}
+
+
+def _track(rank: int, stream: str) -> Event:
+    # Thread numbers differ between ranks too: some readers name threads by them alone.
+    return {"pid": rank, "tid": 2 * rank + 1 + _STREAMS.index(stream)}
+
+
+def _names(plan: _C.Plan) -> Iterator[Event]:
+    def about(what: str, track: Event, args: Event) -> Event:
+        return {"ph": "M", "name": what, **track, "args": args}
+
+    for rank in range(plan.num_ranks):
+        process = _track(rank, "forward")
+        yield about("process_name", process, {"name": f"rank {rank}"})
+        yield about("process_sort_index", process, {"sort_index": rank})
+        for index, stream in enumerate(_STREAMS):
+            thread = _track(rank, stream)
+            yield about("thread_name", thread, {"name": stream})
+            yield about("thread_sort_index", thread, {"sort_index": index})
+
+
+def _tasks(tasks: Sequence[TaskRecord]) -> Iterator[Event]:
+    for record in tasks:
+        args = {"stage": record.stage}
+        if record.microbatch >= 0:
+            args["microbatch"] = record.microbatch
+        begin = _microseconds(record.begin)
+        yield {
+            "ph": "X",
+            "name": record.action,
+            "cat": record.kind,
+            **_track(record.rank, record.stream),
+            "ts": begin,
+            "dur": round(_microseconds(record.end) - begin, 3),
+            "args": args,
+        }
+
+
+def _messages(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> Iterator[Event]:
+    """An arrow for each dependency between ranks, from the end of one task to the begin of the other."""
+    by_task = {record.task: record for record in tasks}
+    number = 0
+    for after in tasks:
+        for before in map(by_task.__getitem__, plan.dependencies(after.task)):
+            if before.rank == after.rank:
+                continue
+            number += 1
+            name = "activation" if before.stage < after.stage else "gradient"
+            arrow = {"name": name, "cat": "message", "id": number}
+            # Sent just before the end: at it the task is over, and the arrow would bind to nothing.
+            sent = _microseconds(max(before.begin, before.end - 1e-9))
+            received = _microseconds(after.begin)
+            yield {"ph": "s", **arrow, **_track(before.rank, before.stream), "ts": sent}
+            yield {
+                "ph": "f",
+                **arrow,
+                **_track(after.rank, after.stream),
+                "ts": received,
+                "bp": "e",
+            }
+
+
+def _activations(tasks: Sequence[TaskRecord]) -> Iterator[Event]:
+    """How many microbatches each rank holds, each from the begin of its F to the end of its B or W."""
+    changes: dict[int, Counter[float]] = {}
+    for record in tasks:
+        of_rank = changes.setdefault(record.rank, Counter())
+        if record.kind == "F":
+            of_rank[_microseconds(record.begin)] += 1
+        elif record.kind in ("B", "W"):
+            of_rank[_microseconds(record.end)] -= 1
+    for rank, of_rank in sorted(changes.items()):
+        alive = 0
+        for time, change in sorted(of_rank.items()):
+            alive += change
+            track = _track(rank, "forward")
+            yield {"ph": "C", "name": "activations", **track, "ts": time, "args": {"alive": alive}}
+
+
+def _microseconds(seconds: float) -> float:
+    return round(seconds * 1e6, 3)

@@ -1,0 +1,269 @@
+"""How a timeline looks. Imported only to draw: it needs matplotlib."""
+
+import statistics
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import NamedTuple
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.legend_handler import HandlerTuple
+from matplotlib.patches import Patch
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from .. import _C
+from .records import TaskRecord
+from .timeline import Panel
+
+Color = tuple[float, float, float]
+
+# After Okabe and Ito, for the colour-blind; in grey print F is darkest, then W, B and I.
+COLORS = {"F": "#0A5A94", "B": "#E69F00", "I": "#F7D06B", "W": "#009E73"}
+NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+BUBBLE = "#EBEBEB"
+INK = "#262626"
+FAINT = "#6E6E6E"
+
+# Inches. A picture is as wide as the text of a page.
+WIDTH = 7.0
+MARGIN = 0.04
+HEADLINE = 0.22
+TITLE = 0.24
+AXIS = 0.40
+BUBBLES = 0.46
+ROW = 0.84  # of the distance between ranks
+
+# Points.
+HEADLINE_SIZE = 9
+TITLE_SIZE = 8
+LABEL_SIZE = 7.5
+SMALL_SIZE = 6.5
+NUMBER_SIZES = (7.0, 6.5, 6.0, 5.5, 5.0, 4.5)
+NUMBER_PAD = 0.7  # on either side
+
+STYLE = {
+    "font.size": TITLE_SIZE,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.5,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "xtick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "xtick.labelsize": 7,
+    "xtick.major.size": 2.5,
+    "xtick.major.width": 0.5,
+    "ytick.labelcolor": INK,
+    "ytick.labelsize": LABEL_SIZE,
+    "ytick.major.size": 0,
+    "pdf.fonttype": 42,  # many publishers refuse the other kind
+}
+
+
+def style() -> AbstractContextManager[None]:
+    """Inside, pictures look the same whatever the user's matplotlib is set to."""
+    return matplotlib.style.context(STYLE, after_reset=True)
+
+
+def figure(plan: _C.Plan, panels: Sequence[Panel], unit: str, units: float = 1.0) -> Figure:
+    """The picture; arguments as of ``timeline.save_picture``."""
+    rows = plan.num_ranks * min(0.30, max(0.14, 3.2 / plan.num_ranks))
+    left = MARGIN + _text_width(f"rank {plan.num_ranks - 1}", LABEL_SIZE) / 72 + 0.06
+    by_rank = any(len({_percent(b) for b in panel.bubble_by_rank}) > 1 for panel in panels)
+    width = WIDTH - left - (BUBBLES if by_rank else 2 * MARGIN)
+    height = HEADLINE + len(panels) * (TITLE + rows) + AXIS
+    makespan = max(panel.makespan for panel in panels) or 1.0  # costs may all be zero
+
+    picture = Figure(figsize=(WIDTH, height))
+    middle = 1 - HEADLINE / 2 / height
+    picture.text(
+        left / WIDTH, middle, _headline(plan), size=HEADLINE_SIZE, weight="bold", va="center"
+    )
+    _add_legend(picture, plan, panels, ((left + width) / WIDTH, middle))
+    ax = None
+    bottom = height - HEADLINE
+    for panel in panels:
+        bottom -= TITLE + rows
+        place = left / WIDTH, bottom / height, width / WIDTH, rows / height
+        ax = picture.add_axes(place, sharex=ax)
+        ax.set_xlim(0, makespan)
+        ax.tick_params(labelbottom=panel is panels[-1])
+        _draw(ax, plan, panel, across=width * 72 / makespan, down=rows * 72 / plan.num_ranks)
+        if by_rank:
+            _add_bubbles(ax, panel)
+    ax.set_xlabel(f"time ({unit})", labelpad=2)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda time, _: f"{time * units:g}"))
+    if plan.num_stages > plan.num_ranks:
+        picture.text(
+            (left + width) / WIDTH,
+            MARGIN / height,
+            "paler: a rank's later stages",
+            size=SMALL_SIZE,
+            color=FAINT,
+            ha="right",
+            va="bottom",
+        )
+    return picture
+
+
+def _headline(plan: _C.Plan) -> str:
+    def count(number: int, one: str, more: str) -> str:
+        return f"{number} {one if number == 1 else more}"
+
+    return (
+        f"{count(plan.num_stages, 'stage', 'stages')} on {count(plan.num_ranks, 'rank', 'ranks')}, "
+        f"{count(plan.num_microbatches, 'microbatch', 'microbatches')}"
+    )
+
+
+class Box(NamedTuple):
+    """A task as drawn: time across, ranks down."""
+
+    kind: str
+    number: str
+    begin: float
+    end: float
+    top: float
+    bottom: float
+    color: Color
+
+
+def _draw(ax: Axes, plan: _C.Plan, panel: Panel, across: float, down: float) -> None:
+    """Draws one panel; points of a unit of time ``across``, and from rank to rank ``down``."""
+    ranks = range(plan.num_ranks)
+    ax.set_ylim(plan.num_ranks - 0.5, -0.5)
+    ax.set_yticks(ranks, [f"rank {rank}" for rank in ranks])
+    ax.set_title(
+        f"{panel.title}: bubble {_percent(panel.bubble)}", loc="left", size=TITLE_SIZE, pad=4
+    )
+    ax.barh(ranks, panel.makespan, height=ROW, color=BUBBLE)
+
+    boxes = _boxes(plan, panel.tasks)
+    median = statistics.median(box.end - box.begin for box in boxes) * across
+    rectangles = PolyCollection(
+        [[(b.begin, b.top), (b.end, b.top), (b.end, b.bottom), (b.begin, b.bottom)] for b in boxes],
+        facecolors=[box.color for box in boxes],
+        edgecolors="white",
+        linewidths=min(0.5, 0.15 * median),
+    )
+    rectangles.set_snap(False)  # or equal boxes differ by a pixel
+    ax.add_collection(rectangles, autolim=False)
+    for kind in COLORS:
+        _add_numbers(ax, [box for box in boxes if box.kind == kind], across, down)
+
+
+def _boxes(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> list[Box]:
+    shades = _shades(plan)
+    boxes = []
+    for record in tasks:
+        if record.kind not in COLORS:
+            continue
+        top, bottom = record.rank - ROW / 2, record.rank + ROW / 2
+        # A rank's streams have a row each where they may run together; elsewhere they share one.
+        if plan.overlap and record.stream == "forward":
+            bottom = record.rank
+        elif plan.overlap:
+            top = record.rank
+        color = shades[record.kind, record.stage]
+        number = str(record.microbatch)
+        boxes.append(Box(record.kind, number, record.begin, record.end, top, bottom, color))
+    return boxes
+
+
+def _add_numbers(ax: Axes, boxes: Sequence[Box], across: float, down: float) -> None:
+    """Writes microbatches into boxes of one kind where they fit, unless most do not."""
+    for size in NUMBER_SIZES:
+        fitting = [
+            box
+            for box in boxes
+            if (box.end - box.begin) * across >= _text_width(box.number, size) + 2 * NUMBER_PAD
+            and (box.bottom - box.top) * down >= 1.2 * size
+        ]
+        if len(fitting) >= 0.9 * len(boxes):
+            break
+    if 2 * len(fitting) < len(boxes):
+        return
+    for box in fitting:
+        ax.text(
+            (box.begin + box.end) / 2,
+            (box.top + box.bottom) / 2,
+            box.number,
+            size=size,
+            ha="center",
+            va="center_baseline",
+            color="white" if _lightness(box.color) < 0.55 else INK,
+        )
+
+
+def _add_bubbles(ax: Axes, panel: Panel) -> None:
+    """The bubble of each rank, right of its row."""
+    beside = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
+    look = {"size": SMALL_SIZE, "color": FAINT}
+    ax.annotate("bubble", (1, -0.5), (4, 4), **beside, **look)
+    for rank, bubble in enumerate(panel.bubble_by_rank):
+        ax.annotate(_percent(bubble), (1, rank), (4, 0), va="center_baseline", **beside, **look)
+
+
+def _shades(plan: _C.Plan) -> dict[tuple[str, int], Color]:
+    """The colour of each kind and stage."""
+    shades = {}
+    rank_of_stage = plan.rank_of_stage
+    for stage, rank in enumerate(rank_of_stage):
+        earlier, others = rank_of_stage[:stage].count(rank), rank_of_stage.count(rank) - 1
+        # A rank's later stages are paler, but so that in grey any F is darker than any B.
+        white = 0.34 * earlier / max(1, others)
+        for kind, color in COLORS.items():
+            red, green, blue = (part + white * (1 - part) for part in to_rgb(color))
+            shades[kind, stage] = red, green, blue
+    return shades
+
+
+def _lightness(color: Color) -> float:
+    red, green, blue = color
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def _add_legend(
+    picture: Figure, plan: _C.Plan, panels: Sequence[Panel], right: tuple[float, float]
+) -> None:
+    """Names the kinds that occur, in the shades of the rank with the most stages."""
+    present = {record.kind for panel in panels for record in panel.tasks}
+    kinds = [kind for kind in COLORS if kind in present]
+    shades = _shades(plan)
+    fullest = statistics.mode(plan.rank_of_stage)
+    stages = [stage for stage, rank in enumerate(plan.rank_of_stage) if rank == fullest]
+    swatches = [tuple(Patch(facecolor=shades[kind, stage]) for stage in stages) for kind in kinds]
+    picture.legend(
+        [*swatches, Patch(facecolor=BUBBLE)],
+        [*(NAMES[kind] for kind in kinds), "bubble"],
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+        loc="center right",
+        bbox_to_anchor=right,
+        ncols=len(kinds) + 1,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=1.4,
+        handletextpad=0.5,
+        columnspacing=1.4,
+        fontsize=LABEL_SIZE,
+    )
+
+
+@cache
+def _text_width(text: str, size: float) -> float:
+    """In points."""
+    return text_to_path.get_text_width_height_descent(text, FontProperties(size=size), False)[0]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * max(0.0, share):.1f} %"  # rounding may leave a little less than nothing

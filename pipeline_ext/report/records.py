@@ -1,0 +1,29 @@
+"""When the tasks of a step ran, or would run: what every report is made from."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .. import _C
+
+
+class TaskRecord(NamedTuple):
+    """One task of a step. Times count from the step's begin: seconds, or simulated the costs' unit."""
+
+    task: int  # its number in the plan
+    action: str
+    kind: str
+    stage: int
+    microbatch: int  # -1: the action concerns the whole stage
+    rank: int
+    stream: str  # "forward" or "backward"
+    begin: float
+    end: float
+
+
+def task_records(plan: _C.Plan, begin: Sequence[float], end: Sequence[float]) -> list[TaskRecord]:
+    """A record of each task, in the order in which they began; ``begin`` and ``end`` are by task."""
+    records = [
+        TaskRecord(task, plan.action(task), *plan.describe(task), *times)
+        for task, times in enumerate(zip(begin, end, strict=True))
+    ]
+    return sorted(records, key=lambda record: record.begin)
