@@ -78,7 +78,7 @@ def test_a_full_disk_is_told_and_leaves_the_old_one(path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(PipelineError, match="cannot be written: .*too large; an earlier one is unch"):
+        with pytest.raises(PipelineError, match="cannot be written: .*too large; what was there is unch"):
             checkpoint.write(path, NEW)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -22,3 +22,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PipelineError as error:
         print(f"pipeline-ext: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # as shells have it

@@ -43,6 +43,10 @@ class Display:
         """One line for a validation."""
         self._console.print(f"validation {when}: {bits_per_byte:.3f} bits per byte")
 
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        self._console.print(text, markup=False)
+
     def stopped(self) -> None:
         """One line for Ctrl-C."""
         self._console.print("stopped by Ctrl-C")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import DeadPipeline, InvalidArgument
+from ..errors import DeadPipeline, InvalidArgument, PipelineError
 from ..lm import checkpoint
 from ..lm.corpus import Corpus
 from ..lm.gpt import count_parameters, gpt, loss_fn
@@ -77,13 +77,24 @@ def run(arguments: argparse.Namespace) -> int:
             ranks=pipe.plan.num_ranks,
         )
         _train(training, log, display, options)
-    written = [log, out / checkpoint.NAME]
+        written = [log, out / checkpoint.NAME, *_save_last_step(pipe, out, display)]
     if options.json:
         written.append(Path(options.json))
         written[-1].parent.mkdir(parents=True, exist_ok=True)
         written[-1].write_text(json.dumps(training.summary.as_json(), indent=2) + "\n")
     display.closing_table(written)
     return 0
+
+
+def _save_last_step(pipe: Pipeline, out: Path, display: Display) -> list[Path]:
+    """Writes what the last step did; returns the files."""
+    written = [out / "trace.json", out / "timeline.png"]
+    try:
+        for path in written:
+            pipe.trace.save(path)
+    except PipelineError as error:  # no step, no matplotlib, or no room
+        display.note(str(error))
+    return [path for path in written if path.exists()]
 
 
 def _folder(options: Options) -> Path:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument, PipelineError
+from ..files import whole_file
 from . import interrupt
-from .replacing import replacing
 
 NAME = "checkpoint.pt"  # in a run's folder
 _FORMAT = "pipeline_ext checkpoint"
@@ -43,12 +43,12 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     values = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
     try:
         # Deferred: torch.save would turn a KeyboardInterrupt inside it into a RuntimeError.
-        with interrupt.deferred(), replacing(path) as file:
+        with interrupt.deferred(), whole_file(path) as file:
             torch.save({"format": _FORMAT, "version": _VERSION, **values}, file)
-    except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # what the disk said, where torch.save hides it
+    except RuntimeError as error:
+        cause = error.__context__ or error  # what the disk said, which torch.save hides
         raise PipelineError(
-            f"the checkpoint {str(path)!r} cannot be written: {cause}; an earlier one is unchanged"
+            f"{str(path)!r} cannot be written: {cause}; what was there is unchanged"
         ) from error
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument
+from ..files import whole_file
 from ..pipeline import Pipeline
 from . import interrupt
 from .checkpoint import Checkpoint
 from .corpus import Corpus
 from .gpt import bits, loss_fn
-from .replacing import replacing
 
 _VALIDATION_BATCHES = 12
 
@@ -101,7 +101,7 @@ class Summary:
 def begin_log(log: Path, before: Path, step: int) -> None:
     """Makes ``log`` the lines of ``before`` up to ``step``; a run that crashed may have added others."""
     lines = before.read_bytes().splitlines(keepends=True) if before.exists() else []
-    with replacing(log) as file:
+    with whole_file(log) as file:
         file.writelines(line for line in lines if _step_of(line) <= step)
 
 

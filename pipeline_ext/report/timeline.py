@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import _C
-from ..errors import PipelineError
+from ..errors import InvalidArgument, PipelineError
+from ..files import whole_file
 from ..simulation import Costs, Simulation, simulate
-from .files import accepted_path, whole_file
 from .records import TaskRecord, task_records
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -43,6 +43,19 @@ def draw_plan(plan: _C.Plan, path: str | os.PathLike, costs: Costs | None = None
     panel = simulated_panel("Plan, simulated", simulate(plan, costs))
     unit = "F = 1" if costs.forward == 1 else "unit of the costs"
     save_picture(path, plan, [panel], unit)
+
+
+def accepted_path(path: str | os.PathLike, suffixes: Sequence[str]) -> Path:
+    """``path``, whose suffix, in lower or upper case, is one of ``suffixes``.
+
+    Raises InvalidArgument for anything else.
+    """
+    if not isinstance(path, (str, os.PathLike)) or Path(path).suffix.lower() not in suffixes:
+        *others, last = suffixes
+        raise InvalidArgument(
+            f"the path is {str(path)!r}; give one that ends in {', '.join(others)} or {last}"
+        )
+    return Path(path)
 
 
 def save_picture(

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .. import _C
+from ..files import whole_file
 from ..simulation import Costs, simulate
-from .files import accepted_path, whole_file
 from .perfetto import chrome_trace
 from .records import TaskRecord, task_records
-from .timeline import SUFFIXES, Panel, save_picture, simulated_panel
+from .timeline import SUFFIXES, Panel, accepted_path, save_picture, simulated_panel
 
 
 @dataclass(frozen=True)
