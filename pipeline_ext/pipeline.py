@@ -24,6 +24,7 @@ from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
 from .stage import Stage
 from .step import Step
+from .threads import ThreadChoice
 
 
 class Pipeline:
@@ -134,6 +135,8 @@ class Pipeline:
         _C.keep_freed_memory()
         executor = _C.HostExecutor(_thread_names(self.plan))
         self._executor = executor
+        self._threads = ThreadChoice(len(self.plan), self.plan.num_workers, fixed=self.plan.overlap)
+        weakref.finalize(self, _wait_for_end, self._in_step)  # called after the next, at exit
         self._close = weakref.finalize(self, _close, executor, guard)
 
     # -- training and evaluation
@@ -198,6 +201,7 @@ class Pipeline:
         rows = microbatch.lengths(size, count)
         step = Step(
             num_stages=len(self._stages),
+            size=size,
             inputs=microbatch.split((args, kwargs), size, count, "an input"),
             context=self._caller_context(),
             targets=None if target is None else microbatch.split(target, size, count, "target"),
@@ -234,6 +238,7 @@ class Pipeline:
         count = min(size, self.microbatches)
         step = Step(
             num_stages=len(self._stages),
+            size=size,
             inputs=microbatch.split((args, kwargs), size, count, "an input"),
             context=self._caller_context(),
         )
@@ -340,7 +345,10 @@ class Pipeline:
             stage.begin(step)
         try:
             result = self._executor.run(
-                program, timeout=self._timeout, record=self._trace_wanted and training
+                program,
+                timeout=self._timeout,
+                record=self._trace_wanted and training,
+                threads=self._threads.threads(step.size),
             )
         except BaseException as interrupt:
             self._give_up(training)
@@ -357,8 +365,10 @@ class Pipeline:
             if result.outcome == "closed":
                 raise closed_error(training)
             raise timeout_error(result, self._timeout, self._executor.dead, training)
-        if training and self._trace_wanted:
-            self._trace = Trace(self.plan, result)
+        if training:
+            self._threads.took(step.size, (result.end - result.begin) * 1e-9)
+            if self._trace_wanted:
+                self._trace = Trace(self.plan, result)
 
     def _give_up(self, training: bool) -> None:
         if self._executor.dead:
@@ -409,3 +419,9 @@ def _thread_names(plan: _C.Plan) -> list[str]:
 def _close(executor: _C.HostExecutor, guard: RecomputationGuard) -> None:
     executor.close()
     guard.remove()
+
+
+def _wait_for_end(in_step: threading.Lock) -> None:
+    """Lets another thread leave its step: the interpreter may not end while torch frees tensors."""
+    if in_step.acquire(timeout=1.0):
+        in_step.release()

@@ -30,7 +30,7 @@ class _InFlight(NamedTuple):
 
     received: list[boundary.Received]
     sent: list[Tensor]  # tensors at its exit that require a gradient
-    contributions: list[Tensor]  # scalars of this stage in the total loss
+    losses: list[Tensor]  # scalars that this stage adds to the total loss
 
 
 class Stage:
@@ -79,15 +79,14 @@ class Stage:
         step.context.apply()
         with step.context.forward():
             value, received = self._run_module(step, m)
-            contributions = []
+            losses = []
             if isinstance(value, WithLoss):
-                contributions.append(self._weighted(step, m, value.loss, "the loss in WithLoss"))
+                losses.append(_checked(value.loss, "the loss in WithLoss"))
                 value = value.value
             if self._is_last:
-                loss = self._loss_of(step, m, value)
-                contributions.insert(0, self._weighted(step, m, loss, "what loss_fn returned"))
-                step.losses[m] = loss.detach()
-        step.contributions[self.index][m] = [c.detach() for c in contributions]
+                losses.insert(0, _checked(self._loss_of(step, m, value), "what loss_fn returned"))
+                step.losses[m] = losses[0].detach()
+        step.contributions[self.index][m] = [step.weighted(loss.detach(), m) for loss in losses]
         if self._is_last:
             sent = []
             if step.keep_outputs:
@@ -95,23 +94,23 @@ class Stage:
         else:
             sent = boundary.differentiable(value)
             step.values[self.index + 1][m] = value
-        self._in_flight[m] = _InFlight(received, sent, contributions)
+        self._in_flight[m] = _InFlight(received, sent, losses)
 
     def backward(self, m: int) -> None:
         """Runs microbatch ``m`` backward; sends its input's gradients back, adds the others to ``.grad``."""
         self.thread = this_thread()
         step = self._step
         step.context.apply()
-        received, sent, contributions = self._in_flight.pop(m)
-        outputs = [c for c in contributions if c.requires_grad]
-        grads_out: list[Tensor | None] = [None] * len(outputs)  # a scalar's is 1
+        received, sent, losses = self._in_flight.pop(m)
+        outputs = [loss for loss in losses if loss.requires_grad]
+        grads_out = [step.weight_like(loss, m) for loss in outputs]
         for tensor, grad in zip(sent, step.grads[self.index][m]):
             if grad is not None:
                 outputs.append(tensor)
                 grads_out.append(grad)
         step.grads[self.index][m] = ()
         if outputs:
-            torch.autograd.backward(outputs, grads_out)
+            _run_backward(outputs, grads_out)
         grads_in = [tensor.gradient() for tensor in received]
         if self.index == 0:
             step.input_grads[m] = grads_in
@@ -155,11 +154,21 @@ class Stage:
             return self._loss_fn(value)
         return self._loss_fn(value, step.targets[m])
 
-    def _weighted(self, step: Step, m: int, loss: Any, what: str) -> Tensor:
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            raise InvalidArgument(
-                f"{what} must be a tensor without dimensions, the mean or sum over the microbatch; "
-                f"got {boundary.describe(loss)}"
-            )
-        weight = step.weights[m]
-        return loss if weight == 1 else loss * weight
+
+def _checked(loss: Any, what: str) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+        raise InvalidArgument(
+            f"{what} must be a real tensor without dimensions, the mean or sum over the microbatch; "
+            f"got {boundary.describe(loss)}"
+        )
+    return loss
+
+
+def _run_backward(outputs: list[Tensor], grads: list[Tensor]) -> None:
+    """``torch.autograd.backward`` without its checks in Python, which take as long as a small backward.
+
+    The engine itself checks that the gradients fit.
+    """
+    torch.autograd.graph._engine_run_backward(
+        tuple(outputs), tuple(grads), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )

@@ -1,5 +1,8 @@
 """What the tasks of one step read and write."""
 
+import functools
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +20,7 @@ class Step:
         self,
         *,
         num_stages: int,
+        size: int,
         inputs: list[tuple[tuple, dict]],
         context: CallerContext,
         targets: list[Any] | None = None,
@@ -24,10 +28,12 @@ class Step:
         keep_outputs: bool = True,
     ) -> None:
         microbatches = len(inputs)
+        self.size = size  # rows of the batch
         self.inputs = inputs
         self.context = context
         self.targets = targets
-        self.weights = weights  # of each microbatch's loss in the total; None: no loss
+        self._weights = weights  # of each microbatch's loss in the total; None: no loss
+        self._weight_tensors: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
         self.keep_outputs = keep_outputs
         # By stage: values on their way to it, gradients of its results on their way back to it, and
         # what it adds to the total loss, weighted.
@@ -44,17 +50,27 @@ class Step:
         )
         self.input_grads: list[list[Tensor | None]] = [[]] * microbatches
 
+    def weighted(self, loss: Tensor, m: int) -> Tensor:
+        """Microbatch ``m``'s loss as it enters the total."""
+        weight = self._weights[m]
+        return loss if weight == 1 else loss * weight
+
+    def weight_like(self, loss: Tensor, m: int) -> Tensor:
+        """The gradient of the total in microbatch ``m``'s loss."""
+        key = self._weights[m], loss.dtype, loss.device
+        if key not in self._weight_tensors:
+            weight, dtype, device = key
+            self._weight_tensors[key] = torch.full((), weight, dtype=dtype, device=device)
+        return self._weight_tensors[key]
+
     def total_loss(self) -> Tensor:
         """Sum of all contributions: microbatch by microbatch, in each the loss, then the stages' own."""
         *earlier, last = self.contributions
-        total = 0
-        for m, contributions in enumerate(last):
-            of_m = sum(contributions)
-            for stage in earlier:
-                for contribution in stage[m]:
-                    of_m = of_m + contribution
-            total = total + of_m
-        return total
+        by_microbatch = [
+            functools.reduce(operator.add, itertools.chain(losses, *(stage[m] for stage in earlier)))
+            for m, losses in enumerate(last)
+        ]
+        return functools.reduce(operator.add, by_microbatch)
 
     def backward_into_inputs(self) -> None:
         """Carries the gradients of the step's inputs on into the graph that made them."""

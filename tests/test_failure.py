@@ -195,7 +195,7 @@ def test_what_a_stage_cannot_take_is_shown():
 
 def test_a_loss_that_is_no_tensor_is_refused():
     with pe.Pipeline([nn.Linear(4, 4)], microbatches=2, loss_fn=lambda out: 1.0) as pipe:
-        with pytest.raises(pe.StageError, match="must be a tensor without dimensions.*got float"):
+        with pytest.raises(pe.StageError, match="must be a real tensor without dimensions.*got float"):
             pipe.step(torch.randn(4, 4))
 
 
@@ -204,7 +204,7 @@ def test_a_loss_that_is_no_scalar_is_refused():
         return F.mse_loss(out, target, reduction="none")
 
     with pe.Pipeline([nn.Linear(4, 4)], microbatches=2, loss_fn=loss_fn) as pipe:
-        with pytest.raises(pe.StageError, match=r"must be a tensor without dimensions.*float32\[2, 4\]"):
+        with pytest.raises(pe.StageError, match=r"must be a real tensor without dimensions.*float32\[2, 4\]"):
             pipe.step(torch.randn(4, 4), target=torch.randn(4, 4))
 
 
