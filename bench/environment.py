@@ -1,5 +1,6 @@
 """What a benchmark's figures depend on, for its JSON."""
 
+import json
 import os
 import platform
 import subprocess
@@ -26,3 +27,11 @@ def describe() -> dict:
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
     }
+
+
+def write_results(name: str, **results: object) -> None:
+    """Writes bench/results/NAME.json: the environment and what was found."""
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"environment": describe(), **results}, indent=2) + "\n")
+    print(f"written to {path}")
