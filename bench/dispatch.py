@@ -91,7 +91,7 @@ def ours(ranks: int, overlap: bool, rank: int) -> Run:
 def theirs(ranks: int, store: str, rank: int) -> Run:
     import torch.distributed as dist
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-    from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime, B, F
+    from torch.distributed.pipelining.schedules import B, F, _Action, _PipelineScheduleRuntime
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)

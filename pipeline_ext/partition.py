@@ -30,9 +30,10 @@ class Slice(nn.Module):
         super().__init__()
         self.names = [name for name, _ in layers]
         self.layers = nn.ModuleList(layer for _, layer in layers)
+        self._chain = list(self.layers)  # quicker to read than a submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        first, *rest = self.layers
+        first, *rest = self._chain
         value = first(*args, **kwargs)
         for layer in rest:
             value = layer(value)

@@ -24,7 +24,6 @@ from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
 from .stage import Stage
 from .step import Step
-from .threads import ThreadChoice
 
 
 class Pipeline:
@@ -135,7 +134,6 @@ class Pipeline:
         _C.keep_freed_memory()
         executor = _C.HostExecutor(_thread_names(self.plan))
         self._executor = executor
-        self._threads = ThreadChoice(len(self.plan), self.plan.num_workers, fixed=self.plan.overlap)
         weakref.finalize(self, _wait_for_end, self._in_step)  # called after the next, at exit
         self._close = weakref.finalize(self, _close, executor, guard)
 
@@ -201,7 +199,6 @@ class Pipeline:
         rows = microbatch.lengths(size, count)
         step = Step(
             num_stages=len(self._stages),
-            size=size,
             inputs=microbatch.split((args, kwargs), size, count, "an input"),
             context=self._caller_context(),
             targets=None if target is None else microbatch.split(target, size, count, "target"),
@@ -238,7 +235,6 @@ class Pipeline:
         count = min(size, self.microbatches)
         step = Step(
             num_stages=len(self._stages),
-            size=size,
             inputs=microbatch.split((args, kwargs), size, count, "an input"),
             context=self._caller_context(),
         )
@@ -345,10 +341,7 @@ class Pipeline:
             stage.begin(step)
         try:
             result = self._executor.run(
-                program,
-                timeout=self._timeout,
-                record=self._trace_wanted and training,
-                threads=self._threads.threads(step.size),
+                program, timeout=self._timeout, record=self._trace_wanted and training
             )
         except BaseException as interrupt:
             self._give_up(training)
@@ -365,10 +358,8 @@ class Pipeline:
             if result.outcome == "closed":
                 raise closed_error(training)
             raise timeout_error(result, self._timeout, self._executor.dead, training)
-        if training:
-            self._threads.took(step.size, (result.end - result.begin) * 1e-9)
-            if self._trace_wanted:
-                self._trace = Trace(self.plan, result)
+        if training and self._trace_wanted:
+            self._trace = Trace(self.plan, result)
 
     def _give_up(self, training: bool) -> None:
         if self._executor.dead:

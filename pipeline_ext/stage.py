@@ -53,6 +53,7 @@ class Stage:
         self._is_last = is_last
         self._loss_fn = loss_fn
         self._step: Step | None = None
+        self._entrance = boundary.Entrance()
         self._in_flight: dict[int, _InFlight] = {}
 
     def modules(self) -> list[nn.Module]:
@@ -66,6 +67,7 @@ class Stage:
     def begin(self, step: Step) -> None:
         """Prepares for a step."""
         self._step = step
+        self._entrance.begin()
         self._in_flight = {}
 
     def end(self) -> None:
@@ -111,6 +113,7 @@ class Stage:
         step.grads[self.index][m] = ()
         if outputs:
             _run_backward(outputs, grads_out)
+        self._entrance.returned(received)
         grads_in = [tensor.gradient() for tensor in received]
         if self.index == 0:
             step.input_grads[m] = grads_in
@@ -136,15 +139,16 @@ class Stage:
             value: Any = step.inputs[m]
             received: list[boundary.Received] = []
             if step.input_tensors[m]:
-                value, received = boundary.receive(value, own=True)
+                value, received = self._entrance.receive(value, own=True)
             args, kwargs = value
         else:
             value, step.values[self.index][m] = step.values[self.index][m], None
-            value, received = boundary.receive(value)
+            value, received = self._entrance.receive(value)
             args, kwargs = (value,), {}
         try:
             return self.module(*args, **kwargs), received
         except Exception as error:
+            self._entrance.failed()
             source = "the step" if self.index == 0 else f"stage {self.index - 1}"
             error.add_note(f"stage {self.index} was given {boundary.describe(value)} by {source}")
             raise

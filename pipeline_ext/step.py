@@ -20,7 +20,6 @@ class Step:
         self,
         *,
         num_stages: int,
-        size: int,
         inputs: list[tuple[tuple, dict]],
         context: CallerContext,
         targets: list[Any] | None = None,
@@ -28,7 +27,6 @@ class Step:
         keep_outputs: bool = True,
     ) -> None:
         microbatches = len(inputs)
-        self.size = size  # rows of the batch
         self.inputs = inputs
         self.context = context
         self.targets = targets

@@ -54,19 +54,19 @@ struct PyProgram {
 };
 
 // Gives each thread one Python thread state for its whole life, so that threading.local lasts.
-HostExecutor::ThreadHooks python_threads(int num_threads) {
+HostExecutor::ThreadHooks python_threads(int num_workers) {
   struct State {
     PyGILState_STATE gil;
     PyThreadState* thread;
   };
-  auto states = std::make_shared<std::vector<State>>(num_threads);
-  return {[states](int thread) {
-            (*states)[thread].gil = PyGILState_Ensure();
-            (*states)[thread].thread = PyEval_SaveThread();
+  auto states = std::make_shared<std::vector<State>>(num_workers);
+  return {[states](int worker) {
+            (*states)[worker].gil = PyGILState_Ensure();
+            (*states)[worker].thread = PyEval_SaveThread();
           },
-          [states](int thread) {
-            PyEval_RestoreThread((*states)[thread].thread);
-            PyGILState_Release((*states)[thread].gil);
+          [states](int worker) {
+            PyEval_RestoreThread((*states)[worker].thread);
+            PyGILState_Release((*states)[worker].gil);
           }};
 }
 
@@ -86,12 +86,10 @@ std::unique_ptr<HostExecutor, DeleteWithoutGil> make_executor(
 }
 
 // Raises what a signal handler raised (KeyboardInterrupt) once the step has stopped.
-StepResult run(HostExecutor& executor, const PyProgram& program, double timeout, bool record,
-               int threads) {
+StepResult run(HostExecutor& executor, const PyProgram& program, double timeout, bool record) {
   PyObject* signal = nullptr;
   RunOptions options;
   options.record = record;
-  options.threads = threads;
   options.timeout = std::chrono::duration<double>(timeout);
   options.poll = [&signal] {
     const PyGILState_STATE state = PyGILState_Ensure();
@@ -182,11 +180,10 @@ void bind_runtime(py::module_& m) {
       .def_readonly("peak_by_rank", &StepResult::peak_by_rank);
 
   py::class_<HostExecutor, std::unique_ptr<HostExecutor, DeleteWithoutGil>>(
-      m, "HostExecutor", "Native threads that run one step after another, a thread for each worker or fewer.")
+      m, "HostExecutor", "Native threads, one a worker, that run one step after another.")
       .def(py::init(&make_executor), py::arg("thread_names"))
       .def("run", &run, py::arg("program"), py::kw_only(), py::arg("timeout"),
-           py::arg("record") = true, py::arg("threads") = 0,
-           "Runs one step; ``threads`` share the workers (0: one for each).")
+           py::arg("record") = true)
       .def("close", &HostExecutor::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("dead", py::cpp_function(&HostExecutor::dead,
                                                       py::call_guard<py::gil_scoped_release>()));

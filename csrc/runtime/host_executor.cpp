@@ -26,13 +26,11 @@ Nanoseconds now() {
 }  // namespace
 
 struct HostExecutor::Step {
-  Step(std::shared_ptr<const Program> to_run, const RunOptions& options)
-      : program(std::move(to_run)),
-        scheduler(program->plan()),
-        threads(options.threads > 0 ? options.threads : program->plan().num_workers()) {
+  Step(std::shared_ptr<const Program> to_run, bool record)
+      : program(std::move(to_run)), scheduler(program->plan()) {
     result.begin = now();
     last_progress = result.begin;
-    if (options.record) {
+    if (record) {
       result.task_begin.assign(program->plan().size(), 0);
       result.task_end.assign(program->plan().size(), 0);
     }
@@ -41,19 +39,9 @@ struct HostExecutor::Step {
   const Plan& plan() const { return program->plan(); }
   bool recording() const { return !result.task_begin.empty(); }
   bool over() const { return running == 0 && (stopping || scheduler.done()); }
-  int thread_of(int worker) const { return worker % threads; }
-
-  TaskId take(int thread) {
-    for (int worker = thread; worker < plan().num_workers(); worker += threads) {
-      const TaskId task = scheduler.take(worker);
-      if (task != kNoTask) return task;
-    }
-    return kNoTask;
-  }
 
   const std::shared_ptr<const Program> program;
   ListScheduler scheduler;
-  const int threads;
   StepResult result;
   Nanoseconds last_progress;
   int running = 0;
@@ -61,11 +49,11 @@ struct HostExecutor::Step {
 };
 
 struct HostExecutor::Shared {
-  Shared(int num_threads, ThreadHooks thread_hooks)
+  Shared(int num_workers, ThreadHooks thread_hooks)
       : hooks(std::move(thread_hooks)),
-        work(num_threads),
-        running(num_threads, kNoTask),
-        abandoned(num_threads, false) {}
+        work(num_workers),
+        running(num_workers, kNoTask),
+        abandoned(num_workers, false) {}
 
   // Threads are left only where the executor died on one of its own: nobody could join them.
   ~Shared() {
@@ -74,14 +62,14 @@ struct HostExecutor::Shared {
 
   const ThreadHooks hooks;
   std::mutex mutex;                           // guards all below
-  std::vector<std::condition_variable> work;  // by thread: there may be a task
+  std::vector<std::condition_variable> work;  // by worker: there may be a task
   std::condition_variable over;               // the step is over
   std::condition_variable idle;               // there is no step
   std::thread::id runner;                     // that called run()
   std::unique_ptr<Step> step;                 // the one that runs, if any
   std::unique_ptr<Step> lost;                 // the one that abandoned threads are still inside
-  std::vector<TaskId> running;                // by thread
-  std::vector<bool> abandoned;                // by thread
+  std::vector<TaskId> running;                // by worker
+  std::vector<bool> abandoned;                // by worker
   std::vector<std::thread> threads;
   bool closing = false;
   bool dead = false;
@@ -92,24 +80,27 @@ HostExecutor::HostExecutor(int num_workers, const std::vector<std::string>& thre
     : num_workers_(num_workers),
       owner_pid_(getpid()),
       shared_(std::make_shared<Shared>(num_workers, std::move(hooks))) {
-  for (int me = 0; me < num_workers; ++me) {
-    auto& thread = shared_->threads.emplace_back([shared = shared_, me] { serve(shared, me); });
+  for (int worker = 0; worker < num_workers; ++worker) {
+    auto& thread = shared_->threads.emplace_back(
+        [shared = shared_, worker] { HostExecutor::work(shared, worker); });
     // The kernel keeps 15 characters.
-    pthread_setname_np(thread.native_handle(), thread_names[me].substr(0, 15).c_str());
+    pthread_setname_np(thread.native_handle(), thread_names[worker].substr(0, 15).c_str());
   }
 }
 
 HostExecutor::~HostExecutor() { close(); }
 
-void HostExecutor::serve(const std::shared_ptr<Shared>& shared, int me) {
+void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
   Shared& s = *shared;
   if (s.hooks.start) s.hooks.start(me);
-  std::vector<int> to_wake;  // threads
+  std::vector<int> to_wake;
+  const auto wake = [&](int worker) {
+    if (worker != me) to_wake.push_back(worker);
+  };
   std::unique_lock lock(s.mutex);
   while (!s.closing) {
     Step* const step = s.step.get();
-    const bool works = step && !step->stopping && me < step->threads;
-    const TaskId task = works ? step->take(me) : kNoTask;
+    const TaskId task = step && !step->stopping ? step->scheduler.take(me) : kNoTask;
     if (task == kNoTask && to_wake.empty()) {
       s.work[me].wait(lock);
       continue;
@@ -121,7 +112,7 @@ void HostExecutor::serve(const std::shared_ptr<Shared>& shared, int me) {
       if (step->recording()) step->result.task_begin[task] = step->last_progress;
     }
     lock.unlock();
-    for (const int thread : to_wake) s.work[thread].notify_one();
+    for (const int worker : to_wake) s.work[worker].notify_one();
     to_wake.clear();
     if (task == kNoTask) {
       lock.lock();
@@ -155,10 +146,6 @@ void HostExecutor::serve(const std::shared_ptr<Shared>& shared, int me) {
         step->result.error = error;
       }
     } else {
-      const auto wake = [&](int worker) {
-        const int thread = step->thread_of(worker);
-        if (thread != me) to_wake.push_back(thread);
-      };
       step->scheduler.finish(task, wake);
       for (const TaskId after : step->plan().successors(task)) {
         step->scheduler.arrive(after, wake);
@@ -187,13 +174,10 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   if (program->plan().num_workers() != num_workers_) {
     throw std::logic_error("the plan is for another number of workers");
   }
-  if (options.threads < 0 || options.threads > num_workers_) {
-    throw std::logic_error("it has not so many threads");
-  }
-  s.step = std::make_unique<Step>(std::move(program), options);
+  s.step = std::make_unique<Step>(std::move(program), options.record);
   s.runner = std::this_thread::get_id();
   Step& step = *s.step;
-  for (int thread = 0; thread < step.threads; ++thread) s.work[thread].notify_one();
+  for (auto& worker : s.work) worker.notify_one();
 
   const Nanoseconds timeout = static_cast<Nanoseconds>(options.timeout.count() * 1e9);
   auto next_poll = Clock::now() + kPollPeriod;
@@ -239,12 +223,11 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
 void HostExecutor::abandon(Step& step) {
   Shared& s = *shared_;
   std::string running;
-  for (std::size_t thread = 0; thread < s.running.size(); ++thread) {
-    const TaskId task = s.running[thread];
-    if (task == kNoTask) continue;
-    s.abandoned[thread] = true;
-    running += "  rank " + std::to_string(step.plan().rank_of(task)) + ": " +
-               to_text(step.plan().action(task)) + " is running and has not returned\n";
+  for (int worker = 0; worker < num_workers_; ++worker) {
+    if (s.running[worker] == kNoTask) continue;
+    s.abandoned[worker] = true;
+    running += "  rank " + std::to_string(step.plan().rank_of_worker(worker)) + ": " +
+               to_text(step.plan().action(s.running[worker])) + " is running and has not returned\n";
   }
   step.result.waiting = running + step.result.waiting;
   s.dead = true;
@@ -259,7 +242,7 @@ void HostExecutor::close() {
   Shared& s = *shared_;
   std::unique_lock lock(s.mutex);
   s.closing = true;
-  for (auto& work : s.work) work.notify_one();
+  for (auto& worker : s.work) worker.notify_one();
   if (s.step) {
     if (!s.step->stopping) s.step->result.outcome = Outcome::Closed;
     s.step->stopping = true;
@@ -275,8 +258,8 @@ void HostExecutor::close() {
   s.threads.clear();
   const std::vector<bool> abandoned = s.abandoned;
   lock.unlock();
-  for (std::size_t i = 0; i < threads.size(); ++i) {
-    abandoned[i] ? threads[i].detach() : threads[i].join();
+  for (std::size_t worker = 0; worker < threads.size(); ++worker) {
+    abandoned[worker] ? threads[worker].detach() : threads[worker].join();
   }
 }
 

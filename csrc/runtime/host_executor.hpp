@@ -39,7 +39,6 @@ struct StepResult {
 
 struct RunOptions {
   bool record = true;
-  int threads = 0;  // that share the workers, at most one for each; 0: one for each
   std::chrono::duration<double> timeout{1800};
   std::function<bool()> poll;  // called about every 50 ms by the caller's thread; true: stop
 };
@@ -48,11 +47,11 @@ class HostExecutor {
  public:
   // Called on each thread when it starts and before it ends. An abandoned thread does not call `stop`.
   struct ThreadHooks {
-    std::function<void(int thread)> start;
-    std::function<void(int thread)> stop;
+    std::function<void(int worker)> start;
+    std::function<void(int worker)> stop;
   };
 
-  // A thread for each worker, alive until close().
+  // One thread a worker, alive until close().
   HostExecutor(int num_workers, const std::vector<std::string>& thread_names, ThreadHooks hooks);
   ~HostExecutor();
   HostExecutor(const HostExecutor&) = delete;
@@ -75,7 +74,7 @@ class HostExecutor {
   struct Step;
   struct Shared;
 
-  static void serve(const std::shared_ptr<Shared>& shared, int me);
+  static void work(const std::shared_ptr<Shared>& shared, int me);
   void abandon(Step& step);
 
   const int num_workers_;
