@@ -162,13 +162,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--microbatches", nargs="+", type=int, default=[8, 16])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
     one_thread_a_process()
     rows = []
     for name in options.models:
         for microbatches in options.microbatches:
-            steps = {"mlp": 8, "transformer": 2, "tiny": 30}[name]
+            steps = {"mlp": 3, "transformer": 1, "tiny": 20}[name]
             for row in measure(CASES[name], microbatches, options.rounds, steps):
                 rows.append(row)
                 show(row)
