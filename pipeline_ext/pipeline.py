@@ -1,8 +1,6 @@
 """Pipeline: the object the user holds."""
 
 import contextlib
-import math
-import operator
 import os
 import threading
 import weakref
@@ -12,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C, microbatch, partition, planning
+from . import _C, arguments, microbatch, partition, planning
 from .abandoned import lock_out
-from .boundary import differentiable
 from .context import CallerContext
 from .errors import DeadPipeline, InvalidArgument, PipelineError
 from .failure import NO_GRADIENTS, closed_error, stage_error, timeout_error
@@ -81,16 +78,9 @@ class Pipeline:
         timeout: float = 1800.0,
         trace: bool = True,
     ) -> None:
-        num_stages = None if num_stages is None else _count("num_stages", num_stages)
-        microbatches = _count("microbatches", microbatches)
-        if loss_fn is not None and not callable(loss_fn):
-            raise InvalidArgument(
-                f"loss_fn is {loss_fn!r}; give a function of output and target that returns a scalar"
-            )
-        if loss_reduction not in ("mean", "sum"):
-            raise InvalidArgument(f'loss_reduction is {loss_reduction!r}; it is "mean" or "sum"')
-        if not (isinstance(timeout, (int, float)) and 0 < timeout < math.inf):
-            raise InvalidArgument(f"timeout is {timeout!r}; give a positive number of seconds")
+        num_stages = None if num_stages is None else arguments.count("num_stages", num_stages)
+        microbatches = arguments.count("microbatches", microbatches)
+        arguments.check_settings(loss_fn, loss_reduction, timeout)
         num_ranks = planning.cpu_ranks(devices)
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
 
@@ -172,30 +162,9 @@ class Pipeline:
             never returned.
         """
         self._check_alive()
-        if not self._has_loss:
-            raise InvalidArgument(
-                "step needs a loss: give loss_fn= to Pipeline, as in "
-                "Pipeline(..., loss_fn=torch.nn.functional.cross_entropy); eval() needs none"
-            )
-        if not torch.is_grad_enabled():
-            raise InvalidArgument(
-                "step computes gradients, but was called where they are off (torch.no_grad or "
-                "inference_mode); call it outside, or use eval()"
-            )
-        if losses is not None and not isinstance(losses, list):
-            raise InvalidArgument(f"losses is a {type(losses).__name__}; give a list, to be filled")
-        size = microbatch.batch_size(args, kwargs)
-        count = self.microbatches
-        if size < count:
-            raise InvalidArgument(
-                f"the batch has {size} rows, too few for {count} microbatches; give a larger batch, or "
-                f"Pipeline(..., microbatches={max(size, 1)})"
-            )
-        if differentiable(target):
-            raise InvalidArgument(
-                "target requires a gradient, and step gives none to targets; detach it, or make it an "
-                "input of the model"
-            )
+        arguments.check_trains(self._has_loss, losses, target)
+        size, count = microbatch.batch_size(args, kwargs), self.microbatches
+        arguments.check_rows(size, count)
         rows = microbatch.lengths(size, count)
         step = Step(
             num_stages=len(self._stages),
@@ -389,16 +358,6 @@ class Pipeline:
             raise DeadPipeline(
                 "this pipeline is dead: a stage's code never returned in an earlier step; make a new one"
             )
-
-
-def _count(name: str, value: Any) -> int:
-    try:
-        count = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = 0
-    if not 1 <= count < 2**31:
-        raise InvalidArgument(f"{name} is {value!r}; give a whole number of at least 1")
-    return count
 
 
 def _thread_names(plan: _C.Plan) -> list[str]:

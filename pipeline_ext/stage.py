@@ -149,13 +149,23 @@ class Stage:
             return self.module(*args, **kwargs), received
         except Exception as error:
             self._entrance.failed()
-            source = "the step" if self.index == 0 else f"stage {self.index - 1}"
-            error.add_note(f"stage {self.index} was given {boundary.describe(value)} by {source}")
+            given = f"stage {self.index} was given {boundary.describe(value)}"
+            if self.index == 0:
+                error.add_note(f"{given} by the step")
+            else:
+                error.add_note(
+                    f"{given} by stage {self.index - 1}; if that is not what it takes, mend the layers on "
+                    "either side of the cut, or cut elsewhere"
+                )
             raise
 
     def _loss_of(self, step: Step, m: int, value: Any) -> Tensor:
         if step.targets is None:
-            return self._loss_fn(value)
+            try:
+                return self._loss_fn(value)
+            except TypeError as error:
+                error.add_note("step was given no target=, so loss_fn was called with the output alone")
+                raise
         return self._loss_fn(value, step.targets[m])
 
 

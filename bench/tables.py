@@ -1,0 +1,111 @@
+"""Writes the figures of bench/results into README's tables, between the comments that mark them.
+
+``python bench/tables.py --check`` only tells whether README has them already.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def cpu_step(results: dict) -> list[str]:
+    by_case: dict[tuple, dict] = {}
+    for row in results["rows"]:
+        case = by_case.setdefault((row["model"], row["microbatches"]), {})
+        case[row["engine"], row["schedule"].lower()] = row
+    names = {"ours": "pipeline_ext", "torch": "torch.distributed.pipelining"}
+    lines = [
+        "| model | M | | 1F1B, share of ideal | GPipe, share of ideal | interleaved 1F1B, speed-up "
+        "| ZBV, speed-up |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (model, microbatches), case in by_case.items():
+        columns = {
+            "ours": ("1f1b", "gpipe", "interleaved-1f1b", None),
+            "torch": ("1f1b", "gpipe", "interleaved1f1b", "zbvzerobubble"),
+        }
+        for engine, schedules in columns.items():
+            cells = []
+            for schedule in schedules:
+                row = case.get(("pipeline_ext" if engine == "ours" else engine, schedule))
+                if row is None:
+                    cells.append("")
+                elif "share_of_ideal" in row:
+                    cells.append(_spread(row["share_of_ideal"]))
+                else:
+                    cells.append(_spread(row["speedup"]))
+            lines.append(f"| {model} | {microbatches} | {names[engine]} | {' | '.join(cells)} |")
+    return lines
+
+
+def dispatch(results: dict) -> list[str]:
+    lines = ["| | step, us | an action above the eager compute, us |", "|---|---|---|"]
+    lines.append(f"| the eager calls alone | {_spread(results['eager_step_us'], '.0f')} | |")
+    for row in results["rows"]:
+        step, overhead = _spread(row["step_us"], ".0f"), _spread(row["overhead_us"], ".0f")
+        lines.append(f"| {row['contender']} | {step} | {overhead} |")
+    return lines
+
+
+def simulate(results: dict) -> list[str]:
+    lines = [
+        "| plan | ranks | tasks | million tasks/s | bytes a task: plan | simulating |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        lines.append(
+            f"| {row['case']} | {row['ranks']} | {row['tasks']:,} | "
+            f"{_spread(row['million_tasks_per_second'], '.1f')} | {row['plan_bytes_per_task']:.0f} | "
+            f"{row['simulation_bytes_per_task']:.0f} |"
+        )
+    return lines
+
+
+TABLES: dict[str, Callable[[dict], list[str]]] = {
+    "cpu_step": cpu_step,
+    "dispatch": dispatch,
+    "simulate": simulate,
+}
+
+
+def with_tables(readme: str) -> str:
+    """README's text with its tables made anew."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}: made by bench/tables.py -->\n", f"<!-- end of {name} -->\n"
+        before, _, rest = readme.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise SystemExit(f"README.md has no marks for the table {name}")
+        results = json.loads((RESULTS / f"{name}.json").read_text())
+        where = results["environment"]
+        source = (
+            f"Commit {where['commit']}, {where['cores']} cores of {where['processor']}, torch "
+            f"{where['torch']}; minimum / median / maximum."
+        )
+        readme = before + begin + "\n".join(["", *table(results), "", source, ""]) + end + after
+    return readme
+
+
+def _spread(values: dict, form: str = ".2f") -> str:
+    return " / ".join(format(values[key], form) for key in ("min", "median", "max"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if they differ")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    before = path.read_text()
+    after = with_tables(before)
+    if options.check:
+        sys.exit(before != after)
+    path.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

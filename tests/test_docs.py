@@ -1,0 +1,74 @@
+"""README and docs say what is true: their examples run, their tables are the results', their links lead somewhere."""
+
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import pipeline_ext as pe
+
+ROOT = Path(__file__).parent.parent
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+ERRORS = (ROOT / "docs" / "errors.md").read_text()
+BEGINNING = re.search(r"```python\n(.*?)```", ERRORS, re.S)[1]
+EXAMPLES = re.findall(r"## ([^\n]+)\n(?:(?!## ).)*?```python\n(.*?)```\n\n```text\n(.*?)```", ERRORS, re.S)
+
+
+def test_every_error_has_an_example():
+    assert len(EXAMPLES) == ERRORS.count("\n## ")
+
+
+@pytest.mark.parametrize("code, text", [e[1:] for e in EXAMPLES], ids=[e[0] for e in EXAMPLES])
+def test_an_error_reads_as_the_docs_show_it(code, text):
+    names: dict = {}
+    exec(BEGINNING, names)
+    with pytest.raises(pe.PipelineError) as raised:
+        exec(code, names)
+    said = f"{type(raised.value).__name__}: {raised.value}"
+    assert said.split() == text.split()
+
+
+def test_the_example_that_readme_opens_with_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    names = {
+        "model": model,
+        "loss_fn": nn.functional.mse_loss,
+        "optimizer": torch.optim.SGD(model.parameters()),
+        "batches": [(torch.randn(16, 4), torch.randn(16, 2))] * 2,
+        "x": torch.randn(16, 4),
+    }
+    exec(re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1], names)
+    assert names["out"].shape == (16, 2)
+    assert (tmp_path / "timeline.png").stat().st_size > 0
+
+
+def test_the_tables_are_those_of_the_results():
+    check = [sys.executable, "bench/tables.py", "--check"]
+    result = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, f"run bench/tables.py {result.stderr}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.name)
+def test_links_and_named_files_exist(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+    for path in re.findall(r"`((?:csrc|pipeline_ext|tests|bench|docs)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_layout_in_readme_names_every_folder():
+    readme = (ROOT / "README.md").read_text()
+    layout = textwrap.dedent(readme.partition("## Layout")[2].partition("Runtime dependencies")[0])
+    named = set(re.findall(r"^([\w/]+)  ", layout, re.M))
+    folders = {f"csrc/{f.name}" for f in (ROOT / "csrc").iterdir() if f.is_dir()}
+    folders |= {"pipeline_ext", "tests", "bench", "docs"}
+    folders |= {f"pipeline_ext/{f.parent.name}" for f in (ROOT / "pipeline_ext").glob("*/__init__.py")}
+    assert named == folders
