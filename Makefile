@@ -1,6 +1,6 @@
 # make train   trains a small language model through a pipeline; ARGS="--help" shows the options
 # make test    runs the whole test suite; ARGS="-k name" selects tests
-# make bench   runs the benchmarks and writes bench/results/
+# make bench   runs the benchmarks and writes bench/results/ and README's tables
 
 PYTHON ?= python3
 ARGS ?=
@@ -20,7 +20,8 @@ test: .venv/installed-test
 	@$(BIN)/pytest $(ARGS)
 
 bench: .venv/installed
-	@$(BIN)/python bench/simulate.py $(ARGS)
+	@for script in cpu_step dispatch simulate; do $(BIN)/python bench/$$script.py || exit 1; done
+	@$(BIN)/python bench/tables.py
 
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -207,7 +207,8 @@ def _balanced_starts(layers, num_stages, balance, sample) -> list[int]:
         raise InvalidArgument("num_stages is missing: say into how many stages to cut the model")
     if num_stages > len(layers):
         raise InvalidArgument(
-            f"the model has {len(layers)} layers and cannot be cut into {num_stages} stages"
+            f"the model has {len(layers)} layers and cannot be cut into {num_stages} stages; give "
+            f"num_stages of at most {len(layers)}"
         )
     if balance == "parameters":
         weights = _parameter_counts([layer for _, layer in layers])
