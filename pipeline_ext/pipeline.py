@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -124,8 +125,8 @@ class Pipeline:
         _C.keep_freed_memory()
         executor = _C.HostExecutor(_thread_names(self.plan))
         self._executor = executor
-        weakref.finalize(self, _wait_for_end, self._in_step)  # called after the next, at exit
         self._close = weakref.finalize(self, _close, executor, guard)
+        weakref.finalize(self, _end_steps, executor, self._in_step)  # at exit called before the former
 
     # -- training and evaluation
 
@@ -166,15 +167,15 @@ class Pipeline:
         size, count = microbatch.batch_size(args, kwargs), self.microbatches
         arguments.check_rows(size, count)
         rows = microbatch.lengths(size, count)
-        step = Step(
-            num_stages=len(self._stages),
-            inputs=microbatch.split((args, kwargs), size, count, "an input"),
-            context=self._caller_context(),
-            targets=None if target is None else microbatch.split(target, size, count, "target"),
-            weights=[n / size if self._weighted else 1 for n in rows],
-            keep_outputs=return_outputs,
-        )
         with self._one_at_a_time("step was called"):
+            step = Step(
+                num_stages=len(self._stages),
+                inputs=microbatch.split((args, kwargs), size, count, "an input"),
+                context=self._caller_context(),
+                targets=None if target is None else microbatch.split(target, size, count, "target"),
+                weights=[n / size if self._weighted else 1 for n in rows],
+                keep_outputs=return_outputs,
+            )
             self._shared.begin()
             self._run(self._program, step)
             try:
@@ -202,20 +203,14 @@ class Pipeline:
         if size == 0:
             raise InvalidArgument("the batch has no rows")
         count = min(size, self.microbatches)
-        step = Step(
-            num_stages=len(self._stages),
-            inputs=microbatch.split((args, kwargs), size, count, "an input"),
-            context=self._caller_context(),
-        )
-        if count not in self._eval_programs:
-            plan = _C.make_forward_plan(
-                self.plan.rank_of_stage, self.plan.num_ranks, count, overlap=self.plan.overlap
-            )
-            bodies = {(stage.index, "F"): stage.evaluate for stage in self._stages}
-            self._eval_programs[count] = _C.Program(plan, bodies)
         with self._one_at_a_time("eval was called"):
-            self._run(self._eval_programs[count], step, training=False)
-        return microbatch.merge(step.outputs)
+            step = Step(
+                num_stages=len(self._stages),
+                inputs=microbatch.split((args, kwargs), size, count, "an input"),
+                context=self._caller_context(),
+            )
+            self._run(self._forward_program(count), step, training=False)
+            return microbatch.merge(step.outputs)
 
     # -- the model's state
 
@@ -305,6 +300,15 @@ class Pipeline:
         finally:
             self._in_step.release()
 
+    def _forward_program(self, microbatches: int) -> _C.Program:
+        if microbatches not in self._eval_programs:
+            plan = _C.make_forward_plan(
+                self.plan.rank_of_stage, self.plan.num_ranks, microbatches, overlap=self.plan.overlap
+            )
+            bodies = {(stage.index, "F"): stage.evaluate for stage in self._stages}
+            self._eval_programs[microbatches] = _C.Program(plan, bodies)
+        return self._eval_programs[microbatches]
+
     def _run(self, program: _C.Program, step: Step, training: bool = True) -> None:
         for stage in self._stages:
             stage.begin(step)
@@ -371,7 +375,10 @@ def _close(executor: _C.HostExecutor, guard: RecomputationGuard) -> None:
     guard.remove()
 
 
-def _wait_for_end(in_step: threading.Lock) -> None:
-    """Lets another thread leave its step: the interpreter may not end while torch frees tensors."""
-    if in_step.acquire(timeout=1.0):
+def _end_steps(executor: _C.HostExecutor, in_step: threading.Lock) -> None:
+    """Ends another thread's step at exit; the interpreter may not end while torch frees its tensors."""
+    was_busy = in_step.locked()
+    executor.close()
+    if was_busy and in_step.acquire(timeout=1.0):
         in_step.release()
+        time.sleep(0.05)  # the thread still leaves the frames that hold some

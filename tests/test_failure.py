@@ -438,10 +438,11 @@ def test_the_interpreter_exits_while_a_daemon_thread_steps():
         """
         import threading, time, torch, pipeline_ext as pe
         pipe = pe.Pipeline([torch.nn.Linear(2, 2)] * 2, microbatches=2, loss_fn=lambda o: o.sum())
+        x = torch.randn(4, 2)
         def loop():
             try:
                 while True:
-                    pipe.step(torch.randn(4, 2))
+                    pipe.step(x)
             except pe.DeadPipeline:
                 pass
         threading.Thread(target=loop, daemon=True).start()

@@ -1,7 +1,7 @@
 """What pip makes of the project: a source archive and a wheel, each of which trains where it is installed."""
 
 import email
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-missing = [name for name in ("pip", "pybind11", "setuptools") if not importlib.util.find_spec(name)]
+# Looked up without importlib: to look for pip there makes setuptools step back from distutils for good.
+installed = {distribution.name for distribution in importlib.metadata.distributions()}
+missing = sorted({"pip", "pybind11", "setuptools"} - installed)
 missing += [] if shutil.which("g++") else ["g++"]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
 
