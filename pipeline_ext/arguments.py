@@ -27,6 +27,9 @@ def check_settings(loss_fn: Any, loss_reduction: Any, timeout: Any) -> None:
         raise InvalidArgument(
             f"loss_fn is {loss_fn!r}; give a function of output and target that returns a scalar"
         )
+    if isinstance(loss_fn, type):
+        name = loss_fn.__name__
+        raise InvalidArgument(f"loss_fn is the class {name}; give an instance, {name}()")
     if loss_reduction not in ("mean", "sum"):
         raise InvalidArgument(f'loss_reduction is {loss_reduction!r}; it is "mean" or "sum"')
     if not (isinstance(timeout, (int, float)) and 0 < timeout < math.inf):
@@ -56,8 +59,10 @@ def check_trains(has_loss: bool, losses: Any, target: Any) -> None:
 
 def check_rows(rows: int, microbatches: int) -> None:
     """Raises InvalidArgument for a batch too small to cut."""
+    if rows == 0:
+        raise InvalidArgument("the batch has no rows")
     if rows < microbatches:
         raise InvalidArgument(
-            f"the batch has {rows} rows, too few for {microbatches} microbatches; give a larger batch, or "
-            f"Pipeline(..., microbatches={max(rows, 1)})"
+            f"the batch has {rows} rows, too few for {microbatches} microbatches; give a larger batch, leave a "
+            f"short last one out (DataLoader(..., drop_last=True)), or Pipeline(..., microbatches={rows})"
         )

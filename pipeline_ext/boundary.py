@@ -4,6 +4,7 @@ A value is any pytree of tensors. In one process its tensors are handed over the
 between the stages, so that each stage's backward runs on its own.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .errors import PipelineError
+
 
 class Received:
     """A tensor that a stage was given, and in the end the gradient that its backward found for it."""
 
-    __slots__ = ("grad", "_leaf")
+    __slots__ = ("grad", "leaf", "_version")
 
     def __init__(self, leaf: Tensor) -> None:
         self.grad: Tensor | None = None
-        self._leaf = leaf
+        self.leaf = leaf  # the tensor as it came, cut from the sender's graph
+        self._version = leaf._version
 
     def gradient(self) -> Tensor | None:
         """The gradient, in memory of its own.
@@ -27,30 +31,20 @@ class Received:
         Autograd may let it share memory with a parameter's gradient, to which the stage's next microbatch
         is added while the stage before still reads this one.
         """
-        grad = self._leaf.grad if self.grad is None else self.grad
+        grad = self.leaf.grad if self.grad is None else self.grad
         if grad is None or grad.layout is not torch.strided:
             return grad
         storage = grad.untyped_storage()
         shared = torch._C._storage_Use_Count(storage._cdata) > 2  # the gradient, and `storage` itself
-        return grad.clone() if shared else grad
-
-
-class _Probe(Received):
-    """One that also tells whether a plain leaf would have done as well."""
-
-    __slots__ = ("_version",)
-
-    def __init__(self, leaf: Tensor) -> None:
-        super().__init__(leaf)
-        self._version = leaf._version
+        return _copy(grad) if shared else grad
 
     def was_written(self) -> bool:
-        """Whether the stage's forward has changed the tensor in place, which a leaf forbids."""
-        return self._leaf._version != self._version
+        """Whether the stage has changed the tensor in place."""
+        return self.leaf._version != self._version
 
     def was_kept(self) -> bool:
         """Whether a leaf would have kept the gradient as it came, and not copied it into its own layout."""
-        if self._leaf.layout is not torch.strided or not self._leaf.is_contiguous():
+        if self.leaf.layout is not torch.strided or not self.leaf.is_contiguous():
             return False
         return self.grad is None or (
             self.grad.layout is torch.strided and self.grad.is_contiguous()
@@ -66,10 +60,11 @@ class _Entry(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, received: Received) -> Tensor:
         ctx.received = received
+        ctx.set_materialize_grads(False)  # no gradient is None, and not zeros
         return leaf.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None]:
         ctx.received.grad = grad
         return None, None
 
@@ -83,17 +78,18 @@ class Entrance:
 
     A plain leaf costs least there, but may not be changed in place, and copies its gradient into its own
     memory layout, which can change bits downstream. So the first microbatch of each step enters behind a
-    function instead; if it needs neither, later ones enter as leaves, until one does not.
+    function instead. Once its backward has shown that it needs neither, those like it enter as leaves.
     """
 
     def __init__(self) -> None:
-        self._leaves = False  # whether the others may enter as leaves
+        self._leaves = False  # whether those like the first microbatch may enter as leaves
         self._failed = False
-        self._probes: list[_Probe] | None = None
+        self._first: list[Received] | None = None
 
     def begin(self) -> None:
         """Prepares for a step."""
-        self._probes = None
+        self._first = None
+        self._leaves = False
 
     def receive(self, value: Any, own: bool = False) -> tuple[Any, list[Received]]:
         """The value a stage works on, and what will hold the gradients of its tensors.
@@ -101,21 +97,20 @@ class Entrance:
         There is one ``Received`` for each tensor of ``value`` that requires a gradient, as
         ``differentiable(value)`` lists them for the stage that made it. With ``own`` such tensors are copied.
         """
-        if self._probes is None:
-            enter = _enter_probing
-        elif self._leaves and not any(probe.was_written() for probe in self._probes):
+        tensors = differentiable(value)
+        if self._leaves and [t.shape for t in tensors] == [r.leaf.shape for r in self._first]:
             enter = _enter_as_leaf
         else:
             enter = _enter_behind_function
-        value, received = _receive(value, own, enter)
-        if self._probes is None:
-            self._probes = received
+        value, received = _receive(value, tensors, own, enter)
+        if self._first is None:
+            self._first = received
         return value, received
 
     def returned(self, received: list[Received]) -> None:
         """The backward of what was received has run."""
-        if received and received is self._probes and not self._failed:
-            self._leaves = not any(probe.was_written() or not probe.was_kept() for probe in received)
+        if received and received is self._first and not self._failed:
+            self._leaves = not any(r.was_written() or not r.was_kept() for r in received)
 
     def failed(self) -> None:
         """A forward has raised an error. A leaf may have been the reason, so there are no more of them."""
@@ -135,25 +130,50 @@ def _enter_behind_function(leaf: Tensor) -> tuple[Tensor, Received]:
     return _enter(leaf, received), received
 
 
-def _enter_probing(leaf: Tensor) -> tuple[Tensor, Received]:
-    probe = _Probe(leaf)
-    return _enter(leaf, probe), probe
-
-
-def _receive(value: Any, own: bool, enter: Enter) -> tuple[Any, list[Received]]:
+def _receive(
+    value: Any, tensors: list[Tensor], own: bool, enter: Enter
+) -> tuple[Any, list[Received]]:
     def one(tensor: Tensor) -> tuple[Tensor, Received]:
         leaf = tensor.detach()
         return enter((leaf.clone() if own else leaf).requires_grad_())
 
-    if isinstance(value, Tensor):
-        if not value.requires_grad:
-            return value, []
+    if not tensors:
+        return value, []
+    if value is tensors[0]:
         entered, received = one(value)
         return entered, [received]
+    pairs = {id(tensor): one(tensor) for tensor in tensors}
     flat, spec = pytree.tree_flatten(value)
-    pairs = {id(tensor): one(tensor) for tensor in differentiable(flat)}
     flat = [pairs[id(v)][0] if id(v) in pairs else v for v in flat]
     return pytree.tree_unflatten(flat, spec), [received for _, received in pairs.values()]
+
+
+def check_aliases(received: list[Received]) -> None:
+    """Raises PipelineError if a stage has written to one of several tensors that share memory.
+
+    Within one graph autograd would carry the change into the gradients of the others.
+    """
+    if len(received) < 2:
+        return
+    strided = [r for r in received if r.leaf.layout is torch.strided and r.leaf.numel() > 0]
+    addresses = Counter(r.leaf.data_ptr() for r in strided)
+    for r in strided:
+        if r.was_written() and addresses[r.leaf.data_ptr()] > 1:
+            raise PipelineError(
+                "a tensor was changed in place that shares memory with another one handed over at the same "
+                "cut, which autograd cannot follow there; hand over one of them, or a clone"
+            )
+
+
+def _copy(grad: Tensor) -> Tensor:
+    """In memory of its own, with the same strides."""
+    copied = grad.clone()
+    if copied.stride() == grad.stride():
+        return copied
+    storage = grad.untyped_storage().clone()
+    return torch.empty(0, dtype=grad.dtype, device=grad.device).set_(
+        storage, grad.storage_offset(), grad.size(), grad.stride()
+    )
 
 
 def differentiable(value: Any) -> list[Tensor]:

@@ -15,6 +15,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
     Makes the folders it lies in. Raises PipelineError where it cannot be written.
     """
+    path = Path(os.path.realpath(path))  # through a link, the file it points to
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

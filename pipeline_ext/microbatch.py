@@ -15,7 +15,8 @@ def batch_size(args: tuple, kwargs: dict) -> int:
     sizes = {leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if _is_split(leaf)}
     if not sizes:
         raise InvalidArgument(
-            "no input tensor has a batch dimension; give at least one of one dimension or more"
+            "no input tensor has a batch dimension; give at least one of one dimension or more, as "
+            "torch.as_tensor makes of another library's array"
         )
     if len(sizes) > 1:
         rows = [

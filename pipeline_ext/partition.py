@@ -167,7 +167,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _starts_of(cuts: Sequence[str | int], names: list[str], num_stages: int | None) -> list[int]:
-    if isinstance(cuts, str) or not all(isinstance(c, (str, int)) for c in cuts):
+    if not isinstance(cuts, (list, tuple)) or not all(isinstance(c, (str, int)) for c in cuts):
         raise InvalidArgument(
             f"cuts is {cuts!r}; give a list of layer names or positions, as in cuts=[{names[-1]!r}]"
         )

@@ -178,6 +178,11 @@ class Pipeline:
             )
             self._shared.begin()
             self._run(self._program, step)
+            if not step.has_trained:
+                raise PipelineError(
+                    "step found nothing to train: no microbatch's loss depends on anything that requires a "
+                    "gradient; are all parameters frozen, or is the loss detached?"
+                )
             try:
                 self._shared.end()
                 step.backward_into_inputs()
@@ -273,6 +278,9 @@ class Pipeline:
                 measured = self.profile()
                 costs = Costs(forward=measured.forward, backward=measured.backward)
         return simulate(self.plan, costs)
+
+    def __repr__(self) -> str:
+        return f"<Pipeline: {self.plan!r}>"
 
     # -- lifetime
 

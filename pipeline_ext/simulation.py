@@ -77,6 +77,9 @@ class Simulation:
         self._costs = costs
         self._times = times
 
+    def __repr__(self) -> str:
+        return f"<Simulation: makespan {self.makespan:g}, bubble {self.bubble:.1%}>"
+
     @property
     def begin(self) -> list[float]:
         """When each task begins, numbered as in the plan."""

@@ -12,6 +12,8 @@ from .abandoned import this_thread
 from .errors import InvalidArgument
 from .step import Step
 
+Arguments = tuple[tuple, dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class WithLoss:
@@ -79,15 +81,21 @@ class Stage:
         """Runs microbatch ``m``, hands the result on, and keeps what its backward needs."""
         step = self._step
         step.context.apply()
-        with step.context.forward():
-            value, received = self._run_module(step, m)
-            losses = []
-            if isinstance(value, WithLoss):
-                losses.append(_checked(value.loss, "the loss in WithLoss"))
-                value = value.value
-            if self._is_last:
-                losses.insert(0, _checked(self._loss_of(step, m, value), "what loss_fn returned"))
-                step.losses[m] = losses[0].detach()
+        arguments, received = self._receive(step, m)
+        losses = []
+        try:
+            with step.context.forward():
+                value = self._run_module(arguments)
+                if isinstance(value, WithLoss):
+                    losses.append(_checked(value.loss, "the loss in WithLoss"))
+                    value = value.value
+                if self._is_last:
+                    losses.insert(0, _checked(self._loss_of(step, m, value), "what loss_fn returned"))
+                    step.losses[m] = losses[0].detach()
+            boundary.check_aliases(received)
+        except Exception:
+            self._entrance.failed()
+            raise
         step.contributions[self.index][m] = [step.weighted(loss.detach(), m) for loss in losses]
         if self._is_last:
             sent = []
@@ -112,6 +120,7 @@ class Stage:
                 grads_out.append(grad)
         step.grads[self.index][m] = ()
         if outputs:
+            step.has_trained = True
             _run_backward(outputs, grads_out)
         self._entrance.returned(received)
         grads_in = [tensor.gradient() for tensor in received]
@@ -126,37 +135,44 @@ class Stage:
         step = self._step
         step.context.apply()
         with torch.no_grad(), step.context.forward():
-            value, _ = self._run_module(step, m)
+            value = self._run_module(self._arguments(step, m))
         if isinstance(value, WithLoss):
             value = value.value
         if self._is_last:
-            step.outputs[m] = value
+            step.outputs[m] = boundary.detach(value)
         else:
             step.values[self.index + 1][m] = value
 
-    def _run_module(self, step: Step, m: int) -> tuple[Any, list[boundary.Received]]:
+    def _arguments(self, step: Step, m: int) -> Arguments:
         if self.index == 0:
-            value: Any = step.inputs[m]
-            received: list[boundary.Received] = []
-            if step.input_tensors[m]:
-                value, received = self._entrance.receive(value, own=True)
-            args, kwargs = value
-        else:
-            value, step.values[self.index][m] = step.values[self.index][m], None
+            return step.inputs[m]
+        value, step.values[self.index][m] = step.values[self.index][m], None
+        return (value,), {}
+
+    def _receive(self, step: Step, m: int) -> tuple[Arguments, list[boundary.Received]]:
+        arguments = self._arguments(step, m)
+        if self.index > 0:
+            (value,), nothing = arguments
             value, received = self._entrance.receive(value)
-            args, kwargs = (value,), {}
+            return ((value,), nothing), received
+        if not step.input_tensors[m]:
+            return arguments, []
+        return self._entrance.receive(arguments, own=True)
+
+    def _run_module(self, arguments: Arguments) -> Any:
+        args, kwargs = arguments
         try:
-            return self.module(*args, **kwargs), received
+            return self.module(*args, **kwargs)
         except Exception as error:
-            self._entrance.failed()
-            given = f"stage {self.index} was given {boundary.describe(value)}"
-            if self.index == 0:
-                error.add_note(f"{given} by the step")
-            else:
+            if self.index > 0:
                 error.add_note(
-                    f"{given} by stage {self.index - 1}; if that is not what it takes, mend the layers on "
-                    "either side of the cut, or cut elsewhere"
+                    f"stage {self.index} was given {boundary.describe(args[0])} by stage {self.index - 1}; if "
+                    "that is not what it takes, mend the layers on either side of the cut, or cut elsewhere"
                 )
+            else:
+                error.add_note(f"stage 0 was given {boundary.describe(arguments)} by the step")
+                if isinstance(error, TypeError) and self._step.targets is None and len(args) > 1:
+                    error.add_note("if the last argument is the target, give it as target=")
             raise
 
     def _loss_of(self, step: Step, m: int, value: Any) -> Tensor:

@@ -31,8 +31,8 @@ class Step:
         self.context = context
         self.targets = targets
         self._weights = weights  # of each microbatch's loss in the total; None: no loss
-        self._weight_tensors: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
         self.keep_outputs = keep_outputs
+        self.has_trained = False  # whether any backward had something to differentiate
         # By stage: values on their way to it, gradients of its results on their way back to it, and
         # what it adds to the total loss, weighted.
         stages = range(num_stages)
@@ -55,11 +55,8 @@ class Step:
 
     def weight_like(self, loss: Tensor, m: int) -> Tensor:
         """The gradient of the total in microbatch ``m``'s loss."""
-        key = self._weights[m], loss.dtype, loss.device
-        if key not in self._weight_tensors:
-            weight, dtype, device = key
-            self._weight_tensors[key] = torch.full((), weight, dtype=dtype, device=device)
-        return self._weight_tensors[key]
+        # Made anew each time: autograd may keep it as a parameter's gradient, and add to it.
+        return torch.full((), self._weights[m], dtype=loss.dtype, device=loss.device)
 
     def total_loss(self) -> Tensor:
         """Sum of all contributions: microbatch by microbatch, in each the loss, then the stages' own."""
@@ -68,7 +65,7 @@ class Step:
             functools.reduce(operator.add, itertools.chain(losses, *(stage[m] for stage in earlier)))
             for m, losses in enumerate(last)
         ]
-        return functools.reduce(operator.add, by_microbatch)
+        return functools.reduce(operator.add, by_microbatch).clone()  # of one, it is losses[0] itself
 
     def backward_into_inputs(self) -> None:
         """Carries the gradients of the step's inputs on into the graph that made them."""

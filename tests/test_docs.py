@@ -1,4 +1,4 @@
-"""README and docs say what is true: their examples run, their tables are the results', their links lead somewhere."""
+"""README and docs say what is true: examples run, tables are the results', links lead somewhere."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ EXAMPLES = re.findall(r"## ([^\n]+)\n(?:(?!## ).)*?```python\n(.*?)```\n\n```tex
 
 
 def test_every_error_has_an_example():
-    assert len(EXAMPLES) == ERRORS.count("\n## ")
+    assert len(EXAMPLES) == ERRORS.count("```text") == ERRORS.count("\n## ") - 1  # the last is torch's
 
 
 @pytest.mark.parametrize("code, text", [e[1:] for e in EXAMPLES], ids=[e[0] for e in EXAMPLES])

@@ -86,6 +86,10 @@ def test_every_schedule_learns_the_same(tmp_path, text):
         (["--microbatches", "9", "--batch", "8"], "--batch 8 has too few rows for --microbatches 9"),
         (["--width", "10", "--heads", "3"], "--heads 3 does not divide --width 10"),
         (["--steps", "0"], "'0' is not a whole number of at least 1"),
+        (["--learning-rate", "nan"], "'nan' is not a positive number"),
+        (["--seed", "1" + 20 * "0"], "is not a whole number of at least 0"),
+        (["--json", "."], "--json . is a folder; give the name of a file"),
+        (["--out", "tiny/run"], "Not a directory: 'tiny/run'"),
     ],
 )
 def test_bad_options_end_in_one_sentence(tmp_path, text, args, message):

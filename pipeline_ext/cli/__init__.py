@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         return options.run(options)
-    except PipelineError as error:
+    except (PipelineError, OSError) as error:
         print(f"pipeline-ext: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """The options of a training run: defaults, arguments, and what a resumed run takes over."""
 
 import argparse
+import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -68,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", "width of the model", type=_count)
     add("--layers", "blocks of the model", type=_count)
     add("--heads", "attention heads; must divide the width", type=_count)
-    add("--learning-rate", "the highest learning rate", type=float)
+    add("--learning-rate", "the highest learning rate", type=_positive)
     add("--threads", "intra-op threads of each rank; none: cores / ranks", type=_count)
-    add("--seed", "of the initial weights and the batches", type=int)
+    add("--seed", "of the initial weights and the batches", type=_count_or_zero)
     add(
         "--checkpoint-every",
         "steps between checkpoints; 0: only at the end and at Ctrl-C",
@@ -104,6 +105,8 @@ def read_options(arguments: argparse.Namespace) -> tuple[Options, Checkpoint | N
         given["resume"] = str(path)
         resumed = checkpoint.read(path)
         saved = {key: value for key, value in resumed.options.items() if key in names}
+        if not all(_has_type(getattr(Options, key), value) for key, value in saved.items()):
+            raise InvalidArgument(f"the options in the checkpoint {str(path)!r} are damaged")
         options = Options(**saved)
         _check_fixed(options, given)
     options = replace(options, **given)
@@ -132,6 +135,22 @@ def _check_fixed(saved: Options, given: dict) -> None:
             )
 
 
+def _has_type(default: object, value: object) -> bool:
+    if default is None:
+        return value is None or isinstance(value, (int, str))
+    return type(value) is type(default)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
 def _count(text: str) -> int:
     return _whole_number(text, 1)
 
@@ -145,6 +164,6 @@ def _whole_number(text: str, least: int) -> int:
         value = int(text)
     except ValueError:
         value = least - 1
-    if value < least:
+    if not least <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return value

@@ -35,6 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
     options, resumed = read_options(arguments)
     out = _folder(options)
+    if options.json:
+        summary_file = Path(options.json)
+        summary_file.parent.mkdir(parents=True, exist_ok=True)
+        if summary_file.is_dir():
+            raise InvalidArgument(f"--json {options.json} is a folder; give the name of a file")
     corpus = Corpus(options.data, options.context)
     torch.manual_seed(options.seed)
     model = gpt(
@@ -79,9 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
         _train(training, log, display, options)
         written = [log, out / checkpoint.NAME, *_save_last_step(pipe, out, display)]
     if options.json:
-        written.append(Path(options.json))
-        written[-1].parent.mkdir(parents=True, exist_ok=True)
-        written[-1].write_text(json.dumps(training.summary.as_json(), indent=2) + "\n")
+        summary_file.write_text(json.dumps(training.summary.as_json(), indent=2) + "\n")
+        written.append(summary_file)
     display.closing_table(written)
     return 0
 

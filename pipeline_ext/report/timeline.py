@@ -40,8 +40,10 @@ def draw_plan(plan: _C.Plan, path: str | os.PathLike, costs: Costs | None = None
     """``Plan.draw``."""
     path = accepted_path(path, SUFFIXES)
     costs = Costs() if costs is None else costs
+    if not isinstance(costs, Costs):
+        raise InvalidArgument(f"costs is {costs!r}; give pipeline_ext.Costs(forward=..., backward=...)")
     panel = simulated_panel("Plan, simulated", simulate(plan, costs))
-    unit = "F = 1" if costs.forward == 1 else "unit of the costs"
+    unit = "F = 1" if isinstance(costs.forward, (int, float)) and costs.forward == 1 else "unit of the costs"
     save_picture(path, plan, [panel], unit)
 
 

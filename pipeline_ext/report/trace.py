@@ -39,6 +39,9 @@ class Trace:
         self.peak_in_flight_of_stage: list[int] = result.peak_by_stage
         self._result = result
 
+    def __repr__(self) -> str:
+        return f"<Trace: {len(self.plan)} tasks in {self.step_time * 1e3:.1f} ms, bubble {self.bubble:.1%}>"
+
     @cached_property
     def tasks(self) -> list[TaskRecord]:
         """The tasks that ran, in the order in which they began."""
