@@ -11,7 +11,8 @@ namespace {
 // Finds the task of (stage, kind, microbatch); whole-stage actions are found at microbatch 0.
 class TaskIndex {
  public:
-  TaskIndex(const std::vector<Action>& actions, const Shape& shape) : shape_(shape) {
+  TaskIndex(const std::vector<Action>& actions, const Shape& shape, const Packs& packs)
+      : shape_(shape) {
     first_row_.fill(-1);
     int rows = 0;
     for (const Action& a : actions) {
@@ -20,6 +21,7 @@ class TaskIndex {
     }
     tasks_.assign(static_cast<std::size_t>(rows) * shape.num_microbatches, kNoTask);
     for (TaskId t = 0; t < actions.size(); ++t) tasks_[slot(actions[t])] = t;
+    if (packs.any()) find_last_of_groups(packs);
   }
 
   TaskId find(int stage, Kind kind, int microbatch) const {
@@ -28,7 +30,34 @@ class TaskIndex {
     return tasks_[slot({stage, microbatch, kind})];
   }
 
+  // The task whose end lets the result of (stage, kind, microbatch) go to a neighbouring stage.
+  TaskId find_sender(int stage, Kind kind, int microbatch) const {
+    const TaskId task = find(stage, kind, microbatch);
+    return task == kNoTask || senders_.empty() ? task : senders_[slot({stage, microbatch, kind})];
+  }
+
  private:
+  // A group's results leave with the one its stage runs last; of one stage, later tasks have higher numbers.
+  void find_last_of_groups(const Packs& packs) {
+    senders_ = tasks_;
+    for (const Kind kind : {Kind::F, Kind::B, Kind::I}) {
+      if (first_row_[static_cast<int>(kind)] < 0) continue;
+      for (int stage = 0; stage < shape_.num_stages; ++stage) {
+        const int next = kind == Kind::F ? stage + 1 : stage - 1;
+        if (next < 0 || next == shape_.num_stages) continue;
+        if (shape_.rank_of_stage[stage] == shape_.rank_of_stage[next]) continue;
+        const int k = packs.of(kind, std::min(stage, next));
+        for (int first = 0; first < shape_.num_microbatches; first += k) {
+          const int end = std::min(first + k, shape_.num_microbatches);
+          const auto begin_slot = senders_.begin() + slot({stage, first, kind});
+          const auto end_slot = begin_slot + (end - first);
+          if (std::find(begin_slot, end_slot, kNoTask) != end_slot) continue;
+          std::fill(begin_slot, end_slot, *std::max_element(begin_slot, end_slot));
+        }
+      }
+    }
+  }
+
   std::size_t slot(const Action& a) const {
     const std::size_t row = first_row_[static_cast<int>(a.kind)] + a.stage;
     return row * shape_.num_microbatches + std::max(a.microbatch, 0);
@@ -37,27 +66,32 @@ class TaskIndex {
   const Shape& shape_;
   std::array<int, kNumKinds> first_row_;
   std::vector<TaskId> tasks_;
+  std::vector<TaskId> senders_;  // empty where nothing is packed
 };
 
 // Calls emit(task) for each task that must be done before `a` may start.
 template <class Emit>
 void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& shape, Emit&& emit) {
-  const auto add = [&](int stage, Kind kind) {
-    const TaskId task = index.find(stage, kind, a.microbatch);
+  const auto add_task = [&](TaskId task) {
     if (task != kNoTask) emit(task);
     return task != kNoTask;
   };
-  const auto add_backward = [&](int stage) {
-    return add(stage, Kind::B) || add(stage, Kind::I);
+  const auto add = [&](int stage, Kind kind) {
+    return add_task(index.find(stage, kind, a.microbatch));
+  };
+  const auto add_sender = [&](int stage, Kind kind) {
+    return add_task(index.find_sender(stage, kind, a.microbatch));
   };
   switch (a.kind) {
     case Kind::F:
-      if (!add(a.stage, Kind::RecvF)) add(a.stage - 1, Kind::F);
+      if (!add(a.stage, Kind::RecvF)) add_sender(a.stage - 1, Kind::F);
       break;
     case Kind::B:
     case Kind::I:
       add(a.stage, Kind::F);
-      if (!add(a.stage, Kind::RecvB)) add_backward(a.stage + 1);
+      if (!add(a.stage, Kind::RecvB) && !add_sender(a.stage + 1, Kind::B)) {
+        add_sender(a.stage + 1, Kind::I);
+      }
       break;
     case Kind::W:
       add(a.stage, Kind::I);
@@ -69,7 +103,7 @@ void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& s
       add(a.stage - 1, Kind::SendF);
       break;
     case Kind::SendB:
-      add_backward(a.stage);
+      if (!add(a.stage, Kind::B)) add(a.stage, Kind::I);
       break;
     case Kind::RecvB:
       add(a.stage + 1, Kind::SendB);
@@ -127,7 +161,7 @@ void Plan::number_tasks(const Order& order) {
 }
 
 void Plan::link_tasks() {
-  const TaskIndex index(actions_, shape_);
+  const TaskIndex index(actions_, shape_, options_.packs);
   num_dependencies_.assign(size(), 0);
   successors_begin_.assign(size() + 1, 0);
   for (TaskId t = 0; t < size(); ++t) {
@@ -135,7 +169,6 @@ void Plan::link_tasks() {
     for_each_dependency(actions_[t], index, shape_, [&](TaskId before) {
       ++count;
       ++successors_begin_[before + 1];
-      num_messages_ += rank_of(before) != rank_of(t);
     });
     if (count > kMaxDependencies) {
       throw PlanError(to_text(actions_[t]) + " waits for more than " +
@@ -150,6 +183,14 @@ void Plan::link_tasks() {
     for_each_dependency(actions_[t], index, shape_,
                         [&](TaskId before) { successors_[next[before]++] = t; });
   }
+  for (TaskId t = 0; t < size(); ++t) num_messages_ += num_sent(t) > 0;
+}
+
+int Plan::num_sent(TaskId task) const {
+  const auto after = successors(task);
+  return static_cast<int>(std::count_if(after.begin(), after.end(), [&](TaskId t) {
+    return rank_of(t) != rank_of(task);
+  }));
 }
 
 void Plan::fill_queues(const std::vector<Kind>& preference) {

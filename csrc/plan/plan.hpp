@@ -9,6 +9,7 @@
 
 #include "plan/action.hpp"
 #include "plan/order.hpp"
+#include "plan/packs.hpp"
 
 namespace pe {
 
@@ -28,6 +29,7 @@ struct Queue {
 struct PlanOptions {
   bool overlap = false;   // a rank's forward and backward stream may run at the same time
   bool reactive = false;  // a rank whose next planned task is not ready takes another that is
+  Packs packs;            // between stages of different ranks; others hand over each result alone
 };
 
 class Plan {
@@ -88,8 +90,10 @@ class Plan {
 
   std::size_t nbytes() const;
 
-  // What travels between ranks in one step: one for each dependency that crosses ranks.
+  // What travels between ranks in one step: a group of results is one message.
   int num_messages() const { return num_messages_; }
+  // How many results `task` sends to another rank when it ends: those of its whole group, if it is the last.
+  int num_sent(TaskId task) const;
 
  private:
   int workers_per_rank() const { return options_.overlap ? 2 : 1; }

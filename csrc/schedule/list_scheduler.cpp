@@ -61,8 +61,9 @@ std::string ListScheduler::waiting() const {
   return text;
 }
 
-void check_ends(const Plan& plan) {
-  ListScheduler scheduler(plan);
+namespace {
+
+void run_without_time(ListScheduler& scheduler, const Plan& plan) {
   std::vector<int> awake;
   for (int worker = 0; worker < plan.num_workers(); ++worker) awake.push_back(worker);
   const auto wake = [&](int worker) { awake.push_back(worker); };
@@ -74,6 +75,19 @@ void check_ends(const Plan& plan) {
       for (const TaskId after : plan.successors(task)) scheduler.arrive(after, wake);
     }
   }
+}
+
+}  // namespace
+
+bool ends(const Plan& plan) {
+  ListScheduler scheduler(plan);
+  run_without_time(scheduler, plan);
+  return scheduler.done();
+}
+
+void check_ends(const Plan& plan) {
+  ListScheduler scheduler(plan);
+  run_without_time(scheduler, plan);
   if (!scheduler.done()) {
     throw PlanError("this schedule never ends: these tasks wait for one another\n" +
                     scheduler.waiting());

@@ -64,6 +64,7 @@ class ListScheduler {
 
 // Runs the plan without time. Throws PlanError with the tasks that wait for one another if it cannot end.
 void check_ends(const Plan& plan);
+bool ends(const Plan& plan);
 
 template <class IsHere>
 TaskId ListScheduler::take(int worker, IsHere&& is_here) {

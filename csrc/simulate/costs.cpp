@@ -34,6 +34,8 @@ void Costs::validate(int num_stages) const {
   check("input_grad", input_grad, num_stages, "stages");
   check("weight_grad", weight_grad, num_stages, "stages");
   check("latency", latency, num_stages - 1, "boundaries");
+  if (!overhead.empty()) check("overhead", overhead, num_stages - 1, "boundaries");
+  if (!transfer.empty()) check("transfer", transfer, num_stages - 1, "boundaries");
   if (!std::isfinite(contention) || contention < 1.0) {
     throw PlanError("contention is " + std::to_string(contention) +
                     "; it is a factor of at least 1");

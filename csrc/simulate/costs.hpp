@@ -14,7 +14,11 @@ struct Costs {
   std::vector<double> backward;      // by stage, the full backward
   std::vector<double> input_grad;    // by stage
   std::vector<double> weight_grad;   // by stage
-  std::vector<double> latency;       // by boundary (stage s to s + 1): a result's way to another rank
+  // Of messages to another rank, by boundary (stage s to s + 1), as in the LogGP model (Alexandrov et al.,
+  // SPAA 1995): the way of each; what its sender spends on it; how long each result in it occupies the link.
+  std::vector<double> latency;
+  std::vector<double> overhead;  // empty: none
+  std::vector<double> transfer;  // empty: none
   double contention = 1.0;           // how much longer a task takes beside one of its rank's other stream
 
   // F = 1 and B = 2 at every stage, I and W half of B, no latency.
@@ -38,10 +42,17 @@ struct Costs {
     }
   }
 
-  double latency_between(const Plan& plan, TaskId from, TaskId to) const {
-    const int a = plan.action(from).stage;
-    const int b = plan.action(to).stage;
-    return plan.rank_of_stage(a) == plan.rank_of_stage(b) ? 0.0 : latency[std::min(a, b)];
+  // How long `task` keeps its worker, with sending its results.
+  double duration(const Plan& plan, TaskId task) const {
+    const Action& action = plan.action(task);
+    const double alone = of(action);
+    if (overhead.empty() || plan.num_sent(task) == 0) return alone;
+    return alone + overhead[boundary_sent_over(action)];
+  }
+
+  // The boundary across which the results of `action` go to another stage.
+  static int boundary_sent_over(const Action& action) {
+    return action.kind == Kind::F || action.kind == Kind::SendF ? action.stage : action.stage - 1;
   }
 };
 

@@ -10,7 +10,7 @@ namespace pe {
 
 // Throws PlanError where the schedule cannot place `num_stages` on `num_ranks`.
 Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int microbatches,
-               PlanOptions options);
+               PlanOptions options, const std::vector<int>& most_in_flight = {});
 
 // The order is validated and shown to end.
 Plan make_plan(const Order& order, PlanOptions options);

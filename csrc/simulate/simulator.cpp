@@ -23,6 +23,7 @@ class VirtualClock {
         may_contend_(plan.options().overlap && costs.contention > 1.0) {
     result_.begin.resize(plan.size());
     if (may_contend_) result_.stretched_end.resize(plan.size());
+    if (!costs.transfer.empty()) link_free_.assign(2 * costs.transfer.size(), 0.0);
   }
 
   void run() {
@@ -85,11 +86,26 @@ class VirtualClock {
     }
     const auto waker = [this](int idle) { wake(idle); };
     scheduler_.finish(task, waker);
+    double delivered = -1.0;
     for (const TaskId after : plan_.successors(task)) {
-      arrival(after) =
-          std::max(arrival(after), now_ + costs_.latency_between(plan_, task, after));
+      double here = now_;
+      if (plan_.rank_of(after) != plan_.rank_of(task)) {
+        if (delivered < 0) delivered = deliver(task);
+        here = delivered;
+      }
+      arrival(after) = std::max(arrival(after), here);
       scheduler_.arrive(after, waker);
     }
+  }
+
+  // Sends the message of `task`, which has ended; returns when it arrives.
+  double deliver(TaskId task) {
+    const Action& action = plan_.action(task);
+    const int boundary = Costs::boundary_sent_over(action);
+    if (costs_.transfer.empty()) return now_ + costs_.latency[boundary];
+    double& free = link_free_[2 * boundary + static_cast<int>(stream_of(action.kind))];
+    free = std::max(free, now_) + plan_.num_sent(task) * costs_.transfer[boundary];
+    return free + costs_.latency[boundary];
   }
 
   void dispatch() {
@@ -111,7 +127,7 @@ class VirtualClock {
         continue;
       }
       result_.begin[worker.task] = now_;
-      worker.work_left = costs_.of(plan_.action(worker.task));
+      worker.work_left = costs_.duration(plan_, worker.task);
       worker.since = now_;
       push_end(index, now_ + worker.work_left * (may_contend_ ? stretch(index) : 1.0));
       if (may_contend_) retime(index ^ 1, 1.0);
@@ -140,6 +156,7 @@ class VirtualClock {
   std::vector<Worker> workers_;
   EventHeap events_;
   std::vector<int> awake_;
+  std::vector<double> link_free_;  // by boundary and direction
   const bool may_contend_;
   double now_ = 0;
 };
@@ -150,7 +167,7 @@ double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulat
   const TaskId end = plan.end_of_rank(rank);
   double busy = 0;
   if (!plan.options().overlap) {
-    for (TaskId t = first; t < end; ++t) busy += costs.of(plan.action(t));
+    for (TaskId t = first; t < end; ++t) busy += costs.duration(plan, t);
     return busy;
   }
   const std::vector<double> ends = end_times(plan, costs, simulation);
@@ -187,7 +204,7 @@ Simulation simulate(const Plan& plan, const Costs& costs) {
 std::vector<double> end_times(const Plan& plan, const Costs& costs, const Simulation& simulation) {
   if (!simulation.stretched_end.empty()) return simulation.stretched_end;
   std::vector<double> ends = simulation.begin;
-  for (TaskId t = 0; t < plan.size(); ++t) ends[t] += costs.of(plan.action(t));
+  for (TaskId t = 0; t < plan.size(); ++t) ends[t] += costs.duration(plan, t);
   return ends;
 }
 

@@ -5,6 +5,7 @@
 #include "plan/plan.hpp"
 #include "schedule/schedule.hpp"
 #include "simulate/make_plan.hpp"
+#include "simulate/simulator.hpp"
 
 using namespace pe;
 
@@ -79,4 +80,26 @@ TEST(schedules_refuse_what_they_cannot_place) {
   CHECK_THROWS(make_plan(find_schedule("interleaved-1f1b"), 5, 2, 8, {}), PlanError,
                "the same number of stages");
   CHECK_THROWS(find_schedule("2f2b"), PlanError, "gpipe, 1f1b, interleaved-1f1b");
+}
+
+TEST(a_group_of_results_waits_for_its_last) {
+  PlanOptions options;
+  options.packs.backward = {2};
+  const Plan plan = make_plan(find_schedule("gpipe"), 2, 2, 5, options);
+  CHECK((dependencies(plan, "0B0") == std::set<std::string>{"0F0", "1B1"}));
+  CHECK((dependencies(plan, "0B1") == std::set<std::string>{"0F1", "1B1"}));
+  CHECK((dependencies(plan, "0B4") == std::set<std::string>{"0F4", "1B4"}));
+  CHECK((dependencies(plan, "1F3") == std::set<std::string>{"0F3"}));
+  CHECK_EQ(plan.num_messages(), 5 + 3);
+}
+
+TEST(packing_raises_the_limits_by_what_it_needs) {
+  PlanOptions options;
+  options.packs.backward = {2, 2, 2};
+  const Plan plan = make_plan(find_schedule("1f1b"), 4, 4, 64, options);
+  const double makespan = simulate(plan, Costs::uniform(4)).makespan;
+  CHECK(makespan < 1.02 * 3 * (64 + 3));
+  CHECK_THROWS(make_plan(find_schedule("1f1b"), 4, 4, 64, options, {1, 1, 1, 1}), PlanError,
+               "allow 2 in flight");
+  CHECK_EQ(make_plan(find_schedule("1f1b"), 4, 4, 64, options, {2, 2, 2, 2}).limit(0), 2);
 }
