@@ -27,6 +27,10 @@ class Plan:
     @property
     def rank_of_stage(self) -> list[int]: ...
     @property
+    def packs(self) -> list[int]: ...
+    @property
+    def packs_forward(self) -> list[int]: ...
+    @property
     def limits(self) -> list[int]: ...
     @property
     def nbytes(self) -> int: ...
@@ -51,11 +55,20 @@ def make_plan(
     *,
     overlap: bool = False,
     reactive: bool = False,
+    packs: Sequence[int] = [],
+    packs_forward: Sequence[int] = [],
+    in_flight: Sequence[int] = [],
 ) -> Plan: ...
 def plan_of_cells(
-    cells: Sequence[Sequence[str]], *, overlap: bool = False, reactive: bool = False
+    cells: Sequence[Sequence[str]],
+    *,
+    overlap: bool = False,
+    reactive: bool = False,
+    packs: Sequence[int] = [],
+    packs_forward: Sequence[int] = [],
+    in_flight: Sequence[int] = [],
 ) -> Plan: ...
-def plan_of_csv(text: str, *, overlap: bool = False, reactive: bool = False) -> Plan: ...
+def cells_of_csv(text: str) -> list[list[str]]: ...
 def make_forward_plan(
     rank_of_stage: Sequence[int], num_ranks: int, microbatches: int, *, overlap: bool = False
 ) -> Plan: ...
@@ -69,6 +82,8 @@ class CostsByStage:
         input_grad: Sequence[float],
         weight_grad: Sequence[float],
         latency: Sequence[float],
+        overhead: Sequence[float],
+        transfer: Sequence[float],
         contention: float,
     ) -> None: ...
 

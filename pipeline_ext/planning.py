@@ -52,7 +52,7 @@ def build_plan(
             text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidSchedule(f"the schedule {str(path)!r} cannot be read: {error}") from error
-        plan = _C.plan_of_csv(text, **mode)
+        plan = _C.plan_of_cells(_C.cells_of_csv(text), **mode)
     else:
         plan = _C.plan_of_cells(_cells(schedule), **mode)
     for what, given, found in (

@@ -1,9 +1,11 @@
 """What a plan would take: the scheduler under a virtual clock."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import _C
+from .errors import InvalidSchedule
 
 PerStage = float | Sequence[float]
 
@@ -17,7 +19,12 @@ class Costs:
         backward: of B, the full backward, by stage.
         input_grad: of I, by stage; None: half of ``backward``.
         weight_grad: of W, by stage; None: what ``input_grad`` leaves of ``backward``.
-        latency: of a result on its way to another rank, by boundary between stages.
+        latency: of a message on its way to another rank, by boundary between stages.
+        overhead: what a message costs its sender, by boundary.
+        bandwidth: bytes in a unit of time, by boundary; each message occupies the boundary's link, of
+            which there is one for each direction, for its bytes. With the two above this is the LogGP
+            model (Alexandrov et al., LogGP, SPAA 1995).
+        message_bytes: of one microbatch's result, by boundary.
         contention: factor by which a task takes longer while its rank's other stream is busy too
             (plans with ``overlap`` only).
     """
@@ -27,10 +34,13 @@ class Costs:
     input_grad: PerStage | None = None
     weight_grad: PerStage | None = None
     latency: PerStage = 0.0
+    overhead: PerStage = 0.0
+    bandwidth: PerStage = math.inf
+    message_bytes: PerStage = 0.0
     contention: float = 1.0
 
     def by_stage(self, num_stages: int) -> _C.CostsByStage:
-        """Each of the costs as a list, by stage or by boundary."""
+        """Each of the costs as a list, by stage or by boundary. Raises InvalidSchedule for no bandwidth."""
         forward = _spread(self.forward, num_stages)
         backward = _spread(self.backward, num_stages)
         if self.input_grad is None:
@@ -41,12 +51,19 @@ class Costs:
             weight_grad = [b - i for b, i in zip(backward, input_grad)]
         else:
             weight_grad = _spread(self.weight_grad, num_stages)
+        boundaries = num_stages - 1
+        nbytes = _spread(self.message_bytes, boundaries)
+        bandwidth = _spread(self.bandwidth, boundaries)
+        if any(b <= 0 for b in bandwidth):
+            raise InvalidSchedule(f"bandwidth holds {min(bandwidth):g}; it is bytes in a unit of time, above 0")
         return _C.CostsByStage(
             forward=forward,
             backward=backward,
             input_grad=input_grad,
             weight_grad=weight_grad,
-            latency=_spread(self.latency, num_stages - 1),
+            latency=_spread(self.latency, boundaries),
+            overhead=_spread(self.overhead, boundaries),
+            transfer=[n / b for n, b in zip(nbytes, bandwidth)],
             contention=float(self.contention),
         )
 

@@ -25,6 +25,16 @@ py::dict order_by_rank(const Plan& plan) {
   return order;
 }
 
+// 1 where a boundary's stages are on one rank, whatever was asked for.
+std::vector<int> packs_by_boundary(const Plan& plan, Kind kind) {
+  std::vector<int> packs;
+  for (int b = 0; b + 1 < plan.num_stages(); ++b) {
+    const bool crosses = plan.rank_of_stage(b) != plan.rank_of_stage(b + 1);
+    packs.push_back(crosses ? plan.options().packs.of(kind, b) : 1);
+  }
+  return packs;
+}
+
 const char* stream_name(Stream stream) {
   return stream == Stream::Forward ? "forward" : "backward";
 }
@@ -51,7 +61,7 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
       .def_property_readonly("num_microbatches", &Plan::num_microbatches)
       .def_property_readonly("num_workers", &Plan::num_workers)
       .def_property_readonly("num_messages", &Plan::num_messages,
-                             "Results that travel between ranks in one step.")
+                             "Messages between ranks in one step.")
       .def_property_readonly("has_backward", &Plan::has_backward)
       .def_property_readonly(
           "overlap", [](const Plan& p) { return p.options().overlap; },
@@ -61,6 +71,12 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
           "Whether a rank whose next planned task is not ready takes another that is.")
       .def_property_readonly(
           "rank_of_stage", [](const Plan& p) { return p.shape().rank_of_stage; })
+      .def_property_readonly(
+          "packs", [](const Plan& p) { return packs_by_boundary(p, Kind::B); },
+          "By boundary, how many microbatches' gradients leave in one message.")
+      .def_property_readonly(
+          "packs_forward", [](const Plan& p) { return packs_by_boundary(p, Kind::F); },
+          "By boundary, how many microbatches' activations leave in one message.")
       .def_property_readonly("limits", &Plan::limits,
                              "The most microbatches each stage may have in flight.")
       .def_property_readonly("nbytes", &Plan::nbytes, "Memory the plan holds.")
@@ -115,30 +131,39 @@ matplotlib or where the file cannot be written.)")
   m.def(
       "is_looped", [](const std::string& name) { return find_schedule(name).looped; },
       py::arg("schedule"), "Whether the schedule holds several stages on each rank.");
+  const auto options = [](bool overlap, bool reactive, std::vector<int> packs,
+                          std::vector<int> packs_forward) {
+    return PlanOptions{overlap, reactive, {std::move(packs_forward), std::move(packs)}};
+  };
   m.def(
       "make_plan",
-      [](const std::string& name, int num_stages, int num_ranks, int microbatches, bool overlap,
-         bool reactive) {
+      [options](const std::string& name, int num_stages, int num_ranks, int microbatches,
+                bool overlap, bool reactive, std::vector<int> packs,
+                std::vector<int> packs_forward, const std::vector<int>& in_flight) {
         return make_shared_plan([&] {
           return make_plan(find_schedule(name), num_stages, num_ranks, microbatches,
-                           {overlap, reactive});
+                           options(overlap, reactive, packs, packs_forward), in_flight);
         });
       },
       py::arg("schedule"), py::arg("num_stages"), py::arg("num_ranks"), py::arg("microbatches"),
-      py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false);
+      py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
+      py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
+      py::arg("in_flight") = py::list());
   m.def(
       "plan_of_cells",
-      [](const Cells& cells, bool overlap, bool reactive) {
-        return make_shared_plan([&] { return make_plan(parse_order(cells), {overlap, reactive}); });
+      [options](const Cells& cells, bool overlap, bool reactive, std::vector<int> packs,
+                std::vector<int> packs_forward, const std::vector<int>& in_flight) {
+        return make_shared_plan([&] {
+          return make_plan(parse_order(cells), options(overlap, reactive, packs, packs_forward),
+                           in_flight);
+        });
       },
-      py::arg("cells"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false);
+      py::arg("cells"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
+      py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
+      py::arg("in_flight") = py::list());
   m.def(
-      "plan_of_csv",
-      [](const std::string& text, bool overlap, bool reactive) {
-        return make_shared_plan(
-            [&] { return make_plan(order_from_csv(text), {overlap, reactive}); });
-      },
-      py::arg("text"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false);
+      "cells_of_csv", [](const std::string& text) { return to_cells(order_from_csv(text)); },
+      py::arg("text"), "The cells of a CSV file, by rank, without empty ones.");
   m.def(
       "make_forward_plan",
       [](const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, bool overlap) {

@@ -10,9 +10,10 @@ namespace {
 
 Costs make_costs(std::vector<double> forward, std::vector<double> backward,
                  std::vector<double> input_grad, std::vector<double> weight_grad,
-                 std::vector<double> latency, double contention) {
-  return {std::move(forward),     std::move(backward), std::move(input_grad),
-          std::move(weight_grad), std::move(latency),  contention};
+                 std::vector<double> latency, std::vector<double> overhead,
+                 std::vector<double> transfer, double contention) {
+  return {std::move(forward), std::move(backward), std::move(input_grad), std::move(weight_grad),
+          std::move(latency), std::move(overhead), std::move(transfer),   contention};
 }
 
 }  // namespace
@@ -21,7 +22,7 @@ void bind_simulate(py::module_& m) {
   py::class_<Costs, std::shared_ptr<Costs>>(m, "CostsByStage")
       .def(py::init(&make_costs), py::kw_only(), py::arg("forward"), py::arg("backward"),
            py::arg("input_grad"), py::arg("weight_grad"), py::arg("latency"),
-           py::arg("contention"));
+           py::arg("overhead"), py::arg("transfer"), py::arg("contention"));
 
   py::class_<Simulation, std::shared_ptr<Simulation>>(m, "SimulatedTimes")
       .def_readonly("makespan", &Simulation::makespan)

@@ -29,7 +29,7 @@ struct Queue {
 struct PlanOptions {
   bool overlap = false;   // a rank's forward and backward stream may run at the same time
   bool reactive = false;  // a rank whose next planned task is not ready takes another that is
-  Packs packs;            // between stages of different ranks; others hand over each result alone
+  Packs packs{};          // between stages of different ranks; others hand over each result alone
 };
 
 class Plan {

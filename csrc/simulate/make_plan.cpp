@@ -1,11 +1,9 @@
 #include "simulate/make_plan.hpp"
 
-#include <algorithm>
-#include <limits>
 #include <string>
 
 #include "schedule/list_scheduler.hpp"
-#include "simulate/simulator.hpp"
+#include "simulate/in_flight.hpp"
 
 namespace pe {
 namespace {
@@ -42,93 +40,59 @@ void check(const Packs& packs, const Shape& shape) {
   check_one("backward", packs.backward);
 }
 
-// A rule on a placement: what it leads to depends on how many microbatches each stage may hold.
-class RuleOnRanks {
- public:
-  RuleOnRanks(const Rule& rule, const Placement& placement, const Shape& shape, const Packs& packs)
-      : rule_(rule), shape_(shape), listed_(placement.num_ranks) {
-    options_.reactive = true;
-    options_.packs = packs;
-    for (int s = 0; s < shape.num_stages; ++s) {
-      limits_.push_back(rule.limit(placement, s, shape.num_microbatches));
-      for (const Kind kind : {Kind::F, Kind::B}) {
-        for (int m = 0; m < shape.num_microbatches; ++m) {
-          listed_[placement.rank_of_stage[s]].push_back({s, m, kind});
-        }
+void check(const std::vector<int>& most_in_flight, const Shape& shape) {
+  if (most_in_flight.empty()) return;
+  if (static_cast<int>(most_in_flight.size()) != shape.num_stages) {
+    throw PlanError("limits of microbatches in flight are given for " +
+                    std::to_string(most_in_flight.size()) + " stages; there are " +
+                    std::to_string(shape.num_stages));
+  }
+  for (const int most : most_in_flight) {
+    if (most < 1) {
+      throw PlanError("at most " + std::to_string(most) +
+                      " microbatches in flight is too few; a stage holds at least 1");
+    }
+  }
+}
+
+Draft draft_of(const Rule& rule, const Placement& placement, const Shape& shape) {
+  Draft draft{Order(placement.num_ranks), shape, {}, rule.preference};
+  for (int s = 0; s < shape.num_stages; ++s) {
+    draft.limits.push_back(rule.limit(placement, s, shape.num_microbatches));
+    for (const Kind kind : {Kind::F, Kind::B}) {
+      for (int m = 0; m < shape.num_microbatches; ++m) {
+        draft.order[placement.rank_of_stage[s]].push_back({s, m, kind});
       }
     }
   }
-
-  // The rule's own limits, `times` as high, within `most` if that is given.
-  std::vector<int> limits(int times, const std::vector<int>& most) const {
-    std::vector<int> limits = limits_;
-    for (int s = 0; s < shape_.num_stages; ++s) {
-      const long raised = std::min<long>(static_cast<long>(limits[s]) * times, shape_.num_microbatches);
-      limits[s] = static_cast<int>(most.empty() ? raised : std::min<long>(raised, most[s]));
-    }
-    return limits;
-  }
-
-  // The order it leads to when all stages cost the same, as published: a rank runs one task at a time.
-  Order order(const std::vector<int>& limits) const {
-    const Plan plan = with(limits);
-    return order_of(plan, simulate(plan, Costs::uniform(shape_.num_stages)));
-  }
-
-  // Infinite if it never ends.
-  double makespan(const std::vector<int>& limits) const {
-    const Plan plan = with(limits);
-    if (!ends(plan)) return std::numeric_limits<double>::infinity();
-    return simulate(plan, Costs::uniform(shape_.num_stages)).makespan;
-  }
-
- private:
-  Plan with(const std::vector<int>& limits) const {
-    return Plan(listed_, shape_, options_, limits, rule_.preference);
-  }
-
-  const Rule& rule_;
-  const Shape& shape_;
-  Order listed_;
-  PlanOptions options_;
-  std::vector<int> limits_;
-};
-
-// The smallest number from 1 to `last` for which `holds` does, if it holds for all larger ones.
-template <class Holds>
-int smallest(int last, Holds&& holds) {
-  int low = 1;
-  while (low < last) {
-    const int middle = low + (last - low) / 2;
-    if (holds(middle)) {
-      last = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return last;
+  return draft;
 }
 
-// Packing delays the stages upstream, so they must hold more microbatches: the fewest that cost no time.
-std::vector<int> limits_for(const RuleOnRanks& rule, const Packs& packs, const Shape& shape,
-                            const std::vector<int>& most) {
-  if (!packs.any() && most.empty()) return rule.limits(1, most);
-  const int all = shape.num_microbatches;
-  const double best = rule.makespan(rule.limits(all, most));
-  if (best == std::numeric_limits<double>::infinity()) {
-    const int needed = smallest(all, [&](int limit) {
-      const std::vector<int> uniform(shape.num_stages, limit);
-      return rule.makespan(rule.limits(all, uniform)) < std::numeric_limits<double>::infinity();
-    });
-    throw PlanError("with so few microbatches in flight the step would never end: groups that leave "
-                    "together wait for one another; allow " +
-                    std::to_string(needed) + " in flight at each stage, or pack fewer");
+Draft draft_of(const Order& order, const Shape& shape) {
+  return {order, shape, peak_in_flight(order, shape), {}};
+}
+
+bool sends_explicitly(const Order& order) {
+  for (const auto& actions : order) {
+    for (const Action& a : actions) {
+      if (a.kind == Kind::SendF || a.kind == Kind::SendB) return true;
+    }
   }
-  return rule.limits(smallest(all,
-                              [&](int times) {
-                                return rule.makespan(rule.limits(times, most)) <= 1.001 * best;
-                              }),
-                     most);
+  return false;
+}
+
+// The order may change, where results that leave together or the caller's limits demand it.
+Plan settled_plan(const Order& order, const Shape& shape, const PlanOptions& options,
+                  const std::vector<int>& most_in_flight) {
+  const Settled settled = settle(draft_of(order, shape), options.packs, most_in_flight);
+  return Plan(settled.order, shape, options, settled.limits);
+}
+
+bool within(const std::vector<int>& limits, const std::vector<int>& most) {
+  for (std::size_t s = 0; s < most.size(); ++s) {
+    if (limits[s] > most[s]) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -138,24 +102,37 @@ Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int micr
   const Placement placement = place(schedule, num_stages, num_ranks);
   const Shape shape{num_stages, microbatches, true, placement.rank_of_stage};
   check(options.packs, shape);
+  check(most_in_flight, shape);
   if (const Rule* rule = std::get_if<Rule>(&schedule.policy)) {
-    const RuleOnRanks on_ranks(*rule, placement, shape, options.packs);
-    const std::vector<int> limits = limits_for(on_ranks, options.packs, shape, most_in_flight);
-    return Plan(on_ranks.order(limits), shape, options, limits, rule->preference);
+    const Draft draft = draft_of(*rule, placement, shape);
+    const Settled settled = settle(draft, options.packs, most_in_flight);
+    return Plan(settled.order, shape, options, settled.limits, rule->preference);
   }
   Order order;
   for (int rank = 0; rank < num_ranks; ++rank) {
     order.push_back(std::get<OrderOfRank>(schedule.policy)(placement, rank, microbatches));
+  }
+  if (options.packs.any() || !most_in_flight.empty()) {
+    return settled_plan(order, shape, options, most_in_flight);
   }
   Plan plan(order, shape, options);
   check_ends(plan);
   return plan;
 }
 
-Plan make_plan(const Order& order, PlanOptions options) {
+Plan make_plan(const Order& order, PlanOptions options, const std::vector<int>& most_in_flight) {
   const Shape shape = validate(order);
   check(options.packs, shape);
+  check(most_in_flight, shape);
+  if (options.packs.any() && sends_explicitly(order)) {
+    throw PlanError("the schedule lists its sends, one for each result, so that none leave together; leave "
+                    "out SEND and RECV, or pack=1");
+  }
   Plan plan(order, shape, options);
+  const bool exact = !options.reactive && within(plan.limits(), most_in_flight) && ends(plan);
+  if (!exact && (options.packs.any() || !most_in_flight.empty())) {
+    return settled_plan(order, shape, options, most_in_flight);
+  }
   check_ends(plan);
   return plan;
 }

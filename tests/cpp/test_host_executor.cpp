@@ -65,7 +65,7 @@ TEST(random_steps_keep_the_rules) {
     const Schedule& schedule = schedules()[random() % schedules().size()];
     const int ranks = 1 + static_cast<int>(random() % 4);
     const int stages = schedule.looped ? 2 * ranks : ranks;
-    const PlanOptions options{random() % 2 == 0, random() % 2 == 0, {}};
+    const PlanOptions options{random() % 2 == 0, random() % 2 == 0};
     const auto plan = shared_plan(
         make_plan(schedule, stages, ranks, 1 + static_cast<int>(random() % 9), options));
     std::atomic<int> count{0};

@@ -1,0 +1,29 @@
+// How many microbatches each stage may hold, where results leave in groups or the caller sets a limit.
+//
+// A group's results wait for its last, so the stages upstream must hold more. By how much is simulated.
+#pragma once
+
+#include <vector>
+
+#include "plan/plan.hpp"
+
+namespace pe {
+
+// A schedule on its ranks, before it is settled how many microbatches a stage may hold.
+struct Draft {
+  Order order;
+  Shape shape;
+  std::vector<int> limits;       // slots by stage, where results leave one by one
+  std::vector<Kind> preference;  // of a rank among its ready tasks; empty: the order alone decides
+};
+
+struct Settled {
+  Order order;  // as simulated with equal stages, a rank running one task at a time
+  std::vector<int> limits;
+};
+
+// The smallest limits, within `most` if that is not empty, with which packing costs no more time than it
+// must. Throws PlanError, naming the limit it would take, if with those of `most` the step would never end.
+Settled settle(const Draft& draft, const Packs& packs, const std::vector<int>& most);
+
+}  // namespace pe
