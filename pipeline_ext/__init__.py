@@ -12,7 +12,8 @@ from .errors import (
 from .pipeline import Pipeline
 from .planning import build_plan, schedule_names
 from .report.records import TaskRecord
-from .report.trace import Profile, Trace
+from .profile import Profile
+from .report.trace import Trace
 from .simulation import Costs, Simulation, simulate
 from .stage import WithLoss
 

@@ -2,12 +2,14 @@
 
 import math
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .boundary import differentiable
 from .errors import InvalidArgument
+from .packing.layout import FLOATING
 
 
 def count(name: str, value: Any) -> int:
@@ -19,6 +21,71 @@ def count(name: str, value: Any) -> int:
     if not 1 <= number < 2**31:
         raise InvalidArgument(f"{name} is {value!r}; give a whole number of at least 1")
     return number
+
+
+def packs(name: str, value: Any, boundaries: int, microbatches: int) -> list[int]:
+    """How many microbatches' results leave together, by boundary; raises InvalidArgument.
+
+    ``value`` is a number, "all", or a mapping from boundaries to these; a boundary left out has 1.
+    """
+    if isinstance(value, Mapping):
+        _check_boundaries(name, value, boundaries)
+        return [_pack(name, value.get(b, 1), microbatches) for b in range(boundaries)]
+    return [_pack(name, value, microbatches)] * boundaries
+
+
+def _pack(name: str, value: Any, microbatches: int) -> int:
+    if value == "all":
+        return microbatches
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if not 1 <= number <= microbatches:
+        raise InvalidArgument(
+            f"{name} is {value!r}; give a number from 1 to the {microbatches} microbatches, "
+            '"all" of them, "auto", or a dict from boundaries to numbers'
+        )
+    return number
+
+
+def wires(name: str, value: Any, boundaries: int) -> list[torch.dtype | None]:
+    """The types that results travel as, by boundary; raises InvalidArgument.
+
+    ``value`` is a floating-point type, None for their own, or a mapping from boundaries to these.
+    """
+    if isinstance(value, Mapping):
+        _check_boundaries(name, value, boundaries)
+        found = [value.get(b) for b in range(boundaries)]
+    else:
+        found = [value] * boundaries
+    for wire in found:
+        if wire is not None and wire not in FLOATING:
+            names = ", ".join(str(dtype) for dtype in FLOATING)
+            raise InvalidArgument(f"{name} is {wire!r}; give one of {names}, or None")
+    return found
+
+
+def _check_boundaries(name: str, value: Mapping, boundaries: int) -> None:
+    for b in value:
+        if isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < boundaries:
+            raise InvalidArgument(
+                f"{name} names the boundary {b!r}; boundary b is between stages b and b + 1, and there are "
+                + (f"those from 0 to {boundaries - 1}" if boundaries else "none")
+            )
+
+
+def in_flight(value: Any, num_stages: int) -> list[int]:
+    """The most microbatches that each stage may hold, by stage; empty for None. Raises InvalidArgument."""
+    if value is None:
+        return []
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != num_stages:
+            raise InvalidArgument(
+                f"in_flight has {len(value)} numbers for {num_stages} stages; give one for each, or one for all"
+            )
+        return [count("in_flight", limit) for limit in value]
+    return [count("in_flight", value)] * num_stages
 
 
 def check_settings(loss_fn: Any, loss_reduction: Any, timeout: Any) -> None:

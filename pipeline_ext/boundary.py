@@ -84,12 +84,13 @@ class Entrance:
     def __init__(self) -> None:
         self._leaves = False  # whether those like the first microbatch may enter as leaves
         self._failed = False
-        self._first: list[Received] | None = None
+        self.begin()
 
     def begin(self) -> None:
         """Prepares for a step."""
-        self._first = None
         self._leaves = False
+        self._first: list[Received] | None = None  # of the step, until its backward has run
+        self._shapes: list[torch.Size] | None = None
 
     def receive(self, value: Any, own: bool = False) -> tuple[Any, list[Received]]:
         """The value a stage works on, and what will hold the gradients of its tensors.
@@ -98,19 +99,21 @@ class Entrance:
         ``differentiable(value)`` lists them for the stage that made it. With ``own`` such tensors are copied.
         """
         tensors = differentiable(value)
-        if self._leaves and [t.shape for t in tensors] == [r.leaf.shape for r in self._first]:
+        if self._leaves and [t.shape for t in tensors] == self._shapes:
             enter = _enter_as_leaf
         else:
             enter = _enter_behind_function
         value, received = _receive(value, tensors, own, enter)
-        if self._first is None:
-            self._first = received
+        if self._shapes is None:
+            self._first, self._shapes = received, [t.shape for t in tensors]
         return value, received
 
     def returned(self, received: list[Received]) -> None:
         """The backward of what was received has run."""
-        if received and received is self._first and not self._failed:
-            self._leaves = not any(r.was_written() or not r.was_kept() for r in received)
+        if received and received is self._first:
+            self._first = None  # nor the memory in which it came
+            if not self._failed:
+                self._leaves = not any(r.was_written() or not r.was_kept() for r in received)
 
     def failed(self) -> None:
         """A forward has raised an error. A leaf may have been the reason, so there are no more of them."""

@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,26 @@ from .abandoned import lock_out
 from .context import CallerContext
 from .errors import DeadPipeline, InvalidArgument, PipelineError
 from .failure import NO_GRADIENTS, closed_error, stage_error, timeout_error
+from .pack_choice import AutoPack, PackChoice
+from .profile import Profile
 from .recomputation import RecomputationGuard
-from .report.trace import Profile, Trace
+from .report.trace import Trace
 from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
 from .stage import Stage
 from .step import Step
+from .transport.exchange import Exchange
+from .transport.link import LocalLink
+
+PackLike = int | str | Mapping[int, int | str]
+WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
+
+
+class _Route(NamedTuple):
+    """What a batch takes through the stages."""
+
+    program: _C.Program
+    exchange: Exchange
 
 
 class Pipeline:
@@ -54,6 +68,18 @@ class Pipeline:
         reactive: let a rank whose next planned task is not ready run another that is. The microbatches of
             one stage and kind keep their order, and the limit of microbatches in flight holds; so the
             gradients are the same. False: exactly the planned order.
+        pack: K, how many microbatches' gradients leave a stage for the one before in one message: a number,
+            ``"all"``, ``"auto"``, or a dict from boundaries to numbers (boundary b is between stages b and
+            b + 1; one left out has 1). The stages upstream then hold more microbatches, by what the
+            simulated step needs. ``"auto"`` measures the first three steps, simulates K = 1, 2, 4, ..., and
+            prints what it takes. Stages on one rank hand each result over alone.
+        pack_forward: the same for activations.
+        wire: floating-point type that gradients travel as, or a dict from boundaries to types; None: their
+            own. They are cast back on arrival.
+        wire_forward: the same for activations, in ``eval`` too.
+        in_flight: the most microbatches that a stage may hold at once, or a list of that by stage; None: as
+            many as it takes. What would never end within it is refused.
+        link: what messages pass through; a ``LocalLink`` can imitate what a network costs.
         timeout: seconds without a task's begin or end after which a step is given up.
         trace: record when each task of a step runs.
 
@@ -76,6 +102,12 @@ class Pipeline:
         loss_reduction: str = "mean",
         overlap: bool = False,
         reactive: bool = True,
+        pack: PackLike = 1,
+        pack_forward: PackLike = 1,
+        wire: WireLike = None,
+        wire_forward: WireLike = None,
+        in_flight: int | Sequence[int] | None = None,
+        link: LocalLink = LocalLink(),
         timeout: float = 1800.0,
         trace: bool = True,
     ) -> None:
@@ -87,15 +119,36 @@ class Pipeline:
 
         self._model = model if isinstance(model, nn.Module) else nn.Sequential(*model)
         self.microbatches = microbatches
-        self.plan = planning.build_plan(
-            schedule,
-            num_stages=len(modules),
-            microbatches=microbatches,
-            num_ranks=num_ranks,
-            overlap=bool(overlap),
-            reactive=bool(reactive),
+        boundaries = len(modules) - 1
+
+        def packs(name: str, value: PackLike) -> list[int] | None:
+            return None if value == "auto" else arguments.packs(name, value, boundaries, microbatches)
+
+        limits = arguments.in_flight(in_flight, len(modules))
+        self._auto_pack = AutoPack(
+            lambda packs, packs_forward: planning.build_plan(
+                schedule,
+                num_stages=len(modules),
+                microbatches=microbatches,
+                num_ranks=num_ranks,
+                overlap=bool(overlap),
+                reactive=bool(reactive),
+                packs=packs,
+                packs_forward=packs_forward,
+                in_flight=limits,
+            ),
+            packs("pack", pack),
+            packs("pack_forward", pack_forward),
+            boundaries,
         )
-        planning.check_trainable(self.plan)
+        self._pack_choice: PackChoice | None = None
+        self._wires = {
+            "wire": arguments.wires("wire", wire, boundaries),
+            "wire_forward": arguments.wires("wire_forward", wire_forward, boundaries),
+            "link": link,
+        }
+        plan = self._auto_pack.plan()
+        planning.check_trainable(plan)
         self._stages = [
             Stage(
                 index,
@@ -114,16 +167,16 @@ class Pipeline:
         self._in_step = threading.Lock()
         self._owner = os.getpid()
 
-        guard = RecomputationGuard(modules, overlap=overlap, threads=self.plan.num_workers)
+        guard = RecomputationGuard(modules, overlap=overlap, threads=plan.num_workers)
         self._shared = SharedParameters([stage.modules() for stage in self._stages])
-        bodies: dict[tuple[int, str], Callable[[int], None]] = {}
+        self._bodies: dict[tuple[int, str], Callable[[int], None]] = {}
         for stage in self._stages:
-            bodies[stage.index, "F"] = self._shared.watch(stage.index, stage.forward)
-            bodies[stage.index, "B"] = guard.watch(stage.backward)
-        self._program = _C.Program(self.plan, bodies)
-        self._eval_programs: dict[int, _C.Program] = {}
+            self._bodies[stage.index, "F"] = self._shared.watch(stage.index, stage.forward)
+            self._bodies[stage.index, "B"] = guard.watch(stage.backward)
+        self._follow(plan)
+        self._eval_routes: dict[int, _Route] = {}
         _C.keep_freed_memory()
-        executor = _C.HostExecutor(_thread_names(self.plan))
+        executor = _C.HostExecutor(_thread_names(plan))
         self._executor = executor
         self._close = weakref.finalize(self, _close, executor, guard)
         weakref.finalize(self, _end_steps, executor, self._in_step)  # at exit called before the former
@@ -169,7 +222,7 @@ class Pipeline:
         rows = microbatch.lengths(size, count)
         with self._one_at_a_time("step was called"):
             step = Step(
-                num_stages=len(self._stages),
+                exchange=self._route.exchange,
                 inputs=microbatch.split((args, kwargs), size, count, "an input"),
                 context=self._caller_context(),
                 targets=None if target is None else microbatch.split(target, size, count, "target"),
@@ -177,7 +230,7 @@ class Pipeline:
                 keep_outputs=return_outputs,
             )
             self._shared.begin()
-            self._run(self._program, step)
+            self._run(self._route, step)
             if not step.has_trained:
                 raise PipelineError(
                     "step found nothing to train: no microbatch's loss depends on anything that requires a "
@@ -209,12 +262,13 @@ class Pipeline:
             raise InvalidArgument("the batch has no rows")
         count = min(size, self.microbatches)
         with self._one_at_a_time("eval was called"):
+            route = self._eval_route(count)
             step = Step(
-                num_stages=len(self._stages),
+                exchange=route.exchange,
                 inputs=microbatch.split((args, kwargs), size, count, "an input"),
                 context=self._caller_context(),
             )
-            self._run(self._forward_program(count), step, training=False)
+            self._run(route, step, training=False)
             return microbatch.merge(step.outputs)
 
     # -- the model's state
@@ -263,20 +317,17 @@ class Pipeline:
         return self._trace
 
     def profile(self) -> Profile:
-        """Seconds of F and B of one microbatch at each stage, measured in the last ``step``."""
+        """Seconds of F, B and messages of one microbatch, measured in the last ``step``."""
         return self.trace.profile()
 
     def simulate(self, costs: Costs | None = None) -> Simulation:
         """Simulates this pipeline's plan.
 
-        With no ``costs``, those measured in the last step, in seconds; before the first step
+        With no ``costs``, those of ``profile()``, in seconds; before the first step
         ``Costs()``: F = 1 and B = 2 at every stage.
         """
         if costs is None:
-            costs = Costs()
-            if self._trace is not None:
-                measured = self.profile()
-                costs = Costs(forward=measured.forward, backward=measured.backward)
+            costs = Costs() if self._trace is None else self.profile().costs(self.plan)
         return simulate(self.plan, costs)
 
     def __repr__(self) -> str:
@@ -308,28 +359,36 @@ class Pipeline:
         finally:
             self._in_step.release()
 
-    def _forward_program(self, microbatches: int) -> _C.Program:
-        if microbatches not in self._eval_programs:
+    def _follow(self, plan: _C.Plan) -> None:
+        self.plan = plan
+        self._route = _Route(_C.Program(plan, self._bodies), Exchange(plan, **self._wires))
+
+    def _eval_route(self, microbatches: int) -> "_Route":
+        if microbatches not in self._eval_routes:
             plan = _C.make_forward_plan(
                 self.plan.rank_of_stage, self.plan.num_ranks, microbatches, overlap=self.plan.overlap
             )
             bodies = {(stage.index, "F"): stage.evaluate for stage in self._stages}
-            self._eval_programs[microbatches] = _C.Program(plan, bodies)
-        return self._eval_programs[microbatches]
+            self._eval_routes[microbatches] = _Route(
+                _C.Program(plan, bodies), Exchange(plan, **self._wires)
+            )
+        return self._eval_routes[microbatches]
 
-    def _run(self, program: _C.Program, step: Step, training: bool = True) -> None:
+    def _run(self, route: "_Route", step: Step, training: bool = True) -> None:
+        program, exchange = route
+        record = training and (self._trace_wanted or self._auto_pack.measures)
+        exchange.begin()
         for stage in self._stages:
             stage.begin(step)
         try:
-            result = self._executor.run(
-                program, timeout=self._timeout, record=self._trace_wanted and training
-            )
+            result = self._executor.run(program, timeout=self._timeout, record=record)
         except BaseException as interrupt:
             self._give_up(training)
             if training:
                 interrupt.add_note(f"the pipeline's step was stopped; {NO_GRADIENTS}")
             raise
         finally:
+            exchange.end()
             for stage in self._stages:
                 stage.end()
         if result.outcome != "done":
@@ -339,8 +398,18 @@ class Pipeline:
             if result.outcome == "closed":
                 raise closed_error(training)
             raise timeout_error(result, self._timeout, self._executor.dead, training)
-        if training and self._trace_wanted:
-            self._trace = Trace(self.plan, result)
+        if record:
+            trace = Trace(self.plan, result, exchange.messages(), self._pack_choice)
+            self._trace = trace if self._trace_wanted else None
+            if self._auto_pack.measures:
+                self._choose_pack(trace)
+
+    def _choose_pack(self, trace: Trace) -> None:
+        choice = self._auto_pack.observe(trace.profile())
+        if choice is not None:
+            print(choice)
+            trace.pack_choice = self._pack_choice = choice
+            self._follow(choice.plan)
 
     def _give_up(self, training: bool) -> None:
         if self._executor.dead:

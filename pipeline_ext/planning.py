@@ -25,6 +25,9 @@ def build_plan(
     num_ranks: int | None = None,
     overlap: bool = False,
     reactive: bool = False,
+    packs: Sequence[int] = (),
+    packs_forward: Sequence[int] = (),
+    in_flight: Sequence[int] = (),
 ) -> _C.Plan:
     """The plan of one step.
 
@@ -37,11 +40,20 @@ def build_plan(
             several stages on a rank.
         overlap: let a rank's forward and backward stream run at the same time.
         reactive: let a rank whose next planned task is not ready take another that is.
+        packs, packs_forward: how many microbatches' gradients, and activations, leave in one message, by
+            boundary; empty: 1.
+        in_flight: the most microbatches that each stage may hold; empty: as many as it takes.
 
     Raises:
         InvalidSchedule: if there is no such schedule, it does not fit, or it would never end.
     """
-    mode = {"overlap": overlap, "reactive": reactive}
+    mode = {
+        "overlap": overlap,
+        "reactive": reactive,
+        "packs": packs,
+        "packs_forward": packs_forward,
+        "in_flight": in_flight,
+    }
     path = _csv_path(schedule)
     if isinstance(schedule, str) and path is None:
         if num_ranks is None:

@@ -103,7 +103,7 @@ class Stage:
                 step.outputs[m] = boundary.detach(value)
         else:
             sent = boundary.differentiable(value)
-            step.values[self.index + 1][m] = value
+            step.exchange.send_value(self.index, m, value)
         self._in_flight[m] = _InFlight(received, sent, losses)
 
     def backward(self, m: int) -> None:
@@ -114,11 +114,10 @@ class Stage:
         received, sent, losses = self._in_flight.pop(m)
         outputs = [loss for loss in losses if loss.requires_grad]
         grads_out = [step.weight_like(loss, m) for loss in outputs]
-        for tensor, grad in zip(sent, step.grads[self.index][m]):
+        for tensor, grad in zip(sent, step.exchange.receive_gradients(self.index, m)):
             if grad is not None:
                 outputs.append(tensor)
                 grads_out.append(grad)
-        step.grads[self.index][m] = ()
         if outputs:
             step.has_trained = True
             _run_backward(outputs, grads_out)
@@ -127,7 +126,8 @@ class Stage:
         if self.index == 0:
             step.input_grads[m] = grads_in
         else:
-            step.grads[self.index - 1][m] = grads_in
+            step.exchange.send_gradients(self.index, m, grads_in)
+        step.exchange.release(self.index, m)
         self.thread = None
 
     def evaluate(self, m: int) -> None:
@@ -141,13 +141,13 @@ class Stage:
         if self._is_last:
             step.outputs[m] = boundary.detach(value)
         else:
-            step.values[self.index + 1][m] = value
+            step.exchange.send_value(self.index, m, value)
+        step.exchange.release(self.index, m)
 
     def _arguments(self, step: Step, m: int) -> Arguments:
         if self.index == 0:
             return step.inputs[m]
-        value, step.values[self.index][m] = step.values[self.index][m], None
-        return (value,), {}
+        return (step.exchange.receive_value(self.index, m),), {}
 
     def _receive(self, step: Step, m: int) -> tuple[Arguments, list[boundary.Received]]:
         arguments = self._arguments(step, m)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .boundary import differentiable
 from .context import CallerContext
+from .transport.exchange import Exchange
 
 
 class Step:
@@ -19,7 +20,7 @@ class Step:
     def __init__(
         self,
         *,
-        num_stages: int,
+        exchange: Exchange,
         inputs: list[tuple[tuple, dict]],
         context: CallerContext,
         targets: list[Any] | None = None,
@@ -27,18 +28,17 @@ class Step:
         keep_outputs: bool = True,
     ) -> None:
         microbatches = len(inputs)
+        self.exchange = exchange
         self.inputs = inputs
         self.context = context
         self.targets = targets
         self._weights = weights  # of each microbatch's loss in the total; None: no loss
         self.keep_outputs = keep_outputs
         self.has_trained = False  # whether any backward had something to differentiate
-        # By stage: values on their way to it, gradients of its results on their way back to it, and
-        # what it adds to the total loss, weighted.
-        stages = range(num_stages)
-        self.values: list[list[Any]] = [[None] * microbatches for _ in stages]
-        self.grads: list[list[Sequence[Tensor | None]]] = [[()] * microbatches for _ in stages]
-        self.contributions: list[list[Sequence[Tensor]]] = [[()] * microbatches for _ in stages]
+        # By stage: what it adds to the total loss, weighted.
+        self.contributions: list[list[Sequence[Tensor]]] = [
+            [()] * microbatches for _ in range(exchange.num_stages)
+        ]
         self.outputs: list[Any] = [None] * microbatches
         self.losses: list[Tensor | None] = [None] * microbatches  # unweighted
         # Where the inputs themselves require a gradient: the tensors, and their gradients.

@@ -104,6 +104,8 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
           },
           py::arg("task"), "(kind, stage, microbatch, rank, stream) of a task.")
       .def("dependencies", &Plan::dependencies, py::arg("task"))
+      .def("num_sent", &Plan::num_sent, py::arg("task"),
+           "How many results leave for another rank, in one message, when the task ends.")
       .def(
           "draw",
           [](const SharedPlan& plan, const py::object& path, const py::object& costs) {

@@ -3,23 +3,18 @@
 import json
 import os
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 
 from .. import _C
 from ..files import whole_file
-from ..simulation import Costs, simulate
+from ..pack_choice import PackChoice
+from ..profile import Profile, profile
+from ..simulation import simulate
+from ..transport.exchange import Messages
 from .perfetto import chrome_trace
 from .records import TaskRecord, task_records
 from .timeline import SUFFIXES, Panel, accepted_path, save_picture, simulated_panel
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Seconds that one microbatch takes at each stage: medians over the microbatches of a step."""
-
-    forward: list[float]
-    backward: list[float]
 
 
 class Trace:
@@ -30,10 +25,20 @@ class Trace:
         step_time: seconds from the step's begin to its end.
         peak_in_flight: most microbatches alive at once, by rank.
         peak_in_flight_of_stage: the same by stage.
+        messages: what crossed each boundary between ranks, by direction.
+        pack_choice: what ``pack="auto"`` chose, once it has.
     """
 
-    def __init__(self, plan: _C.Plan, result: _C.StepResult) -> None:
+    def __init__(
+        self,
+        plan: _C.Plan,
+        result: _C.StepResult,
+        messages: Sequence[Messages] = (),
+        pack_choice: PackChoice | None = None,
+    ) -> None:
         self.plan = plan
+        self.messages = list(messages)
+        self.pack_choice = pack_choice
         self.step_time = (result.end - result.begin) * 1e-9
         self.peak_in_flight: list[int] = result.peak_by_rank
         self.peak_in_flight_of_stage: list[int] = result.peak_by_stage
@@ -80,14 +85,8 @@ class Trace:
         return statistics.fmean(self.bubble_by_rank)
 
     def profile(self) -> Profile:
-        """Measured times of each stage."""
-
-        def median(kind: str, stage: int) -> float:
-            times = [r.end - r.begin for r in self.tasks if r.kind == kind and r.stage == stage]
-            return statistics.median(times) if times else 0.0
-
-        stages = range(self.plan.num_stages)
-        return Profile([median("F", s) for s in stages], [median("B", s) for s in stages])
+        """Measured times of stages and messages."""
+        return profile(self.plan, self.tasks, self.messages)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the step to a file, whose suffix says as what.
@@ -104,8 +103,7 @@ class Trace:
             with whole_file(path) as file:
                 file.write(json.dumps(chrome_trace(self.plan, self.tasks)).encode())
             return
-        measured = self.profile()
-        planned = simulate(self.plan, Costs(forward=measured.forward, backward=measured.backward))
+        planned = simulate(self.plan, self.profile().costs(self.plan))
         panels = [
             simulated_panel("Plan, simulated with the stage times measured below", planned),
             Panel("Measured step", self.tasks, self.step_time, self.bubble_by_rank),

@@ -1,0 +1,136 @@
+"""What tasks and messages cost, measured in a step."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import _C
+from .packing import Layout, packer
+from .report.records import TaskRecord
+from .simulation import Costs
+from .transport.exchange import Messages
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds that one microbatch takes at each stage, and what its results cost on their way.
+
+    Attributes:
+        forward, backward: of F and B, without what the link took; by stage, medians over the step.
+        latency: from the end of a task to the begin of one on another rank that waited for it; median, by
+            boundary, of both directions.
+        overhead: that the sender spends on a message, by boundary.
+        bandwidth: bytes a second of the link, by boundary; infinite where messages are passed by reference.
+        result_bytes: of the first microbatch's result, by boundary.
+        packing: seconds to pack one result, by boundary; 0 where the step's own times hold it already.
+    """
+
+    forward: list[float]
+    backward: list[float]
+    latency: list[float]
+    overhead: list[float]
+    bandwidth: list[float]
+    result_bytes: list[int]
+    packing: list[float]
+
+    def costs(self, plan: _C.Plan) -> Costs:
+        """What ``plan``, which may pack more than the measured one, would cost."""
+        forward, backward = list(self.forward), list(self.backward)
+        for b, seconds in enumerate(self.packing):
+            if plan.packs_forward[b] > 1:
+                forward[b] += seconds
+            if plan.packs[b] > 1:
+                backward[b + 1] += seconds
+        return Costs(
+            forward=forward,
+            backward=backward,
+            latency=self.latency,
+            overhead=self.overhead,
+            bandwidth=self.bandwidth,
+            message_bytes=self.result_bytes,
+        )
+
+
+def profile(plan: _C.Plan, tasks: Sequence[TaskRecord], messages: Sequence[Messages]) -> Profile:
+    """Of one step. Packs one buffer of each boundary's size for a trial, where the step packed none."""
+    boundaries = range(plan.num_stages - 1)
+    by_boundary = {b: [m for m in messages if m.boundary == b] for b in boundaries}
+    overhead = [_mean_overhead(by_boundary[b]) for b in boundaries]
+    result_bytes = [max((m.result_nbytes for m in by_boundary[b]), default=0) for b in boundaries]
+    handed_over = [all(m.packed_nbytes == 0 for m in by_boundary[b]) for b in boundaries]
+
+    def median(kind: str, stage: int) -> float:
+        times = []
+        for task in tasks:
+            if task.kind == kind and task.stage == stage:
+                boundary = stage if kind == "F" else stage - 1
+                sends = plan.num_sent(task.task) > 0
+                times.append(task.end - task.begin - (overhead[boundary] if sends else 0.0))
+        return max(0.0, statistics.median(times)) if times else 0.0
+
+    stages = range(plan.num_stages)
+    return Profile(
+        forward=[median("F", s) for s in stages],
+        backward=[median("B", s) for s in stages],
+        latency=_latencies(plan, tasks),
+        overhead=overhead,
+        bandwidth=[math.inf] * len(boundaries),
+        result_bytes=result_bytes,
+        packing=[
+            _packing_time(nbytes) if trial and nbytes else 0.0
+            for trial, nbytes in zip(handed_over, result_bytes)
+        ],
+    )
+
+
+def fastest(profiles: Sequence[Profile]) -> Profile:
+    """The least of each figure: what disturbs a measurement makes it larger."""
+
+    def least(name: str) -> list[float]:
+        return [min(column) for column in zip(*(getattr(p, name) for p in profiles))]
+
+    return Profile(
+        forward=least("forward"),
+        backward=least("backward"),
+        latency=least("latency"),
+        overhead=least("overhead"),
+        bandwidth=profiles[0].bandwidth,
+        result_bytes=profiles[0].result_bytes,
+        packing=least("packing"),
+    )
+
+
+def _mean_overhead(messages: Sequence[Messages]) -> float:
+    count = sum(m.count for m in messages)
+    return sum(m.seconds for m in messages) / count if count else 0.0
+
+
+def _latencies(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> list[float]:
+    by_task = {task.task: task for task in tasks}
+    found: list[list[float]] = [[] for _ in range(plan.num_stages - 1)]
+    idle_since: dict[tuple[int, str], float] = {}
+    for task in tasks:
+        worker = (task.rank, task.stream if plan.overlap else "")
+        before = [by_task[t] for t in plan.dependencies(task.task) if t in by_task]
+        last = max(before, key=lambda t: t.end, default=None)
+        waited = last is not None and last.end >= idle_since.get(worker, 0.0)
+        if waited and last.rank != task.rank:
+            found[min(last.stage, task.stage)].append(task.begin - last.end)
+        idle_since[worker] = task.end
+    return [max(0.0, statistics.median(gaps)) if gaps else 0.0 for gaps in found]
+
+
+def _packing_time(nbytes: int) -> float:
+    result = torch.empty(nbytes, dtype=torch.uint8)
+    layout = Layout.of([result])
+    buffer, packs = torch.empty_like(result), packer(layout, [result])
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        packs.pack(buffer)
+        times.append(time.perf_counter() - begin)
+    return min(times)

@@ -1,0 +1,161 @@
+"""One way across a boundary between stages."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .buffers import Buffers
+from .link import LocalLink
+from .message import AsIs, Cast, Format, looks
+
+Leaves = Sequence[Any]  # tensors, and what goes along as it is
+
+
+class _Message:
+    """The results of a group of microbatches in one buffer."""
+
+    def __init__(self, format: Format, buffer: Tensor, requires_grad: list[bool], unread: int) -> None:
+        self.buffer = buffer
+        self.unread = unread  # results that are still needed
+        self._format = format
+        self._requires_grad = requires_grad
+        self._tensors: list[Tensor] | None = None
+
+    def tensors(self) -> list[Tensor]:
+        if self._tensors is None:
+            self._tensors = self._format.open(self.buffer)
+            for tensor, needed in zip(self._tensors, self._requires_grad):
+                tensor.requires_grad_(needed)
+        return self._tensors
+
+
+class _Result:
+    """One microbatch's part of a message."""
+
+    def __init__(self, leaves: Leaves, numbers: dict[int, int], message: _Message) -> None:
+        self.message = message
+        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._numbers = [
+            (i, numbers[id(leaf)]) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
+        ]
+
+    def leaves(self) -> list[Any]:
+        tensors, leaves = self.message.tensors(), list(self._leaves)
+        for i, number in self._numbers:
+            leaves[i] = tensors[number]
+        return leaves
+
+
+class Channel:
+    """Carries the results of one stage to a neighbour: those of ``pack`` microbatches in one message.
+
+    Groups are of consecutive microbatches; the last may be smaller. A result that is alone in its message and
+    of no other wire type is handed over itself. ``send`` is for the sender's threads, the rest for the
+    receiver's; the plan sees to it that a result is sent before it is received.
+
+    Attributes:
+        hands_over: whether results are handed over, not packed.
+        sent: messages in this step.
+        packed_nbytes: bytes in them that were packed.
+        seconds: that the link spent on them.
+        result_nbytes: bytes of the first microbatch's result.
+    """
+
+    def __init__(
+        self,
+        microbatches: int,
+        pack: int = 1,
+        wire: torch.dtype | None = None,
+        in_flight: int = 1,
+        link: LocalLink = LocalLink(),
+    ) -> None:
+        """``in_flight``: results that may be on their way or in use at once."""
+        self.hands_over = pack == 1 and wire is None
+        self._microbatches = microbatches
+        self._pack = pack
+        self._wire = wire
+        self._link = link
+        self._buffers = Buffers(min(-(-microbatches // pack), -(-in_flight // pack) + 1))
+        self._formats: dict[int, Format] = {}  # by group
+        self.begin()
+
+    def begin(self) -> None:
+        """Prepares for a step."""
+        self.end()
+        self.sent = 0
+        self.packed_nbytes = 0
+        self.seconds = 0.0
+        self.result_nbytes = 0
+
+    def end(self) -> None:
+        """Lets go of what a step that failed has left on its way."""
+        self._waiting: dict[int, dict[int, Leaves]] = {}  # by group, then by microbatch
+        self._arrived: dict[int, Leaves | _Result] = {}
+
+    def send(self, m: int, leaves: Leaves) -> None:
+        """Takes the result of microbatch ``m``; if it completes its group, that leaves now.
+
+        Raises PipelineError for tensors that cannot be packed.
+        """
+        if m == 0:
+            tensors = (leaf for leaf in pytree.tree_leaves(leaves) if isinstance(leaf, Tensor))
+            self.result_nbytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+        if self.hands_over:
+            self._arrived[m] = leaves
+            self._through_link()
+            return
+        group = m // self._pack
+        waiting = self._waiting.setdefault(group, {})
+        waiting[m] = leaves
+        if len(waiting) == min(self._pack, self._microbatches - group * self._pack):
+            self._send_group(group, self._waiting.pop(group))
+            self._through_link()
+
+    def receive(self, m: int) -> Leaves:
+        """The result of microbatch ``m``, to be called once."""
+        result = self._arrived[m]
+        if isinstance(result, _Result):
+            return result.leaves()
+        del self._arrived[m]
+        return result
+
+    def release(self, m: int) -> None:
+        """Microbatch ``m``'s result is needed no more."""
+        result = self._arrived.pop(m, None)
+        if isinstance(result, _Result):
+            result.message.unread -= 1
+            if result.message.unread == 0:
+                self._buffers.give_back(result.message.buffer)
+
+    def _send_group(self, group: int, results: dict[int, Leaves]) -> None:
+        tensors = {
+            id(leaf): leaf for leaves in results.values() for leaf in leaves if isinstance(leaf, Tensor)
+        }
+        numbers = {key: number for number, key in enumerate(tensors)}
+        packed = list(tensors.values())
+        format = self._format(group, packed)
+        device = packed[0].device if packed else torch.device("cpu")
+        buffer = self._buffers.take(format.nbytes, device)
+        format.pack(packed, buffer)
+        message = _Message(format, buffer, [t.requires_grad for t in packed], len(results))
+        for m, leaves in results.items():
+            self._arrived[m] = _Result(leaves, numbers, message)
+        self.packed_nbytes += format.sent_nbytes
+
+    def _format(self, group: int, tensors: list[Tensor]) -> Format:
+        found = looks(tensors)
+        format = self._formats.get(group)
+        if format is None or format.looks != found:
+            format = AsIs(tensors, found) if self._wire is None else Cast(tensors, found, self._wire)
+            self._formats[group] = format
+        return format
+
+    def _through_link(self) -> None:
+        self.sent += 1
+        begin = time.perf_counter()
+        self._link.send()
+        self.seconds += time.perf_counter() - begin

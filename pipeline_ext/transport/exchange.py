@@ -1,0 +1,103 @@
+"""All channels between the stages of a plan."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .. import _C
+from .channel import Channel
+from .link import LocalLink
+
+
+class Messages(NamedTuple):
+    """What crossed a boundary in one direction in one step."""
+
+    boundary: int  # between this stage and the next
+    direction: str  # "forward": activations, "backward": gradients
+    count: int
+    packed_nbytes: int  # 0 where the results were handed over
+    result_nbytes: int  # of the first microbatch
+    seconds: float  # that the link spent on them
+
+
+class Exchange:
+    """What the stages of a plan give one another: activations forward, gradients backward.
+
+    Between stages of one rank nothing is packed, and there are no messages.
+    """
+
+    def __init__(
+        self,
+        plan: _C.Plan,
+        wire: Sequence[torch.dtype | None] = (),
+        wire_forward: Sequence[torch.dtype | None] = (),
+        link: LocalLink = LocalLink(),
+    ) -> None:
+        """``wire`` and ``wire_forward``: types of gradients and activations by boundary; empty: their own."""
+        self.num_stages = plan.num_stages
+        ranks = plan.rank_of_stage
+        self._crossing = [a != b for a, b in zip(ranks, ranks[1:])]
+
+        def channel(boundary: int, pack: int, wires: Sequence[torch.dtype | None]) -> Channel:
+            if not self._crossing[boundary]:
+                return Channel(plan.num_microbatches)
+            wire = wires[boundary] if wires else None
+            # Activations are in use as long as the receiver's microbatch is in flight, gradients as long as
+            # theirs is; both are the stage's that holds more.
+            in_flight = plan.limits[boundary]
+            return Channel(plan.num_microbatches, pack, wire, in_flight, link)
+
+        self._forward = [channel(b, k, wire_forward) for b, k in enumerate(plan.packs_forward)]
+        self._backward = [channel(b, k, wire) for b, k in enumerate(plan.packs)]
+
+    def begin(self) -> None:
+        """Prepares for a step."""
+        for channel in (*self._forward, *self._backward):
+            channel.begin()
+
+    def end(self) -> None:
+        """Lets go of what a step that failed has left on its way."""
+        for channel in (*self._forward, *self._backward):
+            channel.end()
+
+    def messages(self) -> list[Messages]:
+        """What the step has sent between ranks."""
+        return [
+            Messages(b, way, c.sent, c.packed_nbytes, c.result_nbytes, c.seconds)
+            for way, channels in (("forward", self._forward), ("backward", self._backward))
+            for b, c in enumerate(channels)
+            if self._crossing[b]
+        ]
+
+    def send_value(self, stage: int, m: int, value: Any) -> None:
+        """Sends what ``stage`` has made of microbatch ``m`` on to the next stage."""
+        channel = self._forward[stage]
+        if channel.hands_over:
+            channel.send(m, (value,))
+        else:
+            leaves, spec = pytree.tree_flatten(value)
+            channel.send(m, [*leaves, spec])
+
+    def receive_value(self, stage: int, m: int) -> Any:
+        """What the stage before has sent to ``stage``."""
+        channel = self._forward[stage - 1]
+        *leaves, last = channel.receive(m)
+        return last if channel.hands_over else pytree.tree_unflatten(leaves, last)
+
+    def send_gradients(self, stage: int, m: int, gradients: list[Tensor | None]) -> None:
+        """Sends the gradients of what ``stage`` was sent back to the stage before."""
+        self._backward[stage - 1].send(m, gradients)
+
+    def receive_gradients(self, stage: int, m: int) -> Sequence[Tensor | None]:
+        """The gradients of what ``stage`` has sent; of the last stage none."""
+        return self._backward[stage].receive(m) if stage < len(self._backward) else ()
+
+    def release(self, stage: int, m: int) -> None:
+        """``stage`` needs no more what it was sent of microbatch ``m``, by the stage before or the one after."""
+        if stage > 0:
+            self._forward[stage - 1].release(m)
+        if stage < len(self._backward):
+            self._backward[stage].release(m)
