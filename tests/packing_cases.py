@@ -153,7 +153,8 @@ def check_unpack(tensors, wire=None, scale=1.0, scaled=False, accumulate=False, 
     layout = Layout.of(tensors, wire)
     buffer, _ = poisoned(layout, device)
     for view, tensor in zip(layout.views(buffer), tensors):
-        view.copy_(cast(tensor.flip(0) if tensor.dim() else tensor, view.dtype))
+        sent = values(tensor.dtype, tensor.shape, special=3)
+        view.copy_(packed(sent, view.dtype, factor(tensor.dtype, 1.0, None, 0)))
     scales = torch.rand(len(tensors), device=device) + 0.5 if scaled else None
     expected = [to(tensor, "cpu") for tensor in tensors]
     for i, (slot, tensor) in enumerate(zip(layout.views(buffer.cpu()), expected)):

@@ -21,6 +21,7 @@ KIND = tl.constexpr(tables.KIND)
 WIDE = tl.constexpr(tables.WIDE)
 DIMENSIONS = tl.constexpr(tables.DIMENSIONS)
 CHUNK = tl.constexpr(tables.CHUNK)
+STEP = tl.constexpr(tables.CHUNK // 4)  # at a time, where 128-bit accesses cannot go; saves registers
 
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were made
 
@@ -47,7 +48,7 @@ def pack(
     chunks,
     slots,
     buffer,
-    scale: "fp64",
+    scale: tl.float64,
     scales,
     amax,
     nonfinite,
@@ -64,14 +65,17 @@ def pack(
             FROM: tl.constexpr = KINDS[k][0]
             WIRE: tl.constexpr = KINDS[k][1]
             factor = _factor(scale, scales, slot, FROM)
-            tensor, wire, lane = _places(row, buffer, first, FROM, WIRE)
+            tensor, wire = _places(row, buffer, first, FROM, WIRE)
             if first < tl.load(row + WIDE):
+                lane = tl.arange(0, CHUNK)
                 stored = tl.load(tl.multiple_of(tensor + first, 16) + lane)
                 _pack(stored, wire + lane, None, slot, factor, amax, nonfinite, FROM, WIRE, SCALED)
             else:
-                inside = lane < left
-                stored = tl.load(tensor + _strided(row, first, lane, RANK, INDEX), inside, 0)
-                _pack(stored, wire + lane, inside, slot, factor, amax, nonfinite, FROM, WIRE, SCALED)
+                for begin in range(0, tl.minimum(left, CHUNK), STEP):
+                    lane = begin + tl.arange(0, STEP)
+                    inside = lane < left
+                    stored = tl.load(tensor + _strided(row, first + lane, RANK, INDEX), inside, 0)
+                    _pack(stored, wire + lane, inside, slot, factor, amax, nonfinite, FROM, WIRE, SCALED)
 
 
 @triton.jit
@@ -79,7 +83,7 @@ def unpack(
     chunks,
     slots,
     buffer,
-    scale: "fp64",
+    scale: tl.float64,
     scales,
     KINDS: tl.constexpr,
     RANK: tl.constexpr,
@@ -95,16 +99,19 @@ def unpack(
             TO: tl.constexpr = KINDS[k][0]
             WIRE: tl.constexpr = KINDS[k][1]
             factor = _factor(scale, scales, slot, TO)
-            tensor, wire, lane = _places(row, buffer, first, TO, WIRE)
+            tensor, wire = _places(row, buffer, first, TO, WIRE)
             if first < tl.load(row + WIDE):
+                lane = tl.arange(0, CHUNK)
                 stored = tl.load(wire + lane)
                 target = tl.multiple_of(tensor + first, 16) + lane
                 _unpack(stored, target, None, factor, WIRE, TO, SCALED, ACCUMULATE)
             else:
-                inside = lane < left
-                stored = tl.load(wire + lane, inside)
-                target = tensor + _strided(row, first, lane, RANK, INDEX)
-                _unpack(stored, target, inside, factor, WIRE, TO, SCALED, ACCUMULATE)
+                for begin in range(0, tl.minimum(left, CHUNK), STEP):
+                    lane = begin + tl.arange(0, STEP)
+                    inside = lane < left
+                    stored = tl.load(wire + lane, inside)
+                    target = tensor + _strided(row, first + lane, RANK, INDEX)
+                    _unpack(stored, target, inside, factor, WIRE, TO, SCALED, ACCUMULATE)
 
 
 @triton.jit
@@ -162,18 +169,18 @@ def _chunk(chunks, slots, RANK: tl.constexpr):
 
 @triton.jit
 def _places(row, buffer, first, FORMAT: tl.constexpr, WIRE: tl.constexpr):
-    """Where the tensor begins, where this chunk of its slot does, and the elements of a chunk."""
+    """Where the tensor begins, and where this chunk of its slot does."""
     tensor = tl.load(row + ADDRESS).to(tl.pointer_type(storage(FORMAT)))
     offset = tl.multiple_of(tl.load(row + OFFSET), 16)
     wire = (buffer + offset).to(tl.pointer_type(storage(WIRE)), bitcast=True)
-    return tensor, wire + first, tl.arange(0, CHUNK)
+    return tensor, wire + first
 
 
 @triton.jit
-def _strided(row, first, lane, RANK: tl.constexpr, INDEX: tl.constexpr):
-    """How far from the tensor's begin the chunk's elements lie, in elements."""
-    index = first.to(INDEX) + lane.to(INDEX)
-    place = tl.zeros_like(lane).to(tl.int64)
+def _strided(row, index, RANK: tl.constexpr, INDEX: tl.constexpr):
+    """How far the elements of these indices lie from the first one, in elements."""
+    index = index.to(INDEX)
+    place = tl.zeros_like(index).to(tl.int64)
     for d in tl.static_range(RANK - 1):
         size = tl.load(row + DIMENSIONS + 2 * d).to(INDEX)
         place += (index % size).to(tl.int64) * tl.load(row + DIMENSIONS + 2 * d + 1)
@@ -191,7 +198,7 @@ def _factor(scale, scales, slot, FORMAT: tl.constexpr):
 
 @triton.jit
 def _observe(value, slot, amax, nonfinite):
-    """Raises the slot's entry of amax to the largest magnitude here, and the flag if that is not finite."""
+    """Raises the slot's entry of amax to the largest magnitude here; sets the flag if that is not finite."""
     # As integers, magnitudes are in order: numbers, infinity, NaN.
     BITS: tl.constexpr = tl.int64 if value.dtype == tl.float64 else tl.int32
     largest = tl.max(tl.abs(value).to(BITS, bitcast=True)).to(value.dtype, bitcast=True)

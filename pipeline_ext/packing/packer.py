@@ -17,8 +17,8 @@ class Packer:
     """Moves tensors into a buffer and back, on one CUDA device.
 
     Tables on the device say where the tensors lie, so that a launch allocates nothing, copies nothing from the
-    host and waits for nothing. Launches go to the current stream and may be captured in a CUDA graph, once the
-    same call was made with ``launch=False``: compiling a kernel is not to be captured. Autograd sees none of it.
+    host and waits for nothing. It goes to the current stream, and may be captured in a CUDA graph once the same
+    call was made with ``launch=False``: compiling a kernel is not to be captured. Autograd sees none of it.
     """
 
     def __init__(self, layout: Layout, tensors: Sequence[Tensor]) -> None:
