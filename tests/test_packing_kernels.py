@@ -15,6 +15,7 @@ from packing_cases import (
     check_unpack,
     mixed,
     poisoned,
+    same,
     tensors,
     whole,
 )
@@ -22,7 +23,7 @@ from packing_cases import (
 import pipeline_ext as pe
 from pipeline_ext.packing import Layout, Packer
 from pipeline_ext.packing.layout import FLOATING
-from pipeline_ext.packing.tables import CHUNK, OFFSET, chunk_table, collapse, kinds, slot_table
+from pipeline_ext.packing.tables import CHUNK, OFFSET, WIDE, chunk_table, collapse, kinds, slot_table
 
 pytest.importorskip("triton", reason="triton is not installed")
 if torch.cuda.is_available():
@@ -80,7 +81,10 @@ def test_casts_are_torchs_for_every_number_of_a_type_and_wherever_rounding_turns
     for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
         bits = torch.arange(2 ** (8 * dtype.itemsize))
         codes = bits.to(torch.uint8 if dtype.itemsize == 1 else torch.uint16).view(dtype)
-        check_unpack([codes.float()], wire=dtype)
+        layout = Layout.of([codes.float()], dtype)
+        decoded = torch.zeros(codes.shape)
+        Packer(layout, [decoded]).unpack(codes.view(torch.uint8))
+        assert same(decoded, codes.float())
         numbers = codes.double()
         numbers = numbers[numbers.isfinite()].unique()
         between = ((numbers[1:] + numbers[:-1]) / 2).float()
@@ -169,6 +173,20 @@ def test_every_element_is_in_one_chunk():
     elements = [(slot, chunk * CHUNK + i) for slot, chunk in chunk_table(layout).tolist() for i in range(CHUNK)]
     inside = [(slot, i) for slot, i in elements if i < layout.slots[slot].count]
     assert inside == [(slot, i) for slot, s in enumerate(layout.slots) for i in range(s.count)]
+
+
+def test_128_bit_accesses_are_for_whole_chunks_of_row_major_tensors_at_aligned_addresses():
+    tensor = torch.zeros(2 * CHUNK + 5)
+    for source, wide in [
+        (tensor, 2 * CHUNK),
+        (tensor.view(1, -1, 1), 2 * CHUNK),
+        (tensor[4:], 2 * CHUNK),
+        (tensor[1:], 0),
+        (tensor[::2], 0),
+        (tensor[:1].expand(CHUNK), 0),
+        (tensor[: CHUNK - 1], 0),
+    ]:
+        assert slot_table(Layout.of([source]), [source], 1)[0, WIDE] == wide
 
 
 @settings(deadline=None)

@@ -71,7 +71,7 @@ def pack(
                 stored = tl.load(tl.multiple_of(tensor + first, 16) + lane)
                 _pack(stored, wire + lane, None, slot, factor, amax, nonfinite, FROM, WIRE, SCALED)
             else:
-                for begin in range(0, tl.minimum(left, CHUNK), STEP):
+                for begin in range(0, CHUNK, STEP):
                     lane = begin + tl.arange(0, STEP)
                     inside = lane < left
                     stored = tl.load(tensor + _strided(row, first + lane, RANK, INDEX), inside, 0)
@@ -106,7 +106,7 @@ def unpack(
                 target = tl.multiple_of(tensor + first, 16) + lane
                 _unpack(stored, target, None, factor, WIRE, TO, SCALED, ACCUMULATE)
             else:
-                for begin in range(0, tl.minimum(left, CHUNK), STEP):
+                for begin in range(0, CHUNK, STEP):
                     lane = begin + tl.arange(0, STEP)
                     inside = lane < left
                     stored = tl.load(wire + lane, inside)

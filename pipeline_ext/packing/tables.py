@@ -1,7 +1,7 @@
 """What the kernels read on the device to know where everything lies: two tables.
 
-The chunks: for each program a row (slot, which chunk of the slot), int32. The slots: for each a row of the columns
-below, then (size, stride) of every dimension of its tensor, innermost first, all int64.
+The chunks: for each program a row (slot, which chunk of the slot), int32. The slots: for each a row of the
+columns below, then (size, stride) of every dimension of its tensor, innermost first, all int64.
 """
 
 from collections.abc import Sequence
