@@ -1,0 +1,1 @@
+"""Many tensors as one contiguous buffer, one message."""
