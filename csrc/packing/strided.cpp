@@ -90,7 +90,7 @@ bool Strided::is_contiguous() const {
 
 bool Strided::is_expanded() const {
   for (std::size_t d = 0; d < shape.size(); ++d) {
-    if (shape[d] > 1 && strides[d] == 0) return true;
+    if (shape[d] > 1 && strides[d] == 0) return size() > 0;
   }
   return false;
 }
