@@ -1,4 +1,4 @@
-"""Bytes a second of packing tensors into one buffer, beside what torch offers for it and the machine's own copy.
+"""Bytes a second of packing tensors into one buffer, beside torch's ways to do it and a plain memory copy.
 
 Contenders take turns in one process of one thread; a ratio is of one round. Writes bench/results/pack.json.
 """
@@ -6,7 +6,6 @@ Contenders take turns in one process of one thread; a ratio is of one round. Wri
 import argparse
 import ctypes
 import functools
-import statistics
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -34,6 +33,7 @@ TYPES = [  # of the tensors, and as they travel
     (torch.float32, torch.float8_e4m3fn),
 ]
 OURS = "pipeline_ext"
+CEILING = "memcpy of what travels"
 ALIGNMENT = 256
 TURN = 0.004  # seconds, about
 
@@ -59,14 +59,16 @@ def contenders(tensors: list[Tensor], wire: torch.dtype) -> dict[str, Callable[[
 
     memcpy = ctypes.CDLL(None).memcpy
     memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+    def copy_what_travels() -> None:
+        memcpy(copied.data_ptr(), whole.data_ptr(), whole.nbytes)
+
     return {
         OURS: functools.partial(pack, tensors, buffer),
         "torch.cat": functools.partial(torch.cat, tensors, out=joined),
         "torch._foreach_copy_": functools.partial(torch._foreach_copy_, views, tensors),
         "Tensor.copy_, one by one": one_by_one,
-        "memcpy of what travels": functools.partial(
-            memcpy, copied.data_ptr(), whole.data_ptr(), whole.nbytes
-        ),
+        CEILING: copy_what_travels,
     }
 
 
@@ -105,21 +107,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows, quiet = [], []
-    print(f"{'tensors':>16}  {'dtype':8} {'wire':13}  {'best of torch':24} {'ours GB/s':>9} {'ours faster by':>16}")
+    rows: list[dict] = []
+    quiet = wait_until_quiet()
+    print(f"{'tensors':>16}  {'from':8} {'to':13}  {'best of torch':24} {'our GB/s':>9}  ours is faster by")
     for dtype, wire in TYPES:
         for count, nbytes in CASES:
-            quiet.append(wait_until_quiet(20))
             found = measure(count, nbytes, dtype, wire, options.rounds)
             rows += found
-            peers = [row for row in found if row["contender"] not in (OURS, "memcpy of what travels")]
+            peers = [row for row in found if row["contender"] not in (OURS, CEILING)]
             best = min(peers, key=lambda row: row["ours_is_faster_by"]["median"])
             print(
                 f"{count:4} x {nbytes:9,}  {found[0]['dtype']:8} {found[0]['wire']:13}  "
                 f"{best['contender']:24} {found[0]['gigabytes_per_second']['median']:9.1f}  "
                 "{min:.2f} {median:.2f} {max:.2f}".format(**best["ours_is_faster_by"])
             )
-    write_results("pack", quiet=statistics.mean(quiet), rows=rows)
+    write_results("pack", quiet=quiet, rows=rows)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ void bind_packing(py::module_& m) {
   py::class_<Packer>(m, "Packer", R"(Moves tensors of the CPU into one buffer and back, each at its slot.
 
 Tensors are whatever lends its memory through DLPack: torch's, of any strides, and numpy's writable arrays.
-The buffer is contiguous uint8 of one dimension, at an address that is a multiple of 16, of at least ``nbytes``.
+The buffer is contiguous uint8 of one dimension and at least ``nbytes``, at a multiple of 16 in memory.
 Arithmetic is in float32, in float64 for tensors of that type. Casts round to nearest even; too large for
 float8_e4m3fn, infinity included, becomes its largest value, 448, and for other types infinity; NaN stays NaN.
 Integers and booleans are copied bit for bit. Autograd does not see what is written.
@@ -106,9 +106,9 @@ Both methods raise InvalidArgument, having written nothing, for tensors that do 
            py::arg("nonfinite") = py::none(),
            R"(Slot i = tensors[i] * scale * scales[i], row-major, in the slot's wire type.
 
-``scales``: float32, one for each slot. ``amax``: float32, one for each slot, set to the largest magnitude of the
-tensor before scaling; NaN if it holds one, 0 if it is no floating-point tensor. ``nonfinite``: one int32, set
-to 1 if any value is infinite or NaN, else left. What lies between the slots is left.)")
+``scales``: float32, one for each slot. ``amax``: float32, one for each slot, set to the largest magnitude of
+the tensor before scaling; NaN if it holds one, 0 if it is no floating-point tensor. ``nonfinite``: one int32,
+set to 1 if any value is infinite or NaN, else left. What lies between the slots is left.)")
       .def("unpack", &unpack, py::arg("tensors"), py::arg("buffer"), py::kw_only(),
            py::arg("scale") = 1.0, py::arg("scales") = py::none(), py::arg("accumulate") = false,
            R"(tensors[i] = slot i * scale * scales[i], cast to the tensor's type; or += with ``accumulate``.

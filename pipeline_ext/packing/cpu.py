@@ -33,7 +33,8 @@ class LayoutLike(Protocol):
 def packer(layout: LayoutLike) -> _C.Packer:
     """What packs and unpacks tensors of a layout; make it once, and call it for each message.
 
-    ``packer(layout).pack(tensors, buffer)`` and ``.unpack(tensors, buffer)``: see ``help(pipeline_ext._C.Packer)``.
+    Its methods are ``pack(tensors, buffer)`` and ``unpack(tensors, buffer)``, with options that
+    ``help(pipeline_ext._C.Packer)`` tells.
     Raises InvalidArgument for types that cannot travel so, and for slots outside the buffer.
     """
     slots = layout.slots
