@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from os import PathLike
 
+from .packing.cpu import Lender
 from .simulation import Costs
 
 compiler: str
@@ -127,3 +128,34 @@ class HostExecutor:
     def close(self) -> None: ...
     @property
     def dead(self) -> bool: ...
+
+class Packer:
+    def __init__(
+        self,
+        offsets: Sequence[int],
+        shapes: Sequence[Sequence[int]],
+        dtypes: Sequence[str],
+        wires: Sequence[str],
+        nbytes: int,
+    ) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    def pack(
+        self,
+        tensors: Sequence[Lender],
+        buffer: Lender,
+        *,
+        scale: float = 1.0,
+        scales: Lender | None = None,
+        amax: Lender | None = None,
+        nonfinite: Lender | None = None,
+    ) -> None: ...
+    def unpack(
+        self,
+        tensors: Sequence[Lender],
+        buffer: Lender,
+        *,
+        scale: float = 1.0,
+        scales: Lender | None = None,
+        accumulate: bool = False,
+    ) -> None: ...
