@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from os import PathLike
 
+from .packing.arrays import Array
+from .packing.layout import Layout
 from .simulation import Costs
 
 compiler: str
@@ -143,3 +145,24 @@ class HostExecutor:
     def close(self) -> None: ...
     @property
     def dead(self) -> bool: ...
+
+class NativePacker:
+    def __init__(self, layout: Layout, tensors: Sequence[Array]) -> None: ...
+    def rebind(self, tensors: Sequence[Array]) -> None: ...
+    def pack(
+        self,
+        buffer: Array,
+        scale: float = 1.0,
+        *,
+        scales: Array | None = None,
+        amax: Array | None = None,
+        nonfinite: Array | None = None,
+    ) -> None: ...
+    def unpack(
+        self,
+        buffer: Array,
+        scale: float = 1.0,
+        *,
+        scales: Array | None = None,
+        accumulate: bool = False,
+    ) -> None: ...

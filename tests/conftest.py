@@ -1,5 +1,11 @@
+import os
+
 import pytest
 import torch
+
+# Without a GPU triton's kernels run in its interpreter, which has to be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

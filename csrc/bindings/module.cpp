@@ -1,9 +1,10 @@
 #include "bindings/module.hpp"
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The native core of pipeline_ext: plans, schedules, the simulator and the host executor.";
+  m.doc() = "The native core of pipeline_ext: plans, schedules, the simulator, the host executor, packing.";
   m.attr("compiler") = "g++ " __VERSION__;
   pe::bind_plan(m);
   pe::bind_simulate(m);
   pe::bind_runtime(m);
+  pe::bind_packing(m);
 }

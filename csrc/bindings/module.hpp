@@ -8,5 +8,6 @@ namespace pe {
 void bind_plan(pybind11::module_& m);
 void bind_simulate(pybind11::module_& m);
 void bind_runtime(pybind11::module_& m);
+void bind_packing(pybind11::module_& m);
 
 }  // namespace pe

@@ -1,0 +1,151 @@
+#include "packing/pack.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include "packing/stream.hpp"
+#include "packing/transfer.hpp"
+
+namespace pe {
+namespace {
+
+// From so many bytes on, a message leaves the second-level cache before it is read again.
+constexpr std::int64_t kStreamed = 16 << 20;
+
+bool is_aligned(const std::byte* address, std::size_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
+}
+
+template <class Real>
+Real scale_of(const Scale& scale, std::size_t slot) {
+  const Real all = static_cast<Real>(scale.of_all);
+  return scale.of_slot == nullptr ? all : all * static_cast<Real>(scale.of_slot[slot]);
+}
+
+bool is_copied(const Slot& slot, const Scale& scale, std::size_t i) {
+  if (!is_arithmetic(slot.dtype)) return true;
+  if (slot.dtype != slot.wire) return false;
+  return slot.dtype == kFloat64 ? scale_of<double>(scale, i) == 1.0 : scale_of<float>(scale, i) == 1.0f;
+}
+
+// NaN is the largest of all.
+void raise(float& largest, float to) {
+  if (std::isnan(to) || to > largest) largest = to;
+}
+
+}  // namespace
+
+Packer::Packer(std::vector<Slot> slots, std::int64_t nbytes)
+    : slots_(std::move(slots)), nbytes_(nbytes) {
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    const std::string named = "slot " + std::to_string(i);
+    if (slot.wire != slot.dtype && !(is_arithmetic(slot.dtype) && is_arithmetic(slot.wire))) {
+      throw PackingError(named + " would cast " + name_of(slot.dtype) + " to " +
+                         name_of(slot.wire) + "; only floating-point types are cast");
+    }
+    const Strided whole{nullptr, slot.wire, slot.shape, {}};
+    const auto bytes = static_cast<std::int64_t>(whole.size() * slot.wire.size());
+    if (slot.offset < 0 || slot.offset % static_cast<std::int64_t>(kAlignment) != 0 ||
+        slot.offset + bytes > nbytes_) {
+      throw PackingError(named + ", " + std::to_string(bytes) + " bytes at " +
+                         std::to_string(slot.offset) + ", must begin at a multiple of " +
+                         std::to_string(kAlignment) + " and end within the buffer's " +
+                         std::to_string(nbytes_));
+    }
+  }
+}
+
+void Packer::check(std::span<const Strided> tensors) const {
+  if (tensors.size() != slots_.size()) {
+    throw PackingError(std::to_string(tensors.size()) + " tensors; the layout has " +
+                       std::to_string(slots_.size()) + " slots");
+  }
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    const Strided& tensor = tensors[i];
+    const Slot& slot = slots_[i];
+    if (tensor.dtype != slot.dtype || !std::ranges::equal(tensor.shape, slot.shape)) {
+      throw PackingError("tensor " + std::to_string(i) + " is " +
+                         describe(tensor.dtype, tensor.shape) + "; its slot is for " +
+                         describe(slot.dtype, slot.shape));
+    }
+    if (tensor.size() == 0) continue;
+    if (tensor.data == nullptr) throw PackingError("tensor " + std::to_string(i) + " has no memory");
+    if (is_arithmetic(tensor.dtype) && !is_aligned(tensor.data, tensor.dtype.size())) {
+      throw PackingError("tensor " + std::to_string(i) + " is not aligned to its " +
+                         name_of(tensor.dtype) + " elements; give a copy");
+    }
+  }
+}
+
+void Packer::check_buffer(const Strided& buffer) const {
+  if (buffer.dtype != kUint8 || buffer.shape.size() != 1 || !buffer.is_contiguous()) {
+    throw PackingError("the buffer is " + describe(buffer.dtype, buffer.shape) +
+                       "; give contiguous uint8[" + std::to_string(nbytes_) + "]");
+  }
+  if (buffer.size() < nbytes_) {
+    throw PackingError("the buffer has " + std::to_string(buffer.size()) +
+                       " bytes; the layout needs " + std::to_string(nbytes_));
+  }
+  if (!is_aligned(buffer.data, kAlignment)) {
+    throw PackingError("the buffer's address is not a multiple of " + std::to_string(kAlignment) +
+                       "; give one torch allocated");
+  }
+}
+
+void Packer::pack(std::span<const Strided> tensors, const Strided& buffer, const Scale& scale,
+                  const Watch& watch) const {
+  check_buffer(buffer);
+  const bool watches = watch.largest != nullptr || watch.nonfinite != nullptr;
+  const bool streams = nbytes_ >= kStreamed;
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    std::byte* const place = buffer.data + slot.offset;
+    const bool watched = watches && is_arithmetic(slot.dtype);
+    double most = 0.0;
+    if (tensors[i].size() == 0) continue;  // perhaps without memory
+    if (is_copied(slot, scale, i) && !watched) {
+      copy_to(place, tensors[i], streams);
+    } else if (slot.dtype == kFloat64) {
+      most = cast_to(place, slot.wire, tensors[i], scale_of<double>(scale, i), watched, streams);
+    } else {
+      most = cast_to(place, slot.wire, tensors[i], scale_of<float>(scale, i), watched, streams);
+    }
+    if (!watched) continue;
+    if (watch.largest != nullptr) raise(watch.largest[i], static_cast<float>(most));
+    if (watch.nonfinite != nullptr && !std::isfinite(most)) *watch.nonfinite = 1;
+  }
+  if (streams) finish_streaming();
+}
+
+void Packer::unpack(std::span<const Strided> tensors, const Strided& buffer, const Scale& scale,
+                    bool accumulate) const {
+  check_buffer(buffer);
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    if (accumulate && !is_arithmetic(slots_[i].dtype)) {
+      throw PackingError("tensor " + std::to_string(i) + " is " +
+                         describe(slots_[i].dtype, slots_[i].shape) +
+                         "; only floating-point types accumulate");
+    }
+    if (tensors[i].is_expanded()) {
+      throw PackingError("tensor " + std::to_string(i) +
+                         " is expanded, so that elements share memory; unpack into a clone");
+    }
+  }
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    const Slot& slot = slots_[i];
+    const std::byte* const place = buffer.data + slot.offset;
+    if (tensors[i].size() == 0) continue;
+    if (!accumulate && is_copied(slot, scale, i)) {
+      copy_from(place, tensors[i]);
+    } else if (slot.dtype == kFloat64) {
+      cast_from(place, slot.wire, tensors[i], scale_of<double>(scale, i), accumulate);
+    } else {
+      cast_from(place, slot.wire, tensors[i], scale_of<float>(scale, i), accumulate);
+    }
+  }
+}
+
+}  // namespace pe

@@ -1,0 +1,59 @@
+// Many tensors to and from one buffer, each at its place and in its type, in one pass over the memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "packing/strided.hpp"
+
+namespace pe {
+
+// Where one tensor lies in the buffer, row-major, and the type it travels as.
+struct Slot {
+  std::int64_t offset;  // bytes
+  DType dtype, wire;
+  std::vector<std::int64_t> shape;
+};
+
+struct Scale {
+  double of_all = 1.0;
+  const float* of_slot = nullptr;  // one for each slot, which multiplies the other
+};
+
+// What packing tells about floating-point tensors, before scaling. Not told where null.
+struct Watch {
+  float* largest = nullptr;           // one for each slot, raised to its largest |value|; NaN is above all
+  std::int32_t* nonfinite = nullptr;  // set to 1 if any value is infinite or NaN
+};
+
+// Arithmetic is in float32, or in float64 for a tensor of that type; integers and booleans are copied bit for
+// bit. Throws PackingError before anything is written.
+class Packer {
+ public:
+  static constexpr std::size_t kAlignment = 16;  // of the buffer and of every slot, bytes
+
+  Packer(std::vector<Slot> slots, std::int64_t nbytes);
+
+  const std::vector<Slot>& slots() const { return slots_; }
+  std::int64_t nbytes() const { return nbytes_; }
+
+  // Throws unless there is, for each slot, a tensor of its shape and type.
+  void check(std::span<const Strided> tensors) const;
+
+  // Of tensors that check() accepts: slot = tensor * scale; what lies between the slots is left as it is.
+  void pack(std::span<const Strided> tensors, const Strided& buffer, const Scale& scale,
+            const Watch& watch) const;
+  // tensor = slot * scale, or tensor += slot * scale.
+  void unpack(std::span<const Strided> tensors, const Strided& buffer, const Scale& scale,
+              bool accumulate) const;
+
+ private:
+  void check_buffer(const Strided& buffer) const;
+
+  std::vector<Slot> slots_;
+  std::int64_t nbytes_;
+};
+
+}  // namespace pe

@@ -1,0 +1,198 @@
+#include "packing/strided.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+namespace pe {
+namespace {
+
+struct Dimension {
+  std::int64_t size;
+  std::int64_t step;   // in memory, bytes
+  std::int64_t pitch;  // in row-major order, elements
+};
+
+// The tensor's dimensions without those of size 1, and those joined that memory holds as one.
+std::vector<Dimension> joined_dimensions(const Strided& tensor) {
+  const auto element = static_cast<std::int64_t>(tensor.dtype.size());
+  std::vector<Dimension> outward;
+  std::int64_t pitch = 1;
+  for (std::size_t d = tensor.shape.size(); d-- > 0;) {
+    const Dimension one{tensor.shape[d], tensor.strides[d] * element, pitch};
+    pitch *= one.size;
+    if (one.size == 1) continue;
+    if (!outward.empty() && one.step == outward.back().step * outward.back().size) {
+      outward.back().size *= one.size;
+    } else {
+      outward.push_back(one);
+    }
+  }
+  if (outward.empty()) outward.push_back({1, element, 1});
+  return outward;
+}
+
+// Calls use(where an element is in memory, its number in the block) in the order of memory.
+template <class Use>
+void visit_elements(const Block& block, const Use& use) {
+  if (std::abs(block.row_step) < std::abs(block.column_step)) {
+    for (std::int64_t column = 0; column < block.columns; ++column) {
+      std::byte* const at = block.data + column * block.column_step;
+      for (std::int64_t row = 0; row < block.rows; ++row) {
+        use(at + row * block.row_step, row * block.columns + column);
+      }
+    }
+  } else {
+    for (std::int64_t row = 0; row < block.rows; ++row) {
+      std::byte* const at = block.data + row * block.row_step;
+      for (std::int64_t column = 0; column < block.columns; ++column) {
+        use(at + column * block.column_step, row * block.columns + column);
+      }
+    }
+  }
+}
+
+template <class Bits>
+void gather_as(const Block& block, std::byte* out) {
+  visit_elements(block, [out](const std::byte* at, std::int64_t number) {
+    std::memcpy(out + number * sizeof(Bits), at, sizeof(Bits));
+  });
+}
+
+template <class Bits>
+void scatter_as(const std::byte* in, const Block& block) {
+  visit_elements(block, [in](std::byte* at, std::int64_t number) {
+    std::memcpy(at, in + number * sizeof(Bits), sizeof(Bits));
+  });
+}
+
+}  // namespace
+
+std::string describe(DType dtype, std::span<const std::int64_t> shape) {
+  std::string text = name_of(dtype) + "[";
+  for (std::size_t d = 0; d < shape.size(); ++d) {
+    if (d > 0) text += ", ";
+    text += std::to_string(shape[d]);
+  }
+  return text + "]";
+}
+
+std::int64_t Strided::size() const {
+  std::int64_t product = 1;
+  for (const std::int64_t length : shape) product *= length;
+  return product;
+}
+
+bool Strided::is_contiguous() const {
+  std::int64_t step = 1;
+  for (std::size_t d = shape.size(); d-- > 0;) {
+    if (shape[d] != 1 && strides[d] != step) return false;
+    step *= shape[d];
+  }
+  return true;
+}
+
+bool Strided::is_expanded() const {
+  for (std::size_t d = 0; d < shape.size(); ++d) {
+    if (shape[d] > 1 && strides[d] == 0) return size() > 0;
+  }
+  return false;
+}
+
+void for_each_block(const Strided& tensor, std::int64_t limit,
+                    const std::function<void(const Block&)>& visit) {
+  if (tensor.size() == 0) return;
+  std::vector<Dimension> outward = joined_dimensions(tensor);
+  // Columns run along the last dimension, rows along the one whose elements are closest in memory: cache lines
+  // are then used whole, also of a transposed tensor.
+  const Dimension columns = outward.front();
+  outward.erase(outward.begin());
+  Dimension rows{1, 0, 0};
+  bool transposed = false;
+  if (!outward.empty()) {
+    const auto closest = std::min_element(
+        outward.begin(), outward.end(),
+        [](const Dimension& a, const Dimension& b) { return std::abs(a.step) < std::abs(b.step); });
+    rows = *closest;
+    transposed = std::abs(rows.step) < std::abs(columns.step);
+    outward.erase(closest);
+  }
+  std::int64_t width = std::min(columns.size, limit);
+  if (transposed) {
+    constexpr std::int64_t kTile = 16;  // so a block is longer the way memory runs
+    width = std::min(width, kTile);
+  }
+  const std::int64_t height = std::min(rows.size, limit / width);
+
+  std::vector<std::int64_t> at(outward.size(), 0);
+  Block block{tensor.data, 0, rows.pitch, 0, 0, rows.step, columns.step};
+  for (;;) {
+    std::byte* const data = block.data;
+    const std::int64_t first = block.first;
+    for (std::int64_t row = 0; row < rows.size; row += height) {
+      for (std::int64_t column = 0; column < columns.size; column += width) {
+        block.data = data + row * rows.step + column * columns.step;
+        block.first = first + row * rows.pitch + column;
+        block.rows = std::min(height, rows.size - row);
+        block.columns = std::min(width, columns.size - column);
+        visit(block);
+      }
+    }
+    block.data = data;
+    block.first = first;
+    std::size_t d = 0;
+    for (; d < outward.size(); ++d) {
+      const Dimension& outer = outward[d];
+      block.data += outer.step;
+      block.first += outer.pitch;
+      if (++at[d] < outer.size) break;
+      block.data -= outer.step * outer.size;
+      block.first -= outer.pitch * outer.size;
+      at[d] = 0;
+    }
+    if (d == outward.size()) return;
+  }
+}
+
+void gather(const Block& block, std::size_t element, std::byte* out) {
+  if (block.column_step == static_cast<std::int64_t>(element)) {
+    const std::size_t length = block.columns * element;
+    for (std::int64_t row = 0; row < block.rows; ++row) {
+      std::memcpy(out + row * length, block.data + row * block.row_step, length);
+    }
+    return;
+  }
+  switch (element) {
+    case 1:
+      return gather_as<std::uint8_t>(block, out);
+    case 2:
+      return gather_as<std::uint16_t>(block, out);
+    case 4:
+      return gather_as<std::uint32_t>(block, out);
+    default:
+      return gather_as<std::uint64_t>(block, out);
+  }
+}
+
+void scatter(const std::byte* in, std::size_t element, const Block& block) {
+  if (block.column_step == static_cast<std::int64_t>(element)) {
+    const std::size_t length = block.columns * element;
+    for (std::int64_t row = 0; row < block.rows; ++row) {
+      std::memcpy(block.data + row * block.row_step, in + row * length, length);
+    }
+    return;
+  }
+  switch (element) {
+    case 1:
+      return scatter_as<std::uint8_t>(in, block);
+    case 2:
+      return scatter_as<std::uint16_t>(in, block);
+    case 4:
+      return scatter_as<std::uint32_t>(in, block);
+    default:
+      return scatter_as<std::uint64_t>(in, block);
+  }
+}
+
+}  // namespace pe

@@ -1,0 +1,119 @@
+"""Where each tensor lies in a packed buffer. Sender, receiver and both packers read this."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..boundary import describe
+from ..errors import InvalidArgument
+from .arrays import Array, as_tensor, as_tensors
+
+ALIGNMENT = 256  # bytes; every slot begins at a multiple
+
+# Types that another may replace on the wire, and all that may travel.
+REPLACEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATING = (*REPLACEABLE, torch.float8_e4m3fn, torch.float8_e5m2)
+SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+PACKABLE = (*FLOATING, *SIGNED, *UNSIGNED)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor lies.
+
+    Attributes:
+        offset: of its first byte in the buffer, a multiple of ``ALIGNMENT``.
+        nbytes: it takes, in the type it travels as; 0 for a tensor without elements.
+        shape: of the tensor; its elements lie row-major.
+        dtype: of the tensor.
+        wire: the type it travels as.
+    """
+
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    wire: torch.dtype
+
+    @property
+    def count(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The slots of a buffer in order, and the bytes the buffer needs."""
+
+    slots: tuple[Slot, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensors: Iterable[Array], wire: torch.dtype | None = None) -> "Layout":
+        """The layout for tensors of these shapes and types.
+
+        Args:
+            wire: floating-point type that float64, float32, float16 and bfloat16 tensors travel as; None: all
+                travel as they are, as float8 tensors, integers and booleans always do.
+
+        Raises InvalidArgument for types that cannot be packed.
+        """
+        if wire is not None and wire not in FLOATING:
+            raise InvalidArgument(f"wire is {wire}; give one of {_names(FLOATING)}, or None")
+        slots: list[Slot] = []
+        end = 0
+        for i, tensor in enumerate(as_tensors(tensors)):
+            if tensor.dtype not in PACKABLE:
+                raise InvalidArgument(f"tensor {i} is {describe(tensor)}; packed are {_names(PACKABLE)}")
+            travels = wire if wire is not None and tensor.dtype in REPLACEABLE else tensor.dtype
+            offset = -(-end // ALIGNMENT) * ALIGNMENT
+            nbytes = tensor.numel() * travels.itemsize
+            slots.append(Slot(offset, nbytes, tuple(tensor.shape), tensor.dtype, travels))
+            end = offset + nbytes
+        return cls(tuple(slots), end)
+
+    def views(self, buffer: Array) -> list[Tensor]:
+        """Each slot of ``buffer`` as a tensor of its shape and wire type; nothing is copied.
+
+        Raises InvalidArgument for a buffer that ``check_buffer`` refuses.
+        """
+        whole = self.check_buffer(buffer)
+        return [
+            whole[slot.offset : slot.offset + slot.nbytes].view(slot.wire).view(slot.shape)
+            for slot in self.slots
+        ]
+
+    def check_buffer(self, given: Array) -> Tensor:
+        """Raises InvalidArgument unless the buffer is contiguous, one-dimensional uint8, large and aligned.
+
+        Returns it as a tensor.
+        """
+        buffer = as_tensor(given, "the buffer")
+        if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():
+            raise InvalidArgument(f"the buffer is {describe(buffer)}; give contiguous uint8[{self.nbytes}]")
+        if buffer.numel() < self.nbytes:
+            raise InvalidArgument(f"the buffer has {buffer.numel()} bytes; the layout needs {self.nbytes}")
+        if buffer.data_ptr() % 16:
+            raise InvalidArgument("the buffer's address is not a multiple of 16; give one torch allocated")
+        return buffer
+
+    def check_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Raises InvalidArgument unless there is a tensor of the slot's shape and type for each slot."""
+        if len(tensors) != len(self.slots):
+            raise InvalidArgument(f"{len(tensors)} tensors; the layout has {len(self.slots)} slots")
+        for i, (tensor, slot) in enumerate(zip(tensors, self.slots)):
+            if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
+                expected = describe(torch.empty(slot.shape, dtype=slot.dtype, device="meta"))
+                raise InvalidArgument(f"tensor {i} is {describe(tensor)}; its slot is for {expected}")
+            if tensor.layout is not torch.strided:
+                raise InvalidArgument(f"tensor {i} is not dense; give tensor.to_dense()")
+            if tensor.is_neg():
+                raise InvalidArgument(f"tensor {i} is a view that negates; give tensor.resolve_neg()")
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
