@@ -111,18 +111,7 @@ class Stage:
         self.thread = this_thread()
         step = self._step
         step.context.apply()
-        received, sent, losses = self._in_flight.pop(m)
-        outputs = [loss for loss in losses if loss.requires_grad]
-        grads_out = [step.weight_like(loss, m) for loss in outputs]
-        for tensor, grad in zip(sent, step.exchange.receive_gradients(self.index, m)):
-            if grad is not None:
-                outputs.append(tensor)
-                grads_out.append(grad)
-        if outputs:
-            step.has_trained = True
-            _run_backward(outputs, grads_out)
-        self._entrance.returned(received)
-        grads_in = [tensor.gradient() for tensor in received]
+        grads_in = self._find_gradients(step, m)
         if self.index == 0:
             step.input_grads[m] = grads_in
         else:
@@ -134,6 +123,24 @@ class Stage:
         """Runs microbatch ``m`` without gradients and hands the result on."""
         step = self._step
         step.context.apply()
+        self._evaluate(step, m)
+        step.exchange.release(self.index, m)
+
+    def _find_gradients(self, step: Step, m: int) -> list[Tensor | None]:
+        received, sent, losses = self._in_flight.pop(m)
+        outputs = [loss for loss in losses if loss.requires_grad]
+        grads_out = [step.weight_like(loss, m) for loss in outputs]
+        for tensor, grad in zip(sent, step.exchange.receive_gradients(self.index, m)):
+            if grad is not None:
+                outputs.append(tensor)
+                grads_out.append(grad)
+        if outputs:
+            step.has_trained = True
+            _run_backward(outputs, grads_out)
+        self._entrance.returned(received)
+        return [tensor.gradient() for tensor in received]
+
+    def _evaluate(self, step: Step, m: int) -> None:
         with torch.no_grad(), step.context.forward():
             value = self._run_module(self._arguments(step, m))
         if isinstance(value, WithLoss):
@@ -142,7 +149,6 @@ class Stage:
             step.outputs[m] = boundary.detach(value)
         else:
             step.exchange.send_value(self.index, m, value)
-        step.exchange.release(self.index, m)
 
     def _arguments(self, step: Step, m: int) -> Arguments:
         if self.index == 0:

@@ -56,9 +56,11 @@ class NativePacker {
     bound_ = std::move(bound);
   }
 
+  void release() { bound_ = nullptr; }
+
   void pack(const py::object& buffer, double scale, const py::object& scales,
             const py::object& amax, const py::object& nonfinite) const {
-    const auto bound = bound_;
+    const auto bound = tensors();
     Borrower borrower;
     const std::size_t slots = packer_.slots().size();
     const Strided whole = borrower.borrow(buffer, {"the buffer"});
@@ -71,7 +73,7 @@ class NativePacker {
 
   void unpack(const py::object& buffer, double scale, const py::object& scales,
               bool accumulate) const {
-    const auto bound = bound_;
+    const auto bound = tensors();
     Borrower borrower;
     const Strided whole = borrower.borrow(buffer, {"the buffer"});
     const Scale by{scale, row<float>(borrower, scales, "scales", kFloat32, packer_.slots().size())};
@@ -80,6 +82,11 @@ class NativePacker {
   }
 
  private:
+  std::shared_ptr<const Bound> tensors() const {
+    if (bound_ == nullptr) throw PackingError("no tensors are bound; call rebind first");
+    return bound_;
+  }
+
   // The memory of an optional argument, `length` elements of `dtype`.
   template <class T>
   static T* row(Borrower& borrower, const py::object& argument, const char* name, DType dtype,
@@ -117,6 +124,7 @@ void bind_packing(py::module_& m) {
 Tensors and buffer are whatever lends its memory through DLPack.)")
       .def(py::init<const py::object&, const py::sequence&>(), py::arg("layout"), py::arg("tensors"))
       .def("rebind", &NativePacker::rebind, py::arg("tensors"))
+      .def("release", &NativePacker::release)
       .def("pack", &NativePacker::pack, py::arg("buffer"), py::arg("scale") = 1.0, py::kw_only(),
            py::arg("scales") = py::none(), py::arg("amax") = py::none(),
            py::arg("nonfinite") = py::none())

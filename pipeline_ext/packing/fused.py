@@ -31,6 +31,7 @@ class FusedPacker:
         self._integer = next((i for i, s in enumerate(layout.slots) if s.dtype not in FLOATING), None)
         self._chunks = self._upload(chunk_table(layout))
         self._slots: Tensor | None = None
+        self._tensors: list[Tensor] | None = None
         self.rebind(given)
 
     def rebind(self, tensors: Sequence[Array]) -> None:
@@ -46,6 +47,9 @@ class FusedPacker:
         self._slots = self._upload(slot_table(self._layout, given), self._slots)
         self._tensors = given
         self._expanded = next((i for i, tensor in enumerate(given) if _is_expanded(tensor)), None)
+
+    def release(self) -> None:
+        self._tensors = None
 
     def pack(
         self,
@@ -94,6 +98,8 @@ class FusedPacker:
     ) -> None:
         whole = self._on_device("the buffer", self._layout.check_buffer(buffer))
         factors = self._row("scales", scales, torch.float32, len(self._layout.slots))
+        if self._tensors is None:
+            raise InvalidArgument("no tensors are bound; call rebind first")
         programs = len(self._chunks)
         if not programs:
             return

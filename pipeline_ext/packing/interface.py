@@ -24,6 +24,9 @@ class Packer(Protocol):
         again. Raises InvalidArgument, and changes nothing, for tensors that do not fit.
         """
 
+    def release(self) -> None:
+        """Lets go of the tensors: others are to be bound before the next call."""
+
     def pack(
         self,
         buffer: Array,

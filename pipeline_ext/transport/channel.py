@@ -19,18 +19,26 @@ class _Message:
     """The results of a group of microbatches in one buffer."""
 
     def __init__(self, format: Format, buffer: Tensor, requires_grad: list[bool], unread: int) -> None:
-        self.buffer = buffer
-        self.unread = unread  # results that are still needed
+        self._buffer = buffer
+        self._unread = unread  # results that are still needed
         self._format = format
         self._requires_grad = requires_grad
         self._tensors: list[Tensor] | None = None
 
     def tensors(self) -> list[Tensor]:
         if self._tensors is None:
-            self._tensors = self._format.open(self.buffer)
+            self._tensors = self._format.open(self._buffer)
             for tensor, needed in zip(self._tensors, self._requires_grad):
                 tensor.requires_grad_(needed)
         return self._tensors
+
+    def read(self) -> Tensor | None:
+        """One more result is needed no more; returns the buffer after the last."""
+        self._unread -= 1
+        if self._unread > 0:
+            return None
+        self._tensors = None  # first the views: who takes the buffer next looks whether there are any
+        return self._buffer
 
 
 class _Result:
@@ -127,9 +135,9 @@ class Channel:
         """Microbatch ``m``'s result is needed no more."""
         result = self._arrived.pop(m, None)
         if isinstance(result, _Result):
-            result.message.unread -= 1
-            if result.message.unread == 0:
-                self._buffers.give_back(result.message.buffer)
+            buffer = result.message.read()
+            if buffer is not None:
+                self._buffers.give_back(buffer)
 
     def _send_group(self, group: int, results: dict[int, Leaves]) -> None:
         tensors = {

@@ -103,6 +103,7 @@ class AsIs(Format):
     def _pack(self, tensors: list[Tensor], buffer: Tensor) -> None:
         self._packer.rebind(self._spans(tensors))
         self._packer.pack(buffer)
+        self._packer.release()
 
     def _open(self, buffer: Tensor) -> list[Tensor]:
         return [
@@ -130,6 +131,8 @@ class Cast(Format):
         self._layout = Layout.of(apart, wire)
         self._opened = Layout.of(apart)
         self._packer = packer(self._layout, apart)
+        self._unpacker = packer(self._layout, apart)
+        self._unpacker.release()
         self._behind = -(-self._layout.nbytes // ALIGNMENT) * ALIGNMENT
         self._largest: Tensor | None = None  # magnitude in each slot, in the message before
         self.sent_nbytes = self._layout.nbytes
@@ -139,13 +142,14 @@ class Cast(Format):
         if self._largest_number is None:
             self._packer.rebind(tensors)
             self._packer.pack(buffer)
-            return
-        if self._largest is None:
-            self._largest = self._measure(tensors, buffer)
-        scales = self._scales(self._largest)
-        self._largest.zero_()
-        self._packer.rebind([*tensors, _bits(scales)])
-        self._packer.pack(buffer, scales=scales, amax=self._largest)
+        else:
+            if self._largest is None:
+                self._largest = self._measure(tensors, buffer)
+            scales = self._scales(self._largest)
+            self._largest.zero_()
+            self._packer.rebind([*tensors, _bits(scales)])
+            self._packer.pack(buffer, scales=scales, amax=self._largest)
+        self._packer.release()
 
     def _measure(self, tensors: list[Tensor], buffer: Tensor) -> Tensor:
         scales = torch.ones(len(tensors) + 1, device=buffer.device)
@@ -164,13 +168,15 @@ class Cast(Format):
 
     def _open(self, buffer: Tensor) -> list[Tensor]:
         opened = self._opened.views(buffer[self._behind :])
-        self._packer.rebind(opened)
+        self._unpacker.rebind(opened)
         if self._largest_number is None:
-            self._packer.unpack(buffer)
-            return opened
-        scales = self._layout.views(buffer)[-1].view(torch.float32)
-        self._packer.unpack(buffer, scales=1.0 / scales)
-        return opened[:-1]
+            self._unpacker.unpack(buffer)
+        else:
+            scales = self._layout.views(buffer)[-1].view(torch.float32)
+            self._unpacker.unpack(buffer, scales=1.0 / scales)
+            opened.pop()
+        self._unpacker.release()
+        return opened
 
 
 def _bits(scales: Tensor) -> Tensor:
