@@ -5,6 +5,9 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..errors import InvalidArgument
 from ..lm import checkpoint
@@ -12,6 +15,7 @@ from ..lm.checkpoint import Checkpoint
 from ..planning import schedule_names
 
 _FIXED = ("batch", "context", "width", "layers", "heads", "seed")  # for all of a run
+WIRES = ("none", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _NOT_SAVED = ("resume", "out", "json")  # a checkpoint does not say where to write
 
 
@@ -27,6 +31,10 @@ class Options:
     microbatches: int = 8
     schedule: str = "1f1b"
     overlap: bool = False
+    pack: str = "1"
+    pack_forward: str = "1"
+    wire: str = "none"
+    wire_forward: str = "none"
     width: int = 160
     layers: int = 4
     heads: int = 5
@@ -37,6 +45,22 @@ class Options:
     resume: str | None = None
     out: str | None = None
     json: str | None = None
+
+    def messages(self) -> dict[str, Any]:
+        """How results are to leave the stages, as ``Pipeline`` takes it."""
+
+        def pack(text: str) -> int | str:
+            return text if text in ("all", "auto") else int(text)
+
+        def wire(text: str) -> torch.dtype | None:
+            return None if text == "none" else getattr(torch, text)
+
+        return {
+            "pack": pack(self.pack),
+            "pack_forward": pack(self.pack_forward),
+            "wire": wire(self.wire),
+            "wire_forward": wire(self.wire_forward),
+        }
 
     def to_save(self) -> dict:
         """What a checkpoint keeps."""
@@ -66,6 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "let a rank run forward and backward at once",
         action=argparse.BooleanOptionalAction,
     )
+    packs = "a number up to --microbatches, all, or auto"
+    add("--pack", f"how many microbatches' gradients leave in one message: {packs}", type=_pack, metavar="K")
+    add("--pack-forward", "the same for activations", type=_pack, metavar="K")
+    add("--wire", "type that gradients travel as", choices=WIRES)
+    add("--wire-forward", "type that activations travel as", choices=WIRES)
     add("--width", "width of the model", type=_count)
     add("--layers", "blocks of the model", type=_count)
     add("--heads", "attention heads; must divide the width", type=_count)
@@ -149,6 +178,10 @@ def _positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value
+
+
+def _pack(text: str) -> str:
+    return text if text in ("all", "auto") else str(_count(text))
 
 
 def _count(text: str) -> int:

@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         schedule=options.schedule,
         loss_fn=loss_fn,
         overlap=options.overlap,
+        **options.messages(),
     ) as pipe:
         cores = len(os.sched_getaffinity(0))
         options = replace(
