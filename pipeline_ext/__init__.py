@@ -9,19 +9,23 @@ from .errors import (
     StageError,
     StepTimeout,
 )
+from .pack_choice import PackChoice
 from .pipeline import Pipeline
 from .planning import build_plan, schedule_names
-from .report.records import TaskRecord
 from .profile import Profile
+from .report.records import TaskRecord
 from .report.trace import Trace
 from .simulation import Costs, Simulation, simulate
 from .stage import WithLoss
+from .transport.link import LocalLink
 
 __all__ = [
     "Costs",
     "DeadPipeline",
     "InvalidArgument",
     "InvalidSchedule",
+    "LocalLink",
+    "PackChoice",
     "Pipeline",
     "PipelineError",
     "Plan",

@@ -50,8 +50,8 @@ def build_plan(
     mode = {
         "overlap": overlap,
         "reactive": reactive,
-        "packs": packs,
-        "packs_forward": packs_forward,
+        "packs": packs if any(k > 1 for k in packs) else (),
+        "packs_forward": packs_forward if any(k > 1 for k in packs_forward) else (),
         "in_flight": in_flight,
     }
     path = _csv_path(schedule)

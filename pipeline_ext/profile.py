@@ -1,5 +1,6 @@
 """What tasks and messages cost, measured in a step."""
 
+import functools
 import math
 import statistics
 import time
@@ -26,7 +27,7 @@ class Profile:
         overhead: that the sender spends on a message, by boundary.
         bandwidth: bytes a second of the link, by boundary; infinite where messages are passed by reference.
         result_bytes: of the first microbatch's result, by boundary.
-        packing: seconds to pack one result, by boundary; 0 where the step's own times hold it already.
+        packed: whether the times of the stages hold that of packing, by boundary.
     """
 
     forward: list[float]
@@ -35,16 +36,16 @@ class Profile:
     overhead: list[float]
     bandwidth: list[float]
     result_bytes: list[int]
-    packing: list[float]
+    packed: list[bool]
 
     def costs(self, plan: _C.Plan) -> Costs:
-        """What ``plan``, which may pack more than the measured one, would cost."""
+        """What ``plan`` would cost. Where it packs what the step handed over, that is measured now."""
         forward, backward = list(self.forward), list(self.backward)
-        for b, seconds in enumerate(self.packing):
-            if plan.packs_forward[b] > 1:
-                forward[b] += seconds
-            if plan.packs[b] > 1:
-                backward[b + 1] += seconds
+        for b, (nbytes, packed) in enumerate(zip(self.result_bytes, self.packed)):
+            if plan.packs_forward[b] > 1 and not packed:
+                forward[b] += packing_time(nbytes)
+            if plan.packs[b] > 1 and not packed:
+                backward[b + 1] += packing_time(nbytes)
         return Costs(
             forward=forward,
             backward=backward,
@@ -56,12 +57,11 @@ class Profile:
 
 
 def profile(plan: _C.Plan, tasks: Sequence[TaskRecord], messages: Sequence[Messages]) -> Profile:
-    """Of one step. Packs one buffer of each boundary's size for a trial, where the step packed none."""
+    """Of one step."""
     boundaries = range(plan.num_stages - 1)
     by_boundary = {b: [m for m in messages if m.boundary == b] for b in boundaries}
     overhead = [_mean_overhead(by_boundary[b]) for b in boundaries]
     result_bytes = [max((m.result_nbytes for m in by_boundary[b]), default=0) for b in boundaries]
-    handed_over = [all(m.packed_nbytes == 0 for m in by_boundary[b]) for b in boundaries]
 
     def median(kind: str, stage: int) -> float:
         times = []
@@ -80,10 +80,7 @@ def profile(plan: _C.Plan, tasks: Sequence[TaskRecord], messages: Sequence[Messa
         overhead=overhead,
         bandwidth=[math.inf] * len(boundaries),
         result_bytes=result_bytes,
-        packing=[
-            _packing_time(nbytes) if trial and nbytes else 0.0
-            for trial, nbytes in zip(handed_over, result_bytes)
-        ],
+        packed=[any(m.packed_nbytes > 0 for m in by_boundary[b]) for b in boundaries],
     )
 
 
@@ -100,7 +97,7 @@ def fastest(profiles: Sequence[Profile]) -> Profile:
         overhead=least("overhead"),
         bandwidth=profiles[0].bandwidth,
         result_bytes=profiles[0].result_bytes,
-        packing=least("packing"),
+        packed=profiles[0].packed,
     )
 
 
@@ -124,7 +121,9 @@ def _latencies(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> list[float]:
     return [max(0.0, statistics.median(gaps)) if gaps else 0.0 for gaps in found]
 
 
-def _packing_time(nbytes: int) -> float:
+@functools.cache
+def packing_time(nbytes: int) -> float:
+    """Seconds to pack so many bytes on the CPU, the least of five times."""
     result = torch.empty(nbytes, dtype=torch.uint8)
     layout = Layout.of([result])
     buffer, packs = torch.empty_like(result), packer(layout, [result])

@@ -40,7 +40,7 @@ class Costs:
     contention: float = 1.0
 
     def by_stage(self, num_stages: int) -> _C.CostsByStage:
-        """Each of the costs as a list, by stage or by boundary. Raises InvalidSchedule for no bandwidth."""
+        """Each of the costs as a list, by stage or by boundary. Raises InvalidSchedule for ones that cannot be."""
         forward = _spread(self.forward, num_stages)
         backward = _spread(self.backward, num_stages)
         if self.input_grad is None:
@@ -54,8 +54,10 @@ class Costs:
         boundaries = num_stages - 1
         nbytes = _spread(self.message_bytes, boundaries)
         bandwidth = _spread(self.bandwidth, boundaries)
-        if any(b <= 0 for b in bandwidth):
+        if min(bandwidth, default=1.0) <= 0:
             raise InvalidSchedule(f"bandwidth holds {min(bandwidth):g}; it is bytes in a unit of time, above 0")
+        if min(nbytes, default=0.0) < 0:
+            raise InvalidSchedule(f"message_bytes holds {min(nbytes):g}; it is not negative")
         return _C.CostsByStage(
             forward=forward,
             backward=backward,

@@ -327,9 +327,7 @@ def test_a_step_is_drawn_below_its_plan_on_one_time_axis(trace, figures, tmp_pat
     trace.save(tmp_path / "step.png")
     (figure,) = figures
     planned, measured = figure.axes
-    profile = trace.profile()
-    costs = pe.Costs(forward=profile.forward, backward=profile.backward)
-    simulated = pe.simulate(trace.plan, costs)
+    simulated = pe.simulate(trace.plan, trace.profile().costs(trace.plan))
     assert f"bubble {100 * simulated.bubble:.1f} %" in planned.get_title(loc="left")
     assert f"Measured step: bubble {100 * trace.bubble:.1f} %" == measured.get_title(loc="left")
     longest = max(simulated.makespan, trace.step_time)

@@ -12,7 +12,9 @@ Event = dict[str, Any]
 _STREAMS = ("forward", "backward")
 
 
-def chrome_trace(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> dict[str, Any]:
+def chrome_trace(
+    plan: _C.Plan, tasks: Sequence[TaskRecord], notes: dict[str, str] | None = None
+) -> dict[str, Any]:
     """The contents of the JSON file; ``tasks`` are measured, in seconds, and sorted by begin.
 
     A process is a rank and a thread one of its streams. Perfetto colours a task by its name without the
@@ -20,7 +22,7 @@ def chrome_trace(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> dict[str, Any]:
     """
     # Tasks come before messages, which bind to a task that has been read already.
     events = [*_names(plan), *_tasks(tasks), *_messages(plan, tasks), *_activations(tasks)]
-    return {"displayTimeUnit": "ms", "traceEvents": events}
+    return {"displayTimeUnit": "ms", "traceEvents": events, "otherData": notes or {}}
 
 
 def _track(rank: int, stream: str) -> Event:

@@ -93,19 +93,20 @@ class Trace:
 
         - ``.json``: a Chrome trace, for ui.perfetto.dev.
         - ``.png``, ``.svg``, ``.pdf``: the timeline, below the one that the plan promises: its simulation
-          with the stage times measured in this step. Needs matplotlib.
+          with the times measured in this step. Needs matplotlib.
 
         Folders are made. Raises InvalidArgument for another suffix, PipelineError without matplotlib or
         where the file cannot be written.
         """
         path = accepted_path(path, (".json", *SUFFIXES))
         if path.suffix.lower() == ".json":
+            notes = {} if self.pack_choice is None else {"pack_choice": str(self.pack_choice)}
             with whole_file(path) as file:
-                file.write(json.dumps(chrome_trace(self.plan, self.tasks)).encode())
+                file.write(json.dumps(chrome_trace(self.plan, self.tasks, notes)).encode())
             return
         planned = simulate(self.plan, self.profile().costs(self.plan))
         panels = [
-            simulated_panel("Plan, simulated with the stage times measured below", planned),
+            simulated_panel("Plan, simulated with the times measured below", planned),
             Panel("Measured step", self.tasks, self.step_time, self.bubble_by_rank),
         ]
         unit, units = ("s", 1.0) if self.step_time >= 10 else ("ms", 1e3)
