@@ -118,11 +118,11 @@ def choose(
 
     best = at_1 = predict(chosen)
 
-    def try_out(way: int, packs: list[int]) -> None:
+    def try_out(way: int, packs: list[int], worth: float = _WORTH) -> None:
         nonlocal best, chosen
         candidate = [packs if w == way else p for w, p in enumerate(chosen)]
         predicted = predict(candidate)
-        if predicted < _WORTH * best:
+        if predicted <= worth * best:
             best, chosen = predicted, candidate
 
     doubled = [1 << i for i in range(1, microbatches.bit_length()) if 1 << i < microbatches]
@@ -132,8 +132,9 @@ def choose(
     deadline = time.monotonic() + _SECONDS
     for way in free:
         for b in boundaries:
-            for factor in (0.5, 2):
-                k = round(chosen[way][b] * factor)
+            for factor, worth in ((0.5, 1.0), (2, _WORTH)):
+                k = int(chosen[way][b] * factor)
                 if 1 <= k <= microbatches and time.monotonic() < deadline:
-                    try_out(way, [k if other == b else p for other, p in enumerate(chosen[way])])
+                    packed = [k if other == b else p for other, p in enumerate(chosen[way])]
+                    try_out(way, packed, worth)
     return PackChoice(plan_of(*chosen), *chosen, predicted=best, predicted_at_1=at_1, simulated=simulated)

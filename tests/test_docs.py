@@ -48,6 +48,24 @@ def test_the_example_that_readme_opens_with_runs(tmp_path, monkeypatch):
     assert (tmp_path / "timeline.png").stat().st_size > 0
 
 
+def test_the_examples_of_packing_run(capsys):
+    names = {
+        "pe": pe,
+        "torch": torch,
+        "model": nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))),
+        "loss_fn": nn.functional.mse_loss,
+        "x": torch.randn(16, 4),
+        "y": torch.randn(16, 4),
+    }
+    text = (ROOT / "docs" / "packing.md").read_text()
+    for example in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(example, names)
+    printed = capsys.readouterr().out
+    assert "0 backward 2 " in printed
+    assert "allow 4 in flight at each stage, or pack fewer" in printed
+    assert [view.dtype for view in names["received"]] == [torch.bfloat16, torch.int64, torch.bfloat16]
+
+
 def test_the_tables_are_those_of_the_results():
     check = [sys.executable, "bench/tables.py", "--check"]
     result = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
