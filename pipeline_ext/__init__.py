@@ -6,25 +6,32 @@ from .errors import (
     InvalidArgument,
     InvalidSchedule,
     PipelineError,
+    ReductionError,
     StageError,
     StepTimeout,
 )
 from .pipeline import Pipeline
 from .planning import build_plan, schedule_names
-from .report.records import TaskRecord
+from .reduction import GradientReduction
+from .report.records import ReductionRecord, TaskRecord
 from .report.trace import Profile, Trace
 from .simulation import Costs, Simulation, simulate
 from .stage import WithLoss
+from .transport import LocalGroup
 
 __all__ = [
     "Costs",
     "DeadPipeline",
+    "GradientReduction",
     "InvalidArgument",
     "InvalidSchedule",
+    "LocalGroup",
     "Pipeline",
     "PipelineError",
     "Plan",
     "Profile",
+    "ReductionError",
+    "ReductionRecord",
     "Simulation",
     "StageError",
     "StepTimeout",

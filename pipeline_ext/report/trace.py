@@ -3,6 +3,7 @@
 import json
 import os
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +11,7 @@ from .. import _C
 from ..files import whole_file
 from ..simulation import Costs, simulate
 from .perfetto import chrome_trace
-from .records import TaskRecord, task_records
+from .records import ReductionRecord, TaskRecord, task_records
 from .timeline import SUFFIXES, Panel, accepted_path, save_picture, simulated_panel
 
 
@@ -30,6 +31,7 @@ class Trace:
         step_time: seconds from the step's begin to its end.
         peak_in_flight: most microbatches alive at once, by rank.
         peak_in_flight_of_stage: the same by stage.
+        reductions: records of the gradients averaged between replicas, in the order in which they went out.
     """
 
     def __init__(self, plan: _C.Plan, result: _C.StepResult) -> None:
@@ -37,6 +39,7 @@ class Trace:
         self.step_time = (result.end - result.begin) * 1e-9
         self.peak_in_flight: list[int] = result.peak_by_rank
         self.peak_in_flight_of_stage: list[int] = result.peak_by_stage
+        self.reductions: list[ReductionRecord] = []
         self._result = result
 
     def __repr__(self) -> str:
@@ -51,6 +54,15 @@ class Trace:
             for times in (self._result.task_begin, self._result.task_end)
         )
         return task_records(self.plan, begin, end)
+
+    def add_reductions(self, times: Iterable[tuple[int, int, int, int]]) -> None:
+        """Takes stage, begin and end in nanoseconds of the steady clock, and bytes, of each reduction."""
+        zero = self._result.begin
+        records = [
+            ReductionRecord(stage, (begin - zero) * 1e-9, (end - zero) * 1e-9, nbytes)
+            for stage, begin, end, nbytes in times
+        ]
+        self.reductions = sorted(records, key=lambda record: record.begin)
 
     def order(self) -> dict[int, list[str]]:
         """Rank -> its actions as text, as they began."""
@@ -102,7 +114,7 @@ class Trace:
         path = accepted_path(path, (".json", *SUFFIXES))
         if path.suffix.lower() == ".json":
             with whole_file(path) as file:
-                file.write(json.dumps(chrome_trace(self.plan, self.tasks)).encode())
+                file.write(json.dumps(chrome_trace(self.plan, self.tasks, self.reductions)).encode())
             return
         measured = self.profile()
         planned = simulate(self.plan, Costs(forward=measured.forward, backward=measured.backward))
