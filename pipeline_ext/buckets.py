@@ -16,8 +16,8 @@ class Bucket:
     """Parameters of one type, and the buffer that holds and carries their gradients.
 
     A parameter without ``.grad`` is given a zeroed view of the buffer when a step begins, and keeps it from
-    then on: nothing is packed. Any other ``.grad``, set by the user, is packed into the buffer before it goes out
-    and unpacked after. With a wire type another buffer travels, into which all are packed.
+    then on: nothing is packed. Any other ``.grad``, set by the user, is packed into the buffer before that goes
+    out and unpacked after. With a wire type another buffer travels, into which all are packed.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], wire: torch.dtype | None) -> None:
