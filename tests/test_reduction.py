@@ -192,6 +192,7 @@ def test_gradients_are_views_of_buffers_that_stay_and_nothing_is_packed(monkeypa
             assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) == pipe.num_stages
 
 
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")
 @pytest.mark.parametrize("wire", [None, torch.float64])
 def test_gradients_that_the_user_set_are_added_to_and_stay_his(wire):
     model, parts = chain(), batches()
