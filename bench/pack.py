@@ -8,14 +8,13 @@ import ctypes
 import functools
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 from environment import write_results
 from side_by_side import spread, wait_until_quiet
 from torch import Tensor
 
-from pipeline_ext.packing.cpu import packer
+from pipeline_ext.packing import Layout, packer
 
 CASES = [  # tensors, bytes of each
     (64, 256),
@@ -34,20 +33,15 @@ TYPES = [  # of the tensors, and as they travel
 ]
 OURS = "pipeline_ext"
 CEILING = "memcpy of what travels"
-ALIGNMENT = 256
 TURN = 0.004  # seconds, about
 
 
 def contenders(tensors: list[Tensor], wire: torch.dtype) -> dict[str, Callable[[], object]]:
     """Name -> what packs the tensors once, each into a buffer of its own."""
     count, length = len(tensors), tensors[0].numel()
-    pitch = -(-length * wire.itemsize // ALIGNMENT) * ALIGNMENT
-    slots = [
-        SimpleNamespace(offset=i * pitch, shape=tensors[0].shape, dtype=tensors[0].dtype, wire=wire)
-        for i in range(count)
-    ]
-    pack = packer(SimpleNamespace(slots=slots, nbytes=count * pitch)).pack
-    buffer = torch.zeros(count * pitch, dtype=torch.uint8)
+    layout = Layout.of(tensors, wire)
+    pack = packer(layout, tensors).pack
+    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
     joined, parts, singly = (torch.zeros(count * length, dtype=wire) for _ in range(3))
     views, single_views = list(parts.split(length)), list(singly.split(length))
     whole = torch.cat(tensors).to(wire)
@@ -64,7 +58,7 @@ def contenders(tensors: list[Tensor], wire: torch.dtype) -> dict[str, Callable[[
         memcpy(copied.data_ptr(), whole.data_ptr(), whole.nbytes)
 
     return {
-        OURS: functools.partial(pack, tensors, buffer),
+        OURS: functools.partial(pack, buffer),
         "torch.cat": functools.partial(torch.cat, tensors, out=joined),
         "torch._foreach_copy_": functools.partial(torch._foreach_copy_, views, tensors),
         "Tensor.copy_, one by one": one_by_one,

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from os import PathLike
 
-from .packing.cpu import Lender
+from .packing.arrays import Array
+from .packing.layout import Layout
 from .simulation import Costs
 
 compiler: str
@@ -129,33 +130,23 @@ class HostExecutor:
     @property
     def dead(self) -> bool: ...
 
-class Packer:
-    def __init__(
-        self,
-        offsets: Sequence[int],
-        shapes: Sequence[Sequence[int]],
-        dtypes: Sequence[str],
-        wires: Sequence[str],
-        nbytes: int,
-    ) -> None: ...
-    @property
-    def nbytes(self) -> int: ...
+class NativePacker:
+    def __init__(self, layout: Layout, tensors: Sequence[Array]) -> None: ...
+    def rebind(self, tensors: Sequence[Array]) -> None: ...
     def pack(
         self,
-        tensors: Sequence[Lender],
-        buffer: Lender,
-        *,
+        buffer: Array,
         scale: float = 1.0,
-        scales: Lender | None = None,
-        amax: Lender | None = None,
-        nonfinite: Lender | None = None,
+        *,
+        scales: Array | None = None,
+        amax: Array | None = None,
+        nonfinite: Array | None = None,
     ) -> None: ...
     def unpack(
         self,
-        tensors: Sequence[Lender],
-        buffer: Lender,
-        *,
+        buffer: Array,
         scale: float = 1.0,
-        scales: Lender | None = None,
+        *,
+        scales: Array | None = None,
         accumulate: bool = False,
     ) -> None: ...

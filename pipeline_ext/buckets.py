@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ._shim import Packer, packer
 from .errors import InvalidArgument, PipelineError
-from .packing import ALIGNMENT, Layout
+from .packing import ALIGNMENT, Layout, Packer, packer
 from .transport import Member, Work
 
 
@@ -126,7 +125,7 @@ class Bucket:
         return [None if grad is None else (id(grad), grad._version) for grad in grads]
 
 
-def buckets(
+def fill_buckets(
     parameters: Iterable[nn.Parameter], bucket_bytes: int, wire: torch.dtype | None
 ) -> list[Bucket]:
     """The parameters in buckets of one type each and at most ``bucket_bytes``; a larger one gets its own."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from . import arguments
 from .boundary import describe
-from .buckets import Bucket, buckets
+from .buckets import Bucket, fill_buckets
 from .errors import DeadPipeline, InvalidArgument
 from .report.trace import Trace
 from .shared import SharedParameters
@@ -162,5 +162,5 @@ class GradientReduction:
                     f"a parameter is {describe(parameter)}; replicas reduce float64, float32, float16 and "
                     "bfloat16: freeze it, or cast it"
                 )
-        self._buckets = [buckets(found, self._bucket_bytes, self._wire) for found in trained]
+        self._buckets = [fill_buckets(found, self._bucket_bytes, self._wire) for found in trained]
         self._built_for = built_for

@@ -20,7 +20,7 @@ f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat1
 e4m3, e5m2, i64, u8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.uint8
 MIXED = [(f64, f64), (f32, e4m3), (f16, f16), (bf16, bf16), (i64, i64), (u8, u8)]
 
-# Kernel, pairs (type of a tensor, type it travels as), dimensions, and of the options those that are on
+# Kernel, pairs (type of a tensor, type it travels as), room for dimensions, and the options that are on
 CASES = {
     "pack f32": ("pack", [(f32, f32)], 1, ""),
     "pack bf16": ("pack", [(bf16, bf16)], 1, ""),
@@ -51,11 +51,11 @@ class Driver:
         return 0
 
 
-def compiled(name, pairs, rank, options):
+def compiled(name, pairs, room, options):
     scales, observed = (torch.zeros(16) if word in options else None for word in ("scaled", "observed"))
     tables = torch.zeros(16, dtype=torch.int32), torch.zeros(16, dtype=torch.int64)
     arguments = [*tables, torch.zeros(16, dtype=torch.uint8), 0.5, scales]
-    chosen = {"SCALED": "scaled" in options, **kernels.constants(pairs, rank, 2**20)}
+    chosen = {"SCALED": "scaled" in options, **kernels.constants(pairs, room, 2**20)}
     if name == "pack":
         arguments += [observed, None if observed is None else observed.int()]
     else:
@@ -78,8 +78,8 @@ def main():
     found = []
     for architecture in ARCHITECTURES:
         triton.runtime.driver.set_active(Driver(architecture))
-        for case, (name, pairs, rank, options) in CASES.items():
-            kernel = compiled(name, pairs, rank, options)
+        for case, (name, pairs, room, options) in CASES.items():
+            kernel = compiled(name, pairs, room, options)
             registers, local = resources(kernel.asm["cubin"])
             found.append(
                 {

@@ -1,16 +1,17 @@
-"""Tensors to pack, and what packing and unpacking them has to do; for the interpreter and for a GPU."""
+"""Tensors to pack, and what packing and unpacking them has to do, whichever packer does it."""
 
 import math
 
 import torch
 from hypothesis import strategies as st
 
-from pipeline_ext.packing import Layout, Packer
+from pipeline_ext.packing import Layout
 from pipeline_ext.packing.layout import FLOATING, SIGNED, UNSIGNED
 
 POISON = 0xA5
 GUARD = 512  # bytes before and behind a buffer
 SPECIAL = (math.nan, math.inf, -math.inf, -0.0, 1e-45, 6e-8, 1e-5, 448.0, 464.1, 6.1e4, 65520.0, 3.4e38)
+WIRES = (None, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 STRIDINGS = ("row-major", "reversed", "every second", "misaligned", "expanded")
 
 
@@ -128,8 +129,8 @@ def check_slots(layout, buffer, tensors, scale=1.0, scales=None):
         assert same(view, packed(tensor.cpu(), slot.wire, by)), slot
 
 
-def check_pack(tensors, wire=None, scale=1.0, scaled=False, device="cpu"):
-    """Packs, with everything that packing tells, and checks all of it."""
+def check_pack(make, tensors, wire=None, scale=1.0, scaled=False, device="cpu"):
+    """Packs, with everything that packing tells, and checks all of it; ``make`` makes the packer."""
     tensors = [to(tensor, device) for tensor in tensors]
     layout = Layout.of(tensors, wire)
     buffer, around = poisoned(layout, device)
@@ -137,7 +138,7 @@ def check_pack(tensors, wire=None, scale=1.0, scaled=False, device="cpu"):
     amax = torch.zeros(len(tensors), device=device)
     nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
 
-    Packer(layout, tensors).pack(buffer, scale, scales=scales, amax=amax, nonfinite=nonfinite)
+    make(layout, tensors).pack(buffer, scale, scales=scales, amax=amax, nonfinite=nonfinite)
 
     check_slots(layout, buffer, tensors, scale, scales)
     check_outside(layout, around)
@@ -147,8 +148,8 @@ def check_pack(tensors, wire=None, scale=1.0, scaled=False, device="cpu"):
     assert nonfinite.item() == any(not f.isfinite().all() for f in floats)
 
 
-def check_unpack(tensors, wire=None, scale=1.0, scaled=False, accumulate=False, device="cpu"):
-    """Unpacks into tensors of these strides, and checks them and the memory between their elements."""
+def check_unpack(make, tensors, wire=None, scale=1.0, scaled=False, accumulate=False, device="cpu"):
+    """Unpacks into tensors of these strides; checks them, and the memory between their elements."""
     tensors = [to(tensor, device) for tensor in tensors]
     layout = Layout.of(tensors, wire)
     buffer, _ = poisoned(layout, device)
@@ -161,7 +162,7 @@ def check_unpack(tensors, wire=None, scale=1.0, scaled=False, accumulate=False, 
         by = factor(tensor.dtype, scale, scales, i)
         tensor.copy_(unpacked(slot, tensor, by, accumulate))
 
-    Packer(layout, tensors).unpack(buffer, scale, scales=scales, accumulate=accumulate)
+    make(layout, tensors).unpack(buffer, scale, scales=scales, accumulate=accumulate)
 
     for tensor, after in zip(tensors, expected):
         assert same(whole(tensor).cpu(), whole(after))

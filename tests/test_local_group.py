@@ -1,6 +1,8 @@
 """Replicas of one process: what they reduce, and how they fail together."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -150,3 +152,22 @@ def test_the_thread_ends_with_the_group():
     gc.collect()
     thread.join(SOON)
     assert not thread.is_alive()
+
+
+def test_replicas_go_on_when_the_main_thread_has_ended():
+    code = """if True:
+        import threading, time, torch, pipeline_ext as pe
+
+        def replica(member):
+            threading.main_thread().join()
+            time.sleep(0.1)  # the interpreter waits for this thread
+            tensor = torch.full((3,), float(member.rank))
+            member.all_reduce(tensor).wait(60)
+            print(tensor.tolist(), flush=True)
+
+        group = pe.LocalGroup(2)
+        for rank in range(2):
+            threading.Thread(target=replica, args=(group.member(rank),)).start()
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SOON)
+    assert result.stdout == "[0.5, 0.5, 0.5]\n" * 2 and not result.stderr and not result.returncode

@@ -1,5 +1,7 @@
 #include "bindings/dlpack.hpp"
 
+#include <algorithm>
+
 namespace py = pybind11;
 
 namespace pe {
@@ -12,7 +14,6 @@ constexpr const char* kExchangeCapsule = "dlpack_exchange_api";
 constexpr const char* kTensorCapsule = "dltensor";
 
 bool says(const py::object& method, py::handle tensor) {
-  if (method.is_none()) return false;
   PyObject* const self = tensor.ptr();
   PyObject* const answer = PyObject_Vectorcall(method.ptr(), &self, 1, nullptr);
   if (answer == nullptr) throw py::error_already_set();
@@ -29,7 +30,6 @@ bool is_on_host(const DLTensor& tensor) {
 void Borrower::look_up(PyTypeObject* type) {
   const py::handle object(reinterpret_cast<PyObject*>(type));
   is_neg_ = py::getattr(object, "is_neg", py::none());
-  is_conj_ = py::getattr(object, "is_conj", py::none());
   exchange_ = nullptr;
   const py::object capsule = py::getattr(object, "__dlpack_c_exchange_api__", py::none());
   if (PyCapsule_IsValid(capsule.ptr(), kExchangeCapsule)) {
@@ -63,35 +63,29 @@ DLTensor Borrower::ask(py::handle tensor, ArgumentName name) {
   return lent;
 }
 
-// torch's interface does not tell that the values of a view are yet to be negated or conjugated.
+// torch's interface does not tell that the values of a view are yet to be negated.
 bool Borrower::is_lazy(py::handle tensor, const Strided& strided) const {
-  if (is_integer(strided.dtype)) return false;
-  if (!is_arithmetic(strided.dtype)) return says(is_conj_, tensor) || says(is_neg_, tensor);
-  // Those of real numbers step over the other parts of complex ones, so few need be asked.
+  // Such views step over the other parts of complex numbers, so few tensors need be asked.
   const bool steps_over = strided.size() == 1 || !strided.is_contiguous();
-  return steps_over && says(is_neg_, tensor);
+  return is_arithmetic(strided.dtype) && steps_over && !is_neg_.is_none() && says(is_neg_, tensor);
 }
 
 Strided Borrower::borrow(py::handle tensor, ArgumentName name) {
   try {
     const DLTensor lent = ask(tensor, name);
     if (!is_on_host(lent)) {
-      throw PackingError(name.str() + " is not on the CPU; tensors of a GPU are packed there");
+      throw PackingError(name.str() + " is on another device; the packer is on cpu");
     }
-    if (lent.dtype.lanes != 1 || lent.dtype.bits % 8 != 0) {
-      throw PackingError(name.str() + " has elements that are not whole bytes");
-    }
-    if (lent.strides == nullptr && lent.ndim > 0) {  // as DLPack before 1.2 allowed
-      throw PackingError(name.str() + " does not tell its strides; give a torch tensor");
-    }
+    if (lent.dtype.lanes != 1) throw PackingError(name.str() + " has elements of several numbers");
     const auto dimensions = static_cast<std::size_t>(lent.ndim);
+    const std::span shape = copied(lent.shape, dimensions);
     const Strided strided{static_cast<std::byte*>(lent.data) + lent.byte_offset,
                           {lent.dtype.code, lent.dtype.bits},
-                          {lent.shape, dimensions},
-                          {lent.strides, dimensions}};
+                          shape,
+                          lent.strides == nullptr ? row_major(shape)
+                                                  : copied(lent.strides, dimensions)};
     if (is_lazy(tensor, strided)) {
-      throw PackingError(name.str() + " is a view that negates or conjugates; give its " +
-                         "resolve_neg().resolve_conj()");
+      throw PackingError(name.str() + " is a view that negates; give tensor.resolve_neg()");
     }
     return strided;
   } catch (const py::error_already_set& error) {
@@ -99,6 +93,23 @@ Strided Borrower::borrow(py::handle tensor, ArgumentName name) {
     const std::string why = py::str(error.value());
     throw PackingError(name.str() + " does not lend its memory: " + why.substr(0, why.find('\n')));
   }
+}
+
+std::span<std::int64_t> Borrower::room(std::size_t n) {
+  return {static_cast<std::int64_t*>(memory_.allocate(n * sizeof(std::int64_t))), n};
+}
+
+std::span<const std::int64_t> Borrower::copied(const std::int64_t* values, std::size_t n) {
+  const std::span copy = room(n);
+  std::copy_n(values, n, copy.begin());
+  return copy;
+}
+
+std::span<const std::int64_t> Borrower::row_major(std::span<const std::int64_t> shape) {
+  const std::span strides = room(shape.size());
+  std::int64_t step = 1;
+  for (std::size_t d = shape.size(); d-- > 0; step *= shape[d]) strides[d] = step;
+  return strides;
 }
 
 }  // namespace pe

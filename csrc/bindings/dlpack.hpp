@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory_resource>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -19,7 +21,7 @@ struct ArgumentName {
   std::string str() const { return index < 0 ? text : text + (" " + std::to_string(index)); }
 };
 
-// Asks tensors where their memory is; what it says lasts as long as it does itself, and the tensors do.
+// Asks tensors where their memory is; what it says lasts as long as it does itself, and that memory does.
 class Borrower {
  public:
   // Throws PackingError for what is not a dense tensor in host memory whose values are those that lie there.
@@ -32,11 +34,15 @@ class Borrower {
   dlpack::DLTensor ask(pybind11::handle tensor, ArgumentName name);
   bool is_lazy(pybind11::handle tensor, const Strided& strided) const;
   const dlpack::DLTensor& ask_by_capsule(pybind11::handle tensor, ArgumentName name);
+  std::span<std::int64_t> room(std::size_t n);
+  std::span<const std::int64_t> copied(const std::int64_t* values, std::size_t n);
+  std::span<const std::int64_t> row_major(std::span<const std::int64_t> shape);
 
-  PyTypeObject* type_ = nullptr;  // the last tensor's, of which the next three are known
+  PyTypeObject* type_ = nullptr;  // the last tensor's, of which the next two are known
   Exchange exchange_ = nullptr;
-  pybind11::object is_neg_, is_conj_;
+  pybind11::object is_neg_;
   std::vector<pybind11::object> capsules_;
+  std::pmr::monotonic_buffer_resource memory_;  // of shapes and strides
 };
 
 }  // namespace pe

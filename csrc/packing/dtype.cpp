@@ -25,13 +25,7 @@ constexpr Named kNames[] = {
     {"float32", kFloat32},
     {"float64", kFloat64},
     {"float8_e4m3fn", kFloat8E4m3fn},
-    {"float8_e4m3fnuz", {11, 8}},
     {"float8_e5m2", kFloat8E5m2},
-    {"float8_e5m2fnuz", {13, 8}},
-    {"float8_e8m0fnu", {14, 8}},
-    {"complex32", {5, 32}},
-    {"complex64", {5, 64}},
-    {"complex128", {5, 128}},
 };
 
 }  // namespace
@@ -55,11 +49,6 @@ bool is_arithmetic(DType dtype) {
     if (dtype == known) return true;
   }
   return false;
-}
-
-bool is_integer(DType dtype) {
-  constexpr std::uint8_t kBool = 6;
-  return dtype.code == kInt32.code || dtype.code == kUint8.code || dtype.code == kBool;
 }
 
 }  // namespace pe

@@ -31,10 +31,10 @@ inline constexpr DType kBfloat16{4, 16};
 inline constexpr DType kFloat8E4m3fn{10, 8};
 inline constexpr DType kFloat8E5m2{12, 8};
 
-DType dtype_of(std::string_view name);  // throws PackingError for what is none
+DType dtype_of(std::string_view name);  // throws PackingError for what cannot be packed
 std::string name_of(DType dtype);
 
-bool is_arithmetic(DType dtype);  // a floating-point type that is cast, scaled and added to
-bool is_integer(DType dtype);     // or bool; these, and types that are neither, are copied bit for bit
+// A floating-point type, which is cast, scaled and added to; integers and booleans are copied bit for bit.
+bool is_arithmetic(DType dtype);
 
 }  // namespace pe

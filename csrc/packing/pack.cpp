@@ -14,15 +14,6 @@ namespace {
 // From so many bytes on, a message leaves the second-level cache before it is read again.
 constexpr std::int64_t kStreamed = 16 << 20;
 
-std::string describe(DType dtype, std::span<const std::int64_t> shape) {
-  std::string text = name_of(dtype) + "[";
-  for (std::size_t d = 0; d < shape.size(); ++d) {
-    if (d > 0) text += ", ";
-    text += std::to_string(shape[d]);
-  }
-  return text + "]";
-}
-
 bool is_aligned(const std::byte* address, std::size_t bytes) {
   return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
 }
@@ -37,6 +28,11 @@ bool is_copied(const Slot& slot, const Scale& scale, std::size_t i) {
   if (!is_arithmetic(slot.dtype)) return true;
   if (slot.dtype != slot.wire) return false;
   return slot.dtype == kFloat64 ? scale_of<double>(scale, i) == 1.0 : scale_of<float>(scale, i) == 1.0f;
+}
+
+// NaN is the largest of all.
+void raise(float& largest, float to) {
+  if (std::isnan(to) || to > largest) largest = to;
 }
 
 }  // namespace
@@ -62,27 +58,17 @@ Packer::Packer(std::vector<Slot> slots, std::int64_t nbytes)
   }
 }
 
-void Packer::check(std::span<const Strided> tensors, const Strided& buffer) const {
-  if (buffer.dtype != kUint8 || buffer.shape.size() != 1 || !buffer.is_contiguous() ||
-      buffer.size() < nbytes_) {
-    throw PackingError("the buffer must be contiguous, of one dimension, uint8, and of at least " +
-                       std::to_string(nbytes_) + " bytes; got " +
-                       describe(buffer.dtype, buffer.shape));
-  }
-  if (!is_aligned(buffer.data, kAlignment)) {
-    throw PackingError("the buffer's address must be a multiple of " +
-                       std::to_string(kAlignment) + "; give one that begins where its memory does");
-  }
+void Packer::check(std::span<const Strided> tensors) const {
   if (tensors.size() != slots_.size()) {
-    throw PackingError("the layout has " + std::to_string(slots_.size()) +
-                       " slots; got " + std::to_string(tensors.size()) + " tensors");
+    throw PackingError(std::to_string(tensors.size()) + " tensors; the layout has " +
+                       std::to_string(slots_.size()) + " slots");
   }
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const Strided& tensor = tensors[i];
     const Slot& slot = slots_[i];
     if (tensor.dtype != slot.dtype || !std::ranges::equal(tensor.shape, slot.shape)) {
       throw PackingError("tensor " + std::to_string(i) + " is " +
-                         describe(tensor.dtype, tensor.shape) + " where the layout has " +
+                         describe(tensor.dtype, tensor.shape) + "; its slot is for " +
                          describe(slot.dtype, slot.shape));
     }
     if (tensor.size() == 0) continue;
@@ -94,37 +80,41 @@ void Packer::check(std::span<const Strided> tensors, const Strided& buffer) cons
   }
 }
 
-void Packer::check_arithmetic(const char* done) const {
-  for (const Slot& slot : slots_) {
-    if (!is_arithmetic(slot.dtype) && !is_integer(slot.dtype)) {
-      throw PackingError("tensors of " + name_of(slot.dtype) + " cannot be " + done +
-                         "; give them a layout of their own");
-    }
+void Packer::check_buffer(const Strided& buffer) const {
+  if (buffer.dtype != kUint8 || buffer.shape.size() != 1 || !buffer.is_contiguous()) {
+    throw PackingError("the buffer is " + describe(buffer.dtype, buffer.shape) +
+                       "; give contiguous uint8[" + std::to_string(nbytes_) + "]");
+  }
+  if (buffer.size() < nbytes_) {
+    throw PackingError("the buffer has " + std::to_string(buffer.size()) +
+                       " bytes; the layout needs " + std::to_string(nbytes_));
+  }
+  if (!is_aligned(buffer.data, kAlignment)) {
+    throw PackingError("the buffer's address is not a multiple of " + std::to_string(kAlignment) +
+                       "; give one torch allocated");
   }
 }
 
 void Packer::pack(std::span<const Strided> tensors, const Strided& buffer, const Scale& scale,
                   const Watch& watch) const {
-  check(tensors, buffer);
-  if (!scale.is_one()) check_arithmetic("scaled");
+  check_buffer(buffer);
   const bool watches = watch.largest != nullptr || watch.nonfinite != nullptr;
-  if (watches) check_arithmetic("watched");
   const bool streams = nbytes_ >= kStreamed;
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
     std::byte* const place = buffer.data + slot.offset;
     const bool watched = watches && is_arithmetic(slot.dtype);
     double most = 0.0;
-    if (tensors[i].size() == 0) {
-      // Nothing to do, and perhaps no memory.
-    } else if (is_copied(slot, scale, i) && !watched) {
+    if (tensors[i].size() == 0) continue;  // perhaps without memory
+    if (is_copied(slot, scale, i) && !watched) {
       copy_to(place, tensors[i], streams);
     } else if (slot.dtype == kFloat64) {
       most = cast_to(place, slot.wire, tensors[i], scale_of<double>(scale, i), watched, streams);
     } else {
       most = cast_to(place, slot.wire, tensors[i], scale_of<float>(scale, i), watched, streams);
     }
-    if (watch.largest != nullptr) watch.largest[i] = static_cast<float>(most);
+    if (!watched) continue;
+    if (watch.largest != nullptr) raise(watch.largest[i], static_cast<float>(most));
     if (watch.nonfinite != nullptr && !std::isfinite(most)) *watch.nonfinite = 1;
   }
   if (streams) finish_streaming();
@@ -132,16 +122,16 @@ void Packer::pack(std::span<const Strided> tensors, const Strided& buffer, const
 
 void Packer::unpack(std::span<const Strided> tensors, const Strided& buffer, const Scale& scale,
                     bool accumulate) const {
-  check(tensors, buffer);
-  if (!scale.is_one()) check_arithmetic("scaled");
+  check_buffer(buffer);
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     if (accumulate && !is_arithmetic(slots_[i].dtype)) {
-      throw PackingError("tensor " + std::to_string(i) + " is " + name_of(slots_[i].dtype) +
-                         ", which nothing can be accumulated in; unpack it without accumulate");
+      throw PackingError("tensor " + std::to_string(i) + " is " +
+                         describe(slots_[i].dtype, slots_[i].shape) +
+                         "; only floating-point types accumulate");
     }
     if (tensors[i].is_expanded()) {
       throw PackingError("tensor " + std::to_string(i) +
-                         " is expanded, so several elements share memory; unpack into a copy");
+                         " is expanded, so that elements share memory; unpack into a clone");
     }
   }
   for (std::size_t i = 0; i < slots_.size(); ++i) {

@@ -20,18 +20,16 @@ struct Slot {
 struct Scale {
   double of_all = 1.0;
   const float* of_slot = nullptr;  // one for each slot, which multiplies the other
-
-  bool is_one() const { return of_all == 1.0 && of_slot == nullptr; }
 };
 
-// What packing tells about the tensors, before scaling. Not told where null.
+// What packing tells about floating-point tensors, before scaling. Not told where null.
 struct Watch {
-  float* largest = nullptr;           // |value|, one for each slot: NaN if any is, 0 where not arithmetic
+  float* largest = nullptr;           // one for each slot, raised to its largest |value|; NaN is above all
   std::int32_t* nonfinite = nullptr;  // set to 1 if any value is infinite or NaN
 };
 
-// Arithmetic is in float32, or in float64 for a tensor of that type; other types than the floating-point ones
-// are copied bit for bit. Throws PackingError before anything is written.
+// Arithmetic is in float32, or in float64 for a tensor of that type; integers and booleans are copied bit for
+// bit. Throws PackingError before anything is written.
 class Packer {
  public:
   static constexpr std::size_t kAlignment = 16;  // of the buffer and of every slot, bytes
@@ -41,7 +39,10 @@ class Packer {
   const std::vector<Slot>& slots() const { return slots_; }
   std::int64_t nbytes() const { return nbytes_; }
 
-  // slot = tensor * scale; what lies between the slots is left as it is.
+  // Throws unless there is, for each slot, a tensor of its shape and type.
+  void check(std::span<const Strided> tensors) const;
+
+  // Of tensors that check() accepts: slot = tensor * scale; what lies between the slots is left as it is.
   void pack(std::span<const Strided> tensors, const Strided& buffer, const Scale& scale,
             const Watch& watch) const;
   // tensor = slot * scale, or tensor += slot * scale.
@@ -49,8 +50,7 @@ class Packer {
               bool accumulate) const;
 
  private:
-  void check(std::span<const Strided> tensors, const Strided& buffer) const;
-  void check_arithmetic(const char* done) const;
+  void check_buffer(const Strided& buffer) const;
 
   std::vector<Slot> slots_;
   std::int64_t nbytes_;

@@ -67,11 +67,16 @@ void scatter_as(const std::byte* in, const Block& block) {
   });
 }
 
-struct Bits128 {
-  std::uint64_t halves[2];
-};
-
 }  // namespace
+
+std::string describe(DType dtype, std::span<const std::int64_t> shape) {
+  std::string text = name_of(dtype) + "[";
+  for (std::size_t d = 0; d < shape.size(); ++d) {
+    if (d > 0) text += ", ";
+    text += std::to_string(shape[d]);
+  }
+  return text + "]";
+}
 
 std::int64_t Strided::size() const {
   std::int64_t product = 1;
@@ -165,10 +170,8 @@ void gather(const Block& block, std::size_t element, std::byte* out) {
       return gather_as<std::uint16_t>(block, out);
     case 4:
       return gather_as<std::uint32_t>(block, out);
-    case 8:
-      return gather_as<std::uint64_t>(block, out);
     default:
-      return gather_as<Bits128>(block, out);
+      return gather_as<std::uint64_t>(block, out);
   }
 }
 
@@ -187,10 +190,8 @@ void scatter(const std::byte* in, std::size_t element, const Block& block) {
       return scatter_as<std::uint16_t>(in, block);
     case 4:
       return scatter_as<std::uint32_t>(in, block);
-    case 8:
-      return scatter_as<std::uint64_t>(in, block);
     default:
-      return scatter_as<Bits128>(in, block);
+      return scatter_as<std::uint64_t>(in, block);
   }
 }
 

@@ -5,10 +5,13 @@
 #include <cstdint>
 #include <functional>
 #include <span>
+#include <string>
 
 #include "packing/dtype.hpp"
 
 namespace pe {
+
+std::string describe(DType dtype, std::span<const std::int64_t> shape);  // as in float32[4, 8]
 
 // What one tensor's memory looks like; strides are in elements.
 struct Strided {
@@ -37,7 +40,7 @@ struct Block {
 void for_each_block(const Strided& tensor, std::int64_t limit,
                     const std::function<void(const Block&)>& visit);
 
-// Copies a block's elements of so many bytes to `out`, row after row, or from `in` into the block.
+// Copies a block's elements, of 1, 2, 4 or 8 bytes, to `out`, row after row, or from `in` into the block.
 void gather(const Block& block, std::size_t element, std::byte* out);
 void scatter(const std::byte* in, std::size_t element, const Block& block);
 

@@ -11,7 +11,7 @@ namespace pe {
 namespace {
 
 constexpr std::int64_t kBlock = 2048;  // elements
-constexpr std::size_t kLargestElement = 16;
+constexpr std::size_t kLargestElement = 8;
 
 // As for_each_block, without its preparations where there is nothing to prepare.
 template <class Visit>

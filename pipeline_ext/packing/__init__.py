@@ -1,6 +1,7 @@
-"""Many tensors as one contiguous buffer, one message: its layout, and the kernel that fills and empties it."""
+"""Many tensors as one contiguous buffer, one message: its layout, and what fills and empties it."""
 
+from .arrays import as_tensors
+from .interface import Packer, packer
 from .layout import ALIGNMENT, Layout, Slot
-from .packer import Packer
 
-__all__ = ["ALIGNMENT", "Layout", "Packer", "Slot"]
+__all__ = ["ALIGNMENT", "Layout", "Packer", "Slot", "as_tensors", "packer"]

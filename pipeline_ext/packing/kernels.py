@@ -19,24 +19,23 @@ OFFSET = tl.constexpr(tables.OFFSET)
 COUNT = tl.constexpr(tables.COUNT)
 KIND = tl.constexpr(tables.KIND)
 WIDE = tl.constexpr(tables.WIDE)
+RANK = tl.constexpr(tables.RANK)
 DIMENSIONS = tl.constexpr(tables.DIMENSIONS)
 CHUNK = tl.constexpr(tables.CHUNK)
 STEP = tl.constexpr(tables.CHUNK // 4)  # at a time, where 128-bit accesses cannot go; saves registers
 
-INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were made
 
-
-def constants(kinds: list[tuple[torch.dtype, torch.dtype]], rank: int, largest: int) -> dict[str, Any]:
+def constants(kinds: list[tuple[torch.dtype, torch.dtype]], room: int, largest: int) -> dict[str, Any]:
     """What a kernel is compiled for, and how.
 
     Args:
         kinds: pairs (type of a tensor, type it travels as).
-        rank: most dimensions of a tensor in the table of slots, at least 1.
+        room: dimensions that a row of the table of slots has room for.
         largest: most elements of a tensor.
     """
     return {
         "KINDS": tuple((format_of(tensor), format_of(wire)) for tensor, wire in kinds),
-        "RANK": rank,
+        "ROOM": room,
         "INDEX": tl.uint32 if largest < 2**32 - tables.CHUNK else tl.int64,  # 64-bit division is slow
         "num_warps": 8,
         "enable_fp_fusion": False,  # the same bits as elsewhere
@@ -53,12 +52,12 @@ def pack(
     amax,
     nonfinite,
     KINDS: tl.constexpr,
-    RANK: tl.constexpr,
+    ROOM: tl.constexpr,
     INDEX: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """Slot = tensor * scale, in the format that travels."""
-    slot, row, first, left = _chunk(chunks, slots, RANK)
+    slot, row, first, left = _chunk(chunks, slots, ROOM)
     kind = tl.load(row + KIND)
     for k in tl.static_range(len(KINDS)):
         if kind == k:
@@ -74,7 +73,7 @@ def pack(
                 for begin in range(0, CHUNK, STEP):
                     lane = begin + tl.arange(0, STEP)
                     inside = lane < left
-                    stored = tl.load(tensor + _strided(row, first + lane, RANK, INDEX), inside, 0)
+                    stored = tl.load(tensor + _strided(row, first + lane, INDEX), inside, 0)
                     _pack(stored, wire + lane, inside, slot, factor, amax, nonfinite, FROM, WIRE, SCALED)
 
 
@@ -86,13 +85,13 @@ def unpack(
     scale: tl.float64,
     scales,
     KINDS: tl.constexpr,
-    RANK: tl.constexpr,
+    ROOM: tl.constexpr,
     INDEX: tl.constexpr,
     SCALED: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
     """Tensor = slot * scale, or that added to it."""
-    slot, row, first, left = _chunk(chunks, slots, RANK)
+    slot, row, first, left = _chunk(chunks, slots, ROOM)
     kind = tl.load(row + KIND)
     for k in tl.static_range(len(KINDS)):
         if kind == k:
@@ -110,7 +109,7 @@ def unpack(
                     lane = begin + tl.arange(0, STEP)
                     inside = lane < left
                     stored = tl.load(wire + lane, inside)
-                    target = tensor + _strided(row, first + lane, RANK, INDEX)
+                    target = tensor + _strided(row, first + lane, INDEX)
                     _unpack(stored, target, inside, factor, WIRE, TO, SCALED, ACCUMULATE)
 
 
@@ -158,12 +157,12 @@ def _unpack(
 
 
 @triton.jit
-def _chunk(chunks, slots, RANK: tl.constexpr):
+def _chunk(chunks, slots, ROOM: tl.constexpr):
     """This program's slot, its row in the table, its first element, and how many are left from there."""
     chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
     slot = tl.load(chunk)
     first = tl.load(chunk + 1).to(tl.int64) * CHUNK
-    row = slots + slot * (DIMENSIONS + 2 * RANK)
+    row = slots + slot * (DIMENSIONS + 2 * ROOM)
     return slot, row, first, tl.load(row + COUNT) - first
 
 
@@ -177,15 +176,16 @@ def _places(row, buffer, first, FORMAT: tl.constexpr, WIRE: tl.constexpr):
 
 
 @triton.jit
-def _strided(row, index, RANK: tl.constexpr, INDEX: tl.constexpr):
+def _strided(row, index, INDEX: tl.constexpr):
     """How far the elements of these indices lie from the first one, in elements."""
     index = index.to(INDEX)
     place = tl.zeros_like(index).to(tl.int64)
-    for d in tl.static_range(RANK - 1):
+    outermost = tl.load(row + RANK) - 1
+    for d in range(outermost):
         size = tl.load(row + DIMENSIONS + 2 * d).to(INDEX)
         place += (index % size).to(tl.int64) * tl.load(row + DIMENSIONS + 2 * d + 1)
         index = index // size
-    return place + index.to(tl.int64) * tl.load(row + DIMENSIONS + 2 * RANK - 1)
+    return place + index.to(tl.int64) * tl.load(row + DIMENSIONS + 2 * outermost + 1)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Where each tensor lies in a packed buffer. Sender, receiver and kernels all read this."""
+"""Where each tensor lies in a packed buffer. Sender, receiver and both packers read this."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..boundary import describe
 from ..errors import InvalidArgument
+from .arrays import Array, as_tensor, as_tensors
 
 ALIGNMENT = 256  # bytes; every slot begins at a multiple
 
@@ -52,7 +53,7 @@ class Layout:
     nbytes: int
 
     @classmethod
-    def of(cls, tensors: Iterable[Tensor], wire: torch.dtype | None = None) -> "Layout":
+    def of(cls, tensors: Iterable[Array], wire: torch.dtype | None = None) -> "Layout":
         """The layout for tensors of these shapes and types.
 
         Args:
@@ -65,7 +66,7 @@ class Layout:
             raise InvalidArgument(f"wire is {wire}; give one of {_names(FLOATING)}, or None")
         slots: list[Slot] = []
         end = 0
-        for i, tensor in enumerate(tensors):
+        for i, tensor in enumerate(as_tensors(tensors)):
             if tensor.dtype not in PACKABLE:
                 raise InvalidArgument(f"tensor {i} is {describe(tensor)}; packed are {_names(PACKABLE)}")
             travels = wire if wire is not None and tensor.dtype in REPLACEABLE else tensor.dtype
@@ -75,25 +76,30 @@ class Layout:
             end = offset + nbytes
         return cls(tuple(slots), end)
 
-    def views(self, buffer: Tensor) -> list[Tensor]:
+    def views(self, buffer: Array) -> list[Tensor]:
         """Each slot of ``buffer`` as a tensor of its shape and wire type; nothing is copied.
 
         Raises InvalidArgument for a buffer that ``check_buffer`` refuses.
         """
-        self.check_buffer(buffer)
+        whole = self.check_buffer(buffer)
         return [
-            buffer[slot.offset : slot.offset + slot.nbytes].view(slot.wire).view(slot.shape)
+            whole[slot.offset : slot.offset + slot.nbytes].view(slot.wire).view(slot.shape)
             for slot in self.slots
         ]
 
-    def check_buffer(self, buffer: Tensor) -> None:
-        """Raises InvalidArgument unless ``buffer`` is contiguous, one-dimensional uint8, large and aligned."""
+    def check_buffer(self, given: Array) -> Tensor:
+        """Raises InvalidArgument unless the buffer is contiguous, one-dimensional uint8, large and aligned.
+
+        Returns it as a tensor.
+        """
+        buffer = as_tensor(given, "the buffer")
         if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():
             raise InvalidArgument(f"the buffer is {describe(buffer)}; give contiguous uint8[{self.nbytes}]")
         if buffer.numel() < self.nbytes:
             raise InvalidArgument(f"the buffer has {buffer.numel()} bytes; the layout needs {self.nbytes}")
         if buffer.data_ptr() % 16:
             raise InvalidArgument("the buffer's address is not a multiple of 16; give one torch allocated")
+        return buffer
 
     def check_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Raises InvalidArgument unless there is a tensor of the slot's shape and type for each slot."""
@@ -103,8 +109,10 @@ class Layout:
             if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
                 expected = describe(torch.empty(slot.shape, dtype=slot.dtype, device="meta"))
                 raise InvalidArgument(f"tensor {i} is {describe(tensor)}; its slot is for {expected}")
-            if tensor.layout is not torch.strided or tensor.is_neg():
-                raise InvalidArgument(f"tensor {i} is not a plain dense tensor; give tensor.resolve_neg()")
+            if tensor.layout is not torch.strided:
+                raise InvalidArgument(f"tensor {i} is not dense; give tensor.to_dense()")
+            if tensor.is_neg():
+                raise InvalidArgument(f"tensor {i} is a view that negates; give tensor.resolve_neg()")
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:

@@ -1,7 +1,7 @@
 """What the kernels read on the device to know where everything lies: two tables.
 
 The chunks: for each program a row (slot, which chunk of the slot), int32. The slots: for each a row of the
-columns below, then (size, stride) of every dimension of its tensor, innermost first, all int64.
+columns below, then (size, stride) of each dimension to step through, innermost first, all int64.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ OFFSET = 1  # of the slot in the buffer, bytes
 COUNT = 2  # elements
 KIND = 3  # index in kinds(layout)
 WIDE = 4  # elements, in whole chunks, that 128-bit accesses reach
-DIMENSIONS = 5  # size and stride of the innermost dimension, and so on
+RANK = 5  # dimensions to step through, at least 1
+DIMENSIONS = 6  # size and stride of the innermost one, and so on
 
 
 def kinds(layout: Layout) -> list[tuple[torch.dtype, torch.dtype]]:
@@ -35,16 +36,22 @@ def chunk_table(layout: Layout) -> Tensor:
     return torch.stack([slots, chunks], dim=1).int()
 
 
-def slot_table(layout: Layout, tensors: Sequence[Tensor], rank: int) -> Tensor:
-    """A row for each slot, with room for ``rank`` dimensions; int64, on the CPU."""
+def room(layout: Layout) -> int:
+    """Most dimensions to step through in tensors of a layout, whatever their strides; at least 1."""
+    return max((sum(size != 1 for size in slot.shape) for slot in layout.slots), default=0) or 1
+
+
+def slot_table(layout: Layout, tensors: Sequence[Tensor]) -> Tensor:
+    """A row for each slot; int64, on the CPU."""
+    length = room(layout)
     kind = {pair: i for i, pair in enumerate(kinds(layout))}
     rows = []
     for slot, tensor in zip(layout.slots, tensors):
-        address, dimensions = tensor.data_ptr(), collapse(tensor)
-        row_major = dimensions in ([], [(slot.count, 1)])
+        address, dimensions = tensor.data_ptr(), collapse(tensor) or [(1, 1)]
+        row_major = dimensions == [(slot.count, 1)]
         wide = slot.count // CHUNK * CHUNK if row_major and address % 16 == 0 else 0
-        padding = [(1, 0)] * (rank - len(dimensions))
-        columns = (address, slot.offset, slot.count, kind[slot.dtype, slot.wire], wide)
+        padding = [(1, 0)] * (length - len(dimensions))
+        columns = (address, slot.offset, slot.count, kind[slot.dtype, slot.wire], wide, len(dimensions))
         rows.append([*columns, *sum(dimensions + padding, ())])
     return torch.tensor(rows, dtype=torch.int64)
 

@@ -2,8 +2,10 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from ..boundary import describe
 from ..errors import InvalidArgument, ReductionError, StepTimeout
 
 _CHUNK = 2**15  # elements added up at a time: they stay in the cache, and torch starts no threads for so few
+
+Ready = list[tuple[Tensor, Future[int]]]  # a call that all have made, by rank
+Queue = SimpleQueue[Ready | None]
 
 
 class LocalGroup:
@@ -27,11 +32,13 @@ class LocalGroup:
         """Raises InvalidArgument unless ``size`` is a whole number of at least 1."""
         self.size = arguments.count("size", size)
         self._lock = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pe reduction")
         self._calls = [0] * self.size  # by rank
         self._open: dict[int, dict[int, LocalWork]] = {}  # by call and rank, until all have come
         self._failure: str | None = None
-        self._sums: dict[torch.dtype, Tensor] = {}
+        self._ready: Queue = SimpleQueue()
+        thread = threading.Thread(target=_serve, args=(self._ready,), name="pe reduction", daemon=True)
+        thread.start()
+        weakref.finalize(self, _end, self._ready, thread)
 
     def member(self, rank: int) -> "LocalMember":
         """Replica ``rank``'s place. Raises InvalidArgument where there is none."""
@@ -65,7 +72,8 @@ class LocalGroup:
             reason = self._failure or _mismatch(*call.values())
             if reason is None and len(call) == self.size:
                 del self._open[number]
-                self._thread.submit(self._reduce, [call[rank] for rank in range(self.size)])
+                works = (call[rank] for rank in range(self.size))
+                self._ready.put([(work.tensor, work.future) for work in works])
         if reason is not None:
             self.fail(reason)
         return work
@@ -75,31 +83,6 @@ class LocalGroup:
         with self._lock:
             call = self._open.get(number)
             return [] if call is None else [rank for rank in range(self.size) if rank not in call]
-
-    def _reduce(self, works: Sequence["LocalWork"]) -> None:
-        try:
-            self._mean([work.tensor for work in works])
-        except BaseException as error:
-            self.fail(f"the reduction raised {type(error).__name__}: {error}")
-            for work in works:
-                work.future.set_exception(ReductionError(self._failure))
-            return
-        ended = time.monotonic_ns()
-        for work in works:
-            work.future.set_result(ended)
-
-    @torch.no_grad()
-    def _mean(self, tensors: Sequence[Tensor]) -> None:
-        dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-        if dtype not in self._sums:
-            self._sums[dtype] = torch.empty(_CHUNK, dtype=dtype)
-        for parts in zip(*(tensor.view(-1).split(_CHUNK) for tensor in tensors)):
-            total = self._sums[dtype][: len(parts[0])].copy_(parts[0])
-            for part in parts[1:]:
-                total.add_(part)
-            total.div_(self.size)
-            for part in parts:
-                part.copy_(total)
 
 
 class LocalMember:
@@ -169,3 +152,41 @@ def _mismatch(first: LocalWork, *others: LocalWork) -> str | None:
                 f"{describe(other.tensor)}; replicas need equal models, frozen alike, in equal pipelines"
             )
     return None
+
+
+def _serve(queue: Queue) -> None:
+    sums: dict[torch.dtype, Tensor] = {}
+    for call in iter(queue.get, None):
+        _reduce(call, sums)
+        del call  # or it would keep the tensors alive
+
+
+def _end(queue: Queue, thread: threading.Thread) -> None:
+    queue.put(None)
+    thread.join()
+
+
+def _reduce(call: Ready, sums: dict[torch.dtype, Tensor]) -> None:
+    try:
+        _average([tensor for tensor, _ in call], sums)
+    except BaseException as error:
+        for _, future in call:
+            future.set_exception(ReductionError(f"the reduction raised {type(error).__name__}: {error}"))
+        return
+    ended = time.monotonic_ns()
+    for _, future in call:
+        future.set_result(ended)
+
+
+@torch.no_grad()
+def _average(tensors: Sequence[Tensor], sums: dict[torch.dtype, Tensor]) -> None:
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    if dtype not in sums:
+        sums[dtype] = torch.empty(_CHUNK, dtype=dtype, device="cpu")
+    for parts in zip(*(tensor.view(-1).split(_CHUNK) for tensor in tensors)):
+        total = sums[dtype][: len(parts[0])].copy_(parts[0])
+        for part in parts[1:]:
+            total.add_(part)
+        total.div_(len(parts))
+        for part in parts:
+            part.copy_(total)
