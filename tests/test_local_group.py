@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -136,6 +137,16 @@ def test_groups_and_ranks_that_cannot_be_are_refused():
     for rank in (-1, 2, None):
         with pytest.raises(pe.InvalidArgument, match="ranks are 0 to 1"):
             pe.LocalGroup(2).member(rank)
+
+
+def test_a_tensor_is_let_go_when_it_has_been_reduced():
+    (member,) = members(1)
+    tensor = torch.ones(3)
+    gone = threading.Event()
+    weakref.finalize(tensor, gone.set)
+    member.all_reduce(tensor).wait(SOON)
+    del tensor
+    assert gone.wait(SOON)
 
 
 def test_the_thread_ends_with_the_group():

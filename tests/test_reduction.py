@@ -288,12 +288,18 @@ def test_parameters_may_be_frozen_and_thawed_between_steps():
 
 def test_a_gradient_dropped_within_the_step_counts_as_none():
     model, parts = chain(), batches()
+    plains = [twin(model), twin(model)]
     with Replicas(model, 2, 3, loss_fn=F.mse_loss) as replicas:
-        for m in replicas.models:
-            m[0].bias.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        replicas.step(parts)
+        for dropped in (1, 0):  # by one replica, then by both
+            for models in (plains, replicas.models):
+                models[dropped][0].bias.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            for plain in plains:
+                plain.zero_grad()
+            reference_replicas(plains, parts, 3, F.mse_loss)
+            replicas.zero_grad()
+            replicas.step(parts)
+            assert_means(replicas, plains)
         assert replicas.models[0][0].bias.grad is None
-        assert replicas.models[0][0].weight.grad is not None
 
 
 # -- when they leave
@@ -405,9 +411,28 @@ def test_a_failure_in_one_replica_is_raised_in_all(stage, where, wire):
         for error in (ours, theirs):
             assert any("make a new one" in note for note in error.__notes__)
         assert all(p.grad is None for m in replicas.models for p in m.parameters())
+        for m in replicas.models:
+            m[0].requires_grad_(False)  # where a step begins, its buffers are made anew
+            for p in m.parameters():
+                p.grad = torch.ones_like(p)
         for error in replicas.failures(good):
             assert isinstance(error, pe.ReductionError) and "replica 1 failed" in str(error)
+        assert all(p.grad.eq(1).all() for m in replicas.models for p in m.parameters())
         assert replicas.pipes[0].eval(x).shape == y.shape
+
+
+class Detached(nn.Module):
+    def forward(self, x):
+        return x if x.isfinite().all() else x.detach()
+
+
+def test_a_replica_with_nothing_to_train_fails_in_all():
+    model, good = nn.Sequential(nn.Linear(12, 12), Detached()), batches()
+    with Replicas(model, 2, 3, loss_fn=F.mse_loss) as replicas:
+        ours, theirs = replicas.failures([good[0], (good[1][0] * float("nan"), good[1][1])])
+        assert "nothing to train" in str(theirs) and "nothing to train" in str(ours)
+        assert isinstance(ours, pe.ReductionError)
+        assert all(p.grad is None for m in replicas.models for p in m.parameters())
 
 
 def test_a_replica_that_never_comes_is_named_when_the_time_is_out():
