@@ -91,7 +91,7 @@ class GradientReduction:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Within it a step runs. If that fails, it fails in all replicas, and every gradient is None.
+        """Within it a step runs. If that fails, every gradient is None and the group of replicas ends.
 
         Raises InvalidArgument for gradients that cannot be reduced, ReductionError where a replica has failed
         before; nothing has changed.

@@ -181,4 +181,4 @@ def test_replicas_go_on_when_the_main_thread_has_ended():
             threading.Thread(target=replica, args=(group.member(rank),)).start()
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SOON)
-    assert result.stdout == "[0.5, 0.5, 0.5]\n" * 2 and not result.stderr and not result.returncode
+    assert result.stdout.count("[0.5, 0.5, 0.5]") == 2 and not result.stderr and not result.returncode
