@@ -12,6 +12,11 @@ import pipeline_ext as pe
 SOON = 60.0  # far below the timeouts that a hang would take
 
 
+def batches(rows=6, width=12, size=2):
+    """A batch and its target for each replica."""
+    return [(torch.randn(rows, width), torch.randn(rows, width)) for _ in range(size)]
+
+
 class Replicas:
     """``size`` copies of a model in equal pipelines of one group."""
 
