@@ -6,6 +6,7 @@ from .errors import (
     InvalidArgument,
     InvalidSchedule,
     PipelineError,
+    ReductionError,
     StageError,
     StepTimeout,
 )
@@ -13,7 +14,8 @@ from .pack_choice import PackChoice
 from .pipeline import Pipeline
 from .planning import build_plan, schedule_names
 from .profile import Profile
-from .report.records import TaskRecord
+from .reduction import GradientReduction, LocalGroup
+from .report.records import ReductionRecord, TaskRecord
 from .report.trace import Trace
 from .simulation import Costs, Simulation, simulate
 from .stage import WithLoss
@@ -22,14 +24,18 @@ from .transport.link import LocalLink
 __all__ = [
     "Costs",
     "DeadPipeline",
+    "GradientReduction",
     "InvalidArgument",
     "InvalidSchedule",
+    "LocalGroup",
     "LocalLink",
     "PackChoice",
     "Pipeline",
     "PipelineError",
     "Plan",
     "Profile",
+    "ReductionError",
+    "ReductionRecord",
     "Simulation",
     "StageError",
     "StepTimeout",

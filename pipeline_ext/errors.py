@@ -40,5 +40,9 @@ class StepTimeout(PipelineError, TimeoutError):
     """A step made no progress for ``timeout`` seconds; the message lists who waits for what."""
 
 
+class ReductionError(PipelineError, RuntimeError):
+    """Replicas could not reduce their gradients: one of them failed, or they do not match."""
+
+
 class DeadPipeline(PipelineError, RuntimeError):
     """The pipeline was used after it was closed, or after a stage's code never returned."""

@@ -19,13 +19,14 @@ from .failure import NO_GRADIENTS, closed_error, stage_error, timeout_error
 from .pack_choice import AutoPack, PackChoice
 from .profile import Profile
 from .recomputation import RecomputationGuard
+from .reduction import GradientReduction
 from .report.trace import Trace
 from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
 from .stage import Stage
 from .step import Step
 from .transport.exchange import Exchange
-from .transport.link import LocalLink
+from .transport.link import FREE_LINK, LocalLink
 
 PackLike = int | str | Mapping[int, int | str]
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
@@ -82,6 +83,7 @@ class Pipeline:
         link: what messages pass through; a ``LocalLink`` can imitate what a network costs.
         timeout: seconds without a task's begin or end after which a step is given up.
         trace: record when each task of a step runs.
+        reduction: gives each of several replicas of the pipeline the mean of their gradients.
 
     Raises:
         InvalidArgument: for anything above that cannot be used (InvalidSchedule for ``schedule``).
@@ -107,13 +109,16 @@ class Pipeline:
         wire: WireLike = None,
         wire_forward: WireLike = None,
         in_flight: int | Sequence[int] | None = None,
-        link: LocalLink = LocalLink(),
+        link: LocalLink = FREE_LINK,
         timeout: float = 1800.0,
         trace: bool = True,
+        reduction: GradientReduction | None = None,
     ) -> None:
         num_stages = None if num_stages is None else arguments.count("num_stages", num_stages)
         microbatches = arguments.count("microbatches", microbatches)
         arguments.check_settings(loss_fn, loss_reduction, timeout)
+        if not isinstance(reduction, GradientReduction | None):
+            raise InvalidArgument(f"reduction is {reduction!r}; give a GradientReduction, or None")
         num_ranks = planning.cpu_ranks(devices)
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
 
@@ -169,16 +174,21 @@ class Pipeline:
 
         guard = RecomputationGuard(modules, overlap=overlap, threads=plan.num_workers)
         self._shared = SharedParameters([stage.modules() for stage in self._stages])
+        self._reduction = reduction
+        if reduction is not None:
+            reduction.attach(self._stages, self._shared, microbatches)
         self._bodies: dict[tuple[int, str], Callable[[int], None]] = {}
         for stage in self._stages:
             self._bodies[stage.index, "F"] = self._shared.watch(stage.index, stage.forward)
             self._bodies[stage.index, "B"] = guard.watch(stage.backward)
+            if reduction is not None:
+                self._bodies[stage.index, "B"] = reduction.watch(stage.index, self._bodies[stage.index, "B"])
         self._follow(plan)
         self._eval_routes: dict[int, _Route] = {}
         _C.keep_freed_memory()
         executor = _C.HostExecutor(_thread_names(plan))
         self._executor = executor
-        self._close = weakref.finalize(self, _close, executor, guard)
+        self._close = weakref.finalize(self, _close, executor, guard, reduction)
         weakref.finalize(self, _end_steps, executor, self._in_step)  # at exit called before the former
 
     # -- training and evaluation
@@ -209,18 +219,19 @@ class Pipeline:
             InvalidArgument: for inputs that cannot be used; nothing has run.
             StageError: a stage's code raised; the exception is its ``__cause__``.
             StepTimeout: no progress for ``timeout`` seconds.
+            ReductionError: another replica failed, or does not match this one.
             DeadPipeline: the pipeline is closed, or a stage's code never returned.
 
-            After StageError, StepTimeout or KeyboardInterrupt every ``.grad`` of the model is None;
-            buffers and random state may have advanced. The next ``step`` works, unless a stage's code has
-            never returned.
+            After StageError, StepTimeout, ReductionError or KeyboardInterrupt every ``.grad`` of the model is
+            None; buffers and random state may have advanced. The next ``step`` works, unless a stage's code has
+            never returned, or there is a ``reduction``: its group has ended.
         """
         self._check_alive()
         arguments.check_trains(self._has_loss, losses, target)
         size, count = microbatch.batch_size(args, kwargs), self.microbatches
         arguments.check_rows(size, count)
         rows = microbatch.lengths(size, count)
-        with self._one_at_a_time("step was called"):
+        with self._one_at_a_time("step was called"), contextlib.ExitStack() as replicas:
             step = Step(
                 exchange=self._route.exchange,
                 inputs=microbatch.split((args, kwargs), size, count, "an input"),
@@ -230,6 +241,8 @@ class Pipeline:
                 keep_outputs=return_outputs,
             )
             self._shared.begin()
+            if self._reduction is not None:
+                replicas.enter_context(self._reduction.step())
             self._run(self._route, step)
             if not step.has_trained:
                 raise PipelineError(
@@ -239,6 +252,8 @@ class Pipeline:
             try:
                 self._shared.end()
                 step.backward_into_inputs()
+                if self._reduction is not None:
+                    self._reduction.finish(self._timeout, self._trace)
                 loss = step.total_loss()
                 outputs = microbatch.merge(step.outputs) if return_outputs else None
             except BaseException as error:
@@ -447,9 +462,13 @@ def _thread_names(plan: _C.Plan) -> list[str]:
     return [f"pe rank {rank} {way}" for rank in range(plan.num_ranks) for way in ("F", "B")]
 
 
-def _close(executor: _C.HostExecutor, guard: RecomputationGuard) -> None:
+def _close(
+    executor: _C.HostExecutor, guard: RecomputationGuard, reduction: GradientReduction | None
+) -> None:
     executor.close()
     guard.remove()
+    if reduction is not None:
+        reduction.close()
 
 
 def _end_steps(executor: _C.HostExecutor, in_step: threading.Lock) -> None:

@@ -6,7 +6,7 @@ its own; when the step has ended these are added up in the order of the stages.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -58,6 +58,10 @@ class SharedParameters:
             any(mine & others for other, others in enumerate(owners) if other != stage)
             for stage, mine in enumerate(owners)
         ]
+
+    def parameters(self) -> Collection[nn.Parameter]:
+        """The parameters that several stages hold."""
+        return self._holders.keys()
 
     def watch(self, stage: int, forward: Body) -> Body:
         """``forward`` of a stage, on its aliases."""

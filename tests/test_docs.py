@@ -66,6 +66,20 @@ def test_the_examples_of_packing_run(capsys):
     assert [view.dtype for view in names["received"]] == [torch.bfloat16, torch.int64, torch.bfloat16]
 
 
+def test_the_example_of_replicas_leaves_them_equal():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    names = {
+        "torch": torch,
+        "model": model,
+        "loss_fn": nn.functional.mse_loss,
+        "batches": [(torch.randn(16, 4), torch.randn(16, 2)) for _ in range(3)],
+    }
+    exec(re.search(r"```python\n(.*?)```", (ROOT / "docs/replicas.md").read_text(), re.S)[1], names)
+    first, second = (list(replica.parameters()) for replica in names["models"])
+    assert all(map(torch.equal, first, second))
+    assert not torch.equal(first[0], model[0].weight)
+
+
 def test_the_tables_are_those_of_the_results():
     check = [sys.executable, "bench/tables.py", "--check"]
     result = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import _C
-from .records import TaskRecord
+from .records import ReductionRecord, TaskRecord
 
 Event = dict[str, Any]
 
@@ -13,7 +13,10 @@ _STREAMS = ("forward", "backward")
 
 
 def chrome_trace(
-    plan: _C.Plan, tasks: Sequence[TaskRecord], notes: dict[str, str] | None = None
+    plan: _C.Plan,
+    tasks: Sequence[TaskRecord],
+    reductions: Sequence[ReductionRecord] = (),
+    notes: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The contents of the JSON file; ``tasks`` are measured, in seconds, and sorted by begin.
 
@@ -22,6 +25,7 @@ def chrome_trace(
     """
     # Tasks come before messages, which bind to a task that has been read already.
     events = [*_names(plan), *_tasks(tasks), *_messages(plan, tasks), *_activations(tasks)]
+    events += _reductions(plan, reductions)
     return {"displayTimeUnit": "ms", "traceEvents": events, "otherData": notes or {}}
 
 
@@ -100,6 +104,16 @@ def _activations(tasks: Sequence[TaskRecord]) -> Iterator[Event]:
             alive += change
             track = _track(rank, "forward")
             yield {"ph": "C", "name": "activations", **track, "ts": time, "args": {"alive": alive}}
+
+
+def _reductions(plan: _C.Plan, reductions: Sequence[ReductionRecord]) -> Iterator[Event]:
+    """Below the rank that sent it, on a track of its own: several may be under way at once."""
+    for number, record in enumerate(reductions):
+        name = f"reduce stage {record.stage}" if record.stage >= 0 else "reduce tied parameters"
+        rank = plan.rank_of_stage[max(record.stage, 0)]
+        event = {"name": name, "cat": "reduction", "id": number, **_track(rank, "backward")}
+        yield {"ph": "b", **event, "ts": _microseconds(record.begin), "args": {"bytes": record.nbytes}}
+        yield {"ph": "e", **event, "ts": _microseconds(record.end)}
 
 
 def _microseconds(seconds: float) -> float:

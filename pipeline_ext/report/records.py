@@ -20,6 +20,15 @@ class TaskRecord(NamedTuple):
     end: float
 
 
+class ReductionRecord(NamedTuple):
+    """One buffer of gradients, averaged between replicas. Times count from the step's begin, in seconds."""
+
+    stage: int  # -1: parameters that several stages hold
+    begin: float  # when the buffer went out
+    end: float  # when it held the mean
+    nbytes: int
+
+
 def task_records(plan: _C.Plan, begin: Sequence[float], end: Sequence[float]) -> list[TaskRecord]:
     """A record of each task, in the order in which they began; ``begin`` and ``end`` are by task."""
     records = [

@@ -3,7 +3,7 @@
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from .. import _C
@@ -13,7 +13,7 @@ from ..profile import Profile, profile
 from ..simulation import simulate
 from ..transport.exchange import Messages
 from .perfetto import chrome_trace
-from .records import TaskRecord, task_records
+from .records import ReductionRecord, TaskRecord, task_records
 from .timeline import SUFFIXES, Panel, accepted_path, save_picture, simulated_panel
 
 
@@ -26,6 +26,7 @@ class Trace:
         peak_in_flight: most microbatches alive at once, by rank.
         peak_in_flight_of_stage: the same by stage.
         messages: what crossed each boundary between ranks, by direction.
+        reductions: records of the gradients averaged between replicas, in the order in which they went out.
         pack_choice: what ``pack="auto"`` chose, once it has.
     """
 
@@ -42,6 +43,7 @@ class Trace:
         self.step_time = (result.end - result.begin) * 1e-9
         self.peak_in_flight: list[int] = result.peak_by_rank
         self.peak_in_flight_of_stage: list[int] = result.peak_by_stage
+        self.reductions: list[ReductionRecord] = []
         self._result = result
 
     def __repr__(self) -> str:
@@ -56,6 +58,15 @@ class Trace:
             for times in (self._result.task_begin, self._result.task_end)
         )
         return task_records(self.plan, begin, end)
+
+    def add_reductions(self, times: Iterable[tuple[int, int, int, int]]) -> None:
+        """Takes stage, begin and end in nanoseconds of the steady clock, and bytes, of each reduction."""
+        zero = self._result.begin
+        records = [
+            ReductionRecord(stage, (begin - zero) * 1e-9, (end - zero) * 1e-9, nbytes)
+            for stage, begin, end, nbytes in times
+        ]
+        self.reductions = sorted(records, key=lambda record: record.begin)
 
     def order(self) -> dict[int, list[str]]:
         """Rank -> its actions as text, as they began."""
@@ -102,7 +113,8 @@ class Trace:
         if path.suffix.lower() == ".json":
             notes = {} if self.pack_choice is None else {"pack_choice": str(self.pack_choice)}
             with whole_file(path) as file:
-                file.write(json.dumps(chrome_trace(self.plan, self.tasks, notes)).encode())
+                contents = chrome_trace(self.plan, self.tasks, self.reductions, notes)
+                file.write(json.dumps(contents).encode())
             return
         planned = simulate(self.plan, self.profile().costs(self.plan))
         panels = [

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .buffers import Buffers
-from .link import LocalLink
+from .link import FREE_LINK, LocalLink
 from .message import AsIs, Cast, Format, looks
 
 Leaves = Sequence[Any]  # tensors, and what goes along as it is
@@ -79,7 +79,7 @@ class Channel:
         pack: int = 1,
         wire: torch.dtype | None = None,
         in_flight: int = 1,
-        link: LocalLink = LocalLink(),
+        link: LocalLink = FREE_LINK,
     ) -> None:
         """``in_flight``: results that may be on their way or in use at once."""
         self.hands_over = pack == 1 and wire is None

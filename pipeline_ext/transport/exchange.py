@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from .. import _C
 from .channel import Channel
-from .link import LocalLink
+from .link import FREE_LINK, LocalLink
 
 
 class Messages(NamedTuple):
@@ -34,7 +34,7 @@ class Exchange:
         plan: _C.Plan,
         wire: Sequence[torch.dtype | None] = (),
         wire_forward: Sequence[torch.dtype | None] = (),
-        link: LocalLink = LocalLink(),
+        link: LocalLink = FREE_LINK,
     ) -> None:
         """``wire`` and ``wire_forward``: types of gradients and activations by boundary; empty: their own."""
         self.num_stages = plan.num_stages
@@ -96,7 +96,7 @@ class Exchange:
         return self._backward[stage].receive(m) if stage < len(self._backward) else ()
 
     def release(self, stage: int, m: int) -> None:
-        """``stage`` needs no more what it was sent of microbatch ``m``, by the stage before or the one after."""
+        """``stage`` needs no more what its neighbours have sent it of microbatch ``m``."""
         if stage > 0:
             self._forward[stage - 1].release(m)
         if stage < len(self._backward):

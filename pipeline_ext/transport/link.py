@@ -26,3 +26,6 @@ class LocalLink:
         """Called by the sender for each message."""
         if self.overhead:
             time.sleep(self.overhead)
+
+
+FREE_LINK = LocalLink()

@@ -1,0 +1,7 @@
+"""How replicas of a pipeline average their parameters' gradients."""
+
+from .gradient_reduction import GradientReduction
+from .local_group import LocalGroup
+from .member import Member, Work
+
+__all__ = ["GradientReduction", "LocalGroup", "Member", "Work"]

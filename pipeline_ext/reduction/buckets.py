@@ -1,0 +1,142 @@
+"""Flat buffers in which the gradients of parameters live and travel."""
+
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgument, PipelineError
+from ..packing import ALIGNMENT, Layout, Packer, packer
+from .member import Member, Work
+
+
+class Bucket:
+    """Parameters of one type, and the buffer that holds and carries their gradients.
+
+    A parameter without ``.grad`` is given a zeroed view of the buffer when a step begins, and keeps it from
+    then on: nothing is packed. Any other ``.grad``, set by the user, is packed into the buffer before that goes
+    out and unpacked after. With a wire type another buffer travels, into which all are packed.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], wire: torch.dtype | None) -> None:
+        self._parameters = parameters
+        dtype, device = parameters[0].dtype, parameters[0].device
+        # Beside the gradients travels a number for each: 1 where there is one, 0 where there is none.
+        tensors = [*parameters, torch.empty(len(parameters), dtype=dtype, device=device)]
+        self._layout = Layout.of(tensors)
+        self._buffer = torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=device)
+        # Views share one version. What .data returns has its own, which tells whether anything was added to it.
+        self._views = [view.data for view in self._layout.views(self._buffer)]
+        self._addresses = [view.data_ptr() for view in self._views]
+        self._cast: Packer | None = None
+        if wire not in (None, dtype):
+            self._layout = Layout.of(tensors, wire)
+            self._buffer = torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=device)
+            self._cast = packer(self._layout, self._views)
+        self._packer: Packer | None = None  # of the step
+        self._zeroed: dict[int, int] = {}  # parameters that had no gradient, and the version of their views
+        self._absent: list[int] = []  # parameters without gradient when the buffer went out
+        self._sent: list[tuple[int, int] | None] = []  # what went out
+        self._work: Work | None = None
+        self._began = 0
+
+    @property
+    def times(self) -> tuple[int, int]:
+        """When the last reduction began and ended, in nanoseconds of time.monotonic_ns."""
+        return self._began, self._work.ended
+
+    @property
+    def nbytes(self) -> int:
+        """Size of what travels."""
+        return self._layout.nbytes
+
+    def check(self) -> None:
+        """Raises InvalidArgument for a gradient that cannot be packed."""
+        for parameter in self._parameters:
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                raise InvalidArgument(
+                    f"the gradient of a parameter of shape {list(parameter.shape)} is sparse, and replicas "
+                    "reduce dense ones only; set it to None, or to its to_dense()"
+                )
+
+    def bind(self) -> None:
+        """Gives each parameter that has no gradient a zeroed view of the buffer, to be added to."""
+        empty = [i for i, parameter in enumerate(self._parameters) if parameter.grad is None]
+        if empty:
+            torch._foreach_zero_([self._views[i] for i in empty])
+        for i in empty:
+            self._parameters[i].grad = self._views[i]
+        self._zeroed = {i: self._views[i]._version for i in empty}
+
+    def send(self, member: Member) -> None:
+        """Begins the reduction of the gradients as they are now."""
+        foreign: dict[int, Tensor] = {}
+        self._absent = []
+        for i, parameter in enumerate(self._parameters):
+            grad, view = parameter.grad, self._views[i]
+            if grad is None:
+                view.zero_()
+                self._absent.append(i)
+            elif grad is view and grad._version == self._zeroed.get(i):
+                self._absent.append(i)
+            elif grad.data_ptr() != self._addresses[i] or not grad.is_contiguous():
+                foreign[i] = grad
+        self._views[-1].fill_(1)
+        for i in self._absent:
+            self._views[-1][i] = 0
+        self._packer = self._packer_for(foreign)
+        if self._packer is not None:
+            self._packer.pack(self._buffer)
+        self._sent = self._stamps()
+        self._began = time.monotonic_ns()
+        self._work = member.all_reduce(self._buffer.view(self._layout.slots[0].wire))
+
+    def finish(self, timeout: float) -> None:
+        """Waits for the reduction; then each ``.grad`` is the mean, or None where no replica has one."""
+        self._work.wait(timeout)
+        if self._stamps() != self._sent:
+            raise PipelineError(
+                "a gradient changed after the last backward of its parameter's stage, too late for the other "
+                "replicas; use a parameter inside its stage alone, neither in another stage nor for the inputs"
+            )
+        if self._packer is not None:
+            self._packer.unpack(self._buffer)
+        *_, present = self._views
+        for i in self._absent:
+            self._parameters[i].grad = self._views[i] if present[i] else None
+
+    def clear(self) -> None:
+        """Takes all gradients away."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _packer_for(self, foreign: dict[int, Tensor]) -> Packer | None:
+        """What packs the gradients of the step; None where they lie in the buffer that travels."""
+        if not foreign:
+            return self._cast
+        tensors = foreign if self._cast is None else dict(enumerate(self._views)) | foreign
+        slots = tuple(self._layout.slots[i] for i in tensors)
+        return packer(Layout(slots, self._layout.nbytes), list(tensors.values()))
+
+    def _stamps(self) -> list[tuple[int, int] | None]:
+        """What tells whether a gradient was replaced or changed."""
+        grads = (parameter.grad for parameter in self._parameters)
+        return [None if grad is None else (id(grad), grad._version) for grad in grads]
+
+
+def fill_buckets(
+    parameters: Iterable[nn.Parameter], bucket_bytes: int, wire: torch.dtype | None
+) -> list[Bucket]:
+    """The parameters in buckets of one type each and at most ``bucket_bytes``; a larger one gets its own."""
+    groups: list[list[nn.Parameter]] = []
+    filling: dict[torch.dtype, tuple[list[nn.Parameter], int]] = {}
+    for parameter in parameters:
+        room = -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT + parameter.itemsize
+        group, nbytes = filling.get(parameter.dtype, ([], bucket_bytes))
+        if nbytes + room > bucket_bytes:
+            group, nbytes = [], 0
+            groups.append(group)
+        group.append(parameter)
+        filling[parameter.dtype] = (group, nbytes + room)
+    return [Bucket(group, wire) for group in groups]

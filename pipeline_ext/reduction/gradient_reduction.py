@@ -1,0 +1,166 @@
+"""Gradients of the parameters, averaged between replicas of a pipeline while they still compute."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from .. import arguments
+from ..boundary import describe
+from ..errors import DeadPipeline, InvalidArgument
+from ..report.trace import Trace
+from ..shared import SharedParameters
+from ..stage import Stage
+from .buckets import Bucket, fill_buckets
+from .member import Member
+
+_REDUCIBLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+Body = Callable[[int], None]
+
+
+class GradientReduction:
+    """Gives every replica the mean of the replicas' gradients; for ``Pipeline(reduction=...)``.
+
+    When the last backward of a stage ends, its gradients leave in flat buffers, while the stages before it
+    still compute; ``step`` returns when all hold the mean. ``.grad`` is a view of such a buffer from step to
+    step: clone what is to be kept. Example, for replica 0 of two, each of which a thread of its own steps::
+
+        group = pe.LocalGroup(2)
+        pipe = pe.Pipeline(model, 2, 8, loss_fn=loss_fn, reduction=pe.GradientReduction(group.member(0)))
+
+    Args:
+        member: the replica's place in its group, as ``LocalGroup.member`` gives it.
+        bucket_bytes: most bytes in a buffer; a parameter larger than that gets a buffer of its own.
+        wire: floating-point type that the gradients travel as and are rounded to; None: their own.
+
+    Raises InvalidArgument for anything else.
+    """
+
+    def __init__(
+        self, member: Member, *, bucket_bytes: int = 25 * 2**20, wire: torch.dtype | None = None
+    ) -> None:
+        if not hasattr(member, "all_reduce"):
+            raise InvalidArgument(f"member is {member!r}; give what LocalGroup(size).member(rank) returns")
+        if wire not in (None, *_REDUCIBLE):
+            raise InvalidArgument(f"wire is {wire!r}; give a torch type from float16 to float64, or None")
+        self._member = member
+        self._bucket_bytes = arguments.count("bucket_bytes", bucket_bytes)
+        self._wire = wire
+        self._stages: Sequence[Stage] | None = None
+        self._shared: SharedParameters | None = None
+        self._microbatches = 0
+        self._left: list[int] = []  # backwards that each stage has yet to run
+        self._built_for: list[list[tuple]] | None = None
+        self._buckets: list[list[Bucket]] = []  # by stage; last, of what several stages hold
+        self._in_step = False
+
+    def attach(
+        self, stages: Sequence[Stage], shared: SharedParameters, microbatches: int
+    ) -> None:
+        """Called by the one pipeline whose gradients it reduces.
+
+        Raises InvalidArgument if there is one already, and for parameters whose gradients cannot be reduced.
+        """
+        if self._stages is not None:
+            raise InvalidArgument("this GradientReduction has a pipeline already; give each its own")
+        layers = (layer for stage in stages for module in stage.modules() for layer in module.modules())
+        for layer in layers:
+            if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
+                raise InvalidArgument(
+                    f"{layer} makes a sparse gradient, and replicas reduce dense ones only; make it with "
+                    "sparse=False"
+                )
+        self._stages, self._shared, self._microbatches = stages, shared, microbatches
+        self._build()
+
+    def watch(self, stage: int, backward: Body) -> Body:
+        """``backward`` of a stage; the last one of a step sends the stage's gradients."""
+
+        # Every backward of a stage waits for that of the next stage, so that in every schedule stages end in
+        # descending order: all replicas send in the same one.
+        def watched(m: int) -> None:
+            backward(m)
+            self._left[stage] -= 1
+            if self._left[stage] == 0:
+                self._send(stage)
+
+        return watched
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Within it a step runs. If that fails, every gradient is None and the group of replicas ends.
+
+        Raises InvalidArgument for gradients that cannot be reduced, ReductionError where a replica has failed
+        before; nothing has changed.
+        """
+        self._member.check()
+        self._build()
+        for bucket in self._all():
+            bucket.check()
+        for bucket in self._all():
+            bucket.bind()
+        self._left = [self._microbatches] * len(self._stages)
+        self._in_step = True
+        try:
+            yield
+        except BaseException as error:
+            self._member.abort(error)
+            for bucket in self._all():
+                bucket.clear()
+            error.add_note("the group of replicas has ended: make a new one, and new pipelines")
+            raise
+        finally:
+            self._in_step = False
+
+    def finish(self, timeout: float, trace: Trace | None) -> None:
+        """Sends what several stages hold, and waits until every gradient is the mean of all replicas'.
+
+        Adds what it did to ``trace``.
+
+        Raises ReductionError and StepTimeout as ``Work.wait`` does.
+        """
+        self._send(-1)
+        for bucket in self._all():
+            bucket.finish(timeout)
+        if trace is not None:
+            trace.add_reductions(
+                (-1 if stage == len(self._stages) else stage, *bucket.times, bucket.nbytes)
+                for stage, found in enumerate(self._buckets)
+                for bucket in found
+            )
+
+    def close(self) -> None:
+        """Ends a step that waits for other replicas."""
+        if self._in_step:
+            self._member.abort(DeadPipeline("the pipeline was closed while a step ran"))
+
+    def _all(self) -> Iterator[Bucket]:
+        return itertools.chain.from_iterable(self._buckets)
+
+    def _send(self, stage: int) -> None:
+        for bucket in self._buckets[stage]:
+            bucket.send(self._member)
+
+    def _build(self) -> None:
+        """Makes the buckets, and makes them anew when parameters were frozen, thawed, replaced or cast."""
+        shared = self._shared.parameters()
+        trained = [
+            # Backward reaches the last parameters first.
+            [p for p in reversed(stage.parameters()) if p.requires_grad and p not in shared]
+            for stage in self._stages
+        ]
+        trained.append([p for p in shared if p.requires_grad])
+        built_for = [[(id(p), p.dtype, p.shape) for p in parameters] for parameters in trained]
+        if built_for == self._built_for:
+            return
+        for parameter in itertools.chain.from_iterable(trained):
+            if parameter.dtype not in _REDUCIBLE:
+                raise InvalidArgument(
+                    f"a parameter is {describe(parameter)}; replicas reduce float64, float32, float16 and "
+                    "bfloat16: freeze it, or cast it"
+                )
+        self._buckets = [fill_buckets(found, self._bucket_bytes, self._wire) for found in trained]
+        self._built_for = built_for
