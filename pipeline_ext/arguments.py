@@ -23,11 +23,20 @@ def count(name: str, value: Any) -> int:
     return number
 
 
-def packs(name: str, value: Any, boundaries: int, microbatches: int) -> list[int]:
-    """How many microbatches' results leave together, by boundary; raises InvalidArgument.
+def check_type(name: str, value: Any, accepted: type) -> None:
+    """Raises InvalidArgument for a value of another type."""
+    if not isinstance(value, accepted):
+        raise InvalidArgument(f"{name} is {value!r}; give a {accepted.__name__}")
 
-    ``value`` is a number, "all", or a mapping from boundaries to these; a boundary left out has 1.
+
+def packs(name: str, value: Any, boundaries: int, microbatches: int) -> list[int] | None:
+    """How many microbatches' results leave together, by boundary, or None for "auto".
+
+    Otherwise ``value`` is a number, "all", or a mapping from boundaries to these; a boundary left out has 1.
+    Raises InvalidArgument.
     """
+    if value == "auto":
+        return None
     if isinstance(value, Mapping):
         _check_boundaries(name, value, boundaries)
         return [_pack(name, value.get(b, 1), microbatches) for b in range(boundaries)]

@@ -1,12 +1,9 @@
 """Pipeline: the object the user holds."""
 
 import contextlib
-import os
-import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +11,15 @@ from torch import Tensor, nn
 from . import _C, arguments, microbatch, partition, planning
 from .abandoned import lock_out
 from .context import CallerContext
-from .errors import DeadPipeline, InvalidArgument, PipelineError
+from .errors import InvalidArgument, PipelineError
 from .failure import NO_GRADIENTS, closed_error, stage_error, timeout_error
+from .lifetime import Lifetime
 from .pack_choice import AutoPack, PackChoice
 from .profile import Profile
 from .recomputation import RecomputationGuard
 from .reduction import GradientReduction
 from .report.trace import Trace
+from .routes import Route, Routes
 from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
 from .stage import Stage
@@ -30,13 +29,6 @@ from .transport.link import FREE_LINK, LocalLink
 
 PackLike = int | str | Mapping[int, int | str]
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
-
-
-class _Route(NamedTuple):
-    """What a batch takes through the stages."""
-
-    program: _C.Program
-    exchange: Exchange
 
 
 class Pipeline:
@@ -117,18 +109,15 @@ class Pipeline:
         num_stages = None if num_stages is None else arguments.count("num_stages", num_stages)
         microbatches = arguments.count("microbatches", microbatches)
         arguments.check_settings(loss_fn, loss_reduction, timeout)
-        if not isinstance(reduction, GradientReduction | None):
-            raise InvalidArgument(f"reduction is {reduction!r}; give a GradientReduction, or None")
+        arguments.check_type("link", link, LocalLink)
+        if reduction is not None:
+            arguments.check_type("reduction", reduction, GradientReduction)
         num_ranks = planning.cpu_ranks(devices)
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
 
         self._model = model if isinstance(model, nn.Module) else nn.Sequential(*model)
         self.microbatches = microbatches
         boundaries = len(modules) - 1
-
-        def packs(name: str, value: PackLike) -> list[int] | None:
-            return None if value == "auto" else arguments.packs(name, value, boundaries, microbatches)
-
         limits = arguments.in_flight(in_flight, len(modules))
         self._auto_pack = AutoPack(
             lambda packs, packs_forward: planning.build_plan(
@@ -142,16 +131,17 @@ class Pipeline:
                 packs_forward=packs_forward,
                 in_flight=limits,
             ),
-            packs("pack", pack),
-            packs("pack_forward", pack_forward),
+            arguments.packs("pack", pack, boundaries, microbatches),
+            arguments.packs("pack_forward", pack_forward, boundaries, microbatches),
             boundaries,
         )
         self._pack_choice: PackChoice | None = None
-        self._wires = {
-            "wire": arguments.wires("wire", wire, boundaries),
-            "wire_forward": arguments.wires("wire_forward", wire_forward, boundaries),
-            "link": link,
-        }
+        exchange_of = functools.partial(
+            Exchange,
+            wire=arguments.wires("wire", wire, boundaries),
+            wire_forward=arguments.wires("wire_forward", wire_forward, boundaries),
+            link=link,
+        )
         plan = self._auto_pack.plan()
         planning.check_trainable(plan)
         self._stages = [
@@ -169,27 +159,23 @@ class Pipeline:
         self._trace_wanted = trace
         self._trace: Trace | None = None
         self._context = CallerContext.of_this_thread()
-        self._in_step = threading.Lock()
-        self._owner = os.getpid()
 
         guard = RecomputationGuard(modules, overlap=overlap, threads=plan.num_workers)
         self._shared = SharedParameters([stage.modules() for stage in self._stages])
         self._reduction = reduction
         if reduction is not None:
             reduction.attach(self._stages, self._shared, microbatches)
-        self._bodies: dict[tuple[int, str], Callable[[int], None]] = {}
+        bodies: dict[tuple[int, str], Callable[[int], None]] = {}
         for stage in self._stages:
-            self._bodies[stage.index, "F"] = self._shared.watch(stage.index, stage.forward)
-            self._bodies[stage.index, "B"] = guard.watch(stage.backward)
-            if reduction is not None:
-                self._bodies[stage.index, "B"] = reduction.watch(stage.index, self._bodies[stage.index, "B"])
-        self._follow(plan)
-        self._eval_routes: dict[int, _Route] = {}
+            backward = guard.watch(stage.backward)
+            bodies[stage.index, "F"] = self._shared.watch(stage.index, stage.forward)
+            bodies[stage.index, "B"] = (
+                backward if reduction is None else reduction.watch(stage.index, backward)
+            )
+        self._routes = Routes(self._stages, bodies, exchange_of)
+        self._routes.follow(plan)
         _C.keep_freed_memory()
-        executor = _C.HostExecutor(_thread_names(plan))
-        self._executor = executor
-        self._close = weakref.finalize(self, _close, executor, guard, reduction)
-        weakref.finalize(self, _end_steps, executor, self._in_step)  # at exit called before the former
+        self._lifetime = Lifetime(self, plan, functools.partial(_at_close, guard, reduction))
 
     # -- training and evaluation
 
@@ -226,14 +212,14 @@ class Pipeline:
             None; buffers and random state may have advanced. The next ``step`` works, unless a stage's code has
             never returned, or there is a ``reduction``: its group has ended.
         """
-        self._check_alive()
+        self._lifetime.check()
         arguments.check_trains(self._has_loss, losses, target)
         size, count = microbatch.batch_size(args, kwargs), self.microbatches
         arguments.check_rows(size, count)
         rows = microbatch.lengths(size, count)
-        with self._one_at_a_time("step was called"), contextlib.ExitStack() as replicas:
+        with self._lifetime.one_at_a_time("step was called"), contextlib.ExitStack() as replicas:
             step = Step(
-                exchange=self._route.exchange,
+                exchange=self._routes.train.exchange,
                 inputs=microbatch.split((args, kwargs), size, count, "an input"),
                 context=self._caller_context(),
                 targets=None if target is None else microbatch.split(target, size, count, "target"),
@@ -243,7 +229,7 @@ class Pipeline:
             self._shared.begin()
             if self._reduction is not None:
                 replicas.enter_context(self._reduction.step())
-            self._run(self._route, step)
+            self._run(self._routes.train, step)
             if not step.has_trained:
                 raise PipelineError(
                     "step found nothing to train: no microbatch's loss depends on anything that requires a "
@@ -271,13 +257,13 @@ class Pipeline:
         Whether modules are in training or evaluation mode is left as it is. Raises as ``step`` does, but
         leaves every ``.grad`` alone.
         """
-        self._check_alive()
+        self._lifetime.check()
         size = microbatch.batch_size(args, kwargs)
         if size == 0:
             raise InvalidArgument("the batch has no rows")
         count = min(size, self.microbatches)
-        with self._one_at_a_time("eval was called"):
-            route = self._eval_route(count)
+        with self._lifetime.one_at_a_time("eval was called"):
+            route = self._routes.eval(count)
             step = Step(
                 exchange=route.exchange,
                 inputs=microbatch.split((args, kwargs), size, count, "an input"),
@@ -295,7 +281,7 @@ class Pipeline:
         that of ``nn.Sequential(*stages)``. A ``loss_fn`` that is a module is not part of it: save it
         yourself. Works on a closed or dead pipeline too. Raises PipelineError while a step is running.
         """
-        with self._one_at_a_time("state_dict was called"):
+        with self._lifetime.one_at_a_time("state_dict was called"):
             return self._model.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
@@ -305,10 +291,15 @@ class Pipeline:
         RuntimeError for tensors of other shapes and, if ``strict``, for missing or unexpected names.
         Raises PipelineError while a step is running.
         """
-        with self._one_at_a_time("load_state_dict was called"):
+        with self._lifetime.one_at_a_time("load_state_dict was called"):
             return self._model.load_state_dict(state_dict, strict=strict)
 
     # -- what was planned and what happened
+
+    @property
+    def plan(self) -> _C.Plan:
+        """The plan of a step. ``pack="auto"`` takes another one after the third."""
+        return self._routes.train.program.plan
 
     @property
     def num_stages(self) -> int:
@@ -352,7 +343,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Ends the pipeline's threads. Also done by ``with``, by garbage collection and at exit."""
-        self._close()
+        self._lifetime.close()
 
     def __enter__(self) -> "Pipeline":
         return self
@@ -362,41 +353,14 @@ class Pipeline:
 
     # -- inside
 
-    @contextlib.contextmanager
-    def _one_at_a_time(self, what: str) -> Iterator[None]:
-        if not self._in_step.acquire(blocking=False):
-            raise PipelineError(
-                f"{what} while this pipeline is running a step already, which uses and changes its "
-                "parameters and buffers; wait for it to end"
-            )
-        try:
-            yield
-        finally:
-            self._in_step.release()
-
-    def _follow(self, plan: _C.Plan) -> None:
-        self.plan = plan
-        self._route = _Route(_C.Program(plan, self._bodies), Exchange(plan, **self._wires))
-
-    def _eval_route(self, microbatches: int) -> "_Route":
-        if microbatches not in self._eval_routes:
-            plan = _C.make_forward_plan(
-                self.plan.rank_of_stage, self.plan.num_ranks, microbatches, overlap=self.plan.overlap
-            )
-            bodies = {(stage.index, "F"): stage.evaluate for stage in self._stages}
-            self._eval_routes[microbatches] = _Route(
-                _C.Program(plan, bodies), Exchange(plan, **self._wires)
-            )
-        return self._eval_routes[microbatches]
-
-    def _run(self, route: "_Route", step: Step, training: bool = True) -> None:
+    def _run(self, route: Route, step: Step, training: bool = True) -> None:
         program, exchange = route
         record = training and (self._trace_wanted or self._auto_pack.measures)
         exchange.begin()
         for stage in self._stages:
             stage.begin(step)
         try:
-            result = self._executor.run(program, timeout=self._timeout, record=record)
+            result = self._lifetime.executor.run(program, timeout=self._timeout, record=record)
         except BaseException as interrupt:
             self._give_up(training)
             if training:
@@ -409,10 +373,10 @@ class Pipeline:
         if result.outcome != "done":
             self._give_up(training)
             if result.outcome == "failed":
-                raise stage_error(program.plan, result, self._executor.dead, training)
+                raise stage_error(program.plan, result, self._lifetime.executor.dead, training)
             if result.outcome == "closed":
                 raise closed_error(training)
-            raise timeout_error(result, self._timeout, self._executor.dead, training)
+            raise timeout_error(result, self._timeout, self._lifetime.executor.dead, training)
         if record:
             trace = Trace(self.plan, result, exchange.messages(), self._pack_choice)
             self._trace = trace if self._trace_wanted else None
@@ -424,13 +388,13 @@ class Pipeline:
         if choice is not None:
             print(choice)
             trace.pack_choice = self._pack_choice = choice
-            self._follow(choice.plan)
+            self._routes.follow(choice.plan)
 
     def _give_up(self, training: bool) -> None:
-        if self._executor.dead:
+        if self._lifetime.executor.dead:
             self._shared.give_up()
         parameters = [p for stage in self._stages for p in stage.parameters()]
-        if self._executor.dead:
+        if self._lifetime.executor.dead:
             lock_out((s.thread for s in self._stages if s.thread is not None), parameters)
         if training:
             for parameter in parameters:
@@ -442,39 +406,8 @@ class Pipeline:
             self._context = context
         return self._context
 
-    def _check_alive(self) -> None:
-        if os.getpid() != self._owner:
-            raise DeadPipeline(
-                "this pipeline was made in another process, and threads do not survive a fork; make it "
-                "in the process that uses it"
-            )
-        if not self._close.alive:
-            raise DeadPipeline("this pipeline is closed; make a new one")
-        if self._executor.dead:
-            raise DeadPipeline(
-                "this pipeline is dead: a stage's code never returned in an earlier step; make a new one"
-            )
 
-
-def _thread_names(plan: _C.Plan) -> list[str]:
-    if not plan.overlap:
-        return [f"pe rank {rank}" for rank in range(plan.num_ranks)]
-    return [f"pe rank {rank} {way}" for rank in range(plan.num_ranks) for way in ("F", "B")]
-
-
-def _close(
-    executor: _C.HostExecutor, guard: RecomputationGuard, reduction: GradientReduction | None
-) -> None:
-    executor.close()
+def _at_close(guard: RecomputationGuard, reduction: GradientReduction | None) -> None:
     guard.remove()
     if reduction is not None:
         reduction.close()
-
-
-def _end_steps(executor: _C.HostExecutor, in_step: threading.Lock) -> None:
-    """Ends another thread's step at exit; the interpreter may not end while torch frees its tensors."""
-    was_busy = in_step.locked()
-    executor.close()
-    if was_busy and in_step.acquire(timeout=1.0):
-        in_step.release()
-        time.sleep(0.05)  # the thread still leaves the frames that hold some

@@ -40,7 +40,10 @@ class Costs:
     contention: float = 1.0
 
     def by_stage(self, num_stages: int) -> _C.CostsByStage:
-        """Each of the costs as a list, by stage or by boundary. Raises InvalidSchedule for ones that cannot be."""
+        """Each of the costs as a list, by stage or by boundary.
+
+        Raises InvalidSchedule for bandwidths and bytes that cannot be.
+        """
         forward = _spread(self.forward, num_stages)
         backward = _spread(self.backward, num_stages)
         if self.input_grad is None:

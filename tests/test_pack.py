@@ -378,6 +378,7 @@ def test_the_simulator_and_a_real_run_agree_on_who_waits(pack, in_flight):
         ({"wire": torch.int8}, "wire is torch.int8; give one of torch.float64"),
         ({"wire_forward": {0: "bf16"}}, "wire_forward is 'bf16'"),
         ({"in_flight": 0}, "in_flight is 0"),
+        ({"link": 0.001}, "link is 0.001; give a LocalLink"),
         ({"in_flight": [1, 2, 3]}, "in_flight has 3 numbers for 2 stages"),
     ],
 )
