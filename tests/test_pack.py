@@ -67,6 +67,35 @@ def test_activations_of_many_tensors_leave_together(schedule, stages, devices, o
         assert pipe.plan.num_messages == sum(messages(pipe).values())
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_is_packed_gradients_are_the_same(data):
+    schedule = data.draw(st.sampled_from(pe.schedule_names()))
+    ranks, microbatches = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    stages = 2 * ranks if schedule == "interleaved-1f1b" else ranks
+    ks = st.one_of(
+        st.integers(1, microbatches),
+        st.just("all"),
+        st.dictionaries(st.integers(0, max(0, stages - 2)), st.integers(1, microbatches)),
+    )
+    settings = {
+        "pack": data.draw(ks) if stages > 1 else 1,
+        "pack_forward": data.draw(ks) if stages > 1 else 1,
+        "overlap": data.draw(st.booleans()),
+        "reactive": data.draw(st.booleans()),
+    }
+    rows = microbatches + data.draw(st.integers(0, 7))
+    model, (x, y) = tree(layers=6), tree_batch(rows)
+    with pe.Pipeline(
+        model, stages, microbatches, schedule, tree_loss, devices=["cpu"] * ranks, **settings
+    ) as pipe:
+        assert_trains_as_plain(pipe, model, twin(model), x, y, tree_loss, steps=2)
+        counted = {m[:2]: m.count for m in pipe.trace.messages}
+        for direction, packs in (("backward", pipe.plan.packs), ("forward", pipe.plan.packs_forward)):
+            for boundary, k in enumerate(packs if ranks > 1 else []):
+                assert counted[boundary, direction] == math.ceil(microbatches / k)
+
+
 def test_a_schedule_given_as_text_packs_too():
     rows = [
         ["0F0", "0F1", "0F2", "0F3", "0B0", "0B1", "0B2", "0B3"],

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..boundary import describe
 from ..errors import PipelineError
 from ..packing import ALIGNMENT, Layout, packer
 
@@ -29,10 +28,12 @@ def looks(tensors: Sequence[Tensor]) -> list[Look]:
     first: dict[tuple, int] = {}
     found = []
     for i, tensor in enumerate(tensors):
-        if tensor.layout is not torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+        plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested
+        if not plain or tensor.layout is not torch.strided:
+            kind = "nested tensor" if tensor.is_nested else f"{type(tensor).__name__} of {tensor.layout}"
             raise PipelineError(
-                f"a {type(tensor).__name__} of layout {tensor.layout}, {describe(tensor)}, cannot be packed "
-                "into a message, only plain dense tensors can; give pack=1 and no wire type"
+                f"a {kind} cannot be packed into a message, only plain dense tensors can; give pack=1 and no "
+                "wire type"
             )
         same_as = first.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), i)
         found.append(Look(tensor.dtype, tensor.shape, tensor.stride(), same_as))

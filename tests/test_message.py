@@ -1,0 +1,67 @@
+"""The results of several microbatches as one message."""
+
+import pytest
+import torch
+from message_cases import check_as_is, check_cast
+
+from pipeline_ext import PipelineError
+from pipeline_ext.transport.channel import Channel
+from pipeline_ext.transport.message import looks
+
+ROUNDING = {
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float8_e4m3fn: 2.0**-4,
+    torch.float8_e5m2: 2.0**-3,
+}
+
+
+def test_what_is_sent_arrives_as_it_is():
+    check_as_is("cpu")
+
+
+@pytest.mark.parametrize("wire", list(ROUNDING), ids=str)
+def test_what_is_cast_arrives_rounded(wire):
+    check_cast("cpu", wire, ROUNDING[wire])
+
+
+def test_only_plain_tensors_are_packed():
+    for tensor in (torch.eye(3).to_sparse(), torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)):
+        with pytest.raises(PipelineError, match="only plain dense tensors can; give pack=1"):
+            looks([tensor])
+
+
+def test_a_group_leaves_when_it_is_complete_in_whatever_order():
+    channel = Channel(microbatches=5, pack=3, in_flight=5)
+    results = [[torch.full((2,), float(m)), None, m] for m in range(5)]
+    counts = []
+    for m in (4, 0, 2, 3, 1):
+        channel.send(m, results[m])
+        counts.append(channel.sent)
+    assert counts == [0, 0, 0, 1, 2]
+    for m in range(5):
+        tensor, nothing, number = channel.receive(m)
+        assert torch.equal(tensor, results[m][0])
+        assert (nothing, number) == (None, m)
+        channel.release(m)
+
+
+def test_a_channel_starts_afresh_after_a_step_that_failed():
+    channel = Channel(microbatches=4, pack=2, in_flight=4)
+    channel.send(0, [torch.zeros(3)])
+    channel.end()
+    channel.begin()
+    channel.send(1, [torch.ones(3)])
+    assert channel.sent == 0
+    channel.send(0, [torch.full((3,), 2.0)])
+    assert channel.sent == 1
+    assert channel.receive(0)[0].tolist() == [2.0, 2.0, 2.0]
+    assert channel.receive(1)[0].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_result_without_tensors_travels_too():
+    channel = Channel(microbatches=2, pack=2, in_flight=2)
+    channel.send(0, [None, "text"])
+    channel.send(1, [None, 5])
+    assert channel.receive(0) == [None, "text"]
+    assert channel.receive(1) == [None, 5]
