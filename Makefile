@@ -1,6 +1,7 @@
 # make train   trains a small language model through a pipeline; ARGS="--help" shows the options
 # make test    runs the whole test suite; ARGS="-k name" selects tests
 # make bench   runs the benchmarks and writes bench/results/ and README's tables
+# make gpu     tests and benchmarks on an NVIDIA GPU; writes bench/results/<device>/ and README's tables
 
 PYTHON ?= python3
 ARGS ?=
@@ -11,7 +12,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0 numpy
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: train test bench clean
+.PHONY: train test bench gpu clean
 
 train: .venv/installed
 	@$(BIN)/pipeline-ext train $(ARGS)
@@ -20,7 +21,13 @@ test: .venv/installed-test
 	@$(BIN)/pytest $(ARGS)
 
 bench: .venv/installed
-	@for script in cpu_step dispatch simulate; do $(BIN)/python bench/$$script.py || exit 1; done
+	@for script in cpu_step dispatch simulate pack; do $(BIN)/python bench/$$script.py || exit 1; done
+	@$(BIN)/python bench/tables.py
+
+gpu: .venv/installed-gpu
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
+	@$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+	@$(BIN)/python bench/pack.py --device cuda
 	@$(BIN)/python bench/tables.py
 
 .venv/created:
@@ -37,6 +44,21 @@ bench: .venv/installed
 
 .venv/installed-test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+# Where $(PYTHON) has what is needed, that is borrowed, and no network is used.
+.venv/installed-gpu: $(SOURCES)
+	@if $(PYTHON) -c 'import setuptools, pip, pybind11, hypothesis, pytest, torch, triton; \
+	    assert int(setuptools.__version__.partition(".")[0]) >= 77' 2>/dev/null; then \
+	    $(PYTHON) -m venv --without-pip .venv && \
+	    $(PYTHON) -c 'import sys; print(*sys.path[1:], sep="\n")' > \
+	        "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth" && \
+	    $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check \
+	        --no-deps --no-build-isolation --editable .; \
+	else \
+	    $(PYTHON) -m venv .venv && \
+	    $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[gpu,test]'; \
+	fi
 	@touch $@
 
 clean:

@@ -1,8 +1,10 @@
 """What a benchmark's figures depend on, for its JSON."""
 
+import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,15 +13,15 @@ import torch
 from pipeline_ext.machine import processor
 
 
-def describe() -> dict:
-    """Commit, versions and machine."""
+def describe(device: str = "cpu") -> dict:
+    """Commit, versions and machine; with "cuda" also the GPU, its driver, and what runs kernels on it."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
     )
-    return {
+    about = {
         "commit": commit.stdout.strip() or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -27,11 +29,29 @@ def describe() -> dict:
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
     }
+    if device == "cuda":
+        about["device"] = torch.cuda.get_device_name()
+        about["driver"] = _driver()
+        about["triton"] = importlib.metadata.version("triton")
+    return about
 
 
-def write_results(name: str, **results: object) -> None:
-    """Writes bench/results/NAME.json: the environment and what was found."""
-    path = Path(__file__).parent / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"environment": describe(), **results}, indent=2) + "\n")
+def write_results(name: str, device: str = "cpu", **results: object) -> None:
+    """Writes the environment and what was found to bench/results/NAME.json, or of a GPU to .../DEVICE/NAME.json."""
+    about = describe(device)
+    folder = Path(__file__).parent / "results"
+    if "device" in about:
+        folder /= re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"environment": about, **results}, indent=2) + "\n")
     print(f"written to {path}")
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,121 +1,113 @@
-"""Bytes a second of packing tensors into one buffer, beside torch's ways to do it and a plain memory copy.
+"""Bytes a second of packing tensors into one buffer, beside other ways to do it and a plain copy.
 
-Contenders take turns in one process of one thread; a ratio is of one round. Writes bench/results/pack.json.
+Contenders take turns in one process; a ratio is of one round. On the CPU of one thread. On a GPU (--device cuda)
+calls are timed as they are, and captured in CUDA graphs. Writes bench/results/pack.json, or for a GPU
+bench/results/DEVICE/pack.json.
 """
 
 import argparse
-import ctypes
-import functools
-import time
-from collections.abc import Callable
 
 import torch
 from environment import write_results
+from pack_contenders import CEILING, OURS, PEERS, contenders, left_out
 from side_by_side import spread, wait_until_quiet
-from torch import Tensor
+from turns import captured, on_cpu, on_gpu
 
-from pipeline_ext.packing import Layout, packer
-
-CASES = [  # tensors, bytes of each
-    (64, 256),
-    (64, 4 << 10),
-    (64, 16 << 10),
-    (8, 256 << 10),
-    (64, 256 << 10),
-    (4, 4 << 20),
-    (16, 4 << 20),
-]
+KIB, MIB = 1 << 10, 1 << 20
+CASES = {  # tensors, bytes of each
+    "cpu": [
+        (64, 256),
+        (64, 4 * KIB),
+        (64, 16 * KIB),
+        (8, 256 * KIB),
+        (8, MIB),
+        (64, 256 * KIB),
+        (16, 4 * MIB),
+    ],
+    "cuda": [
+        (64, 4 * KIB),
+        (64, 16 * KIB),
+        (64, 64 * KIB),
+        (8, MIB),
+        (64, MIB),
+        (4, 16 * MIB),
+        (64, 4 * MIB),
+    ],
+}
 TYPES = [  # of the tensors, and as they travel
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float8_e4m3fn),
 ]
-OURS = "pipeline_ext"
-CEILING = "memcpy of what travels"
-TURN = 0.004  # seconds, about
 
 
-def contenders(tensors: list[Tensor], wire: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Name -> what packs the tensors once, each into a buffer of its own."""
-    count, length = len(tensors), tensors[0].numel()
-    layout = Layout.of(tensors, wire)
-    pack = packer(layout, tensors).pack
-    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    joined, parts, singly = (torch.zeros(count * length, dtype=wire) for _ in range(3))
-    views, single_views = list(parts.split(length)), list(singly.split(length))
-    whole = torch.cat(tensors).to(wire)
-    copied = torch.zeros_like(whole)
-
-    def one_by_one() -> None:
-        for view, tensor in zip(single_views, tensors):
-            view.copy_(tensor)
-
-    memcpy = ctypes.CDLL(None).memcpy
-    memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-
-    def copy_what_travels() -> None:
-        memcpy(copied.data_ptr(), whole.data_ptr(), whole.nbytes)
-
-    return {
-        OURS: functools.partial(pack, buffer),
-        "torch.cat": functools.partial(torch.cat, tensors, out=joined),
-        "torch._foreach_copy_": functools.partial(torch._foreach_copy_, views, tensors),
-        "Tensor.copy_, one by one": one_by_one,
-        CEILING: copy_what_travels,
-    }
-
-
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - begin) / repeats
-
-
-def measure(count: int, nbytes: int, dtype: torch.dtype, wire: torch.dtype, rounds: int) -> list[dict]:
+def measure(
+    count: int, nbytes: int, dtype: torch.dtype, wire: torch.dtype, device: str, rounds: int
+) -> list[dict]:
     """A row for each contender: its bytes a second, and ours in proportion, round by round."""
-    tensors = [torch.randn(nbytes // dtype.itemsize).to(dtype) for _ in range(count)]
+    tensors = [torch.randn(nbytes // dtype.itemsize, device=device).to(dtype) for _ in range(count)]
     calls = contenders(tensors, wire)
-    repeats = {name: max(1, int(TURN / seconds(call, 3))) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call, repeats[name]))
+    if device == "cpu":
+        found = {"called": on_cpu(calls, rounds)}
+    else:
+        found = {"called": on_gpu(calls, rounds), "captured": on_gpu(captured(calls), rounds)}
     return [
         {
             "tensors": count,
             "bytes": nbytes,
             "dtype": str(dtype).removeprefix("torch."),
             "wire": str(wire).removeprefix("torch."),
+            "mode": mode,
             "contender": name,
             "gigabytes_per_second": spread([count * nbytes / t / 1e9 for t in taken]),
             "ours_is_faster_by": spread([t / ours for t, ours in zip(taken, times[OURS])]),
         }
+        for mode, times in found.items()
         for name, taken in times.items()
     ]
 
 
+def show(rows: list[dict]) -> None:
+    """Prints ours beside the best of the others and the plain copy, of rows of one case and mode."""
+    by_name = {row["contender"]: row for row in rows}
+    peers = [by_name[name] for name in PEERS if name in by_name]
+    best = min(peers, key=lambda row: row["ours_is_faster_by"]["median"])
+    ours = by_name[OURS]
+    print(
+        f"{ours['tensors']:4} x {ours['bytes']:10,}  {ours['dtype']:8} {ours['wire']:13} {ours['mode']:8} "
+        f"{ours['gigabytes_per_second']['median']:8.1f} "
+        f"{by_name[CEILING]['ours_is_faster_by']['median']:8.2f}  "
+        + "{min:6.2f} {median:6.2f} {max:6.2f}".format(**best["ours_is_faster_by"])
+        + f"  {best['contender']}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=list(CASES), default="cpu")
     parser.add_argument("--rounds", type=int, default=31)
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device")
     torch.set_num_threads(1)
     rows: list[dict] = []
-    quiet = wait_until_quiet()
-    print(f"{'tensors':>16}  {'from':8} {'to':13}  {'best of torch':24} {'our GB/s':>9}  ours is faster by")
+    about: dict[str, object] = {"quiet": wait_until_quiet()}
+    if options.device == "cuda":
+        about["left_out"] = left_out()
+        for name, why in left_out().items():
+            print(f"{name} is left out: {why}")
+    print(
+        f"{'tensors':>17}  {'from':8} {'to':13} {'':8} {'our GB/s':>8} {'of copy':>8}  "
+        f"{'faster than the best other by':>20}"
+    )
     for dtype, wire in TYPES:
-        for count, nbytes in CASES:
-            found = measure(count, nbytes, dtype, wire, options.rounds)
+        for count, nbytes in CASES[options.device]:
+            found = measure(count, nbytes, dtype, wire, options.device, options.rounds)
+            for mode in dict.fromkeys(row["mode"] for row in found):
+                show([row for row in found if row["mode"] == mode])
             rows += found
-            peers = [row for row in found if row["contender"] not in (OURS, CEILING)]
-            best = min(peers, key=lambda row: row["ours_is_faster_by"]["median"])
-            print(
-                f"{count:4} x {nbytes:9,}  {found[0]['dtype']:8} {found[0]['wire']:13}  "
-                f"{best['contender']:24} {found[0]['gigabytes_per_second']['median']:9.1f}  "
-                "{min:.2f} {median:.2f} {max:.2f}".format(**best["ours_is_faster_by"])
-            )
-    write_results("pack", quiet=quiet, rows=rows)
+    write_results("pack", options.device, **about, ours=OURS, peers=PEERS, ceiling=CEILING, rows=rows)
 
 
 if __name__ == "__main__":

@@ -66,29 +66,68 @@ def simulate(results: dict) -> list[str]:
     return lines
 
 
+def pack(results: dict) -> list[str]:
+    by_case: dict[tuple, dict] = {}
+    for row in results["rows"]:
+        case = by_case.setdefault((row["tensors"], row["bytes"], row["mode"]), {})
+        types = row["dtype"] if row["dtype"] == row["wire"] else f"{row['dtype']} as {row['wire']}"
+        case.setdefault(types, {})[row["contender"]] = row
+    columns = next(iter(by_case.values()))
+    lines = [f"| tensors | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for (count, nbytes, mode), case in by_case.items():
+        cells = []
+        for rows in case.values():
+            ours, copy = (rows[results[name]] for name in ("ours", "ceiling"))
+            faster = [rows[name]["ours_is_faster_by"] for name in results["peers"] if name in rows]
+            cells.append(
+                f"{ours['gigabytes_per_second']['median']:.0f} GB/s, {copy['ours_is_faster_by']['median']:.2f}; "
+                + _spread(min(faster, key=lambda ratio: ratio["median"]))
+            )
+        size = f"{nbytes} B" if nbytes < 1024 else f"{nbytes >> 10} KiB"
+        name = f"{count} x {size}" + (", captured" if mode == "captured" else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[dict], list[str]]] = {
     "cpu_step": cpu_step,
     "dispatch": dispatch,
     "simulate": simulate,
+    "pack": pack,
 }
+ON_GPUS = ("pack",)
 
 
 def with_tables(readme: str) -> str:
     """README's text with its tables made anew."""
-    for name, table in TABLES.items():
+    for name in TABLES:
         begin, end = f"<!-- {name}: made by bench/tables.py -->\n", f"<!-- end of {name} -->\n"
         before, _, rest = readme.partition(begin)
         _, found, after = rest.partition(end)
         if not found:
             raise SystemExit(f"README.md has no marks for the table {name}")
-        results = json.loads((RESULTS / f"{name}.json").read_text())
-        where = results["environment"]
-        source = (
-            f"Commit {where['commit']}, {where['cores']} cores of {where['processor']}, torch "
-            f"{where['torch']}; minimum / median / maximum."
-        )
-        readme = before + begin + "\n".join(["", *table(results), "", source, ""]) + end + after
+        readme = before + begin + "\n".join(["", *_figures(name), ""]) + end + after
     return readme
+
+
+def _figures(name: str) -> list[str]:
+    """The tables of a benchmark: of the CPU and of each GPU, as far as it was run there."""
+    of_gpus = sorted(RESULTS.glob(f"*/{name}.json"))
+    lines: list[str] = []
+    for path in filter(Path.exists, [RESULTS / f"{name}.json", *of_gpus]):
+        results = json.loads(path.read_text())
+        lines += [*TABLES[name](results), "", _source(results["environment"]), ""]
+    if name in ON_GPUS and not of_gpus:
+        lines += ["GPU: not yet run.", ""]
+    return lines[:-1]
+
+
+def _source(where: dict) -> str:
+    """Where figures come from."""
+    device = f"{where['cores']} cores of {where['processor']}"
+    if "device" in where:
+        device = f"{where['device']}, driver {where['driver']}, triton {where['triton']}"
+    return f"Commit {where['commit']}, {device}, torch {where['torch']}; minimum / median / maximum."
 
 
 def _spread(values: dict, form: str = ".2f") -> str:

@@ -11,8 +11,8 @@
 namespace pe {
 namespace {
 
-// From so many bytes on, a message leaves the second-level cache before it is read again.
-constexpr std::int64_t kStreamed = 16 << 20;
+// From so many bytes read and written on, a message leaves the caches before it is read again.
+constexpr std::int64_t kStreamed = 24 << 20;
 
 bool is_aligned(const std::byte* address, std::size_t bytes) {
   return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
@@ -48,6 +48,7 @@ Packer::Packer(std::vector<Slot> slots, std::int64_t nbytes)
     }
     const Strided whole{nullptr, slot.wire, slot.shape, {}};
     const auto bytes = static_cast<std::int64_t>(whole.size() * slot.wire.size());
+    traffic_ += bytes + static_cast<std::int64_t>(whole.size() * slot.dtype.size());
     if (slot.offset < 0 || slot.offset % static_cast<std::int64_t>(kAlignment) != 0 ||
         slot.offset + bytes > nbytes_) {
       throw PackingError(named + ", " + std::to_string(bytes) + " bytes at " +
@@ -99,7 +100,7 @@ void Packer::pack(std::span<const Strided> tensors, const Strided& buffer, const
                   const Watch& watch) const {
   check_buffer(buffer);
   const bool watches = watch.largest != nullptr || watch.nonfinite != nullptr;
-  const bool streams = nbytes_ >= kStreamed;
+  const bool streams = traffic_ >= kStreamed;
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
     std::byte* const place = buffer.data + slot.offset;

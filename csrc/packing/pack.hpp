@@ -54,6 +54,7 @@ class Packer {
 
   std::vector<Slot> slots_;
   std::int64_t nbytes_;
+  std::int64_t traffic_ = 0;  // bytes that packing reads and writes
 };
 
 }  // namespace pe
