@@ -89,11 +89,30 @@ def pack(results: dict) -> list[str]:
     return lines
 
 
+def k_tradeoff(results: dict) -> list[str]:
+    ks = [by_k["k"] for by_k in results["rows"][0]["by_k"] if by_k["k"] != "auto"]
+    columns = " | ".join(f"K = {k}" for k in ks)
+    lines = [
+        f"| ranks | a message costs | {columns} | pack=\"auto\" takes | over the best K |",
+        "|---" * (len(ks) + 4) + "|",
+    ]
+    for row in results["rows"]:
+        *by_k, _ = row["by_k"]
+        cells = [f"{at['step_ms']['median']:.0f} ({at['predicted_ms']:.0f})" for at in by_k]
+        chosen = sorted(set(row["chosen"]))
+        taken = f"K = {chosen[0]}" if len(chosen) == 1 else f"K = {row['chosen']} by boundary"
+        over = f"{_spread(row['chosen_over_best'])} of K = {row['best_k']}"
+        share = f"{row['overhead_share_of_f']:.0%} of an F"
+        lines.append(f"| {row['case']} | {share} | {' | '.join(cells)} | {taken} | {over} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[dict], list[str]]] = {
     "cpu_step": cpu_step,
     "dispatch": dispatch,
     "simulate": simulate,
     "pack": pack,
+    "k_tradeoff": k_tradeoff,
 }
 ON_GPUS = ("pack",)
 
