@@ -63,12 +63,15 @@ int smallest(int last, Holds&& holds) {
 }  // namespace
 
 Settled settle(const Draft& draft, const Packs& packs, const std::vector<int>& most) {
-  const int all = draft.shape.num_microbatches;
-  const double best = makespan(draft, packs, raised(draft, all, most));
-  if (best == kNever) refuse(draft, packs, most);
-  const int times = packs.any() ? smallest(all, [&](int n) {
-    return makespan(draft, packs, raised(draft, n, most)) <= kNoLonger * best;
-  }) : 1;
+  int times = 1;
+  if (packs.any() || !most.empty()) {
+    const int all = draft.shape.num_microbatches;
+    const double best = makespan(draft, packs, raised(draft, all, most));
+    if (best == kNever) refuse(draft, packs, most);
+    times = smallest(all, [&](int n) {
+      return makespan(draft, packs, raised(draft, n, most)) <= kNoLonger * best;
+    });
+  }
   const Plan plan = plan_of(draft, packs, raised(draft, times, most));
   const Simulation simulation = simulate(plan, Costs::uniform(plan.num_stages()));
   return {order_of(plan, simulation), simulation.peak_in_flight_of_stage};

@@ -99,9 +99,9 @@ def capabilities_of(machine: Machine, failure: str | None) -> list[Capability]:
             else f"matplotlib {plot.problem}; pip install 'pipeline_ext[plot]'",
         ),
         Capability(
-            "packing kernels",
-            False,
-            f"not in this version; nothing to do (triton {triton.problem or 'imports'})",
+            "packing on a GPU",
+            triton.problem is None and bool(machine.gpus),
+            _packing_on_a_gpu(machine),
         ),
         Capability(
             "many processes",
@@ -110,6 +110,15 @@ def capabilities_of(machine: Machine, failure: str | None) -> list[Capability]:
             f"{', '.join(machine.process_backends) or 'no backend'})",
         ),
     ]
+
+
+def _packing_on_a_gpu(machine: Machine) -> str:
+    triton = machine.libraries["triton"]
+    if triton.problem is not None:
+        return f"triton {triton.problem}; pip install 'pipeline_ext[gpu]'"
+    if not machine.gpus:
+        return f"torch sees no CUDA device; the CPU packs natively (triton {triton.version} imports)"
+    return f"triton {triton.version}"
 
 
 def _show(machine: Machine, capabilities: list[Capability], failure: str | None) -> None:
