@@ -37,7 +37,10 @@ def describe(device: str = "cpu") -> dict:
 
 
 def write_results(name: str, device: str = "cpu", **results: object) -> None:
-    """Writes the environment and what was found to bench/results/NAME.json, or of a GPU to .../DEVICE/NAME.json."""
+    """Writes the environment and what was found.
+
+    To bench/results/NAME.json, or with "cuda" to bench/results/DEVICE/NAME.json.
+    """
     about = describe(device)
     folder = Path(__file__).parent / "results"
     if "device" in about:

@@ -1,8 +1,8 @@
 """Bytes a second of packing tensors into one buffer, beside other ways to do it and a plain copy.
 
-Contenders take turns in one process; a ratio is of one round. On the CPU of one thread. On a GPU (--device cuda)
-calls are timed as they are, and captured in CUDA graphs. Writes bench/results/pack.json, or for a GPU
-bench/results/DEVICE/pack.json.
+Contenders take turns in one process; a ratio is of one round. On the CPU with one thread. On a GPU, with
+--device cuda, calls are timed as they are, and captured in CUDA graphs. Writes bench/results/pack.json,
+or for a GPU bench/results/DEVICE/pack.json.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Ways to pack tensors into one buffer: ours, torch's, a CUDA kernel as one would write it, and a plain copy."""
+"""Ways to pack tensors into one buffer: ours, torch's, a plain CUDA kernel; and a copy of as many bytes."""
 
 import ctypes
 import functools
@@ -34,8 +34,8 @@ _THREADS, _LOADS = 256, 4  # of a block; of a thread
 def contenders(tensors: list[Tensor], wire: torch.dtype) -> dict[str, Call]:
     """Name -> what packs the tensors, all of one size and type; all write to the same memory.
 
-    The plain copy reads and writes as many bytes as packing does. On the CPU ours is bound to the tensors in each
-    call, as the engine does it, and once more bound before; on a GPU bound before.
+    The plain copy reads and writes as many bytes as packing does. On the CPU ours is bound to the tensors in
+    each call, as the engine does it, and once more bound before; on a GPU bound before.
     """
     count, length, device = len(tensors), tensors[0].numel(), tensors[0].device
     layout = Layout.of(tensors, wire)

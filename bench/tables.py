@@ -77,12 +77,11 @@ def pack(results: dict) -> list[str]:
     for (count, nbytes, mode), case in by_case.items():
         cells = []
         for rows in case.values():
-            ours, copy = (rows[results[name]] for name in ("ours", "ceiling"))
+            speed = rows[results["ours"]]["gigabytes_per_second"]["median"]
+            share = rows[results["ceiling"]]["ours_is_faster_by"]["median"]
             faster = [rows[name]["ours_is_faster_by"] for name in results["peers"] if name in rows]
-            cells.append(
-                f"{ours['gigabytes_per_second']['median']:.0f} GB/s, {copy['ours_is_faster_by']['median']:.2f}; "
-                + _spread(min(faster, key=lambda ratio: ratio["median"]))
-            )
+            least = _spread(min(faster, key=lambda ratio: ratio["median"]))
+            cells.append(f"{speed:.0f} GB/s, {share:.2f}; {least}")
         size = f"{nbytes} B" if nbytes < 1024 else f"{nbytes >> 10} KiB"
         name = f"{count} x {size}" + (", captured" if mode == "captured" else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -28,7 +28,8 @@ def on_gpu(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     """
     for call in calls.values():
         call()  # compiles
-    flushed = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    flushed = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
 
     def seconds(call: Call) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

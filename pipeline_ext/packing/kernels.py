@@ -181,10 +181,12 @@ def _strided(row, index, INDEX: tl.constexpr):
     index = index.to(INDEX)
     place = tl.zeros_like(index).to(tl.int64)
     outermost = tl.load(row + RANK) - 1
-    for d in range(outermost):
+    d = 0
+    while d < outermost:  # the interpreter of triton 3.6 takes no range(outermost)
         size = tl.load(row + DIMENSIONS + 2 * d).to(INDEX)
         place += (index % size).to(tl.int64) * tl.load(row + DIMENSIONS + 2 * d + 1)
         index = index // size
+        d += 1
     return place + index.to(tl.int64) * tl.load(row + DIMENSIONS + 2 * outermost + 1)
 
 
