@@ -4,6 +4,7 @@ import importlib.util
 import math
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -271,6 +272,24 @@ class Lent:
 
     def __dlpack_device__(self):
         return self.tensor.__dlpack_device__()
+
+
+@both
+def test_a_packer_lets_go_of_its_tensors(make):
+    given = [torch.arange(6.0)]
+    layout = Layout.of(given)
+    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    bound = make(layout, given)
+    kept = weakref.ref(given[0])
+    bound.release()
+    given.clear()
+    assert kept() is None
+    for use in (bound.pack, bound.unpack):
+        with pytest.raises(pe.InvalidArgument, match="no tensors are bound; call rebind first"):
+            use(buffer)
+    bound.rebind([torch.arange(6.0)])
+    bound.pack(buffer)
+    assert torch.equal(layout.views(buffer)[0], torch.arange(6.0))
 
 
 @both
