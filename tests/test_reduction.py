@@ -135,6 +135,24 @@ def test_parameters_that_several_stages_hold_are_reduced_too():
 # -- gradients as the user sees them
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("wire", [None, torch.bfloat16], ids=str)
+def test_gradients_have_the_strides_of_their_parameters(wire):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 4))
+    model[0].to(memory_format=torch.channels_last)
+    model[2].weight.data = model[2].weight.data.t().contiguous().t()
+    plains = [twin(model) for _ in range(2)]
+    data = [(torch.randn(4, 2, 4, 4), torch.randn(4, 4)) for _ in range(2)]
+    with Replicas(model, 2, 2, loss_fn=F.mse_loss, wire=wire) as replicas:
+        replicas.step(data)
+        reference_replicas(plains, data, 2, F.mse_loss)
+        for replica in replicas.models:
+            for p, expected in zip(replica.parameters(), plains[0].parameters()):
+                assert p.grad.stride() == p.stride()
+                off = 0.0 if wire is None else 2**-7 * expected.grad.abs().max()
+                torch.testing.assert_close(p.grad, expected.grad, rtol=0.0, atol=float(off))
+
+
 @pytest.mark.parametrize("wire", [None, torch.float64])
 def test_optimizers_made_before_and_after_train_as_without(wire):
     def optimizers(models, make):

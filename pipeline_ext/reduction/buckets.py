@@ -27,7 +27,8 @@ class Bucket:
         self._layout = Layout.of(tensors)
         self._buffer = torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=device)
         # Views share one version. What .data returns has its own, which tells whether anything was added to it.
-        self._views = [view.data for view in self._layout.views(self._buffer)]
+        views = map(_strided_like, self._layout.views(self._buffer), tensors)
+        self._views = [view.data for view in views]
         self._addresses = [view.data_ptr() for view in self._views]
         self._cast: Packer | None = None
         if wire not in (None, dtype):
@@ -80,7 +81,7 @@ class Bucket:
                 self._absent.append(i)
             elif grad is view and grad._version == self._zeroed.get(i):
                 self._absent.append(i)
-            elif grad.data_ptr() != self._addresses[i] or not grad.is_contiguous():
+            elif grad.data_ptr() != self._addresses[i] or grad.stride() != view.stride():
                 foreign[i] = grad
         self._views[-1].fill_(1)
         for i in self._absent:
@@ -123,6 +124,12 @@ class Bucket:
         """What tells whether a gradient was replaced or changed."""
         grads = (parameter.grad for parameter in self._parameters)
         return [None if grad is None else (id(grad), grad._version) for grad in grads]
+
+
+def _strided_like(view: Tensor, parameter: Tensor) -> Tensor:
+    """The same memory with the strides of ``parameter``, if it is dense: autograd wants its gradient so."""
+    dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+    return view.as_strided(parameter.shape, parameter.stride()) if dense else view
 
 
 def fill_buckets(
