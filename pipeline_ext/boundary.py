@@ -4,7 +4,6 @@ A value is any pytree of tensors. In one process its tensors are handed over the
 between the stages, so that each stage's backward runs on its own.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import PipelineError
+from .memory import share_memory
 
 
 class Received:
@@ -156,12 +156,9 @@ def check_aliases(received: list[Received]) -> None:
 
     Within one graph autograd would carry the change into the gradients of the others.
     """
-    if len(received) < 2:
-        return
-    strided = [r for r in received if r.leaf.layout is torch.strided and r.leaf.numel() > 0]
-    addresses = Counter(r.leaf.data_ptr() for r in strided)
-    for r in strided:
-        if r.was_written() and addresses[r.leaf.data_ptr()] > 1:
+    dense = [r for r in received if type(r.leaf) is Tensor and r.leaf.layout is torch.strided]
+    for r in dense:
+        if r.was_written() and any(share_memory([r.leaf, o.leaf]) for o in dense if o is not r):
             raise PipelineError(
                 "a tensor was changed in place that shares memory with another one handed over at the same "
                 "cut, which autograd cannot follow there; hand over one of them, or a clone"

@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from message_cases import check_as_is, check_cast
+from message_cases import (
+    check_as_is,
+    check_cast,
+    check_overlaps_travel_once,
+    check_shared,
+    sent,
+    sharing,
+)
 
 from pipeline_ext import PipelineError
+from pipeline_ext.memory import find_regions
 from pipeline_ext.transport.channel import Channel
-from pipeline_ext.transport.message import looks
+from pipeline_ext.transport.message import AsIs, message_of
 
 ROUNDING = {
     torch.float16: 2.0**-11,
@@ -20,6 +28,35 @@ def test_what_is_sent_arrives_as_it_is():
     check_as_is("cpu")
 
 
+def test_what_shares_memory_shares_it_again():
+    check_shared("cpu")
+    check_overlaps_travel_once("cpu")
+
+
+def test_sums_that_depend_on_alignment_are_the_same():
+    """Rows of 6 floats that begin anywhere: products with them differ by the alignment of their first."""
+    weight = torch.randn(6, 6)
+    for offset in range(1, 30):
+        x = torch.randn(7 * 6 + offset)[offset:].view(7, 6)
+        (received,), _ = sent([x])
+        assert torch.equal(received @ weight, x @ weight)
+
+
+def test_tensors_that_share_memory_are_not_cast_apart():
+    for pair in (sharing("cpu")[:2], sharing("cpu")[5:7]):
+        with pytest.raises(PipelineError, match="share memory cannot travel as another type"):
+            message_of(pair, torch.bfloat16, None)
+    *_, left, right = sharing("cpu")  # interleaved, but nowhere the same
+    message_of([left, right], torch.bfloat16, None)
+
+
+def test_a_wire_type_that_tensors_have_already_casts_nothing():
+    tensors = [torch.randn(3), torch.arange(3)]
+    assert isinstance(message_of(tensors, torch.float32, None)[0], AsIs)
+    assert isinstance(message_of([torch.arange(3)], torch.float8_e4m3fn, None)[0], AsIs)
+    assert isinstance(message_of([], torch.float8_e4m3fn, None)[0], AsIs)
+
+
 @pytest.mark.parametrize("wire", list(ROUNDING), ids=str)
 def test_what_is_cast_arrives_rounded(wire):
     check_cast("cpu", wire, ROUNDING[wire])
@@ -28,7 +65,7 @@ def test_what_is_cast_arrives_rounded(wire):
 def test_only_plain_tensors_are_packed():
     for tensor in (torch.eye(3).to_sparse(), torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)):
         with pytest.raises(PipelineError, match="only plain dense tensors can; give pack=1"):
-            looks([tensor])
+            find_regions([tensor])
 
 
 def test_a_group_leaves_when_it_is_complete_in_whatever_order():

@@ -222,6 +222,75 @@ def test_changes_in_place_reach_no_other_microbatch():
         assert_trains_as_plain(pipe, model, twin(model), x, y, F.mse_loss)
 
 
+class Views(nn.Module):
+    """Hands on a tensor and views of it."""
+
+    def __init__(self, grad):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.grad = grad
+
+    def forward(self, x):
+        h = self.layer(x)
+        seen = h if self.grad else h.detach() * 2
+        return {"h": h, "x": seen, "flat": seen.view(-1), "tail": seen[:, 4:], "head": seen[:, :4]}
+
+
+class Write(nn.Module):
+    def __init__(self, to, read):
+        super().__init__()
+        self.to, self.read = to, read
+
+    def forward(self, values):
+        values[self.to].mul_(2)
+        return values["h"] + values[self.read].reshape(-1)[: values["h"].numel() // 6].sum()
+
+
+@pytest.mark.parametrize("pack_forward", [1, 2])
+@pytest.mark.parametrize("to, read", [("x", "flat"), ("flat", "x"), ("x", "tail"), ("tail", "flat")])
+def test_changes_in_place_reach_views_of_the_same_memory(to, read, pack_forward):
+    model = nn.Sequential(Views(grad=False), Write(to, read))
+    x, y = torch.randn(9, 6), torch.randn(9, 6)
+    with pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss, pack_forward=pack_forward) as pipe:
+        assert_trains_as_plain(pipe, model, twin(model), x, y, F.mse_loss)
+    model = nn.Sequential(Views(grad=True), Write(to, read))
+    with pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss, pack_forward=pack_forward) as pipe:
+        with pytest.raises(pe.StageError, match="shares memory with another one handed over"):
+            pipe.step(x, target=y)
+
+
+@pytest.mark.parametrize("pack_forward", [1, 2])
+def test_parts_that_do_not_overlap_may_be_changed_in_place(pack_forward):
+    class Halves(nn.Module):
+        def forward(self, x):
+            x = x * 2
+            return x[:, :3], x[:, 3:]
+
+    class Join(nn.Module):
+        def forward(self, halves):
+            left, right = halves
+            return torch.cat([left.mul_(2), right.relu_()], 1)
+
+    model = nn.Sequential(nn.Linear(6, 6), Halves(), Join())
+    x, y = torch.randn(9, 6), torch.randn(9, 6)
+    with pe.Pipeline(
+        model, 2, 4, loss_fn=F.mse_loss, cuts=["2"], pack=2, pack_forward=pack_forward
+    ) as pipe:
+        assert_trains_as_plain(pipe, model, twin(model), x, y, F.mse_loss)
+
+
+def test_what_is_handed_on_from_any_offset_gives_the_same_bits():
+    class Pass(nn.Module):
+        def forward(self, x):
+            return x
+
+    model = nn.Sequential(Pass(), nn.Linear(6, 6))
+    for rows in (7, 9, 11):
+        x, y = torch.randn(rows * 6 + 1)[1:].view(rows, 6), torch.randn(rows, 6)
+        with pe.Pipeline(model, 2, 5, loss_fn=F.mse_loss, pack_forward=2) as pipe:
+            assert_trains_as_plain(pipe, model, twin(model), x, y, F.mse_loss)
+
+
 def test_sparse_tensors_are_refused_with_advice():
     class Sparse(nn.Module):
         def forward(self, x):

@@ -12,7 +12,7 @@ from torch import nn
 
 import pipeline_ext as pe
 from pipeline_ext.cli import main
-from pipeline_ext.transport.message import Cast, looks
+from pipeline_ext.transport.message import message_of
 
 # Largest relative error of one rounding: half a unit in the last place.
 ROUNDING = {
@@ -72,34 +72,83 @@ def test_float8_keeps_its_precision_whatever_the_size_of_gradients(wire, size):
     assert max(relative_errors(model, gradients(plain))) <= 1.5 * ROUNDING[wire]
 
 
+class Float8:
+    """Messages of one format, one after another."""
+
+    def __init__(self, wire):
+        self.wire = wire
+        self.format = None
+
+    def send(self, tensors):
+        """The scales that travelled, and what arrived."""
+        self.format, regions = message_of(tensors, self.wire, self.format)
+        buffer = torch.empty(self.format.nbytes, dtype=torch.uint8)
+        self.format.pack(tensors, regions, buffer)
+        scales = self.format._scales_in(buffer)[: len(tensors)].tolist()
+        return scales, self.format.open(buffer)
+
+
 def test_float8_scales_come_from_the_step_before():
+    messages = Float8(torch.float8_e4m3fn)
     tensors = [torch.tensor([1.0, -3.0]), torch.tensor([100.0]), torch.zeros(2)]
-    format = Cast(tensors, looks(tensors), torch.float8_e4m3fn)
-
-    def scales(tensors):
-        buffer = torch.zeros(format.nbytes, dtype=torch.uint8)
-        format.pack(tensors, buffer)
-        found = format._layout.views(buffer)[-1].view(torch.float32)[:3].tolist()
-        return found, format.open(buffer)
-
     # 3 comes to lie between 112 and 224, 100 stays there; what there was none of before is not scaled.
-    first, opened = scales(tensors)
-    assert first == [64.0, 2.0, 1.0]
-    assert [t.tolist() for t in opened] == [[1.0, -3.0], [96.0], [0.0, 0.0]]
-    again, _ = scales([tensors[0] * 16, tensors[1], tensors[2]])
-    assert again == first
-    later, _ = scales(tensors)
-    assert later == [4.0, 2.0, 1.0]
+    scales, arrived = messages.send(tensors)
+    assert scales == [64.0, 2.0, 1.0]
+    assert [t.tolist() for t in arrived] == [[1.0, -3.0], [96.0], [0.0, 0.0]]
+    scales, arrived = messages.send([tensors[0] * 2, tensors[1] / 2, tensors[2]])
+    assert scales == [64.0, 2.0, 1.0]
+    assert [t.tolist() for t in arrived] == [[2.0, -6.0], [48.0], [0.0, 0.0]]
+    assert messages.send(tensors)[0] == [32.0, 4.0, 1.0]
+
+
+@pytest.mark.parametrize("wire", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("before", [0.0, math.inf, math.nan, 1e-20, 1e20])
+def test_float8_scales_that_do_not_fit_are_found_anew(wire, before):
+    messages = Float8(wire)
+    x = torch.randn(64)
+    messages.send([torch.full((64,), before)])
+    _, (arrived,) = messages.send([x])
+    assert (arrived - x).abs().max() <= ROUNDING[wire] * x.abs().max()
 
 
 def test_infinity_and_nan_arrive():
-    tensors = [torch.tensor([1.0, math.inf, -math.inf, math.nan])]
+    tensors = [torch.tensor([1.0, math.inf, -math.inf, math.nan]), torch.tensor([2.0])]
     for wire in (torch.bfloat16, torch.float16, torch.float8_e5m2):
-        format = Cast(tensors, looks(tensors), wire)
+        messages = Float8(wire)
         for _ in range(2):
+            format, regions = message_of(tensors, wire, messages.format)
             buffer = torch.empty(format.nbytes, dtype=torch.uint8)
-            format.pack(tensors, buffer)
-            assert torch.equal(format.open(buffer)[0].nan_to_num(7.0), tensors[0].nan_to_num(7.0))
+            format.pack(tensors, regions, buffer)
+            arrived, finite = format.open(buffer)
+            assert torch.equal(arrived.nan_to_num(7.0), tensors[0].nan_to_num(7.0))
+            assert finite.tolist() == [2.0]
+
+
+def test_float8_e4m3fn_which_has_no_infinity_makes_nan_of_the_tensor_that_held_one():
+    messages = Float8(torch.float8_e4m3fn)
+    for _ in range(2):
+        _, (arrived, finite) = messages.send([torch.tensor([1.0, math.inf]), torch.tensor([2.0])])
+        assert arrived.isnan().all()
+        assert finite.tolist() == [2.0]
+    assert messages.send([torch.tensor([1.0, 4.0]), torch.tensor([2.0])])[1][0].tolist() == [1.0, 4.0]
+
+
+def test_an_evaluation_does_not_depend_on_those_before():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Identity())
+    small, large = torch.randn(6, 4) * 1e-4, torch.randn(6, 4) * 10
+    results = []
+    for first in (small, large):
+        with pe.Pipeline(model, 2, 3, wire_forward=torch.float8_e4m3fn) as pipe:
+            pipe.eval(first)
+            results.append(pipe.eval(large))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("wire", list(ROUNDING), ids=str)
+def test_a_frozen_first_stage_has_nothing_to_cast(wire):
+    model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 4))
+    with pe.Pipeline(model, 2, 3, loss_fn=F.mse_loss, wire=wire, pack=2) as pipe:
+        pipe.step(torch.randn(6, 4), target=torch.randn(6, 4))
 
 
 def test_each_boundary_has_its_own_wire_type():

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from .buffers import Buffers
 from .link import FREE_LINK, LocalLink
-from .message import AsIs, Cast, Format, looks
+from .message import Format, message_of
 
 Leaves = Sequence[Any]  # tensors, and what goes along as it is
 
@@ -99,6 +99,10 @@ class Channel:
         self.seconds = 0.0
         self.result_nbytes = 0
 
+    def forget(self) -> None:
+        """Packs the next step as the first."""
+        self._formats = {}
+
     def end(self) -> None:
         """Lets go of what a step that failed has left on its way."""
         self._waiting: dict[int, dict[int, Leaves]] = {}  # by group, then by microbatch
@@ -145,22 +149,15 @@ class Channel:
         }
         numbers = {key: number for number, key in enumerate(tensors)}
         packed = list(tensors.values())
-        format = self._format(group, packed)
+        format, regions = message_of(packed, self._wire, self._formats.get(group))
+        self._formats[group] = format
         device = packed[0].device if packed else torch.device("cpu")
         buffer = self._buffers.take(format.nbytes, device)
-        format.pack(packed, buffer)
+        format.pack(packed, regions, buffer)
         message = _Message(format, buffer, [t.requires_grad for t in packed], len(results))
         for m, leaves in results.items():
             self._arrived[m] = _Result(leaves, numbers, message)
         self.packed_nbytes += format.sent_nbytes
-
-    def _format(self, group: int, tensors: list[Tensor]) -> Format:
-        found = looks(tensors)
-        format = self._formats.get(group)
-        if format is None or format.looks != found:
-            format = AsIs(tensors, found) if self._wire is None else Cast(tensors, found, self._wire)
-            self._formats[group] = format
-        return format
 
     def _through_link(self) -> None:
         self.sent += 1

@@ -38,6 +38,7 @@ class Exchange:
     ) -> None:
         """``wire`` and ``wire_forward``: types of gradients and activations by boundary; empty: their own."""
         self.num_stages = plan.num_stages
+        self._trains = plan.has_backward
         ranks = plan.rank_of_stage
         self._crossing = [a != b for a, b in zip(ranks, ranks[1:])]
 
@@ -57,6 +58,8 @@ class Exchange:
         """Prepares for a step."""
         for channel in (*self._forward, *self._backward):
             channel.begin()
+            if not self._trains:
+                channel.forget()  # an evaluation does not depend on those before
 
     def end(self) -> None:
         """Lets go of what a step that failed has left on its way."""

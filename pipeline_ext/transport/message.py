@@ -2,42 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import PipelineError
+from ..memory import Look, Region, find_regions, share_memory
 from ..packing import ALIGNMENT, Layout, packer
+from ..packing.layout import REPLACEABLE
 
-# A tensor with gaps in memory travels with them, up to this many times its own size; then without.
-_WIDEST = 4
-
-
-class Look(NamedTuple):
-    """What tensors have in common that are packed in one and the same way."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    same_as: int  # number of the first tensor in the message that lies at the same place
-
-
-def looks(tensors: Sequence[Tensor]) -> list[Look]:
-    """The looks of the tensors of one message. Raises PipelineError for those that cannot be packed."""
-    first: dict[tuple, int] = {}
-    found = []
-    for i, tensor in enumerate(tensors):
-        plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested
-        if not plain or tensor.layout is not torch.strided:
-            kind = "nested tensor" if tensor.is_nested else f"{type(tensor).__name__} of {tensor.layout}"
-            raise PipelineError(
-                f"a {kind} cannot be packed into a message, only plain dense tensors can; give pack=1 and no "
-                "wire type"
-            )
-        same_as = first.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), i)
-        found.append(Look(tensor.dtype, tensor.shape, tensor.stride(), same_as))
-    return found
+_LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}  # finite numbers
 
 
 class Format(ABC):
@@ -54,130 +28,153 @@ class Format(ABC):
 
     def __init__(self, looks: list[Look]) -> None:
         self.looks = looks
-        self._apart = [i for i, look in enumerate(looks) if look.same_as == i]
-        self._place = {i: place for place, i in enumerate(self._apart)}
 
-    def pack(self, tensors: Sequence[Tensor], buffer: Tensor) -> None:
-        """Writes the message."""
-        self._pack([_as_real(tensors[i]) for i in self._apart], buffer)
+    @abstractmethod
+    def pack(self, tensors: Sequence[Tensor], regions: Sequence[Region], buffer: Tensor) -> None:
+        """Writes the message. ``regions`` are where the tensors lie."""
 
+    @abstractmethod
     def open(self, buffer: Tensor) -> list[Tensor]:
         """The tensors of a message, as views of its buffer; to be called once.
 
         Each has a version of its own: one that is changed in place does not spoil the others.
         """
-        apart = self._open(buffer)
-        opened = []
-        for look in self.looks:
-            tensor = apart[self._place[look.same_as]]
-            opened.append((torch.view_as_complex(tensor) if look.dtype.is_complex else tensor).data)
-        return opened
 
-    @abstractmethod
-    def _pack(self, tensors: list[Tensor], buffer: Tensor) -> None: ...
 
-    @abstractmethod
-    def _open(self, buffer: Tensor) -> list[Tensor]: ...
+def message_of(
+    tensors: Sequence[Tensor], wire: torch.dtype | None, known: Format | None
+) -> tuple[Format, list[Region]]:
+    """The format of a message with these tensors, ``known`` if that fits, and the regions they lie in.
+
+    Raises PipelineError for tensors that cannot be packed.
+    """
+    looks, regions = find_regions(tensors)
+    if known is not None and known.looks == looks:
+        return known, regions
+    if any(_is_cast(tensor.dtype, wire) for tensor in tensors):
+        return Cast(tensors, looks, wire), regions
+    return AsIs(looks, regions), regions
 
 
 class AsIs(Format):
-    """Each tensor travels as the memory it spans, so that the receiver's has the same strides.
+    """The memory that the tensors lie in travels as it is: strides, overlaps and alignment stay."""
 
-    On them sums and products may depend, to the last bit.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], looks: list[Look]) -> None:
+    def __init__(self, looks: list[Look], regions: Sequence[Region]) -> None:
         super().__init__(looks)
-        apart = [_as_real(tensors[i]) for i in self._apart]
-        self._strides = [t.stride() if _keeps_strides(t) else None for t in apart]
-        self._shapes = [t.shape for t in apart]
-        self._layout = Layout.of(self._spans(apart))
-        self._packer = packer(self._layout, self._spans(apart))
+        memory = [region.bytes() for region in regions]
+        self._layout = Layout.of(memory)
+        self._packer = packer(self._layout, memory)
         self.sent_nbytes = self.nbytes = self._layout.nbytes
 
-    def _spans(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [
-            tensor if strides is None else tensor.as_strided((_span(tensor),), (1,))
-            for tensor, strides in zip(tensors, self._strides)
-        ]
-
-    def _pack(self, tensors: list[Tensor], buffer: Tensor) -> None:
-        self._packer.rebind(self._spans(tensors))
+    def pack(self, tensors: Sequence[Tensor], regions: Sequence[Region], buffer: Tensor) -> None:
+        self._packer.rebind([region.bytes() for region in regions])
         self._packer.pack(buffer)
         self._packer.release()
 
-    def _open(self, buffer: Tensor) -> list[Tensor]:
-        return [
-            view if strides is None else view.as_strided(shape, strides)
-            for view, shape, strides in zip(self._layout.views(buffer), self._shapes, self._strides)
-        ]
+    def open(self, buffer: Tensor) -> list[Tensor]:
+        storage, slots = buffer.untyped_storage(), self._layout.slots
+        return [look.see(storage, slots[look.region].offset) for look in self.looks]
 
 
 class Cast(Format):
     """Floating-point tensors travel as another type, and are cast back behind the message.
 
     To float8 each is scaled by a power of two, which travels along, found from its largest magnitude in the
-    step before: delayed scaling, as in Micikevicius et al., FP8 Formats for Deep Learning, 2022.
+    step before: delayed scaling, as in Micikevicius et al., FP8 Formats for Deep Learning, 2022. Where that does
+    not fit the values of this step, they are packed once more.
     """
-
-    _LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}  # finite numbers
 
     def __init__(self, tensors: Sequence[Tensor], looks: list[Look], wire: torch.dtype) -> None:
         super().__init__(looks)
-        apart = [_as_real(tensors[i]) for i in self._apart]
-        self._largest_number = self._LARGEST.get(wire)
-        if self._largest_number is not None:
-            scales = torch.ones(len(apart) + 1, device=apart[0].device)
-            apart.append(_bits(scales))
-        self._layout = Layout.of(apart, wire)
-        self._opened = Layout.of(apart)
-        self._packer = packer(self._layout, apart)
-        self._unpacker = packer(self._layout, apart)
+        first: dict[Look, int] = {}
+        self._same_as = [first.setdefault(look, i) for i, look in enumerate(looks)]
+        self._apart = list(first.values())
+        apart = [tensors[i].detach() for i in self._apart]
+        if share_memory(apart):
+            raise PipelineError(
+                "tensors that share memory cannot travel as another type, which would part them; hand over "
+                "one of them, or a clone, or give no wire type"
+            )
+        sent = self._sent(tensors)
+        self._wire = wire
+        self._largest: Tensor | None = None  # magnitude in each slot, in the message before
+        if wire in _LARGEST:
+            sent.append(_bits(torch.ones(len(sent) + 1, device=sent[0].device)))
+        self._layout = Layout.of(sent, wire)
+        self._opened = Layout.of(sent)
+        self._packer = packer(self._layout, sent)
+        self._unpacker = packer(self._layout, sent)
         self._unpacker.release()
         self._behind = -(-self._layout.nbytes // ALIGNMENT) * ALIGNMENT
-        self._largest: Tensor | None = None  # magnitude in each slot, in the message before
         self.sent_nbytes = self._layout.nbytes
         self.nbytes = self._behind + self._opened.nbytes
 
-    def _pack(self, tensors: list[Tensor], buffer: Tensor) -> None:
-        if self._largest_number is None:
-            self._packer.rebind(tensors)
-            self._packer.pack(buffer)
+    def pack(self, tensors: Sequence[Tensor], regions: Sequence[Region], buffer: Tensor) -> None:
+        sent = self._sent(tensors)
+        if self._wire in _LARGEST:
+            self._pack_scaled(sent, buffer)
         else:
-            if self._largest is None:
-                self._largest = self._measure(tensors, buffer)
-            scales = self._scales(self._largest)
-            self._largest.zero_()
-            self._packer.rebind([*tensors, _bits(scales)])
-            self._packer.pack(buffer, scales=scales, amax=self._largest)
+            self._packer.rebind(sent)
+            self._packer.pack(buffer)
         self._packer.release()
 
-    def _measure(self, tensors: list[Tensor], buffer: Tensor) -> Tensor:
-        scales = torch.ones(len(tensors) + 1, device=buffer.device)
-        largest = torch.zeros_like(scales)
-        self._packer.rebind([*tensors, _bits(scales)])
-        self._packer.pack(buffer, amax=largest)
-        return largest
-
-    def _scales(self, largest: Tensor) -> Tensor:
-        """With them the largest magnitudes come to lie in the upper half of what the wire type holds.
-
-        Half, not all: this step's may be a little larger. 1 for a tensor of zeros, or of what is not finite.
-        """
-        exponents = torch.floor(torch.log2(self._largest_number / largest)) - 1
-        return torch.exp2(torch.where(exponents.isfinite(), exponents, 0.0).clamp(-120, 120))
-
-    def _open(self, buffer: Tensor) -> list[Tensor]:
+    def open(self, buffer: Tensor) -> list[Tensor]:
         opened = self._opened.views(buffer[self._behind :])
         self._unpacker.rebind(opened)
-        if self._largest_number is None:
-            self._unpacker.unpack(buffer)
+        if self._wire in _LARGEST:
+            self._unpacker.unpack(buffer, scales=1.0 / self._scales_in(buffer))
         else:
-            scales = self._layout.views(buffer)[-1].view(torch.float32)
-            self._unpacker.unpack(buffer, scales=1.0 / scales)
-            opened.pop()
+            self._unpacker.unpack(buffer)
         self._unpacker.release()
-        return opened
+        apart = dict(zip(self._apart, opened))
+        return [
+            (torch.view_as_complex(apart[i]) if look.dtype.is_complex else apart[i]).data
+            for i, look in zip(self._same_as, self.looks)
+        ]
+
+    def _sent(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [_as_real(tensors[i].detach()) for i in self._apart]
+
+    def _pack_scaled(self, sent: list[Tensor], buffer: Tensor) -> None:
+        scales = torch.ones(len(sent) + 1, device=buffer.device)
+        before = torch.zeros_like(scales) if self._largest is None else self._largest
+        self._largest = self._pack_by(_scales_for(before, self._wire), sent, buffer)
+        # On a GPU looking at them would wait for it.
+        if not buffer.is_cuda and _misfit(self._scales_in(buffer), self._largest, self._wire):
+            self._pack_by(_scales_for(self._largest, self._wire), sent, buffer)
+        if self._wire == torch.float8_e4m3fn:  # it has no infinity: what held one arrives as NaN
+            self._scales_in(buffer)[~self._largest.isfinite()] = torch.nan
+
+    def _pack_by(self, scales: Tensor, sent: list[Tensor], buffer: Tensor) -> Tensor:
+        """Packs with these scales; returns the largest magnitudes before scaling."""
+        largest = torch.zeros_like(scales)
+        self._packer.rebind([*sent, _bits(scales)])
+        self._packer.pack(buffer, scales=scales, amax=largest)
+        return largest
+
+    def _scales_in(self, buffer: Tensor) -> Tensor:
+        return self._layout.views(buffer)[-1].view(torch.float32)
+
+
+def _scales_for(largest: Tensor, wire: torch.dtype) -> Tensor:
+    """With them the largest magnitudes come to lie in the upper half of what the wire type holds.
+
+    Half, not all: this step's may be a little larger. 1 for a tensor of zeros, or of what is not finite.
+    """
+    exponents = torch.floor(torch.log2(_LARGEST[wire] / largest)) - 1
+    return torch.exp2(torch.where(exponents.isfinite(), exponents, 0.0).clamp(-120, 120))
+
+
+def _misfit(scales: Tensor, largest: Tensor, wire: torch.dtype) -> bool:
+    """Whether a largest magnitude is too large for its scale, or so small that it loses precision."""
+    scaled = largest * scales
+    seen = largest.isfinite() & (largest > 0)
+    return bool((seen & ((scaled > _LARGEST[wire]) | (scaled < _LARGEST[wire] / 64))).any())
+
+
+def _is_cast(dtype: torch.dtype, wire: torch.dtype | None) -> bool:
+    real = dtype.to_real() if dtype.is_complex else dtype
+    return wire is not None and real in REPLACEABLE and real != wire
 
 
 def _bits(scales: Tensor) -> Tensor:
@@ -186,19 +183,6 @@ def _bits(scales: Tensor) -> Tensor:
 
 
 def _as_real(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.resolve_neg()
-
-
-def _span(tensor: Tensor) -> int:
-    """Elements from the first to the last one in memory."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-
-
-def _keeps_strides(tensor: Tensor) -> bool:
-    """Whether a tensor is to travel with its strides, which are not those of rows."""
-    if tensor.is_contiguous() or tensor.numel() == 0:
-        return False
-    return _span(tensor) <= _WIDEST * tensor.numel()

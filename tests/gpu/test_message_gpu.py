@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from message_cases import check_as_is, check_cast
+from message_cases import check_as_is, check_cast, check_overlaps_travel_once, check_shared
 
 pytestmark = [
     pytest.mark.gpu,
@@ -12,6 +12,11 @@ pytestmark = [
 
 def test_what_is_sent_arrives_as_it_is():
     check_as_is("cuda")
+
+
+def test_what_shares_memory_shares_it_again():
+    check_shared("cuda")
+    check_overlaps_travel_once("cuda")
 
 
 @pytest.mark.parametrize(
