@@ -27,7 +27,7 @@ class Look(NamedTuple):
     offset: int  # bytes, from where its region begins
 
     def see(self, storage: UntypedStorage, begin: int) -> Tensor:
-        """Such a tensor in other memory, where its region begins at byte ``begin``; it has a version of its own."""
+        """Such a tensor in other memory, where its region begins at byte ``begin``; its version is its own."""
         offset = (begin + self.offset) // self.dtype.itemsize
         empty = torch.empty(0, dtype=self.dtype, device=storage.device)
         tensor = empty.set_(storage, offset, self.shape, self.stride)

@@ -80,8 +80,8 @@ class Cast(Format):
     """Floating-point tensors travel as another type, and are cast back behind the message.
 
     To float8 each is scaled by a power of two, which travels along, found from its largest magnitude in the
-    step before: delayed scaling, as in Micikevicius et al., FP8 Formats for Deep Learning, 2022. Where that does
-    not fit the values of this step, they are packed once more.
+    step before: delayed scaling, as in Micikevicius et al., FP8 Formats for Deep Learning, 2022. Where that
+    does not fit the values of this step, they are packed once more.
     """
 
     def __init__(self, tensors: Sequence[Tensor], looks: list[Look], wire: torch.dtype) -> None:
