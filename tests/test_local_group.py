@@ -165,6 +165,20 @@ def test_the_thread_ends_with_the_group():
     assert not thread.is_alive()
 
 
+def test_a_group_may_end_in_its_own_thread(monkeypatch):
+    raised, before = [], set(threading.enumerate())
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: raised.append(str(unraisable.exc_value)))
+    held, last = members(2), threading.Event()
+    (thread,) = set(threading.enumerate()) - before
+    work = held[0].all_reduce(torch.ones(1))
+    work.future.add_done_callback(lambda _: last.wait(SOON) and held.clear())
+    del work
+    held[1].all_reduce(torch.ones(1))
+    last.set()
+    thread.join(SOON)
+    assert not held and not thread.is_alive() and not raised
+
+
 def test_replicas_go_on_when_the_main_thread_has_ended():
     code = """if True:
         import threading, time, torch, pipeline_ext as pe

@@ -164,3 +164,26 @@ def test_what_cannot_be_reduced_is_refused_when_the_pipeline_is_made():
     pipeline(nn.Linear(4, 4), used).close()
     with pytest.raises(pe.InvalidArgument, match="each its own"):
         pipeline(nn.Linear(4, 4), used)
+
+
+def test_a_pipeline_that_was_refused_uses_nothing_up():
+    group, x = pe.LocalGroup(1), torch.randn(2, 4)
+    first, second = (pe.GradientReduction(group.member(0)) for _ in range(2))
+    for reduction in (first, second):
+        with pytest.raises(pe.InvalidArgument, match="complex64"):
+            pe.Pipeline([nn.Linear(4, 4, dtype=torch.complex64)], 1, 1, reduction=reduction, loss_fn=F.mse_loss)
+        layer = nn.Linear(4, 4)
+        with pe.Pipeline([layer], 1, 1, reduction=reduction, loss_fn=F.mse_loss) as pipe:
+            pipe.step(x, target=x)
+        assert layer.weight.grad.any()
+
+
+def test_a_member_has_one_pipeline_until_that_is_closed():
+    group, x = pe.LocalGroup(1), torch.randn(2, 4)
+    first, second = (pe.GradientReduction(group.member(0)) for _ in range(2))
+    with pe.Pipeline([nn.Linear(4, 4)], 1, 1, loss_fn=F.mse_loss, reduction=first) as pipe:
+        with pytest.raises(pe.InvalidArgument, match="replica 0 of 1 .* has a pipeline already"):
+            pe.Pipeline([nn.Linear(4, 4)], 1, 1, loss_fn=F.mse_loss, reduction=second)
+        pipe.step(x, target=x)
+    with pe.Pipeline([nn.Linear(4, 4)], 1, 1, loss_fn=F.mse_loss, reduction=second) as pipe:
+        pipe.step(x, target=x)

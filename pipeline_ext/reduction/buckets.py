@@ -1,7 +1,7 @@
 """Flat buffers in which the gradients of parameters live and travel."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,11 @@ class Bucket:
         """Size of what travels."""
         return self._layout.nbytes
 
+    @property
+    def memory(self) -> int:
+        """Address of the buffer whose views the gradients are."""
+        return self._views[-1].untyped_storage().data_ptr()
+
     def check(self) -> None:
         """Raises InvalidArgument for a gradient that cannot be packed."""
         for parameter in self._parameters:
@@ -60,6 +65,13 @@ class Bucket:
                     f"the gradient of a parameter of shape {list(parameter.shape)} is sparse, and replicas "
                     "reduce dense ones only; set it to None, or to its to_dense()"
                 )
+
+    def clone_misplaced(self, buffers: Collection[int]) -> None:
+        """Clones gradients that lie in ``buffers`` at another's place, where both would be written."""
+        for i, parameter in enumerate(self._parameters):
+            grad = parameter.grad
+            if grad is not None and self._is_foreign(i, grad) and grad.untyped_storage().data_ptr() in buffers:
+                parameter.grad = grad.clone()
 
     def bind(self) -> None:
         """Gives each parameter that has no gradient a zeroed view of the buffer, to be added to."""
@@ -79,9 +91,10 @@ class Bucket:
             if grad is None:
                 view.zero_()
                 self._absent.append(i)
-            elif grad is view and grad._version == self._zeroed.get(i):
+            # What is written through .data leaves the version as it is.
+            elif grad is view and grad._version == self._zeroed.get(i) and not view.any():
                 self._absent.append(i)
-            elif grad.data_ptr() != self._addresses[i] or grad.stride() != view.stride():
+            elif self._is_foreign(i, grad):
                 foreign[i] = grad
         self._views[-1].fill_(1)
         for i in self._absent:
@@ -111,6 +124,10 @@ class Bucket:
         """Takes all gradients away."""
         for parameter in self._parameters:
             parameter.grad = None
+
+    def _is_foreign(self, i: int, grad: Tensor) -> bool:
+        """Whether the gradient of parameter ``i`` lies elsewhere than its view does."""
+        return grad.data_ptr() != self._addresses[i] or grad.stride() != self._views[i].stride()
 
     def _packer_for(self, foreign: dict[int, Tensor]) -> Packer | None:
         """What packs the gradients of the step; None where they lie in the buffer that travels."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -18,6 +20,9 @@ from .member import Member
 
 _REDUCIBLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+_in_use: weakref.WeakSet[Member] = weakref.WeakSet()  # members that have a pipeline
+_attaching = threading.Lock()
+
 Body = Callable[[int], None]
 
 
@@ -32,7 +37,8 @@ class GradientReduction:
         pipe = pe.Pipeline(model, 2, 8, loss_fn=loss_fn, reduction=pe.GradientReduction(group.member(0)))
 
     Args:
-        member: the replica's place in its group, as ``LocalGroup.member`` gives it.
+        member: the replica's place in its group, as ``LocalGroup.member`` gives it. It has one pipeline,
+            until that is closed.
         bucket_bytes: most bytes in a buffer; a parameter larger than that gets a buffer of its own.
         wire: floating-point type that the gradients travel as and are rounded to; None: their own.
 
@@ -62,7 +68,8 @@ class GradientReduction:
     ) -> None:
         """Called by the one pipeline whose gradients it reduces.
 
-        Raises InvalidArgument if there is one already, and for parameters whose gradients cannot be reduced.
+        Raises InvalidArgument if it or its member has one already, and for parameters whose gradients cannot be
+        reduced; then it may still be attached to another.
         """
         if self._stages is not None:
             raise InvalidArgument("this GradientReduction has a pipeline already; give each its own")
@@ -73,8 +80,14 @@ class GradientReduction:
                     f"{layer} makes a sparse gradient, and replicas reduce dense ones only; make it with "
                     "sparse=False"
                 )
+        self._build(stages, shared)
+        with _attaching:
+            if self._member in _in_use:
+                raise InvalidArgument(
+                    f"{self._member!r} has a pipeline already; give each a rank of its own, or close the first"
+                )
+            _in_use.add(self._member)
         self._stages, self._shared, self._microbatches = stages, shared, microbatches
-        self._build()
 
     def watch(self, stage: int, backward: Body) -> Body:
         """``backward`` of a stage; the last one of a step sends the stage's gradients."""
@@ -97,9 +110,12 @@ class GradientReduction:
         before; nothing has changed.
         """
         self._member.check()
-        self._build()
+        self._build(self._stages, self._shared)
         for bucket in self._all():
             bucket.check()
+        buffers = {bucket.memory for bucket in self._all()}
+        for bucket in self._all():
+            bucket.clone_misplaced(buffers)
         for bucket in self._all():
             bucket.bind()
         self._left = [self._microbatches] * len(self._stages)
@@ -133,9 +149,10 @@ class GradientReduction:
             )
 
     def close(self) -> None:
-        """Ends a step that waits for other replicas."""
+        """Ends a step that waits for other replicas, and frees the member for another pipeline."""
         if self._in_step:
             self._member.abort(DeadPipeline("the pipeline was closed while a step ran"))
+        _in_use.discard(self._member)
 
     def _all(self) -> Iterator[Bucket]:
         return itertools.chain.from_iterable(self._buckets)
@@ -144,15 +161,15 @@ class GradientReduction:
         for bucket in self._buckets[stage]:
             bucket.send(self._member)
 
-    def _build(self) -> None:
+    def _build(self, stages: Sequence[Stage], shared: SharedParameters) -> None:
         """Makes the buckets, and makes them anew when parameters were frozen, thawed, replaced or cast."""
-        shared = self._shared.parameters()
+        tied = shared.parameters()
         trained = [
             # Backward reaches the last parameters first.
-            [p for p in reversed(stage.parameters()) if p.requires_grad and p not in shared]
-            for stage in self._stages
+            [p for p in reversed(stage.parameters()) if p.requires_grad and p not in tied]
+            for stage in stages
         ]
-        trained.append([p for p in shared if p.requires_grad])
+        trained.append([p for p in tied if p.requires_grad])
         built_for = [[(id(p), p.dtype, p.shape) for p in parameters] for parameters in trained]
         if built_for == self._built_for:
             return

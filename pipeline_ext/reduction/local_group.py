@@ -110,6 +110,12 @@ class LocalMember:
         """Ends the group: whatever is not yet reduced fails for all members, with ``error`` as the reason."""
         self._group.fail(f"replica {self.rank} failed with {type(error).__name__}: {error}")
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LocalMember) and (self._group, self.rank) == (other._group, other.rank)
+
+    def __hash__(self) -> int:
+        return hash((self._group, self.rank))
+
     def __repr__(self) -> str:
         return f"<replica {self.rank} of {self.size} in this process>"
 
@@ -163,7 +169,8 @@ def _serve(queue: Queue) -> None:
 
 def _end(queue: Queue, thread: threading.Thread) -> None:
     queue.put(None)
-    thread.join()
+    if thread is not threading.current_thread():  # in which the group may be garbage-collected
+        thread.join()
 
 
 def _reduce(call: Ready, sums: dict[torch.dtype, Tensor]) -> None:

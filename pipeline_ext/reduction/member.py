@@ -19,7 +19,7 @@ class Work(Protocol):
 
 
 class Member(Protocol):
-    """One replica's place in its group."""
+    """One replica's place in its group; hashable, and equal to whatever stands for the same place."""
 
     rank: int
     size: int
