@@ -59,7 +59,8 @@ def build_plan(
     def by_boundary(name: str, packs: Sequence[int]) -> list[int]:
         numbers = f"a list of whole numbers from 1 to the {microbatches} microbatches"
         accepted = f"{numbers}, one for each of the {num_stages - 1} boundaries"
-        return arguments.numbers(name, packs, num_stages - 1, accepted, microbatches)
+        found = arguments.numbers(name, packs, num_stages - 1, accepted, microbatches)
+        return found if any(k > 1 for k in found) else []
 
     by_stage = f"a list of whole numbers of at least 1, one for each of the {num_stages} stages"
     mode = {

@@ -19,8 +19,8 @@ struct Draft {
 
 // What the caller says of them, by stage.
 struct Slots {
-  std::vector<int> most;  // empty: as many as the schedule needs
-  std::vector<int> room;  // at least so many, within `most`, though the schedule needs fewer; empty: none
+  std::vector<int> most{};  // empty: as many as the schedule needs
+  std::vector<int> room{};  // at least so many, within `most`, though fewer would do; empty: none
 
   bool given() const { return !most.empty() || !room.empty(); }
 };
