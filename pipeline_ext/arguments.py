@@ -97,12 +97,12 @@ def in_flight(value: Any, num_stages: int) -> list[int]:
     return numbers("in_flight", by_stage, num_stages, accepted)
 
 
-def numbers(name: str, value: Any, count: int, accepted: str, most: int = 2**31 - 1) -> list[int]:
-    """``value``, a list of ``count`` whole numbers from 1 to ``most``, or an empty one; raises InvalidArgument."""
+def numbers(name: str, value: Any, length: int, accepted: str, most: int = 2**31 - 1) -> list[int]:
+    """``value``, a list of ``length`` whole numbers from 1 to ``most``, or empty; raises InvalidArgument."""
     found = value.tolist() if hasattr(value, "tolist") else value  # an array's
     if (
         not isinstance(found, Sequence)
-        or len(found) not in (0, count)
+        or len(found) not in (0, length)
         or not all(1 <= _whole(number) <= most for number in found)
     ):
         raise InvalidArgument(f"{name} is {value!r}; give {accepted}")

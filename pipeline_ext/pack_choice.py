@@ -35,8 +35,8 @@ class PackChoice:
         plan: what the pipeline follows from now on.
         packs, packs_forward: by boundary, for gradients and activations.
         predicted: seconds that the simulated step takes.
-        predicted_at_1: seconds it would take if every result left alone, and the stages might hold as many
-            microbatches as with these packs.
+        predicted_at_1: seconds it would take with K = 1 where K was to be chosen, in the same memory: each
+            stage may hold as many microbatches as in ``plan``.
         simulated: plans that were tried.
     """
 
@@ -92,8 +92,8 @@ class AutoPack:
     @property
     def measures(self) -> bool:
         """Whether it wants to see another step."""
-        open_to_choose = self.choice is None and None in self._given and self._boundaries > 0
-        return open_to_choose and len(self._profiles) < MEASURED_STEPS
+        chooses = self.choice is None and None in self._given and self._boundaries > 0
+        return chooses and len(self._profiles) < MEASURED_STEPS
 
     def observe(self, profile: Callable[[], Profile]) -> None:
         """Takes in a step, which is profiled once that is needed."""
@@ -167,7 +167,7 @@ def choose(
             continue
         if predicted > worth * best.predicted:
             continue
-        at_1_with_room = min(at_1, predict(alone, plan.limits)[1])
-        if predicted <= _WORTH * at_1_with_room:
-            best = PackChoice(plan, *packs, predicted, at_1_with_room, simulated)
+        in_same_memory = min(at_1, predict(alone, plan.limits)[1])
+        if predicted < _WORTH * in_same_memory:
+            best = PackChoice(plan, *packs, predicted, in_same_memory, simulated)
     return replace(best, simulated=simulated)

@@ -57,8 +57,10 @@ def build_plan(
     microbatches = arguments.count("microbatches", microbatches)
 
     def by_boundary(name: str, packs: Sequence[int]) -> list[int]:
-        numbers = f"a list of whole numbers from 1 to the {microbatches} microbatches"
-        accepted = f"{numbers}, one for each of the {num_stages - 1} boundaries"
+        accepted = (
+            f"a list of whole numbers from 1 to the {microbatches} microbatches, one for each of the "
+            f"{num_stages - 1} boundaries"
+        )
         found = arguments.numbers(name, packs, num_stages - 1, accepted, microbatches)
         return found if any(k > 1 for k in found) else []
 

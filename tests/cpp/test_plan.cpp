@@ -137,7 +137,8 @@ TEST(a_stage_has_the_room_it_is_given) {
 TEST(a_given_order_is_kept_or_refused) {
   const Order order = order_from_csv("0F0,0F1,0F2,0B0,0B1,0B2\n1F0,1B0,1F1,1B1,1F2,1B2\n");
   CHECK((make_plan(order, {}, {{3, 1}}).order() == order));
-  CHECK_THROWS(make_plan(order, {}, {{2, 1}}), PlanError, "holds 3 microbatches at stage 0, in_flight allows 2");
+  CHECK_THROWS(make_plan(order, {}, {{2, 1}}), PlanError,
+               "holds 3 microbatches at stage 0, in_flight allows 2");
   PlanOptions options;
   options.packs.backward = {2};
   CHECK((make_plan(order, options).order() == order));
