@@ -14,13 +14,18 @@ from .packing.layout import FLOATING
 
 def count(name: str, value: Any) -> int:
     """``value`` as a whole number of at least 1; raises InvalidArgument."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
+    number = _whole(value)
     if not 1 <= number < 2**31:
         raise InvalidArgument(f"{name} is {value!r}; give a whole number of at least 1")
     return number
+
+
+def _whole(value: Any) -> int:
+    """``value`` if it is a whole number, else 0, which is accepted nowhere."""
+    try:
+        return 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return 0
 
 
 def check_type(name: str, value: Any, accepted: type) -> None:
@@ -35,26 +40,25 @@ def packs(name: str, value: Any, boundaries: int, microbatches: int) -> list[int
     Otherwise ``value`` is a number, "all", or a mapping from boundaries to these; a boundary left out has 1.
     Raises InvalidArgument.
     """
-    if value == "auto":
+    if isinstance(value, str) and value == "auto":
         return None
+    accepted = f'give a number from 1 to the {microbatches} microbatches, "all" of them'
     if isinstance(value, Mapping):
         _check_boundaries(name, value, boundaries)
-        return [_pack(name, value.get(b, 1), microbatches) for b in range(boundaries)]
-    return [_pack(name, value, microbatches)] * boundaries
+        return [
+            _pack(f"{name} at boundary {b}", value.get(b, 1), microbatches, f"{accepted}, or leave it out")
+            for b in range(boundaries)
+        ]
+    accepted += ', "auto", or a dict from boundaries to numbers'
+    return [_pack(name, value, microbatches, accepted)] * boundaries
 
 
-def _pack(name: str, value: Any, microbatches: int) -> int:
-    if value == "all":
+def _pack(name: str, value: Any, microbatches: int, accepted: str) -> int:
+    if isinstance(value, str) and value == "all":
         return microbatches
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
+    number = _whole(value)
     if not 1 <= number <= microbatches:
-        raise InvalidArgument(
-            f"{name} is {value!r}; give a number from 1 to the {microbatches} microbatches, "
-            '"all" of them, "auto", or a dict from boundaries to numbers'
-        )
+        raise InvalidArgument(f"{name} is {value!r}; {accepted}")
     return number
 
 
@@ -88,13 +92,21 @@ def in_flight(value: Any, num_stages: int) -> list[int]:
     """The most microbatches that each stage may hold, by stage; empty for None. Raises InvalidArgument."""
     if value is None:
         return []
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) != num_stages:
-            raise InvalidArgument(
-                f"in_flight has {len(value)} numbers for {num_stages} stages; give one for each, or one for all"
-            )
-        return [count("in_flight", limit) for limit in value]
-    return [count("in_flight", value)] * num_stages
+    accepted = f"a whole number of at least 1, or a list of one for each of the {num_stages} stages"
+    by_stage = [value] * num_stages if _whole(value) > 0 else value
+    return numbers("in_flight", by_stage, num_stages, accepted)
+
+
+def numbers(name: str, value: Any, length: int, accepted: str, most: int = 2**31 - 1) -> list[int]:
+    """``value``, a list of ``length`` whole numbers from 1 to ``most``, or empty; raises InvalidArgument."""
+    found = value.tolist() if hasattr(value, "tolist") else value  # an array's
+    if (
+        not isinstance(found, Sequence)
+        or len(found) not in (0, length)
+        or not all(1 <= _whole(number) <= most for number in found)
+    ):
+        raise InvalidArgument(f"{name} is {value!r}; give {accepted}")
+    return [_whole(number) for number in found]
 
 
 def check_settings(loss_fn: Any, loss_reduction: Any, timeout: Any) -> None:

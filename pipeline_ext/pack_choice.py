@@ -2,19 +2,29 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Protocol
 
 from . import _C
 from .errors import InvalidSchedule
 from .profile import Profile, fastest
 from .simulation import simulate
 
-PlanOfPacks = Callable[[Sequence[int], Sequence[int]], _C.Plan]  # of gradients and of activations
-
 MEASURED_STEPS = 3
-_WORTH = 0.98  # more microbatches in flight must save at least so much time
-_SECONDS = 2.0  # for looking at single boundaries
+_WORTH = 0.98  # of the time, at most, that a larger K must leave
+_SECONDS = 2.0  # for the search
+
+Packs = Sequence[Sequence[int]]  # of gradients and of activations, by boundary
+
+
+class PlanOfPacks(Protocol):
+    """Makes a plan; ``room``: how many microbatches each stage may hold at least."""
+
+    def __call__(
+        self, packs: Sequence[int], packs_forward: Sequence[int], room: Sequence[int] = ()
+    ) -> _C.Plan: ...
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,8 @@ class PackChoice:
         plan: what the pipeline follows from now on.
         packs, packs_forward: by boundary, for gradients and activations.
         predicted: seconds that the simulated step takes.
-        predicted_at_1: seconds it would take if every result left alone.
+        predicted_at_1: seconds it would take with K = 1 where K was to be chosen, in the same memory: each
+            stage may hold as many microbatches as in ``plan``.
         simulated: plans that were tried.
     """
 
@@ -38,7 +49,7 @@ class PackChoice:
 
     @property
     def gain(self) -> float:
-        """Share of the step's time that it is predicted to save."""
+        """Share of the step's time that packing alone is predicted to save."""
         return 1.0 - self.predicted / self.predicted_at_1 if self.predicted_at_1 else 0.0
 
     def __str__(self) -> str:
@@ -48,12 +59,16 @@ class PackChoice:
         return (
             f'pack="auto": K = {text(self.packs)} for gradients, {text(self.packs_forward)} for activations; '
             f"a step is predicted to take {self.predicted * 1e3:.2f} ms, {self.gain:.1%} less than the "
-            f"{self.predicted_at_1 * 1e3:.2f} ms with K = 1"
+            f"{self.predicted_at_1 * 1e3:.2f} ms with K = 1 in the same memory"
         )
 
 
 class AutoPack:
-    """Watches the first steps, in which each result leaves alone, and then chooses."""
+    """Watches the first steps, in which each result leaves alone; then it can choose.
+
+    Attributes:
+        choice: what the pipeline follows; None until it does.
+    """
 
     def __init__(
         self,
@@ -63,10 +78,11 @@ class AutoPack:
         boundaries: int,
     ) -> None:
         """``packs`` and ``packs_forward`` are None where they are to be chosen."""
+        self.choice: PackChoice | None = None
         self._plan_of = plan_of
         self._given = (packs, packs_forward)
         self._boundaries = boundaries
-        self._profiles: list[Profile] = []
+        self._profiles: list[Callable[[], Profile]] = []
 
     def plan(self) -> _C.Plan:
         """The plan to begin with."""
@@ -75,15 +91,26 @@ class AutoPack:
 
     @property
     def measures(self) -> bool:
-        """Whether it is yet to choose."""
-        return None in self._given and self._boundaries > 0 and len(self._profiles) < MEASURED_STEPS
+        """Whether it wants to see another step."""
+        chooses = self.choice is None and None in self._given and self._boundaries > 0
+        return chooses and len(self._profiles) < MEASURED_STEPS
 
-    def observe(self, profile: Profile) -> PackChoice | None:
-        """Takes in a step; after the last one it chooses."""
+    def observe(self, profile: Callable[[], Profile]) -> None:
+        """Takes in a step, which is profiled once that is needed."""
         self._profiles.append(profile)
-        if self.measures:
-            return None
-        return choose(self._plan_of, fastest(self._profiles), *self._given)
+
+    def choose(self, follow: Callable[[_C.Plan], None]) -> None:
+        """After enough steps chooses once, has the plan followed and says so.
+
+        If that is interrupted nothing has been chosen, and it can be called again.
+        """
+        if self.choice is not None or len(self._profiles) < MEASURED_STEPS:
+            return
+        choice = choose(self._plan_of, fastest([profile() for profile in self._profiles]), *self._given)
+        follow(choice.plan)
+        self.choice = choice
+        self._profiles.clear()
+        print(choice)
 
 
 def choose(
@@ -94,47 +121,53 @@ def choose(
 ) -> PackChoice:
     """The K, by boundary, with which the simulated step is shortest; the smaller one where it hardly matters.
 
-    Simulates K = 1, 2, 4, ..., M for all boundaries, then for two seconds at most half and twice of it at
-    single ones. A K that would not end, or not within the limits given to ``plan_of``, is left out.
+    Simulates K = 1, 2, 4, ..., M for all boundaries, in both directions if both are to be chosen, then half
+    and twice of it at single ones, for two seconds at most. A K counts by what it saves over K = 1 in the
+    same memory: to hold more microbatches hides latency, but takes no packing. One that would not end, or
+    not within the limits given to ``plan_of``, is left out.
 
     Args:
         plan_of: makes a plan of packs for gradients and for activations, by boundary.
         packs, packs_forward: given where they are not to be chosen.
     """
+    given = (packs, packs_forward)
     boundaries = range(len(profile.result_bytes))
-    chosen = [p or [1 for _ in boundaries] for p in (packs, packs_forward)]
-    free = [way for way, given in enumerate((packs, packs_forward)) if given is None]
-    plan = plan_of(*chosen)
-    microbatches, simulated = plan.num_microbatches, 0
+    alone = [p or [1 for _ in boundaries] for p in given]
+    simulated = 0
 
-    def predict(candidate: list[list[int]]) -> float:
+    def predict(packs: Packs, room: Sequence[int] = ()) -> tuple[_C.Plan, float]:
         nonlocal simulated
-        try:
-            plan = plan_of(*candidate)
-        except InvalidSchedule:
-            return math.inf
         simulated += 1
-        return simulate(plan, profile.costs(plan)).makespan
+        plan = plan_of(*packs, room)
+        return plan, simulate(plan, profile.costs(plan)).makespan
 
-    best = at_1 = predict(chosen)
+    plan, at_1 = predict(alone)
+    best = PackChoice(plan, *alone, predicted=at_1, predicted_at_1=at_1, simulated=simulated)
+    most = plan.num_microbatches
 
-    def try_out(way: int, packs: list[int], worth: float = _WORTH) -> None:
-        nonlocal best, chosen
-        candidate = [packs if w == way else p for w, p in enumerate(chosen)]
-        predicted = predict(candidate)
-        if predicted <= worth * best:
-            best, chosen = predicted, candidate
+    def candidates() -> Iterator[tuple[Packs, float]]:
+        """Packs, and what share of the best time so far they are worth."""
+        powers = [*(1 << i for i in range(most.bit_length()) if 1 << i < most), most]
+        grid = product(*([1] if p else powers for p in given))
+        for ks in sorted(grid, key=math.prod)[1:]:
+            yield [p or [k for _ in boundaries] for p, k in zip(given, ks)], _WORTH
+        for way, b, (factor, worth) in product((0, 1), boundaries, ((0.5, 1.0), (2, _WORTH))):
+            packs = [list(best.packs), list(best.packs_forward)]
+            packs[way][b] = int(packs[way][b] * factor)
+            if given[way] is None and 1 <= packs[way][b] <= most:
+                yield packs, worth
 
-    doubled = [1 << i for i in range(1, microbatches.bit_length()) if 1 << i < microbatches]
-    for way in free:
-        for k in (*doubled, microbatches):
-            try_out(way, [k for _ in boundaries])
     deadline = time.monotonic() + _SECONDS
-    for way in free:
-        for b in boundaries:
-            for factor, worth in ((0.5, 1.0), (2, _WORTH)):
-                k = int(chosen[way][b] * factor)
-                if 1 <= k <= microbatches and time.monotonic() < deadline:
-                    packed = [k if other == b else p for other, p in enumerate(chosen[way])]
-                    try_out(way, packed, worth)
-    return PackChoice(plan_of(*chosen), *chosen, predicted=best, predicted_at_1=at_1, simulated=simulated)
+    for packs, worth in candidates():
+        if time.monotonic() > deadline:
+            break
+        try:
+            plan, predicted = predict(packs)
+        except InvalidSchedule:
+            continue
+        if predicted > worth * best.predicted:
+            continue
+        in_same_memory = min(at_1, predict(alone, plan.limits)[1])
+        if predicted < _WORTH * in_same_memory:
+            best = PackChoice(plan, *packs, predicted, in_same_memory, simulated)
+    return replace(best, simulated=simulated)

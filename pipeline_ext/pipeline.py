@@ -60,12 +60,13 @@ class Pipeline:
             module may then run forward in two threads at once where it is recomputed.
         reactive: let a rank whose next planned task is not ready run another that is. The microbatches of
             one stage and kind keep their order, and the limit of microbatches in flight holds; so the
-            gradients are the same. False: exactly the planned order.
+            gradients are the same. False: exactly the planned order; a ``schedule`` that lists it is refused
+            where ``pack`` or ``in_flight`` would change it.
         pack: K, how many microbatches' gradients leave a stage for the one before in one message: a number,
             ``"all"``, ``"auto"``, or a dict from boundaries to numbers (boundary b is between stages b and
             b + 1; one left out has 1). The stages upstream then hold more microbatches, by what the
-            simulated step needs. ``"auto"`` measures the first three steps, simulates K = 1, 2, 4, ..., and
-            prints what it takes. Stages on one rank hand each result over alone.
+            simulated step needs. ``"auto"`` measures the first three steps; as the fourth begins it simulates
+            K = 1, 2, 4, ..., and prints what it takes. Stages on one rank hand each result over alone.
         pack_forward: the same for activations.
         wire: floating-point type that gradients travel as, or a dict from boundaries to types; None: their
             own. They are cast back on arrival.
@@ -120,7 +121,7 @@ class Pipeline:
         boundaries = len(modules) - 1
         limits = arguments.in_flight(in_flight, len(modules))
         self._auto_pack = AutoPack(
-            lambda packs, packs_forward: planning.build_plan(
+            lambda packs, packs_forward, room=(): planning.build_plan(
                 schedule,
                 num_stages=len(modules),
                 microbatches=microbatches,
@@ -130,12 +131,12 @@ class Pipeline:
                 packs=packs,
                 packs_forward=packs_forward,
                 in_flight=limits,
+                room=room,
             ),
             arguments.packs("pack", pack, boundaries, microbatches),
             arguments.packs("pack_forward", pack_forward, boundaries, microbatches),
             boundaries,
         )
-        self._pack_choice: PackChoice | None = None
         exchange_of = functools.partial(
             Exchange,
             wire=arguments.wires("wire", wire, boundaries),
@@ -218,6 +219,7 @@ class Pipeline:
         arguments.check_rows(size, count)
         rows = microbatch.lengths(size, count)
         with self._lifetime.one_at_a_time("step was called"), contextlib.ExitStack() as replicas:
+            self._auto_pack.choose(self._routes.follow)
             step = Step(
                 exchange=self._routes.train.exchange,
                 inputs=microbatch.split((args, kwargs), size, count, "an input"),
@@ -298,8 +300,13 @@ class Pipeline:
 
     @property
     def plan(self) -> _C.Plan:
-        """The plan of a step. ``pack="auto"`` takes another one after the third."""
+        """The plan of a step. ``pack="auto"`` takes another one as the fourth begins."""
         return self._routes.train.program.plan
+
+    @property
+    def pack_choice(self) -> PackChoice | None:
+        """What ``pack="auto"`` has chosen; None until it has."""
+        return self._auto_pack.choice
 
     @property
     def num_stages(self) -> int:
@@ -378,17 +385,10 @@ class Pipeline:
                 raise closed_error(training)
             raise timeout_error(result, self._timeout, self._lifetime.executor.dead, training)
         if record:
-            trace = Trace(self.plan, result, exchange.messages(), self._pack_choice)
+            trace = Trace(self.plan, result, exchange.messages(), self.pack_choice)
             self._trace = trace if self._trace_wanted else None
             if self._auto_pack.measures:
-                self._choose_pack(trace)
-
-    def _choose_pack(self, trace: Trace) -> None:
-        choice = self._auto_pack.observe(trace.profile())
-        if choice is not None:
-            print(choice)
-            trace.pack_choice = self._pack_choice = choice
-            self._routes.follow(choice.plan)
+                self._auto_pack.observe(trace.profile)
 
     def _give_up(self, training: bool) -> None:
         if self._lifetime.executor.dead:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import _C
+from . import _C, arguments
 from .errors import InvalidArgument, InvalidSchedule
 
 ScheduleLike = str | os.PathLike | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
@@ -27,7 +27,8 @@ def build_plan(
     reactive: bool = False,
     packs: Sequence[int] = (),
     packs_forward: Sequence[int] = (),
-    in_flight: Sequence[int] = (),
+    in_flight: int | Sequence[int] | None = None,
+    room: Sequence[int] = (),
 ) -> _C.Plan:
     """The plan of one step.
 
@@ -39,20 +40,38 @@ def build_plan(
         num_ranks: ranks; by default one for each stage, or for each two of a schedule that holds
             several stages on a rank.
         overlap: let a rank's forward and backward stream run at the same time.
-        reactive: let a rank whose next planned task is not ready take another that is.
+        reactive: let a rank whose next planned task is not ready take another that is. Otherwise an order
+            given is kept as it is, or refused.
         packs, packs_forward: how many microbatches' gradients, and activations, leave in one message, by
             boundary; empty: 1.
-        in_flight: the most microbatches that each stage may hold; empty: as many as it takes.
+        in_flight: the most microbatches that a stage may hold, or a list of that by stage; None or empty: as
+            many as it takes.
+        room: how many microbatches each stage may hold at least, by stage, where ``in_flight`` allows it;
+            empty: no more than it takes.
 
     Raises:
+        InvalidArgument: for numbers that cannot be used.
         InvalidSchedule: if there is no such schedule, it does not fit, or it would never end.
     """
+    num_stages = arguments.count("num_stages", num_stages)
+    microbatches = arguments.count("microbatches", microbatches)
+
+    def by_boundary(name: str, packs: Sequence[int]) -> list[int]:
+        accepted = (
+            f"a list of whole numbers from 1 to the {microbatches} microbatches, one for each of the "
+            f"{num_stages - 1} boundaries"
+        )
+        found = arguments.numbers(name, packs, num_stages - 1, accepted, microbatches)
+        return found if any(k > 1 for k in found) else []
+
+    by_stage = f"a list of whole numbers of at least 1, one for each of the {num_stages} stages"
     mode = {
         "overlap": overlap,
         "reactive": reactive,
-        "packs": packs if any(k > 1 for k in packs) else (),
-        "packs_forward": packs_forward if any(k > 1 for k in packs_forward) else (),
-        "in_flight": in_flight,
+        "packs": by_boundary("packs", packs),
+        "packs_forward": by_boundary("packs_forward", packs_forward),
+        "in_flight": arguments.in_flight(in_flight, num_stages),
+        "room": arguments.numbers("room", room, num_stages, by_stage),
     }
     path = _csv_path(schedule)
     if isinstance(schedule, str) and path is None:

@@ -107,13 +107,14 @@ def _mean_overhead(messages: Sequence[Messages]) -> float:
 
 
 def _latencies(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> list[float]:
-    by_task = {task.task: task for task in tasks}
+    last_before: dict[int, TaskRecord] = {}  # what each task waits for longest
+    for task in sorted(tasks, key=lambda task: task.end):
+        last_before.update((after, task) for after in plan.successors(task.task))
     found: list[list[float]] = [[] for _ in range(plan.num_stages - 1)]
     idle_since: dict[tuple[int, str], float] = {}
     for task in tasks:
         worker = (task.rank, task.stream if plan.overlap else "")
-        before = [by_task[t] for t in plan.dependencies(task.task) if t in by_task]
-        last = max(before, key=lambda t: t.end, default=None)
+        last = last_before.get(task.task)
         waited = last is not None and last.end >= idle_since.get(worker, 0.0)
         if waited and last.rank != task.rank:
             found[min(last.stage, task.stage)].append(task.begin - last.end)

@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -461,7 +462,100 @@ def test_the_simulator_and_a_real_run_agree_on_who_waits(pack, in_flight):
         assert pipe.trace.peak_in_flight_of_stage == simulation.peak_in_flight_of_stage
 
 
+def test_a_stage_that_may_hold_too_few_is_named():
+    def refused(**settings):
+        with pytest.raises(pe.InvalidSchedule) as caught:
+            pe.build_plan("1f1b", num_stages=4, microbatches=8, **settings)
+        return str(caught.value)
+
+    assert "(2 at stage 1)" in refused(packs=[1, 4, 1], in_flight=[8, 2, 8, 8])
+    text = refused(packs=[1, 4, 1], in_flight=[3, 2, 1, 1])
+    assert "(3 at stage 0, 2 at stage 1)" in text and "allow 4" in text
+    assert pe.build_plan("1f1b", num_stages=4, microbatches=8, packs=[1, 4, 1], in_flight=[4, 4, 1, 1])
+
+
+def test_limits_are_raised_where_results_wait_and_nowhere_else():
+    def plan(packs, room=()):
+        return pe.build_plan(
+            "1f1b", num_stages=4, microbatches=64, reactive=True, packs=packs, room=room
+        )
+
+    tight, roomy = plan([8, 1, 1]), plan([8, 1, 1], room=[16, 7, 4, 1])
+    assert tight.limits == [16, 3, 2, 1] and roomy.limits == [16, 7, 4, 1]
+    assert pe.simulate(tight).makespan == pe.simulate(roomy).makespan
+    assert plan([1, 1, 2]).limits == plan([2, 2, 2]).limits == [8, 6, 4, 1]
+
+
+def test_without_packs_the_order_is_what_needs_more():
+    rows = [[f"{s}{kind}{m}" for kind in "FB" for m in (range(4) if kind == "F" else range(3, -1, -1))]
+            for s in range(2)]  # fmt: skip
+    with pytest.raises(pe.InvalidSchedule, match="its order needs more; allow 4 .*another order") as caught:
+        pe.build_plan(rows, num_stages=2, microbatches=4, reactive=True, in_flight=2)
+    assert "pack" not in str(caught.value)
+
+
+def test_limits_may_be_an_array():
+    for limits in ([3, 1], (3, 1), np.array([3, 1]), torch.tensor([3, 1])):
+        with pe.Pipeline(
+            [nn.Linear(2, 2)] * 2, microbatches=4, loss_fn=F.mse_loss, pack=3, in_flight=limits
+        ) as pipe:
+            assert pipe.plan.limits == [3, 1]
+
+
+ROWS = [["0F0", "0F1", "0F2", "0B0", "0B1", "0B2"], ["1F0", "1B0", "1F1", "1B1", "1F2", "1B2"]]
+
+
+@pytest.mark.parametrize("settings", [{}, {"in_flight": [3, 1]}, {"packs": [2]}, {"packs": [3]}])
+def test_without_reaction_an_order_is_run_exactly_as_it_was_given(settings):
+    plan = pe.build_plan(ROWS, num_stages=2, microbatches=3, reactive=False, **settings)
+    assert plan.order() == dict(enumerate(ROWS))
+
+
+@pytest.mark.parametrize(
+    "rows, settings, text",
+    [
+        (ROWS, {"in_flight": 2}, "holds 3 microbatches at stage 0, in_flight allows 2; .*reactive=True"),
+        (ROWS, {"packs": [3], "in_flight": 2}, "holds 3 microbatches at stage 0, in_flight allows 2"),
+        (
+            [["0F0", "0F1", "0B0", "0F2", "0B1", "0B2"], ROWS[1]],
+            {"packs": [3]},
+            "order given the step would never end, .*; pack fewer, give another order, .*reactive=True",
+        ),
+        (
+            [["0F0", "0B0", "0F1", "0F2", "0B1", "0B2"], ["1F0", "1F1", "1F2", "1B0", "1B1", "1B2"]],
+            {"packs": [3]},
+            "this schedule never ends",
+        ),
+    ],
+)
+def test_or_it_is_refused(rows, settings, text):
+    with pytest.raises(pe.InvalidSchedule, match=text):
+        pe.build_plan(rows, num_stages=2, microbatches=3, reactive=False, **settings)
+
+
 # -- what is refused
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        ({"packs": [1]}, r"packs is \[1\]; .* from 1 to the 4 microbatches, one for each of the 2 boundaries"),
+        ({"packs": [0, 0]}, r"packs is \[0, 0\]"),
+        ({"packs_forward": [-1, 1, 1, 1]}, r"packs_forward is \[-1, 1, 1, 1\]"),
+        ({"packs": [1, 5]}, r"packs is \[1, 5\]"),
+        ({"packs": 2}, "packs is 2; give a list"),
+        ({"in_flight": "3"}, "in_flight is '3'"),
+        ({"room": [1, 2]}, r"room is \[1, 2\]; .*one for each of the 3 stages"),
+        ({"microbatches": 0}, "microbatches is 0"),
+    ],
+)
+def test_numbers_that_no_plan_can_have(settings, text):
+    with pytest.raises(pe.InvalidArgument, match=text):
+        pe.build_plan("1f1b", **{"num_stages": 3, "microbatches": 4, **settings})
+
+
+def test_a_limit_may_be_one_for_all_stages():
+    assert pe.build_plan("gpipe", num_stages=3, microbatches=4, in_flight=3).limits == [3, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -472,12 +566,16 @@ def test_the_simulator_and_a_real_run_agree_on_who_waits(pack, in_flight):
         ({"pack": True}, "pack is True"),
         ({"pack_forward": "some"}, "pack_forward is 'some'"),
         ({"pack": {1: 2}}, "pack names the boundary 1; boundary b is between stages b and b \\+ 1"),
-        ({"pack": {0: "auto"}}, "pack is 'auto'"),
+        ({"pack": {0: "auto"}}, "pack at boundary 0 is 'auto'; give a number .* or leave it out"),
+        ({"pack": np.array([2, 2])}, "pack is array"),
         ({"wire": torch.int8}, "wire is torch.int8; give one of torch.float64"),
         ({"wire_forward": {0: "bf16"}}, "wire_forward is 'bf16'"),
         ({"in_flight": 0}, "in_flight is 0"),
         ({"link": 0.001}, "link is 0.001; give a LocalLink"),
-        ({"in_flight": [1, 2, 3]}, "in_flight has 3 numbers for 2 stages"),
+        ({"in_flight": [1, 2, 3]}, r"in_flight is \[1, 2, 3\]; .* or a list of one for each of the 2 stages"),
+        ({"in_flight": {0: 2}}, "in_flight is {0: 2}; .* or a list"),
+        ({"in_flight": [2, 0]}, r"in_flight is \[2, 0\]; give a whole number of at least 1"),
+        ({"in_flight": -1}, "in_flight is -1; give a whole number of at least 1"),
     ],
 )
 def test_settings_that_cannot_be_used(settings, text):

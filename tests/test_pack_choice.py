@@ -1,8 +1,10 @@
 """pack="auto": what is measured, what is chosen, and where it can be seen."""
 
+import itertools
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pipeline_ext as pe
+from pipeline_ext import pack_choice
 from pipeline_ext.pack_choice import choose
 
 
@@ -31,10 +34,10 @@ def profile(stages, forward=1.0, backward=2.0, latency=0.0, overhead=0.0, bandwi
 
 
 def plans(stages, microbatches, schedule="1f1b", **settings):
-    def plan_of(packs, packs_forward):
+    def plan_of(packs, packs_forward, room=()):
         return pe.build_plan(
             schedule, num_stages=stages, microbatches=microbatches, reactive=True,
-            packs=packs, packs_forward=packs_forward, **settings,
+            packs=packs, packs_forward=packs_forward, room=room, **settings,
         )  # fmt: skip
 
     return plan_of
@@ -57,8 +60,50 @@ def test_dear_messages_leave_together():
     }
     assert by_k[4] == min(by_k.values()) < 0.98 * by_k[1]
     assert choice.predicted <= by_k[4]
-    assert choice.predicted_at_1 == by_k[1]
-    assert choice.gain == pytest.approx(1 - choice.predicted / by_k[1])
+    assert choice.gain == pytest.approx(1 - choice.predicted / choice.predicted_at_1)
+
+
+def test_what_more_microbatches_in_flight_save_is_not_packing_s():
+    """They hide latency, with K = 1 as well: what a K saves is counted in the same memory."""
+    for schedule in ("1f1b", "interleaved-1f1b"):
+        for latency in (0.25, 1.0, 2.0):
+            for given in (None, [1] * 3):
+                choice = choose(plans(4, 32, schedule), profile(4, latency=latency), packs_forward=given)
+                assert choice.packs == choice.packs_forward == [1, 1, 1]
+                assert choice.plan.limits == plans(4, 32, schedule)([1] * 3, [1] * 3).limits
+    costs = profile(4, latency=1.0, overhead=1.0)
+    choice = choose(plans(4, 64), costs)
+    assert max(choice.packs + choice.packs_forward) > 1
+    alone = [plans(4, 64)([1] * 3, [1] * 3, room) for room in ((), choice.plan.limits)]
+    natural, with_room = (pe.simulate(plan, costs.costs(plan)).makespan for plan in alone)
+    assert choice.predicted_at_1 == with_room < natural
+    assert choice.predicted <= 0.98 * with_room
+
+
+def test_both_directions_are_chosen_together():
+    costs = profile(8, overhead=1.0)
+    grid = [
+        plans(8, 64)([k] * 7, [k_forward] * 7)
+        for k, k_forward in itertools.product((1, 2, 4, 8, 16, 32, 64), repeat=2)
+    ]
+    best = min(pe.simulate(plan, costs.costs(plan)).makespan for plan in grid)
+    assert choose(plans(8, 64), costs).predicted <= best / 0.98
+
+
+def test_when_time_is_up_the_best_so_far_is_taken(monkeypatch):
+    simulated = []
+
+    def simulate(*args):
+        simulated.append(pe.simulate(*args))
+        return simulated[-1]
+
+    monkeypatch.setattr(pack_choice, "simulate", simulate)
+    monkeypatch.setattr(pack_choice, "time", SimpleNamespace(monotonic=lambda: len(simulated)))
+    monkeypatch.setattr(pack_choice, "_SECONDS", 5)
+    choice = choose(plans(4, 64), profile(4, overhead=1.0))
+    assert choice.simulated == len(simulated) in (7, 8)
+    assert 1 < max(choice.packs + choice.packs_forward) < 64
+    assert choice.predicted < choice.predicted_at_1
 
 
 def test_each_boundary_has_a_k_of_its_own():
@@ -135,7 +180,7 @@ def test_a_step_tells_what_messages_cost():
 
 
 @pytest.mark.parametrize("trace", [True, False])
-def test_after_three_steps_a_pipeline_chooses_and_says_so(trace, capsys, tmp_path):
+def test_as_the_fourth_step_begins_a_pipeline_chooses_and_says_so(trace, capsys, tmp_path):
     x = torch.randn(16, 4)
     with pe.Pipeline(
         [Wait(0.0005) for _ in range(4)],
@@ -148,20 +193,50 @@ def test_after_three_steps_a_pipeline_chooses_and_says_so(trace, capsys, tmp_pat
         for step in range(1, 6):
             pipe.step(x, target=x)
             printed = capsys.readouterr().out
-            assert ("a step is predicted to take" in printed) == (step == 3)
-            assert (max(pipe.plan.packs) > 1) == (step >= 3)
+            assert ("a step is predicted to take" in printed) == (step == 4)
+            assert (max(pipe.plan.packs) > 1) == (step > 3) == (pipe.pack_choice is not None)
             if trace:
-                assert (pipe.trace.pack_choice is None) == (step < 3)
+                assert pipe.trace.pack_choice is pipe.pack_choice
                 sent = sum(m.count for m in pipe.trace.messages if m.direction == "backward")
                 packs = pipe.trace.plan.packs
                 assert sent == sum(math.ceil(16 / k) for k in packs) and (sent < 48) == (step > 3)
+        choice = pipe.pack_choice
+        assert choice.packs == pipe.plan.packs
         if trace:
-            choice = pipe.trace.pack_choice
-            assert choice.packs == pipe.plan.packs
             pipe.trace.save(tmp_path / "trace.json")
             saved = json.loads((tmp_path / "trace.json").read_text())["otherData"]["pack_choice"]
             assert saved == str(choice)
             assert f"K = {choice.packs[0]}" in saved or str(choice.packs) in saved
+
+
+def test_a_choice_that_is_interrupted_changes_nothing_and_is_made_at_the_next_step(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(8, 4)
+    with pe.Pipeline(model, 2, 8, loss_fn=F.mse_loss, pack="auto", link=pe.LocalLink(overhead=0.002)) as pipe:
+        for _ in range(3):
+            pipe.step(x, target=x)
+        before = [p.grad.clone() for p in model.parameters()]
+        plan, trace = pipe.plan, pipe.trace
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        for name in ("simulate", "fastest"):
+            with monkeypatch.context() as patch:
+                patch.setattr(pack_choice, name, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    pipe.step(x, target=x)
+            assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), before))
+            assert pipe.plan is plan and pipe.trace is trace and pipe.pack_choice is None
+        pipe.step(x, target=x)
+        assert pipe.trace.pack_choice is pipe.pack_choice is not None
+        assert pipe.plan is pipe.trace.plan is pipe.pack_choice.plan
+
+
+def test_a_pipeline_that_chooses_nothing_has_no_choice():
+    with pe.Pipeline([Wait(0.0)] * 2, microbatches=2, loss_fn=F.mse_loss, pack=2) as pipe:
+        for _ in range(4):
+            pipe.step(torch.randn(2, 4), target=torch.randn(2, 4))
+        assert pipe.pack_choice is pipe.trace.pack_choice is None
 
 
 def test_a_schedule_that_lists_its_sends_stays_as_it_is():

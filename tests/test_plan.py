@@ -110,6 +110,13 @@ def test_the_trace_tells_what_ran():
         assert simulated.makespan < trace.step_time * 2
 
 
+def test_what_waits_for_a_task_is_what_it_leads_to():
+    plan = pe.build_plan("interleaved-1f1b", num_stages=6, num_ranks=3, microbatches=6, packs=[2] * 5)
+    tasks = range(len(plan))
+    waits = {(before, after) for after in tasks for before in plan.dependencies(after)}
+    assert {(before, after) for before in tasks for after in plan.successors(before)} == waits
+
+
 def test_messages_are_counted_where_ranks_differ():
     assert pe.build_plan("1f1b", num_stages=4, microbatches=5).num_messages == 2 * 3 * 5
     looped = pe.build_plan("interleaved-1f1b", num_stages=4, microbatches=5, num_ranks=2)

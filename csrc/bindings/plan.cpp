@@ -103,7 +103,15 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
                                   p.rank_of(t), stream_name(stream_of(a.kind)));
           },
           py::arg("task"), "(kind, stage, microbatch, rank, stream) of a task.")
-      .def("dependencies", &Plan::dependencies, py::arg("task"))
+      .def("dependencies", &Plan::dependencies, py::arg("task"),
+           "The tasks that a task waits for. Looks at all tasks: where many are asked for, use successors.")
+      .def(
+          "successors",
+          [](const Plan& p, TaskId t) {
+            const auto after = p.successors(t);
+            return std::vector<TaskId>(after.begin(), after.end());
+          },
+          py::arg("task"), "The tasks that wait for a task.")
       .def("num_sent", &Plan::num_sent, py::arg("task"),
            "How many results leave for another rank, in one message, when the task ends.")
       .def(
@@ -141,28 +149,30 @@ matplotlib or where the file cannot be written.)")
       "make_plan",
       [options](const std::string& name, int num_stages, int num_ranks, int microbatches,
                 bool overlap, bool reactive, std::vector<int> packs,
-                std::vector<int> packs_forward, const std::vector<int>& in_flight) {
+                std::vector<int> packs_forward, std::vector<int> in_flight,
+                std::vector<int> room) {
         return make_shared_plan([&] {
           return make_plan(find_schedule(name), num_stages, num_ranks, microbatches,
-                           options(overlap, reactive, packs, packs_forward), in_flight);
+                           options(overlap, reactive, packs, packs_forward), Slots{in_flight, room});
         });
       },
       py::arg("schedule"), py::arg("num_stages"), py::arg("num_ranks"), py::arg("microbatches"),
       py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
       py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
-      py::arg("in_flight") = py::list());
+      py::arg("in_flight") = py::list(), py::arg("room") = py::list());
   m.def(
       "plan_of_cells",
       [options](const Cells& cells, bool overlap, bool reactive, std::vector<int> packs,
-                std::vector<int> packs_forward, const std::vector<int>& in_flight) {
+                std::vector<int> packs_forward, std::vector<int> in_flight,
+                std::vector<int> room) {
         return make_shared_plan([&] {
           return make_plan(parse_order(cells), options(overlap, reactive, packs, packs_forward),
-                           in_flight);
+                           Slots{in_flight, room});
         });
       },
       py::arg("cells"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
       py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
-      py::arg("in_flight") = py::list());
+      py::arg("in_flight") = py::list(), py::arg("room") = py::list());
   m.def(
       "cells_of_csv", [](const std::string& text) { return to_cells(order_from_csv(text)); },
       py::arg("text"), "The cells of a CSV file, by rank, without empty ones.");

@@ -22,12 +22,24 @@ double makespan(const Draft& draft, const Packs& packs, const std::vector<int>& 
   return ends(plan) ? simulate(plan, Costs::uniform(plan.num_stages())).makespan : kNever;
 }
 
-// The draft's limits `times` over, within `most` and the microbatches there are.
-std::vector<int> raised(const Draft& draft, int times, const std::vector<int>& most) {
+// How many stages, from the first, have a boundary behind them that packs: they wait for its groups.
+int num_delayed(const Draft& draft, const Packs& packs) {
+  const std::vector<int>& ranks = draft.shape.rank_of_stage;
+  int delayed = 0;
+  for (int b = 0; b + 1 < draft.shape.num_stages; ++b) {
+    const bool packed = packs.of(Kind::F, b) > 1 || packs.of(Kind::B, b) > 1;
+    if (packed && ranks[b] != ranks[b + 1]) delayed = b + 1;
+  }
+  return delayed;
+}
+
+// The draft's limits, those of the first `delayed` stages `times` over, within `most` and the microbatches
+// there are.
+std::vector<int> raised(const Draft& draft, int times, int delayed, const std::vector<int>& most) {
   std::vector<int> limits = draft.limits;
-  for (std::size_t s = 0; s < limits.size(); ++s) {
+  for (int s = 0; s < draft.shape.num_stages; ++s) {
     const long all = draft.shape.num_microbatches;
-    long limit = std::min(static_cast<long>(limits[s]) * times, all);
+    long limit = std::min(static_cast<long>(limits[s]) * (s < delayed ? times : 1), all);
     if (!most.empty()) limit = std::min<long>(limit, most[s]);
     limits[s] = static_cast<int>(limit);
   }
@@ -50,31 +62,48 @@ int smallest(int last, Holds&& holds) {
 }
 
 [[noreturn]] void refuse(const Draft& draft, const Packs& packs, const std::vector<int>& most) {
+  const int num_stages = draft.shape.num_stages;
   const int needed = smallest(draft.shape.num_microbatches, [&](int limit) {
-    const std::vector<int> uniform(draft.shape.num_stages, limit);
-    return ends(plan_of(draft, packs, uniform));
+    return ends(plan_of(draft, packs, std::vector<int>(num_stages, limit)));
   });
-  throw PlanError("with at most " + std::to_string(*std::min_element(most.begin(), most.end())) +
-                  " microbatches in flight the step would never end, because results that leave together "
-                  "wait for one another; allow " +
-                  std::to_string(needed) + " in flight at each stage, or pack fewer");
+  // The stages that cannot do with theirs even where the others have what is needed.
+  std::vector<int> limits(num_stages, needed);
+  std::string tight;
+  for (int s = 0; s < num_stages; ++s) {
+    limits[s] = most[s];
+    if (ends(plan_of(draft, packs, limits))) continue;
+    limits[s] = needed;
+    tight += (tight.empty() ? "" : ", ") + std::to_string(most[s]) + " at stage " + std::to_string(s);
+  }
+  const char* why = packs.any() ? "results that leave together wait for one another" : "its order needs more";
+  const char* or_else = packs.any() ? ", or pack fewer" : ", or give another order";
+  throw PlanError("with so few microbatches in flight (" + tight + ") the step would never end, because " +
+                  why + "; allow " + std::to_string(needed) + " in flight at each stage" + or_else);
 }
 
 }  // namespace
 
-Settled settle(const Draft& draft, const Packs& packs, const std::vector<int>& most) {
-  int times = 1;
-  if (packs.any() || !most.empty()) {
-    const int all = draft.shape.num_microbatches;
-    const double best = makespan(draft, packs, raised(draft, all, most));
-    if (best == kNever) refuse(draft, packs, most);
-    times = smallest(all, [&](int n) {
-      return makespan(draft, packs, raised(draft, n, most)) <= kNoLonger * best;
-    });
+Settled settle(Draft draft, const Packs& packs, const Slots& slots) {
+  for (std::size_t s = 0; s < slots.room.size(); ++s) {
+    draft.limits[s] = std::max(draft.limits[s], slots.room[s]);
   }
-  const Plan plan = plan_of(draft, packs, raised(draft, times, most));
+  const int delayed = num_delayed(draft, packs);
+  const auto limits_of = [&](int times) { return raised(draft, times, delayed, slots.most); };
+  int times = 1;
+  if (delayed > 0 || !slots.most.empty()) {
+    const int all = draft.shape.num_microbatches;
+    const double best = makespan(draft, packs, limits_of(all));
+    if (best == kNever) refuse(draft, packs, slots.most);
+    times = smallest(all, [&](int n) { return makespan(draft, packs, limits_of(n)) <= kNoLonger * best; });
+  }
+  const std::vector<int> allowed = limits_of(times);
+  const Plan plan = plan_of(draft, packs, allowed);
   const Simulation simulation = simulate(plan, Costs::uniform(plan.num_stages()));
-  return {order_of(plan, simulation), simulation.peak_in_flight_of_stage};
+  std::vector<int> limits = simulation.peak_in_flight_of_stage;
+  for (std::size_t s = 0; s < slots.room.size(); ++s) {
+    limits[s] = std::max(limits[s], std::min(slots.room[s], allowed[s]));
+  }
+  return {order_of(plan, simulation), limits};
 }
 
 }  // namespace pe

@@ -17,13 +17,21 @@ struct Draft {
   std::vector<Kind> preference;  // of a rank among its ready tasks; empty: the order alone decides
 };
 
+// What the caller says of them, by stage.
+struct Slots {
+  std::vector<int> most{};  // empty: as many as the schedule needs
+  std::vector<int> room{};  // at least so many, within `most`, though fewer would do; empty: none
+
+  bool given() const { return !most.empty() || !room.empty(); }
+};
+
 struct Settled {
   Order order;  // as simulated with equal stages, a rank running one task at a time
   std::vector<int> limits;
 };
 
-// The smallest limits, within `most` if that is not empty, with which packing costs no more time than it
-// must. Throws PlanError, naming the limit it would take, if with those of `most` the step would never end.
-Settled settle(const Draft& draft, const Packs& packs, const std::vector<int>& most);
+// The smallest limits that `slots` allow with which packing costs no more time than it must. Throws PlanError,
+// naming the limit it would take, if with those of `slots.most` the step would never end.
+Settled settle(Draft draft, const Packs& packs, const Slots& slots);
 
 }  // namespace pe

@@ -40,17 +40,18 @@ void check(const Packs& packs, const Shape& shape) {
   check_one("backward", packs.backward);
 }
 
-void check(const std::vector<int>& most_in_flight, const Shape& shape) {
-  if (most_in_flight.empty()) return;
-  if (static_cast<int>(most_in_flight.size()) != shape.num_stages) {
-    throw PlanError("limits of microbatches in flight are given for " +
-                    std::to_string(most_in_flight.size()) + " stages; there are " +
-                    std::to_string(shape.num_stages));
-  }
-  for (const int most : most_in_flight) {
-    if (most < 1) {
-      throw PlanError("at most " + std::to_string(most) +
-                      " microbatches in flight is too few; a stage holds at least 1");
+void check(const Slots& slots, const Shape& shape) {
+  for (const std::vector<int>* given : {&slots.most, &slots.room}) {
+    if (given->empty()) continue;
+    if (static_cast<int>(given->size()) != shape.num_stages) {
+      throw PlanError("limits of microbatches in flight are given for " + std::to_string(given->size()) +
+                      " stages; there are " + std::to_string(shape.num_stages));
+    }
+    for (const int limit : *given) {
+      if (limit < 1) {
+        throw PlanError(std::to_string(limit) +
+                        " microbatches in flight are too few; a stage holds at least 1");
+      }
     }
   }
 }
@@ -82,58 +83,66 @@ bool sends_explicitly(const Order& order) {
 }
 
 // The order may change, where results that leave together or the caller's limits demand it.
-Plan settled_plan(const Order& order, const Shape& shape, const PlanOptions& options,
-                  const std::vector<int>& most_in_flight) {
-  const Settled settled = settle(draft_of(order, shape), options.packs, most_in_flight);
+Plan settled_plan(const Order& order, const Shape& shape, const PlanOptions& options, const Slots& slots) {
+  const Settled settled = settle(draft_of(order, shape), options.packs, slots);
   return Plan(settled.order, shape, options, settled.limits);
 }
 
-bool within(const std::vector<int>& limits, const std::vector<int>& most) {
-  for (std::size_t s = 0; s < most.size(); ++s) {
-    if (limits[s] > most[s]) return false;
+// Throws PlanError where `plan`, in the order given, holds more than `slots` allow or would never end.
+void check_kept(const Plan& plan, const Slots& slots) {
+  for (std::size_t s = 0; s < slots.most.size(); ++s) {
+    const int holds = plan.limits()[s];
+    if (holds > slots.most[s]) {
+      throw PlanError("the order given holds " + std::to_string(holds) + " microbatches at stage " +
+                      std::to_string(s) + ", in_flight allows " + std::to_string(slots.most[s]) +
+                      "; give another order, allow more, or let ranks change it with reactive=True");
+    }
   }
-  return true;
+  if (plan.options().packs.any() && !ends(plan)) {
+    check_ends(Plan(plan.order(), plan.shape(), {plan.options().overlap, plan.options().reactive}));
+    throw PlanError("in exactly the order given the step would never end, because results that leave together "
+                    "wait for one another; pack fewer, give another order, or let ranks change it with "
+                    "reactive=True");
+  }
+  check_ends(plan);
 }
 
 }  // namespace
 
 Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int microbatches,
-               PlanOptions options, const std::vector<int>& most_in_flight) {
+               PlanOptions options, const Slots& slots) {
   const Placement placement = place(schedule, num_stages, num_ranks);
   const Shape shape{num_stages, microbatches, true, placement.rank_of_stage};
   check(options.packs, shape);
-  check(most_in_flight, shape);
+  check(slots, shape);
   if (const Rule* rule = std::get_if<Rule>(&schedule.policy)) {
     const Draft draft = draft_of(*rule, placement, shape);
-    const Settled settled = settle(draft, options.packs, most_in_flight);
+    const Settled settled = settle(draft, options.packs, slots);
     return Plan(settled.order, shape, options, settled.limits, rule->preference);
   }
   Order order;
   for (int rank = 0; rank < num_ranks; ++rank) {
     order.push_back(std::get<OrderOfRank>(schedule.policy)(placement, rank, microbatches));
   }
-  if (options.packs.any() || !most_in_flight.empty()) {
-    return settled_plan(order, shape, options, most_in_flight);
-  }
+  if (options.packs.any() || slots.given()) return settled_plan(order, shape, options, slots);
   Plan plan(order, shape, options);
   check_ends(plan);
   return plan;
 }
 
-Plan make_plan(const Order& order, PlanOptions options, const std::vector<int>& most_in_flight) {
+Plan make_plan(const Order& order, PlanOptions options, const Slots& slots) {
   const Shape shape = validate(order);
   check(options.packs, shape);
-  check(most_in_flight, shape);
+  check(slots, shape);
   if (options.packs.any() && sends_explicitly(order)) {
     throw PlanError("the schedule lists its sends, one for each result, so that none leave together; leave "
                     "out SEND and RECV, or pack=1");
   }
-  Plan plan(order, shape, options);
-  const bool exact = !options.reactive && within(plan.limits(), most_in_flight) && ends(plan);
-  if (!exact && (options.packs.any() || !most_in_flight.empty())) {
-    return settled_plan(order, shape, options, most_in_flight);
+  if (options.reactive && (options.packs.any() || slots.given())) {
+    return settled_plan(order, shape, options, slots);
   }
-  check_ends(plan);
+  Plan plan(order, shape, options);
+  check_kept(plan, slots);
   return plan;
 }
 

@@ -69,8 +69,8 @@ def _messages(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> Iterator[Event]:
     """An arrow for each dependency between ranks, from the end of one task to the begin of the other."""
     by_task = {record.task: record for record in tasks}
     number = 0
-    for after in tasks:
-        for before in map(by_task.__getitem__, plan.dependencies(after.task)):
+    for before in tasks:
+        for after in map(by_task.__getitem__, plan.successors(before.task)):
             if before.rank == after.rank:
                 continue
             number += 1

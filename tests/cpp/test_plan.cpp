@@ -100,7 +100,53 @@ TEST(packing_raises_the_limits_by_what_it_needs) {
   // A round trip takes two microbatches' time more at each of three boundaries, and nothing else waits.
   CHECK_EQ(simulate(plan, Costs::uniform(4)).makespan, 3.0 * (64 + 3) + 3 * 2.0);
   CHECK((plan.limits() == std::vector<int>{8, 6, 4, 1}));
-  CHECK_THROWS(make_plan(find_schedule("1f1b"), 4, 4, 64, options, {1, 1, 1, 1}), PlanError,
+  CHECK_THROWS(make_plan(find_schedule("1f1b"), 4, 4, 64, options, {{1, 1, 1, 1}}), PlanError,
                "allow 2 in flight");
-  CHECK_EQ(make_plan(find_schedule("1f1b"), 4, 4, 64, options, {2, 2, 2, 2}).limit(0), 2);
+  CHECK_EQ(make_plan(find_schedule("1f1b"), 4, 4, 64, options, {{2, 2, 2, 2}}).limit(0), 2);
+}
+
+TEST(a_pack_raises_the_limits_of_the_stages_it_delays_alone) {
+  PlanOptions options;
+  options.packs.backward = {8, 1, 1};
+  const Plan plan = make_plan(find_schedule("1f1b"), 4, 4, 64, options);
+  CHECK((plan.limits() == std::vector<int>{16, 3, 2, 1}));
+  options.packs.backward = {1, 1, 1};
+  options.packs.forward = {1, 2, 1};
+  const Plan forward = make_plan(find_schedule("1f1b"), 4, 4, 64, options);
+  CHECK_EQ(forward.limit(2), 2);
+  // Between stages of one rank nothing is packed.
+  options.packs.forward = {2, 2, 2};
+  CHECK((make_plan(find_schedule("interleaved-1f1b"), 4, 1, 8, options).limits() ==
+         make_plan(find_schedule("interleaved-1f1b"), 4, 1, 8, {}).limits()));
+}
+
+TEST(a_stage_has_the_room_it_is_given) {
+  const Slots room{.room = {16, 1, 8, 1}};
+  const Plan plan = make_plan(find_schedule("1f1b"), 4, 4, 64, {.reactive = true}, room);
+  CHECK((plan.limits() == std::vector<int>{16, 3, 8, 1}));
+  const Slots bound{.most = {6, 6, 6, 6}, .room = {16, 1, 8, 1}};
+  CHECK((make_plan(find_schedule("1f1b"), 4, 4, 64, {.reactive = true}, bound).limits() ==
+         std::vector<int>{6, 3, 6, 1}));
+  Costs costs = Costs::uniform(4);
+  costs.latency = {2, 2, 2};
+  const Plan without = make_plan(find_schedule("1f1b"), 4, 4, 64, {.reactive = true});
+  const Plan with = make_plan(find_schedule("1f1b"), 4, 4, 64, {.reactive = true}, {{}, {16, 12, 8, 1}});
+  CHECK(simulate(with, costs).makespan < 0.7 * simulate(without, costs).makespan);
+}
+
+TEST(a_given_order_is_kept_or_refused) {
+  const Order order = order_from_csv("0F0,0F1,0F2,0B0,0B1,0B2\n1F0,1B0,1F1,1B1,1F2,1B2\n");
+  CHECK((make_plan(order, {}, {{3, 1}}).order() == order));
+  CHECK_THROWS(make_plan(order, {}, {{2, 1}}), PlanError,
+               "holds 3 microbatches at stage 0, in_flight allows 2");
+  PlanOptions options;
+  options.packs.backward = {2};
+  CHECK((make_plan(order, options).order() == order));
+  options.packs.forward = {3};
+  CHECK((make_plan(order, options).order() == order));
+  const Order early = order_from_csv("0F0,0B0,0F1,0B1\n1F0,1B0,1F1,1B1\n");
+  options.packs.forward = {1};
+  CHECK_THROWS(make_plan(early, options), PlanError, "pack fewer, give another order, or let ranks change it");
+  options.reactive = true;
+  CHECK_EQ(make_plan(early, options).limit(0), 2);
 }
