@@ -161,6 +161,8 @@ class Channel:
 
     def _through_link(self) -> None:
         self.sent += 1
+        if self._link is FREE_LINK:
+            return
         begin = time.perf_counter()
         self._link.send()
         self.seconds += time.perf_counter() - begin

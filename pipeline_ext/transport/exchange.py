@@ -53,6 +53,10 @@ class Exchange:
 
         self._forward = [channel(b, k, wire_forward) for b, k in enumerate(plan.packs_forward)]
         self._backward = [channel(b, k, wire) for b, k in enumerate(plan.packs)]
+        self._releasing = [  # by stage: the channels to it whose results lie in buffers
+            [c for c in (*self._forward[max(s - 1, 0) : s], *self._backward[s : s + 1]) if not c.hands_over]
+            for s in range(plan.num_stages)
+        ]
 
     def begin(self) -> None:
         """Prepares for a step."""
@@ -100,7 +104,5 @@ class Exchange:
 
     def release(self, stage: int, m: int) -> None:
         """``stage`` needs no more what its neighbours have sent it of microbatch ``m``."""
-        if stage > 0:
-            self._forward[stage - 1].release(m)
-        if stage < len(self._backward):
-            self._backward[stage].release(m)
+        for channel in self._releasing[stage]:
+            channel.release(m)
