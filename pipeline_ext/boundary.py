@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import PipelineError
-from .memory import share_memory
+from .memory import is_shared, share_memory
 
 
 class Received:
@@ -34,9 +34,7 @@ class Received:
         grad = self.leaf.grad if self.grad is None else self.grad
         if grad is None or grad.layout is not torch.strided:
             return grad
-        storage = grad.untyped_storage()
-        shared = torch._C._storage_Use_Count(storage._cdata) > 2  # the gradient, and `storage` itself
-        return _copy(grad) if shared else grad
+        return _copy(grad) if is_shared(grad) else grad
 
     def was_written(self) -> bool:
         """Whether the stage has changed the tensor in place."""

@@ -82,6 +82,12 @@ def find_regions(tensors: Sequence[Tensor]) -> tuple[list[Look], list[Region]]:
     return looks, regions
 
 
+def is_shared(tensor: Tensor) -> bool:
+    """Whether another tensor looks into its memory: one that views it, or that autograd made from it."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor, and `storage` itself
+
+
 def share_memory(tensors: Sequence[Tensor]) -> bool:
     """Whether an element of one dense tensor is an element of another."""
     return any(

@@ -119,7 +119,6 @@ class Pipeline:
         self._model = model if isinstance(model, nn.Module) else nn.Sequential(*model)
         self.microbatches = microbatches
         boundaries = len(modules) - 1
-        limits = arguments.in_flight(in_flight, len(modules))
         self._auto_pack = AutoPack(
             lambda packs, packs_forward, room=(): planning.build_plan(
                 schedule,
@@ -130,7 +129,7 @@ class Pipeline:
                 reactive=bool(reactive),
                 packs=packs,
                 packs_forward=packs_forward,
-                in_flight=limits,
+                in_flight=in_flight,
                 room=room,
             ),
             arguments.packs("pack", pack, boundaries, microbatches),

@@ -15,6 +15,7 @@ from replicas import SOON, Replicas, average, batches, reference_replicas
 from torch import nn
 
 import pipeline_ext as pe
+from pipeline_ext.packing import ALIGNMENT
 from pipeline_ext.reduction import buckets
 
 
@@ -69,7 +70,7 @@ def test_buckets_hold_at_most_their_bytes(bucket_bytes):
     elif bucket_bytes == 2000:
         assert len(sizes) > 2
         largest = max(p.nbytes for p in model.parameters())
-        assert all(nbytes <= max(bucket_bytes, largest + buckets.ALIGNMENT) for nbytes in sizes)
+        assert all(nbytes <= max(bucket_bytes, largest + ALIGNMENT) for nbytes in sizes)
     else:
         assert len(sizes) == 2
 

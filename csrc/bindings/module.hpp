@@ -5,6 +5,21 @@
 
 namespace pe {
 
+// From now on a C++ `Error` becomes the Python exception of that name in pipeline_ext.errors.
+template <class Error>
+void translate(const char* name) {
+  // Leaked on purpose: needed until the interpreter ends.
+  static auto* const raised =
+      new pybind11::object(pybind11::module_::import("pipeline_ext.errors").attr(name));
+  pybind11::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const Error& refused) {
+      pybind11::set_error(*raised, refused.what());
+    }
+  });
+}
+
 void bind_plan(pybind11::module_& m);
 void bind_simulate(pybind11::module_& m);
 void bind_runtime(pybind11::module_& m);

@@ -108,16 +108,7 @@ class NativePacker {
 }  // namespace
 
 void bind_packing(py::module_& m) {
-  // Leaked on purpose: needed until the interpreter ends.
-  static auto* const invalid_argument = new py::object(
-      py::module_::import("pipeline_ext.errors").attr("InvalidArgument"));
-  py::register_exception_translator([](std::exception_ptr error) {
-    try {
-      if (error) std::rethrow_exception(error);
-    } catch (const PackingError& refused) {
-      py::set_error(*invalid_argument, refused.what());
-    }
-  });
+  translate<PackingError>("InvalidArgument");
 
   py::class_<NativePacker>(m, "NativePacker", R"(The ``Packer`` of tensors on the CPU.
 

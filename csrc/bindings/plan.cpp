@@ -42,16 +42,7 @@ const char* stream_name(Stream stream) {
 }  // namespace
 
 void bind_plan(py::module_& m) {
-  // Leaked on purpose: needed until the interpreter ends.
-  static auto* const invalid_schedule = new py::object(
-      py::module_::import("pipeline_ext.errors").attr("InvalidSchedule"));
-  py::register_exception_translator([](std::exception_ptr error) {
-    try {
-      if (error) std::rethrow_exception(error);
-    } catch (const PlanError& refused) {
-      py::set_error(*invalid_schedule, refused.what());
-    }
-  });
+  translate<PlanError>("InvalidSchedule");
 
   py::class_<Plan, SharedPlan>(m, "Plan", R"(The immutable task graph of one step.
 

@@ -2,6 +2,6 @@
 
 from .arrays import as_tensors
 from .interface import Packer, packer
-from .layout import ALIGNMENT, Layout, Slot
+from .layout import ALIGNMENT, Layout, Slot, aligned
 
-__all__ = ["ALIGNMENT", "Layout", "Packer", "Slot", "as_tensors", "packer"]
+__all__ = ["ALIGNMENT", "Layout", "Packer", "Slot", "aligned", "as_tensors", "packer"]

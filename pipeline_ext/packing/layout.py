@@ -21,6 +21,11 @@ UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 PACKABLE = (*FLOATING, *SIGNED, *UNSIGNED)
 
 
+def aligned(nbytes: int) -> int:
+    """The least multiple of ``ALIGNMENT`` that is no less."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where one tensor lies.
@@ -70,7 +75,7 @@ class Layout:
             if tensor.dtype not in PACKABLE:
                 raise InvalidArgument(f"tensor {i} is {describe(tensor)}; packed are {_names(PACKABLE)}")
             travels = wire if wire is not None and tensor.dtype in REPLACEABLE else tensor.dtype
-            offset = -(-end // ALIGNMENT) * ALIGNMENT
+            offset = aligned(end)
             nbytes = tensor.numel() * travels.itemsize
             slots.append(Slot(offset, nbytes, tuple(tensor.shape), tensor.dtype, travels))
             end = offset + nbytes

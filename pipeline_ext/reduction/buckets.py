@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument, PipelineError
-from ..packing import ALIGNMENT, Layout, Packer, packer
+from ..packing import Layout, Packer, aligned, packer
 from .member import Member, Work
 
 
@@ -156,7 +156,7 @@ def fill_buckets(
     groups: list[list[nn.Parameter]] = []
     filling: dict[torch.dtype, tuple[list[nn.Parameter], int]] = {}
     for parameter in parameters:
-        room = -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT + parameter.itemsize
+        room = aligned(parameter.nbytes) + parameter.itemsize
         group, nbytes = filling.get(parameter.dtype, ([], bucket_bytes))
         if nbytes + room > bucket_bytes:
             group, nbytes = [], 0

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..packing import ALIGNMENT
+from ..memory import is_shared
+from ..packing import aligned
 
 
 class Buffers:
@@ -17,9 +18,9 @@ class Buffers:
         """A uint8 buffer of at least ``nbytes``, a multiple of every element's size."""
         while self._free:
             buffer = self._free.pop()
-            if buffer.numel() >= nbytes and buffer.device == device and not _in_use(buffer):
+            if buffer.numel() >= nbytes and buffer.device == device and not is_shared(buffer):
                 return buffer
-        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        size = aligned(nbytes)
         buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(self._count)]
         self._free += buffers[1:]
         return buffers[0]
@@ -27,9 +28,3 @@ class Buffers:
     def give_back(self, buffer: Tensor) -> None:
         """The channel needs it no more; whoever still looks at a part of it keeps that."""
         self._free.append(buffer)
-
-
-def _in_use(buffer: Tensor) -> bool:
-    """Whether anything else refers to the memory, as a parameter's ``.grad`` may."""
-    storage = buffer.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata) > 2  # the buffer, and `storage` itself

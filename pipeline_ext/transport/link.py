@@ -22,10 +22,13 @@ class LocalLink:
             raise InvalidArgument(f"overhead is {overhead!r}; give seconds, 0 or more")
         self.overhead = float(overhead)
 
-    def send(self) -> None:
-        """Called by the sender for each message."""
-        if self.overhead:
-            time.sleep(self.overhead)
+    def send(self) -> float:
+        """Called by the sender for each message; returns the seconds that took."""
+        if not self.overhead:
+            return 0.0
+        begin = time.perf_counter()
+        time.sleep(self.overhead)
+        return time.perf_counter() - begin
 
 
 FREE_LINK = LocalLink()

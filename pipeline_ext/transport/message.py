@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import PipelineError
 from ..memory import Look, Region, find_regions, share_memory
-from ..packing import ALIGNMENT, Layout, packer
+from ..packing import Layout, aligned, packer
 from ..packing.layout import REPLACEABLE
 
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}  # finite numbers
@@ -105,7 +105,7 @@ class Cast(Format):
         self._packer = packer(self._layout, sent)
         self._unpacker = packer(self._layout, sent)
         self._unpacker.release()
-        self._behind = -(-self._layout.nbytes // ALIGNMENT) * ALIGNMENT
+        self._behind = aligned(self._layout.nbytes)
         self.sent_nbytes = self._layout.nbytes
         self.nbytes = self._behind + self._opened.nbytes
 
