@@ -1,0 +1,47 @@
+// NVIDIA's driver, opened when it is first needed. A machine without one never notices.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/abi.hpp"
+
+namespace pe::cuda {
+
+// There is no driver that could be used; the text says why, and what to do.
+struct NoDriver : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A call of the driver failed.
+struct CudaError : std::runtime_error {
+  CudaError(const std::string& text, Result result) : std::runtime_error(text), code(result) {}
+  Result code;
+};
+
+class Driver {
+ public:
+  // Opens the library that PIPELINE_EXT_LIBCUDA names, or libcuda.so.1; once it has been opened it stays.
+  // Throws NoDriver, also the next time, if there is none, it is too old, or it sees no device.
+  static const Driver& get();
+
+#define PE_CUDA_MEMBER(name, version, parameters) Result(*name) parameters = nullptr;
+  PE_CUDA_FUNCTIONS(PE_CUDA_MEMBER)
+#undef PE_CUDA_MEMBER
+
+  int num_devices = 0;
+
+  // Throws CudaError, as in "cuEventRecord failed: CUDA_ERROR_..., 700: ...".
+  void check(Result result, const char* function) const {
+    if (result != kSuccess) fail(result, function);
+  }
+
+ private:
+  explicit Driver(const std::string& path);
+  [[noreturn]] void fail(Result result, const char* function) const;
+};
+
+// Calls a function of the driver by its name and throws CudaError if it fails.
+#define PE_CUDA(driver, name, ...) (driver).check((driver).name(__VA_ARGS__), #name)
+
+}  // namespace pe::cuda
