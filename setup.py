@@ -24,7 +24,7 @@ setup(
             include_dirs=["csrc"],
             cxx_std=20,
             extra_compile_args=["-O3", "-Wall", "-Wextra", "-pthread", *CASTS],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-ldl"],
         )
     ]
 )

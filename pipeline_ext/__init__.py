@@ -3,6 +3,7 @@
 from ._C import Plan
 from .errors import (
     DeadPipeline,
+    DeviceError,
     InvalidArgument,
     InvalidSchedule,
     PipelineError,
@@ -24,6 +25,7 @@ from .transport.link import LocalLink
 __all__ = [
     "Costs",
     "DeadPipeline",
+    "DeviceError",
     "GradientReduction",
     "InvalidArgument",
     "InvalidSchedule",

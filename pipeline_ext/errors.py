@@ -46,3 +46,7 @@ class ReductionError(PipelineError, RuntimeError):
 
 class DeadPipeline(PipelineError, RuntimeError):
     """The pipeline was used after it was closed, or after a stage's code never returned."""
+
+
+class DeviceError(PipelineError, RuntimeError):
+    """A GPU or its driver failed, or cannot be used; the message names the driver's function and error."""

@@ -4,6 +4,8 @@
 #include <stdexcept>
 
 #include "bindings/module.hpp"
+#include "bindings/poll.hpp"
+#include "bindings/program.hpp"
 #include "runtime/allocator.hpp"
 #include "runtime/host_executor.hpp"
 
@@ -11,47 +13,6 @@ namespace py = pybind11;
 
 namespace pe {
 namespace {
-
-// Calls a Python callable with the microbatch. The callable is kept alive by PyProgram.
-class PythonBody {
- public:
-  explicit PythonBody(PyObject* callable) : callable_(callable) {}
-
-  void operator()(const Action& action) const {
-    // The raw calls: unlike pybind11's guard they may be unwound when the interpreter ends a thread.
-    const PyGILState_STATE state = PyGILState_Ensure();
-    PyObject* microbatch = PyLong_FromLong(action.microbatch);
-    PyObject* result = microbatch ? PyObject_CallOneArg(callable_, microbatch) : nullptr;
-    Py_XDECREF(microbatch);
-    if (result == nullptr) {
-      std::exception_ptr error = std::make_exception_ptr(py::error_already_set());
-      PyGILState_Release(state);
-      std::rethrow_exception(error);
-    }
-    Py_DECREF(result);
-    PyGILState_Release(state);
-  }
-
- private:
-  PyObject* callable_;
-};
-
-// A program whose bodies are Python callables, by stage and kind; what has none does nothing.
-struct PyProgram {
-  PyProgram(std::shared_ptr<Plan> of_plan, py::dict by_stage_and_kind)
-      : plan(std::move(of_plan)),
-        bodies(std::move(by_stage_and_kind)),
-        program(std::make_shared<Program>(plan)) {
-    for (const auto& [key, callable] : bodies) {
-      const auto [stage, kind] = key.cast<std::pair<int, std::string>>();
-      program->set_body(stage, kind_of(kind), PythonBody(callable.ptr()));
-    }
-  }
-
-  std::shared_ptr<Plan> plan;
-  py::dict bodies;
-  std::shared_ptr<Program> program;
-};
 
 // Gives each thread one Python thread state for its whole life, so that threading.local lasts.
 HostExecutor::ThreadHooks python_threads(int num_workers) {
@@ -87,21 +48,11 @@ std::unique_ptr<HostExecutor, DeleteWithoutGil> make_executor(
 
 // Raises what a signal handler raised (KeyboardInterrupt) once the step has stopped.
 StepResult run(HostExecutor& executor, const PyProgram& program, double timeout, bool record) {
-  PyObject* signal = nullptr;
+  SignalPoll signals;
   RunOptions options;
   options.record = record;
   options.timeout = std::chrono::duration<double>(timeout);
-  options.poll = [&signal] {
-    const PyGILState_STATE state = PyGILState_Ensure();
-    const bool raised = PyErr_CheckSignals() != 0;
-    if (raised) {
-      py::error_already_set error;
-      Py_XDECREF(signal);
-      signal = error.value().inc_ref().ptr();
-    }
-    PyGILState_Release(state);
-    return raised;
-  };
+  options.poll = [&signals] { return signals(); };
   StepResult result;
   std::exception_ptr refused;
   // The raw calls, for the same reason as in PythonBody.
@@ -115,39 +66,8 @@ StepResult run(HostExecutor& executor, const PyProgram& program, double timeout,
   PyEval_RestoreThread(thread);
   if (refused) std::rethrow_exception(refused);
   if (dead) program.bodies.inc_ref();  // leaked: an abandoned thread is still inside one
-  if (signal != nullptr) {
-    const py::object error = py::reinterpret_steal<py::object>(signal);
-    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
-    throw py::error_already_set();
-  }
+  signals.rethrow();
   return result;
-}
-
-py::object error_of(const StepResult& result) {
-  if (!result.error) return py::none();
-  try {
-    std::rethrow_exception(result.error);
-  } catch (py::error_already_set& error) {
-    return error.value();
-  } catch (const std::exception& error) {
-    return py::module_::import("builtins").attr("RuntimeError")(error.what());
-  }
-}
-
-const char* outcome_name(Outcome outcome) {
-  switch (outcome) {
-    case Outcome::Done:
-      return "done";
-    case Outcome::Failed:
-      return "failed";
-    case Outcome::Interrupted:
-      return "interrupted";
-    case Outcome::TimedOut:
-      return "timed out";
-    case Outcome::Closed:
-      return "closed";
-  }
-  return "";
 }
 
 }  // namespace
@@ -165,7 +85,7 @@ void bind_runtime(py::module_& m) {
   py::class_<StepResult>(m, "StepResult", "What a step did; times are nanoseconds of a steady clock.")
       .def_property_readonly("outcome",
                              [](const StepResult& r) { return outcome_name(r.outcome); })
-      .def_property_readonly("error", &error_of, "The first exception a body raised, or None.")
+      .def_property_readonly("error", [](const StepResult& r) { return python_error(r.error); }, "The first exception a body raised, or None.")
       .def_property_readonly("failed_task",
                              [](const StepResult& r) -> py::object {
                                if (r.failed_task == kNoTask) return py::none();

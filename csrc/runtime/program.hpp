@@ -20,8 +20,8 @@ class Program {
 
   void set_body(int stage, Kind kind, Body body) { bodies_[index(stage, kind)] = std::move(body); }
 
-  void run(TaskId task) const {
-    const Action& action = plan_->action(task);
+  void run(TaskId task) const { run(plan_->action(task)); }
+  void run(const Action& action) const {
     const Body& body = bodies_[index(action.stage, action.kind)];
     if (body) body(action);
   }

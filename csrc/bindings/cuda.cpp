@@ -1,0 +1,166 @@
+#include <pybind11/stl.h>
+
+#include "bindings/module.hpp"
+#include "bindings/poll.hpp"
+#include "bindings/program.hpp"
+#include "cuda/driver.hpp"
+#include "runtime/stream_executor.hpp"
+#include "runtime/stream_plan.hpp"
+#include "simulate/simulator.hpp"
+
+namespace pe {
+namespace {
+
+using SharedStreamPlan = std::shared_ptr<StreamPlan>;
+
+SharedStreamPlan make_stream_plan(std::shared_ptr<Plan> plan, const Costs& costs,
+                                  std::vector<int> device_of_rank) {
+  const Simulation simulation = simulate(*plan, costs);
+  TaskTimes times{simulation.begin, end_times(*plan, costs, simulation)};
+  return std::make_shared<StreamPlan>(std::move(plan), times, std::move(device_of_rank));
+}
+
+struct PyLaid {
+  std::shared_ptr<StreamExecutor::Laid> laid;
+  PyProgram program;  // its bodies
+};
+
+std::vector<cuda::StreamHandle> handles(const std::vector<std::uintptr_t>& streams) {
+  std::vector<cuda::StreamHandle> found;
+  for (const std::uintptr_t stream : streams) {
+    found.push_back(reinterpret_cast<cuda::StreamHandle>(stream));
+  }
+  return found;
+}
+
+const char* wait_for_room(StreamExecutor& executor, double timeout) {
+  SignalPoll signals;
+  Outcome outcome = Outcome::Done;
+  {
+    py::gil_scoped_release release;
+    outcome = executor.wait_for_room(
+        {std::chrono::duration<double>(timeout), [&signals] { return signals(); }});
+  }
+  signals.rethrow();
+  return outcome_name(outcome);
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  translate<cuda::NoDriver>("DeviceError");
+  translate<cuda::CudaError>("DeviceError");
+
+  m.def(
+      "num_devices", [] { return cuda::Driver::get().num_devices; },
+      "How many devices the CUDA driver sees. Raises DeviceError, saying why, where it cannot be used.");
+
+  py::class_<StreamPlan, SharedStreamPlan>(m, "StreamPlan", R"(A plan laid out on device streams.
+
+A step, by number, is a task or the copy of its results to another device, in the order of enqueueing.)")
+      .def(py::init(&make_stream_plan), py::arg("plan"), py::arg("costs"), py::arg("device_of_rank"))
+      .def_property_readonly(
+          "devices",
+          [](const StreamPlan& p) {
+            std::vector<int> devices;
+            for (const StreamInfo& stream : p.streams()) devices.push_back(stream.device);
+            return devices;
+          },
+          "By stream, the ordinal of its device.")
+      .def_property_readonly(
+          "steps",
+          [](const StreamPlan& p) {
+            py::list steps;
+            for (const Enqueued& step : p.steps()) {
+              const auto waits = p.waits(step);
+              steps.append(py::make_tuple(
+                  py::make_tuple(std::string(kind_name(step.action.kind)), step.action.stage,
+                                 step.action.microbatch),
+                  step.stream, std::vector<std::uint32_t>(waits.begin(), waits.end())));
+            }
+            return steps;
+          },
+          "For each step ((kind, stage, microbatch), stream, the steps on other streams it waits for).")
+      .def("step_of", &StreamPlan::step_of, py::arg("task"))
+      .def("sent_by", &StreamPlan::sent_by, py::arg("task"),
+           "The step that carries the task's results to another device; its own if none does.")
+      .def("first_after", &StreamPlan::first_after, py::arg("step"), py::arg("stream"),
+           "The first step on a stream that runs once a step has ended; len(steps) if only the end does.");
+
+  py::class_<DeviceTimes, std::shared_ptr<DeviceTimes>>(m, "DeviceTimes",
+                                                        "When the steps of a StreamPlan ran.")
+      .def("done", &DeviceTimes::done)
+      .def(
+          "read",
+          [](const DeviceTimes& times) {
+            const MeasuredTimes read = times.read();
+            return py::make_tuple(read.step, read.begin, read.end);
+          },
+          "(seconds of the whole, begin and end of each in seconds since its begin), once done.");
+
+  py::class_<DeviceStepResult>(m, "DeviceStepResult", "What became of enqueueing a step.")
+      .def_property_readonly("outcome",
+                             [](const DeviceStepResult& r) { return outcome_name(r.outcome); })
+      .def_property_readonly("error",
+                             [](const DeviceStepResult& r) { return python_error(r.error); })
+      .def_property_readonly("failed_task",
+                             [](const DeviceStepResult& r) -> py::object {
+                               if (r.failed_task == kNoTask) return py::none();
+                               return py::int_(r.failed_task);
+                             })
+      .def_readonly("times", &DeviceStepResult::times, "None where they were not recorded.")
+      .def_readonly("num_nodes", &DeviceStepResult::num_nodes, "Of the graph, where one was captured.");
+
+  py::class_<PyLaid>(m, "LaidProgram", "A program with its streams and events.")
+      .def_property_readonly(
+          "streams",
+          [](const PyLaid& p) {
+            std::vector<std::uintptr_t> streams;
+            for (const auto stream : StreamExecutor::streams_of(*p.laid)) {
+              streams.push_back(reinterpret_cast<std::uintptr_t>(stream));
+            }
+            return streams;
+          },
+          "The handles of the StreamPlan's streams.");
+
+  py::class_<StreamExecutor>(m, "StreamExecutor", R"(Enqueues steps on the streams of CUDA devices.
+
+Raises DeviceError without a driver or device.)")
+      .def(py::init<std::vector<int>>(), py::arg("device_of_rank"))
+      .def_property_readonly("devices", &StreamExecutor::devices)
+      .def(
+          "lay_out",
+          [](StreamExecutor& e, const PyProgram& program, const SharedStreamPlan& plan) {
+            return PyLaid{e.lay_out(program.program, plan), program};
+          },
+          py::arg("program"), py::arg("plan"))
+      .def(
+          "run",
+          [](StreamExecutor& e, const PyLaid& program, const std::vector<std::uintptr_t>& callers,
+             bool record, bool capturing) {
+            return e.run(*program.laid, {handles(callers), record, capturing});
+          },
+          py::arg("program"), py::kw_only(), py::arg("callers"), py::arg("record") = false,
+          py::arg("capturing") = false)
+      .def("wait_for_room", &wait_for_room, py::kw_only(), py::arg("timeout"),
+           "Waits until at most one marked step is not done; 'done' or 'timed out'.")
+      .def(
+          "mark",
+          [](StreamExecutor& e, const std::vector<std::uintptr_t>& callers) {
+            e.mark(handles(callers));
+          },
+          py::arg("callers"), "What the callers have enqueued so far is a step.")
+      .def(
+          "copy",
+          [](const StreamExecutor& e, cuda::Address to, int to_device, cuda::Address from,
+             int from_device, std::size_t nbytes, std::uintptr_t stream) {
+            e.copy(to, to_device, from, from_device, nbytes,
+                   reinterpret_cast<cuda::StreamHandle>(stream));
+          },
+          py::arg("to"), py::arg("to_device"), py::arg("source"), py::arg("source_device"),
+          py::arg("nbytes"), py::arg("stream"))
+      .def("close", &StreamExecutor::close)
+      .def_property_readonly("dead", &StreamExecutor::dead);
+}
+
+}  // namespace pe

@@ -1,0 +1,37 @@
+// Ctrl-C while C++ waits.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pe {
+
+// Runs Python's signal handlers, with the GIL taken for it, and keeps what one raised.
+class SignalPoll {
+ public:
+  ~SignalPoll() { Py_XDECREF(signal_); }
+
+  // Whether a handler raised.
+  bool operator()() {
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool raised = PyErr_CheckSignals() != 0;
+    if (raised) {
+      pybind11::error_already_set error;
+      Py_XDECREF(signal_);
+      signal_ = error.value().inc_ref().ptr();
+    }
+    PyGILState_Release(state);
+    return raised;
+  }
+
+  // Raises it, with the GIL.
+  void rethrow() {
+    if (signal_ == nullptr) return;
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(signal_)), signal_);
+    throw pybind11::error_already_set();
+  }
+
+ private:
+  PyObject* signal_ = nullptr;
+};
+
+}  // namespace pe

@@ -1,0 +1,277 @@
+#include "runtime/stream_executor.hpp"
+
+#include <cxxabi.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+
+#include "cuda/captured_nodes.hpp"
+
+namespace pe {
+namespace {
+
+constexpr unsigned kStepsAhead = 2;  // that may be enqueued and not done
+constexpr auto kLookPeriod = std::chrono::microseconds(50);
+constexpr auto kPollPeriod = std::chrono::milliseconds(10);
+
+}  // namespace
+
+// What it holds of one device; destroyed while the context is current.
+struct StreamExecutor::OfDevice {
+  explicit OfDevice(int ordinal) : context(ordinal) {
+    const cuda::CurrentContext current(context);
+    PE_CUDA(cuda::Driver::get(), cuCtxGetStreamPriorityRange, &least_priority, &greatest_priority);
+    begun = cuda::Event(cuda::kEventDisableTiming);
+    for (cuda::Event& event : finished) event = cuda::Event(cuda::kEventDisableTiming);
+  }
+
+  // The next stream of a program that has taken `taken` so far.
+  cuda::StreamHandle stream(bool copies, std::size_t taken) {
+    auto& pool = copies ? copy_streams : lanes;
+    if (taken == pool.size()) pool.emplace_back(copies ? greatest_priority : least_priority);
+    return pool[taken].handle();
+  }
+
+  cuda::PrimaryContext context;
+  int least_priority = 0;
+  int greatest_priority = 0;
+  std::vector<cuda::Stream> lanes, copy_streams;
+  cuda::Event begun;
+  std::array<cuda::Event, kStepsAhead> finished;
+};
+
+class StreamExecutor::Laid {
+ public:
+  std::shared_ptr<const Program> program;
+  std::shared_ptr<const StreamPlan> plan;
+  std::vector<std::size_t> device;          // by stream, as an index
+  std::vector<cuda::StreamHandle> streams;
+  std::vector<cuda::Event> events;          // by step; of those that another stream awaits
+  std::vector<cuda::Event> tails;           // by stream
+  std::vector<std::shared_ptr<DeviceTimes>> times;
+
+  std::shared_ptr<DeviceTimes> unused_times(std::size_t num_devices) {
+    for (auto& known : times) {
+      if (known.use_count() == 1) return known;
+    }
+    return times.emplace_back(std::make_shared<DeviceTimes>(plan->steps().size(), num_devices));
+  }
+};
+
+// One step on its way.
+struct StreamExecutor::Run {
+  Run(StreamExecutor& executor, Laid& program, const DeviceRunOptions& how)
+      : self(executor), laid(program), options(how), started(program.streams.size(), false) {
+    if (options.record) result.times = laid.unused_times(self.devices_.size());
+  }
+
+  void make_current(std::size_t device) {
+    if (current && device == current_device) return;
+    current.reset();
+    current.emplace(self.devices_[device]->context);
+    current_device = device;
+  }
+
+  unsigned timing_flags() const {
+    return options.capturing ? cuda::kEventRecordExternal : cuda::kEventRecordDefault;
+  }
+
+  void begin() {
+    for (std::size_t device = 0; device < self.devices_.size(); ++device) {
+      make_current(device);
+      if (result.times) {
+        result.times->record_origin(device, options.callers[device], timing_flags());
+      }
+      self.devices_[device]->begun.record(options.callers[device]);
+    }
+    if (options.capturing) nodes.emplace(options.callers[0]);
+  }
+
+  void enqueue(std::uint32_t number) {
+    const StreamPlan& plan = *laid.plan;
+    const Enqueued& step = plan.steps()[number];
+    const std::size_t device = laid.device[step.stream];
+    const cuda::StreamHandle stream = laid.streams[step.stream];
+    make_current(device);
+    if (!started[step.stream]) {
+      cuda::wait(stream, self.devices_[device]->begun);
+      started[step.stream] = true;
+    }
+    for (const std::uint32_t other : plan.waits(step)) cuda::wait(stream, laid.events[other]);
+    if (result.times) result.times->record_begin(number, device, stream, timing_flags());
+    if (nodes) nodes->take_new();
+    laid.program->run(step.action);
+    if (nodes && stream_of(step.action.kind) == Stream::Backward) {
+      cuda::set_priority(nodes->take_new(), self.devices_[device]->greatest_priority);
+    }
+    if (result.times) result.times->record_end(number, stream, timing_flags());
+    if (step.awaited) laid.events[number].record(stream);
+  }
+
+  // Lets the callers follow all streams that were started.
+  void join() {
+    for (std::size_t stream = 0; stream < started.size(); ++stream) {
+      if (!started[stream]) continue;
+      make_current(laid.device[stream]);
+      laid.tails[stream].record(laid.streams[stream]);
+      for (std::size_t device = 0; device < self.devices_.size(); ++device) {
+        make_current(device);
+        cuda::wait(options.callers[device], laid.tails[stream]);
+      }
+    }
+    if (!result.times) return;
+    for (std::size_t device = 0; device < self.devices_.size(); ++device) {
+      make_current(device);
+      result.times->record_finish(device, options.callers[device], timing_flags());
+    }
+  }
+
+  StreamExecutor& self;
+  Laid& laid;
+  const DeviceRunOptions& options;
+  DeviceStepResult result;
+  std::vector<bool> started;  // by stream
+  std::optional<cuda::CurrentContext> current;
+  std::size_t current_device = 0;
+  std::optional<cuda::CapturedNodes> nodes;
+};
+
+StreamExecutor::StreamExecutor(std::vector<int> device_of_rank) : ordinals_(std::move(device_of_rank)) {
+  std::sort(ordinals_.begin(), ordinals_.end());
+  ordinals_.erase(std::unique(ordinals_.begin(), ordinals_.end()), ordinals_.end());
+  for (const int ordinal : ordinals_) devices_.push_back(std::make_unique<OfDevice>(ordinal));
+  for (const auto& device : devices_) {
+    for (const auto& peer : devices_) {
+      if (device != peer) device->context.reach(peer->context);
+    }
+  }
+}
+
+StreamExecutor::~StreamExecutor() { close(); }
+
+std::size_t StreamExecutor::index_of(int ordinal) const {
+  return std::lower_bound(ordinals_.begin(), ordinals_.end(), ordinal) - ordinals_.begin();
+}
+
+void StreamExecutor::check_usable() const {
+  if (dead_) throw std::logic_error("it is dead: a device has failed");
+  if (closed_) throw std::logic_error("it is closed");
+}
+
+std::shared_ptr<StreamExecutor::Laid> StreamExecutor::lay_out(
+    std::shared_ptr<const Program> program, std::shared_ptr<const StreamPlan> plan) {
+  check_usable();
+  auto laid = std::make_shared<Laid>();
+  laid->program = std::move(program);
+  laid->plan = std::move(plan);
+  std::vector<std::size_t> taken(2 * devices_.size(), 0);
+  for (const StreamInfo& stream : laid->plan->streams()) {
+    const std::size_t device = index_of(stream.device);
+    const cuda::CurrentContext current(devices_[device]->context);
+    laid->device.push_back(device);
+    laid->streams.push_back(
+        devices_[device]->stream(stream.copies, taken[2 * device + stream.copies]++));
+    laid->tails.emplace_back(cuda::kEventDisableTiming);
+  }
+  for (const Enqueued& step : laid->plan->steps()) {
+    laid->events.emplace_back();
+    if (!step.awaited) continue;
+    const cuda::CurrentContext current(devices_[laid->device[step.stream]]->context);
+    laid->events.back() = cuda::Event(cuda::kEventDisableTiming);
+  }
+  return laid;
+}
+
+DeviceStepResult StreamExecutor::run(Laid& laid, const DeviceRunOptions& options) {
+  check_usable();
+  Run run(*this, laid, options);
+  DeviceStepResult& result = run.result;
+  const auto fail = [&](TaskId task) {
+    result.outcome = Outcome::Failed;
+    if (result.error) return;
+    result.failed_task = task;
+    result.error = std::current_exception();
+  };
+  TaskId task = kNoTask;
+  try {
+    run.begin();
+    const auto& steps = laid.plan->steps();
+    for (std::uint32_t number = 0; number < steps.size(); ++number) {
+      task = steps[number].task;
+      run.enqueue(number);
+    }
+    task = kNoTask;
+  } catch (const abi::__forced_unwind&) {
+    throw;
+  } catch (...) {
+    fail(task);
+  }
+  try {
+    run.join();
+    if (run.nodes) {
+      run.nodes->take_new();
+      result.num_nodes = run.nodes->count();
+    }
+    run.current.reset();
+    if (!options.capturing) mark(options.callers);
+  } catch (const cuda::CudaError&) {
+    dead_ = !options.capturing;
+    fail(kNoTask);
+  }
+  return result;
+}
+
+void StreamExecutor::mark(const std::vector<cuda::StreamHandle>& callers) {
+  for (std::size_t device = 0; device < devices_.size(); ++device) {
+    const cuda::CurrentContext current(devices_[device]->context);
+    devices_[device]->finished[steps_ % kStepsAhead].record(callers[device]);
+  }
+  ++steps_;
+}
+
+Outcome StreamExecutor::wait_for_room(const WaitOptions& options) {
+  check_usable();
+  using Clock = std::chrono::steady_clock;
+  const auto begin = Clock::now();
+  auto next_poll = begin + kPollPeriod;
+  for (const auto& device : devices_) {
+    const cuda::Event& earlier = device->finished[steps_ % kStepsAhead];
+    while (true) {
+      try {
+        if (earlier.done()) break;
+      } catch (const cuda::CudaError&) {
+        dead_ = true;
+        throw;
+      }
+      std::this_thread::sleep_for(kLookPeriod);
+      if (Clock::now() < next_poll) continue;
+      if (options.poll && options.poll()) return Outcome::Interrupted;
+      if (Clock::now() - begin > options.timeout) return Outcome::TimedOut;
+      next_poll = Clock::now() + kPollPeriod;
+    }
+  }
+  return Outcome::Done;
+}
+
+void StreamExecutor::close() {
+  closed_ = true;
+  devices_.clear();
+}
+
+const std::vector<cuda::StreamHandle>& StreamExecutor::streams_of(const Laid& laid) {
+  return laid.streams;
+}
+
+void StreamExecutor::copy(cuda::Address to, int to_device, cuda::Address from, int from_device,
+                          std::size_t nbytes, cuda::StreamHandle stream) const {
+  check_usable();
+  PE_CUDA(cuda::Driver::get(), cuMemcpyPeerAsync, to,
+          devices_[index_of(to_device)]->context.handle(), from,
+          devices_[index_of(from_device)]->context.handle(), nbytes, stream);
+}
+
+}  // namespace pe

@@ -1,0 +1,255 @@
+#include "runtime/stream_plan.hpp"
+
+#include <algorithm>
+#include <functional>
+#include <queue>
+#include <string>
+#include <utility>
+
+namespace pe {
+namespace {
+
+constexpr std::size_t kLanes = 4;  // of a rank, unless more tasks run at once
+
+// Gives the microbatches of one rank their lanes.
+class Lanes {
+ public:
+  explicit Lanes(int first_stream) : first_stream_(first_stream) {}
+
+  // A lane on which none of `others` is.
+  int take(const std::vector<int>& others) {
+    const auto free_of_others = [&](std::size_t lane) {
+      return std::find(others.begin(), others.end(), first_stream_ + static_cast<int>(lane)) ==
+             others.end();
+    };
+    std::size_t best = lanes_.size();
+    for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
+      if (!free_of_others(lane)) continue;
+      if (best == lanes_.size() || lanes_[lane] < lanes_[best]) best = lane;
+    }
+    const bool busy = best == lanes_.size() || lanes_[best].in_flight > 0;
+    if (best == lanes_.size() || (busy && lanes_.size() < kLanes)) {
+      best = lanes_.size();
+      lanes_.emplace_back();
+    }
+    ++lanes_[best].in_flight;
+    return first_stream_ + static_cast<int>(best);
+  }
+
+  void give_back(int stream) {
+    Lane& lane = lanes_[stream - first_stream_];
+    --lane.in_flight;
+    lane.last_used = ++uses_;
+  }
+
+  int count() const { return static_cast<int>(lanes_.size()); }
+
+ private:
+  struct Lane {
+    int in_flight = 0;  // microbatches
+    int last_used = 0;
+    bool operator<(const Lane& other) const {
+      return std::pair(in_flight, last_used) < std::pair(other.in_flight, other.last_used);
+    }
+  };
+
+  const int first_stream_;
+  std::vector<Lane> lanes_{1};
+  int uses_ = 0;
+};
+
+Kind send_of(Kind kind) { return stream_of(kind) == Stream::Forward ? Kind::SendF : Kind::SendB; }
+
+}  // namespace
+
+StreamPlan::StreamPlan(std::shared_ptr<const Plan> plan, const TaskTimes& times,
+                       std::vector<int> device_of_rank)
+    : plan_(std::move(plan)), device_of_rank_(std::move(device_of_rank)) {
+  if (static_cast<int>(device_of_rank_.size()) != plan_->num_ranks()) {
+    throw PlanError("there are " + std::to_string(device_of_rank_.size()) + " devices for " +
+                    std::to_string(plan_->num_ranks()) + " ranks");
+  }
+  if (times.begin.size() != plan_->size() || times.end.size() != plan_->size()) {
+    throw PlanError("the times are of another plan");
+  }
+  const std::vector<TaskId> order = in_order(times);
+  give_lanes(order, times);
+  enqueue(order);
+  connect();
+}
+
+// By their begin, and of those that begin together what is waited for first.
+std::vector<TaskId> StreamPlan::in_order(const TaskTimes& times) const {
+  std::vector<int> missing(plan_->size());
+  using Next = std::pair<double, TaskId>;
+  std::priority_queue<Next, std::vector<Next>, std::greater<>> ready;
+  for (TaskId t = 0; t < plan_->size(); ++t) {
+    missing[t] = plan_->num_dependencies(t);
+    if (missing[t] == 0) ready.push({times.begin[t], t});
+  }
+  std::vector<TaskId> order;
+  order.reserve(plan_->size());
+  while (!ready.empty()) {
+    const TaskId t = ready.top().second;
+    ready.pop();
+    order.push_back(t);
+    for (const TaskId after : plan_->successors(t)) {
+      if (--missing[after] == 0) ready.push({times.begin[after], after});
+    }
+  }
+  return order;
+}
+
+void StreamPlan::give_lanes(const std::vector<TaskId>& order, const TaskTimes& times) {
+  lane_of_task_.assign(plan_->size(), 0);
+  const int microbatches = plan_->num_microbatches();
+  const auto key = [&](TaskId t) {
+    const Action& a = plan_->action(t);
+    return a.microbatch < 0 ? -1 : a.stage * microbatches + a.microbatch;
+  };
+  const std::size_t keys = static_cast<std::size_t>(plan_->num_stages()) * microbatches;
+  std::vector<int> lane_of_key(keys, -1);
+  std::vector<int> tasks_left(keys, 0);
+  for (const TaskId t : order) {
+    if (key(t) >= 0) ++tasks_left[key(t)];
+  }
+  // Which microbatches have a task that runs beside one of another.
+  std::vector<std::vector<int>> beside(plan_->options().overlap ? keys : 0);
+  if (plan_->options().overlap) {
+    std::vector<std::vector<TaskId>> recent(plan_->num_workers());
+    for (const TaskId t : order) {
+      auto& others = recent[plan_->worker_of(t) ^ 1];
+      std::erase_if(others, [&](TaskId u) { return times.end[u] <= times.begin[t]; });
+      for (const TaskId u : others) {
+        if (key(t) < 0 || key(u) < 0 || times.end[t] <= times.begin[u]) continue;
+        beside[key(t)].push_back(key(u));
+        beside[key(u)].push_back(key(t));
+      }
+      recent[plan_->worker_of(t)].push_back(t);
+    }
+  }
+  for (int rank = 0; rank < plan_->num_ranks(); ++rank) {
+    Lanes lanes(static_cast<int>(streams_.size()));
+    for (const TaskId t : order) {
+      if (plan_->rank_of(t) != rank) continue;
+      const int k = key(t);
+      if (k < 0 || !plan_->options().overlap) {
+        lane_of_task_[t] = static_cast<int>(streams_.size());
+        continue;
+      }
+      if (lane_of_key[k] < 0) {
+        std::vector<int> taken;
+        for (const int other : beside[k]) taken.push_back(lane_of_key[other]);
+        lane_of_key[k] = lanes.take(taken);
+      }
+      lane_of_task_[t] = lane_of_key[k];
+      if (--tasks_left[k] == 0) lanes.give_back(lane_of_key[k]);
+    }
+    for (int lane = 0; lane < lanes.count(); ++lane) {
+      streams_.push_back({device_of_rank_[rank], false});
+    }
+  }
+}
+
+int StreamPlan::copy_stream(int boundary, Stream way, int device) {
+  int& stream = copy_streams_[2 * boundary + static_cast<int>(way)];
+  if (stream < 0) {
+    stream = static_cast<int>(streams_.size());
+    streams_.push_back({device, true});
+  }
+  return stream;
+}
+
+void StreamPlan::enqueue(const std::vector<TaskId>& order) {
+  copy_streams_.assign(2 * std::max(0, plan_->num_stages() - 1), -1);
+  step_of_.assign(plan_->size(), 0);
+  sent_by_.assign(plan_->size(), 0);
+  for (const TaskId t : order) {
+    const Action& action = plan_->action(t);
+    step_of_[t] = sent_by_[t] = static_cast<std::uint32_t>(steps_.size());
+    Enqueued& own = steps_.emplace_back();
+    own.action = action;
+    own.task = t;
+    own.stream = lane_of_task_[t];
+    int to = -1;  // the device of those who wait elsewhere
+    for (const TaskId after : plan_->successors(t)) {
+      const int device = device_of_rank_[plan_->rank_of(after)];
+      if (device != device_of_rank_[plan_->rank_of(t)]) to = device;
+    }
+    if (to < 0) continue;
+    const Kind send = send_of(action.kind);
+    const int boundary = send == Kind::SendF ? action.stage : action.stage - 1;
+    const int stream = copy_stream(boundary, pe::stream_of(send), to);
+    if (action.kind == send) {
+      own.stream = stream;
+      own.is_copy = true;
+      continue;
+    }
+    sent_by_[t] = static_cast<std::uint32_t>(steps_.size());
+    Enqueued& copy = steps_.emplace_back();
+    copy.action = {action.stage, action.microbatch, send};
+    copy.task = t;
+    copy.stream = stream;
+    copy.is_copy = true;
+  }
+}
+
+void StreamPlan::connect() {
+  const std::size_t num_streams = streams_.size();
+  const std::size_t num_steps = steps_.size();
+  ended_.assign(num_steps * num_streams, 0);
+  place_.assign(num_steps, 0);
+  on_stream_.assign(num_streams, {});
+  std::vector<std::vector<std::uint32_t>> before(num_steps);
+  for (TaskId t = 0; t < plan_->size(); ++t) {
+    const int device = device_of_rank_[plan_->rank_of(t)];
+    for (const TaskId after : plan_->successors(t)) {
+      const bool elsewhere = device_of_rank_[plan_->rank_of(after)] != device;
+      before[step_of_[after]].push_back(elsewhere ? sent_by_[t] : step_of_[t]);
+    }
+    if (sent_by_[t] != step_of_[t]) before[sent_by_[t]].push_back(step_of_[t]);
+  }
+  std::vector<std::int64_t> last_of_worker(plan_->num_workers(), -1);
+  for (std::uint32_t i = 0; i < num_steps; ++i) {
+    Enqueued& step = steps_[i];
+    if (!step.is_copy) {
+      std::int64_t& last = last_of_worker[plan_->worker_of(step.task)];
+      if (last >= 0) before[i].push_back(static_cast<std::uint32_t>(last));
+      last = i;
+    }
+    std::uint32_t* const mine = &ended_[i * num_streams];
+    const auto join = [&](std::uint32_t other) {
+      const std::uint32_t* const theirs = &ended_[other * num_streams];
+      for (std::size_t s = 0; s < num_streams; ++s) mine[s] = std::max(mine[s], theirs[s]);
+      std::uint32_t& ended = mine[steps_[other].stream];
+      ended = std::max(ended, place_[other] + 1);
+    };
+    auto& own = on_stream_[step.stream];
+    if (!own.empty()) join(own.back());
+    // The latest first: most of the others have then ended, too.
+    std::sort(before[i].begin(), before[i].end(), std::greater<>());
+    step.waits_begin = static_cast<std::uint32_t>(waits_.size());
+    for (const std::uint32_t other : before[i]) {
+      if (mine[steps_[other].stream] > place_[other]) continue;
+      join(other);
+      steps_[other].awaited = true;
+      waits_.push_back(other);
+    }
+    step.waits_end = static_cast<std::uint32_t>(waits_.size());
+    place_[i] = static_cast<std::uint32_t>(own.size());
+    own.push_back(i);
+  }
+}
+
+std::uint32_t StreamPlan::first_after(std::uint32_t before, int stream) const {
+  const auto& steps = on_stream_[stream];
+  const int other = steps_[before].stream;
+  const auto has_ended = [&](std::uint32_t step) {
+    return ended_[step * streams_.size() + other] > place_[before];
+  };
+  const auto first = std::partition_point(steps.begin(), steps.end(),
+                                          [&](std::uint32_t step) { return !has_ended(step); });
+  return first == steps.end() ? static_cast<std::uint32_t>(steps_.size()) : *first;
+}
+
+}  // namespace pe
