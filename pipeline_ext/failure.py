@@ -1,7 +1,8 @@
 """A step's failure, as the exception the user sees."""
 
 from . import _C
-from .errors import DeadPipeline, StageError, StepTimeout
+from .engine import Engine, StepResult
+from .errors import DeadPipeline, DeviceError, StageError, StepTimeout
 
 NO_GRADIENTS = (
     "every .grad of the model is None; buffers and random state may have advanced"
@@ -10,15 +11,31 @@ NO_GRADIENTS = (
 _KINDS = {"F": "forward", "B": "backward"}
 
 
-def stage_error(
-    plan: _C.Plan, result: _C.StepResult, dead: bool, training: bool
+def step_error(
+    plan: _C.Plan, result: StepResult, engine: Engine, timeout: float, training: bool
 ) -> BaseException:
-    """The exception for a step in which a stage's code raised, chained to the original one."""
+    """The exception for a step that did not come to its end."""
+    state = _state(engine, training)
+    if result.outcome == "failed":
+        return _failure(plan, result, state)
+    if result.outcome == "closed":
+        gradients = f"; {NO_GRADIENTS}" if training else ""
+        return DeadPipeline(f"the pipeline was closed while a step ran{gradients}")
+    return StepTimeout(
+        f"the step made no progress for {timeout:g} seconds; {state}\n{result.waiting}".rstrip()
+    )
+
+
+def _failure(plan: _C.Plan, result: StepResult, state: str) -> BaseException:
+    """A stage's code has raised, or a device has failed; chained to the original exception."""
     error = result.error
+    if isinstance(error, DeviceError) and result.failed_task is None:
+        return DeviceError(f"{error}; {state}")
     action = plan.action(result.failed_task)
     kind, stage, m, rank, _ = plan.describe(result.failed_task)
     where = f"{action}, the {_KINDS[kind]} of microbatch {m} at stage {stage} on rank {rank}"
-    state = _state(dead, training)
+    if isinstance(error, DeviceError):
+        return DeviceError(f"{error}; it happened at {where}; {state}")
     if not isinstance(error, Exception):  # KeyboardInterrupt and its like stay what they are
         error.add_note(f"raised in {where}; {state}")
         return error
@@ -34,26 +51,10 @@ def stage_error(
     return failure
 
 
-def closed_error(training: bool) -> DeadPipeline:
-    """The exception for a step during which the pipeline was closed."""
-    state = f"; {NO_GRADIENTS}" if training else ""
-    return DeadPipeline(f"the pipeline was closed while a step ran{state}")
-
-
-def timeout_error(
-    result: _C.StepResult, timeout: float, dead: bool, training: bool
-) -> StepTimeout:
-    """The exception for a step that stood still."""
-    return StepTimeout(
-        f"the step made no progress for {timeout:g} seconds; {_state(dead, training)}\n"
-        f"{result.waiting}".rstrip()
-    )
-
-
-def _state(dead: bool, training: bool) -> str:
+def _state(engine: Engine, training: bool) -> str:
     parts = [NO_GRADIENTS] if training else []
-    if dead:
-        parts.append("the pipeline is dead, for a stage's code has not returned: make a new one")
+    if engine.dead:
+        parts.append(f"the pipeline is dead, for {engine.death}: make a new one")
     else:
         parts.append("the next step starts afresh")
     return "; ".join(parts)

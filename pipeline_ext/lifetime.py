@@ -1,4 +1,4 @@
-"""How long a pipeline's threads live, and who may use them when."""
+"""How long a pipeline's engine lives, and who may use it when."""
 
 import contextlib
 import os
@@ -7,28 +7,24 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 
-from . import _C
+from .engine import Engine
 from .errors import DeadPipeline, PipelineError
 
 
 class Lifetime:
-    """The threads of one pipeline: at work for one call at a time, until closed.
+    """The engine of one pipeline: at work for one call at a time, until closed."""
 
-    Attributes:
-        executor: runs steps on them.
-    """
-
-    def __init__(self, pipeline: object, plan: _C.Plan, at_close: Callable[[], None]) -> None:
-        """They end with ``pipeline``, or at exit; then ``at_close``, which must not refer to it, is called."""
-        self.executor = _C.HostExecutor(_thread_names(plan))
+    def __init__(self, pipeline: object, engine: Engine) -> None:
+        """It ends with ``pipeline``, or at exit."""
+        self._engine = engine
         self._in_step = threading.Lock()
         self._owner = os.getpid()
-        self._close = weakref.finalize(pipeline, _close, self.executor, at_close)
+        self._close = weakref.finalize(pipeline, engine.close)
         # At exit called before the former.
-        weakref.finalize(pipeline, _end_steps, self.executor, self._in_step)
+        weakref.finalize(pipeline, _end_steps, engine.stop, self._in_step)
 
     def close(self) -> None:
-        """Stops a step that runs, and ends the threads."""
+        """Stops a step that runs, and ends the engine."""
         self._close()
 
     def check(self) -> None:
@@ -40,10 +36,8 @@ class Lifetime:
             )
         if not self._close.alive:
             raise DeadPipeline("this pipeline is closed; make a new one")
-        if self.executor.dead:
-            raise DeadPipeline(
-                "this pipeline is dead: a stage's code never returned in an earlier step; make a new one"
-            )
+        if self._engine.dead:
+            raise DeadPipeline(f"this pipeline is dead: {self._engine.death}; make a new one")
 
     @contextlib.contextmanager
     def one_at_a_time(self, what: str) -> Iterator[None]:
@@ -59,21 +53,10 @@ class Lifetime:
             self._in_step.release()
 
 
-def _thread_names(plan: _C.Plan) -> list[str]:
-    if not plan.overlap:
-        return [f"pe rank {rank}" for rank in range(plan.num_ranks)]
-    return [f"pe rank {rank} {way}" for rank in range(plan.num_ranks) for way in ("F", "B")]
-
-
-def _close(executor: _C.HostExecutor, at_close: Callable[[], None]) -> None:
-    executor.close()
-    at_close()
-
-
-def _end_steps(executor: _C.HostExecutor, in_step: threading.Lock) -> None:
+def _end_steps(stop: Callable[[], None], in_step: threading.Lock) -> None:
     """Ends another thread's step at exit; the interpreter may not end while torch frees its tensors."""
     was_busy = in_step.locked()
-    executor.close()
+    stop()
     if was_busy and in_step.acquire(timeout=1.0):
         in_step.release()
         time.sleep(0.05)  # the thread still leaves the frames that hold some

@@ -90,10 +90,14 @@ class AutoPack:
         return self._plan_of(packs, packs_forward)
 
     @property
+    def chooses(self) -> bool:
+        """Whether there is something to choose."""
+        return None in self._given and self._boundaries > 0
+
+    @property
     def measures(self) -> bool:
         """Whether it wants to see another step."""
-        chooses = self.choice is None and None in self._given and self._boundaries > 0
-        return chooses and len(self._profiles) < MEASURED_STEPS
+        return self.chooses and self.choice is None and len(self._profiles) < MEASURED_STEPS
 
     def observe(self, profile: Callable[[], Profile]) -> None:
         """Takes in a step, which is profiled once that is needed."""

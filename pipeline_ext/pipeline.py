@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C, arguments, microbatch, partition, planning
-from .abandoned import lock_out
+from . import _C, arguments, devices as device_choice, microbatch, partition, planning
 from .context import CallerContext
+from .cuda.graphs import GraphReport, StepGraphs
+from .engine import Route, StepResult
+from .engines import make_engine
 from .errors import InvalidArgument, PipelineError
-from .failure import NO_GRADIENTS, closed_error, stage_error, timeout_error
+from .failure import NO_GRADIENTS, step_error
 from .lifetime import Lifetime
 from .pack_choice import AutoPack, PackChoice
 from .profile import Profile
-from .recomputation import RecomputationGuard
 from .reduction import GradientReduction
 from .report.trace import Trace
-from .routes import Route, Routes
+from .routes import Routes
 from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
 from .stage import Stage
-from .step import Step
+from .step import Batch, Outcome, Step
 from .transport.exchange import Exchange
 from .transport.link import FREE_LINK, LocalLink
 
@@ -51,13 +52,15 @@ class Pipeline:
             torch.distributed.pipelining, or each rank's actions as text, by rank.
         loss_fn: called as ``loss_fn(output, target)``, or ``loss_fn(output)`` for a step without target;
             returns a tensor without dimensions. If it is a module, its parameters are trained too.
-        devices: one entry for each rank; CPUs only. By default as many as stages, or half as many for a
-            schedule that holds several stages on a rank.
+        devices: one entry for each rank, CPUs or CUDA devices; several ranks may share one. None: as many ranks
+            as stages, or half as many for a schedule that holds several stages on a rank, spread over all GPUs
+            that torch sees; without any, on the CPU. Stages are moved to their devices, in place.
         cuts, balance, sample: where to cut; see ``pipeline_ext.partition.cut``.
         loss_reduction: ``"mean"`` weights a microbatch's loss by its share of the batch's rows, ``"sum"``
             by 1.
-        overlap: let a rank's forward and backward tasks run at the same time, each on its own thread. A
-            module may then run forward in two threads at once where it is recomputed.
+        overlap: let a rank's forward and backward tasks run at the same time: on the CPU on a thread each, on
+            a GPU on streams of their own. A module may then run forward twice at once where it is recomputed.
+            None: on GPUs, and not on the CPU.
         reactive: let a rank whose next planned task is not ready run another that is. The microbatches of
             one stage and kind keep their order, and the limit of microbatches in flight holds; so the
             gradients are the same. False: exactly the planned order; a ``schedule`` that lists it is refused
@@ -74,12 +77,21 @@ class Pipeline:
         in_flight: the most microbatches that a stage may hold at once, or a list of that by stage; None: as
             many as it takes. What would never end within it is refused.
         link: what messages pass through; a ``LocalLink`` can imitate what a network costs.
-        timeout: seconds without a task's begin or end after which a step is given up.
-        trace: record when each task of a step runs.
+        timeout: seconds without a task's begin or end after which a step is given up; on GPUs, seconds for which
+            ``step`` waits for the step before the last.
+        trace: record when each task of a step runs; sets ``tracing``.
+        graphs: on one GPU, capture a whole step in a CUDA graph, once two like it have run, and launch that. Where
+            a step cannot be captured it runs as without, and the reason is printed. The parameters' ``.grad`` are
+            then the graph's own memory, which the next step writes anew. The last graphs captured are kept.
+        optimizer: its ``step`` is called at the end of each step, and is in the graph where there is one.
         reduction: gives each of several replicas of the pipeline the mean of their gradients.
 
     Raises:
         InvalidArgument: for anything above that cannot be used (InvalidSchedule for ``schedule``).
+        DeviceError: where the CUDA driver, or a device asked for, cannot be used.
+
+    Attributes:
+        tracing: whether the next step is recorded.
     """
 
     def __init__(
@@ -90,12 +102,12 @@ class Pipeline:
         schedule: planning.ScheduleLike = "1f1b",
         loss_fn: Callable[..., Tensor] | None = None,
         *,
-        devices: Sequence[str | torch.device] | None = None,
+        devices: device_choice.DevicesLike = None,
         cuts: Sequence[str | int] | None = None,
         balance: str = "parameters",
         sample: Any = None,
         loss_reduction: str = "mean",
-        overlap: bool = False,
+        overlap: bool | None = None,
         reactive: bool = True,
         pack: PackLike = 1,
         pack_forward: PackLike = 1,
@@ -106,6 +118,8 @@ class Pipeline:
         timeout: float = 1800.0,
         trace: bool = True,
         reduction: GradientReduction | None = None,
+        graphs: bool = False,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         num_stages = None if num_stages is None else arguments.count("num_stages", num_stages)
         microbatches = arguments.count("microbatches", microbatches)
@@ -113,7 +127,11 @@ class Pipeline:
         arguments.check_type("link", link, LocalLink)
         if reduction is not None:
             arguments.check_type("reduction", reduction, GradientReduction)
-        num_ranks = planning.cpu_ranks(devices)
+        if optimizer is not None:
+            arguments.check_type("optimizer", optimizer, torch.optim.Optimizer)
+        given = device_choice.given(devices)
+        if overlap is None:
+            overlap = device_choice.of_ranks(given, 1)[0].type == "cuda"
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
 
         self._model = model if isinstance(model, nn.Module) else nn.Sequential(*model)
@@ -124,7 +142,7 @@ class Pipeline:
                 schedule,
                 num_stages=len(modules),
                 microbatches=microbatches,
-                num_ranks=num_ranks,
+                num_ranks=None if given is None else len(given),
                 overlap=bool(overlap),
                 reactive=bool(reactive),
                 packs=packs,
@@ -156,26 +174,27 @@ class Pipeline:
         self._has_loss = loss_fn is not None
         self._weighted = loss_reduction == "mean"
         self._timeout = float(timeout)
-        self._trace_wanted = trace
+        self.tracing = trace
         self._trace: Trace | None = None
         self._context = CallerContext.of_this_thread()
-
-        guard = RecomputationGuard(modules, overlap=overlap, threads=plan.num_workers)
-        self._shared = SharedParameters([stage.modules() for stage in self._stages])
+        self._optimizer = optimizer
         self._reduction = reduction
+        self._shared = SharedParameters([stage.modules() for stage in self._stages])
+        self._devices = device_choice.of_ranks(given, plan.num_ranks)
+        self._engine = make_engine(
+            self._devices, plan, self._stages, exchange_of, self._shared, reduction, self._auto_pack.chooses
+        )
         if reduction is not None:
             reduction.attach(self._stages, self._shared, microbatches)
-        bodies: dict[tuple[int, str], Callable[[int], None]] = {}
-        for stage in self._stages:
-            backward = guard.watch(stage.backward)
-            bodies[stage.index, "F"] = self._shared.watch(stage.index, stage.forward)
-            bodies[stage.index, "B"] = (
-                backward if reduction is None else reduction.watch(stage.index, backward)
-            )
-        self._routes = Routes(self._stages, bodies, exchange_of)
+        self._routes = Routes(self._stages, self._engine)
         self._routes.follow(plan)
+        self._graphs = (
+            StepGraphs.of(self._engine, self._train, plan, self._stages, optimizer, self._timeout)
+            if graphs
+            else None
+        )
         _C.keep_freed_memory()
-        self._lifetime = Lifetime(self, plan, functools.partial(_at_close, guard, reduction))
+        self._lifetime = Lifetime(self, self._engine)
 
     # -- training and evaluation
 
@@ -216,40 +235,22 @@ class Pipeline:
         arguments.check_trains(self._has_loss, losses, target)
         size, count = microbatch.batch_size(args, kwargs), self.microbatches
         arguments.check_rows(size, count)
-        rows = microbatch.lengths(size, count)
-        with self._lifetime.one_at_a_time("step was called"), contextlib.ExitStack() as replicas:
+        with self._lifetime.one_at_a_time("step was called"):
             self._auto_pack.choose(self._routes.follow)
-            step = Step(
-                exchange=self._routes.train.exchange,
-                inputs=microbatch.split((args, kwargs), size, count, "an input"),
-                context=self._caller_context(),
-                targets=None if target is None else microbatch.split(target, size, count, "target"),
-                weights=[n / size if self._weighted else 1 for n in rows],
+            batch = Batch(
+                *self._engine.arrive((args, kwargs), 0),
+                target=self._engine.arrive(target, self.num_stages - 1),
                 keep_outputs=return_outputs,
+                record=self.tracing,
             )
-            self._shared.begin()
-            if self._reduction is not None:
-                replicas.enter_context(self._reduction.step())
-            self._run(self._routes.train, step)
-            if not step.has_trained:
-                raise PipelineError(
-                    "step found nothing to train: no microbatch's loss depends on anything that requires a "
-                    "gradient; are all parameters frozen, or is the loss detached?"
-                )
-            try:
-                self._shared.end()
-                step.backward_into_inputs()
-                if self._reduction is not None:
-                    self._reduction.finish(self._timeout, self._trace)
-                loss = step.total_loss()
-                outputs = microbatch.merge(step.outputs) if return_outputs else None
-            except BaseException as error:
-                self._give_up(training=True)
-                error.add_note(NO_GRADIENTS)
-                raise
+            if self._graphs is None:
+                outcome = self._train(batch)
+            else:
+                outcome = self._graphs.step(batch, self._caller_context())
+                self._keep_trace(outcome.result, batch.record)
         if losses is not None:
-            losses[:] = step.losses
-        return (loss, outputs) if return_outputs else loss
+            losses[:] = outcome.losses
+        return (outcome.loss, outcome.outputs) if return_outputs else outcome.loss
 
     def eval(self, *args: Any, **kwargs: Any) -> Any:
         """Runs one batch forward without gradients and returns the last stage's output.
@@ -267,7 +268,9 @@ class Pipeline:
             route = self._routes.eval(count)
             step = Step(
                 exchange=route.exchange,
-                inputs=microbatch.split((args, kwargs), size, count, "an input"),
+                inputs=microbatch.split(
+                    self._engine.arrive((args, kwargs), 0), size, count, "an input"
+                ),
                 context=self._caller_context(),
             )
             self._run(route, step, training=False)
@@ -300,12 +303,22 @@ class Pipeline:
     @property
     def plan(self) -> _C.Plan:
         """The plan of a step. ``pack="auto"`` takes another one as the fourth begins."""
-        return self._routes.train.program.plan
+        return self._routes.train.plan
 
     @property
     def pack_choice(self) -> PackChoice | None:
         """What ``pack="auto"`` has chosen; None until it has."""
         return self._auto_pack.choice
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The device of each rank."""
+        return list(self._devices)
+
+    @property
+    def graph(self) -> GraphReport | None:
+        """What has become of ``graphs=True``; None without."""
+        return None if self._graphs is None else self._graphs.report
 
     @property
     def num_stages(self) -> int:
@@ -323,8 +336,8 @@ class Pipeline:
         if self._trace is None:
             raise PipelineError(
                 "there is no trace: run a step first"
-                if self._trace_wanted
-                else "there is no trace: this pipeline was made with trace=False"
+                if self.tracing
+                else "there is no trace: this pipeline was made with trace=False; set tracing=True"
             )
         return self._trace
 
@@ -359,54 +372,79 @@ class Pipeline:
 
     # -- inside
 
-    def _run(self, route: Route, step: Step, training: bool = True) -> None:
-        program, exchange = route
-        record = training and (self._trace_wanted or self._auto_pack.measures)
-        exchange.begin()
+    def _train(self, batch: Batch) -> Outcome:
+        size, count = microbatch.batch_size(batch.args, batch.kwargs), self.microbatches
+        target = batch.target
+        step = Step(
+            exchange=self._routes.train.exchange,
+            inputs=microbatch.split((batch.args, batch.kwargs), size, count, "an input"),
+            context=self._caller_context(),
+            targets=None if target is None else microbatch.split(target, size, count, "target"),
+            weights=[n / size if self._weighted else 1 for n in microbatch.lengths(size, count)],
+            keep_outputs=batch.keep_outputs,
+        )
+        self._shared.begin()
+        with contextlib.nullcontext() if self._reduction is None else self._reduction.step():
+            result = self._run(self._routes.train, step, record=batch.record)
+            if not step.has_trained:
+                raise PipelineError(
+                    "step found nothing to train: no microbatch's loss depends on anything that requires a "
+                    "gradient; are all parameters frozen, or is the loss detached?"
+                )
+            try:
+                self._shared.end()
+                step.backward_into_inputs()
+                if self._reduction is not None:
+                    self._reduction.finish(self._timeout, self._trace)
+                loss = step.total_loss()
+                outputs = microbatch.merge(step.outputs) if batch.keep_outputs else None
+            except BaseException as error:
+                self._give_up(training=True)
+                error.add_note(NO_GRADIENTS)
+                raise
+        if self._optimizer is not None:
+            self._optimizer.step()
+        return Outcome(loss, step.losses, outputs, result)
+
+    def _run(self, route: Route, step: Step, training: bool = True, record: bool = False) -> StepResult:
+        measures = training and self._auto_pack.measures
+        route.exchange.begin()
         for stage in self._stages:
             stage.begin(step)
         try:
-            result = self._lifetime.executor.run(program, timeout=self._timeout, record=record)
+            result = self._engine.run(route, timeout=self._timeout, record=record or measures)
         except BaseException as interrupt:
             self._give_up(training)
             if training:
                 interrupt.add_note(f"the pipeline's step was stopped; {NO_GRADIENTS}")
             raise
         finally:
-            exchange.end()
+            route.exchange.end()
             for stage in self._stages:
                 stage.end()
         if result.outcome != "done":
             self._give_up(training)
-            if result.outcome == "failed":
-                raise stage_error(program.plan, result, self._lifetime.executor.dead, training)
-            if result.outcome == "closed":
-                raise closed_error(training)
-            raise timeout_error(result, self._timeout, self._lifetime.executor.dead, training)
-        if record:
-            trace = Trace(self.plan, result, exchange.messages(), self.pack_choice)
-            self._trace = trace if self._trace_wanted else None
-            if self._auto_pack.measures:
-                self._auto_pack.observe(trace.profile)
+            raise step_error(route.plan, result, self._engine, self._timeout, training)
+        if training:
+            self._keep_trace(result, record)
+        if measures:
+            trace = self._trace or Trace(self.plan, result, route.exchange.messages())
+            self._auto_pack.observe(trace.profile)
+        return result
+
+    def _keep_trace(self, result: StepResult, record: bool) -> None:
+        messages = self._routes.train.exchange.messages()
+        self._trace = Trace(self.plan, result, messages, self.pack_choice) if record else None
 
     def _give_up(self, training: bool) -> None:
-        if self._lifetime.executor.dead:
-            self._shared.give_up()
-        parameters = [p for stage in self._stages for p in stage.parameters()]
-        if self._lifetime.executor.dead:
-            lock_out((s.thread for s in self._stages if s.thread is not None), parameters)
+        self._engine.give_up(self._stages)
         if training:
-            for parameter in parameters:
-                parameter.grad = None
+            for stage in self._stages:
+                for parameter in stage.parameters():
+                    parameter.grad = None
 
     def _caller_context(self) -> CallerContext:
         context = CallerContext.of_this_thread()
         if context != self._context:
             self._context = context
         return self._context
-
-
-def _at_close(guard: RecomputationGuard, reduction: GradientReduction | None) -> None:
-    guard.remove()
-    if reduction is not None:
-        reduction.close()

@@ -4,8 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from . import _C, arguments
 from .errors import InvalidArgument, InvalidSchedule
 
@@ -118,27 +116,6 @@ def default_ranks(schedule: str, num_stages: int) -> int:
             f"{num_stages}. Give devices= to hold another number"
         )
     return num_stages // 2
-
-
-def cpu_ranks(devices: Sequence[str | torch.device] | None) -> int | None:
-    """How many ranks ``devices`` asks for.
-
-    Raises InvalidArgument for devices other than CPUs.
-    """
-    if devices is None:
-        return None
-    if not isinstance(devices, (list, tuple)) or len(devices) == 0:
-        raise InvalidArgument(
-            f'devices is {devices!r}; give a list with one entry for each rank, as in ["cpu", "cpu"]'
-        )
-    for device in devices:
-        try:
-            kind = torch.device(device).type
-        except (RuntimeError, TypeError) as error:
-            raise InvalidArgument(f"devices holds {device!r}, which is no device") from error
-        if kind != "cpu":
-            raise InvalidArgument(f"devices holds {device!r}; this version runs ranks on the CPU only")
-    return len(devices)
 
 
 def _csv_path(schedule: ScheduleLike) -> Path | None:

@@ -63,6 +63,10 @@ class SharedParameters:
         """The parameters that several stages hold."""
         return self._holders.keys()
 
+    def target(self, stage: int, parameter: nn.Parameter) -> nn.Parameter:
+        """What a stage's gradients of one of its parameters are to be added to in this step."""
+        return self._aliases.get(parameter, {}).get(stage, parameter)
+
     def watch(self, stage: int, forward: Body) -> Body:
         """``forward`` of a stage, on its aliases."""
 

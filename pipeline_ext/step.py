@@ -4,7 +4,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,25 @@ from torch import Tensor
 from .boundary import differentiable
 from .context import CallerContext
 from .transport.exchange import Exchange
+
+
+class Batch(NamedTuple):
+    """What a step is called with, where the stages can use it, and how it is to run."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    target: Any
+    keep_outputs: bool
+    record: bool  # when tasks run
+
+
+class Outcome(NamedTuple):
+    """What a step gives back."""
+
+    loss: Tensor
+    losses: list[Tensor | None]  # by microbatch, unweighted
+    outputs: Any  # of the last stage for the whole batch; None where they were not kept
+    result: Any  # the engine's
 
 
 class Step:

@@ -143,7 +143,7 @@ Raises DeviceError without a driver or device.)")
           py::arg("program"), py::kw_only(), py::arg("callers"), py::arg("record") = false,
           py::arg("capturing") = false)
       .def("wait_for_room", &wait_for_room, py::kw_only(), py::arg("timeout"),
-           "Waits until at most one marked step is not done; 'done' or 'timed out'.")
+           "Waits until at most one marked step is not done; 'done', 'timed out' or 'closed'.")
       .def(
           "mark",
           [](StreamExecutor& e, const std::vector<std::uintptr_t>& callers) {

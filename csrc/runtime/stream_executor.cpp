@@ -140,6 +140,25 @@ struct StreamExecutor::Run {
   std::optional<cuda::CapturedNodes> nodes;
 };
 
+// While it lives close() only asks; then what it asked for is done.
+class StreamExecutor::Busy {
+ public:
+  explicit Busy(StreamExecutor& executor) : executor_(executor) {
+    executor.check_usable();
+    const std::lock_guard lock(executor.closing_);
+    if (executor.busy_) throw std::logic_error("it is running a step already");
+    executor.busy_ = true;
+  }
+  ~Busy() {
+    const std::lock_guard lock(executor_.closing_);
+    executor_.busy_ = false;
+    if (executor_.closed_) executor_.devices_.clear();
+  }
+
+ private:
+  StreamExecutor& executor_;
+};
+
 StreamExecutor::StreamExecutor(std::vector<int> device_of_rank) : ordinals_(std::move(device_of_rank)) {
   std::sort(ordinals_.begin(), ordinals_.end());
   ordinals_.erase(std::unique(ordinals_.begin(), ordinals_.end()), ordinals_.end());
@@ -187,7 +206,7 @@ std::shared_ptr<StreamExecutor::Laid> StreamExecutor::lay_out(
 }
 
 DeviceStepResult StreamExecutor::run(Laid& laid, const DeviceRunOptions& options) {
-  check_usable();
+  const Busy busy(*this);
   Run run(*this, laid, options);
   DeviceStepResult& result = run.result;
   const auto fail = [&](TaskId task) {
@@ -200,10 +219,11 @@ DeviceStepResult StreamExecutor::run(Laid& laid, const DeviceRunOptions& options
   try {
     run.begin();
     const auto& steps = laid.plan->steps();
-    for (std::uint32_t number = 0; number < steps.size(); ++number) {
+    for (std::uint32_t number = 0; number < steps.size() && !closed_; ++number) {
       task = steps[number].task;
       run.enqueue(number);
     }
+    if (closed_) result.outcome = Outcome::Closed;
     task = kNoTask;
   } catch (const abi::__forced_unwind&) {
     throw;
@@ -234,7 +254,7 @@ void StreamExecutor::mark(const std::vector<cuda::StreamHandle>& callers) {
 }
 
 Outcome StreamExecutor::wait_for_room(const WaitOptions& options) {
-  check_usable();
+  const Busy busy(*this);
   using Clock = std::chrono::steady_clock;
   const auto begin = Clock::now();
   auto next_poll = begin + kPollPeriod;
@@ -247,6 +267,7 @@ Outcome StreamExecutor::wait_for_room(const WaitOptions& options) {
         dead_ = true;
         throw;
       }
+      if (closed_) return Outcome::Closed;
       std::this_thread::sleep_for(kLookPeriod);
       if (Clock::now() < next_poll) continue;
       if (options.poll && options.poll()) return Outcome::Interrupted;
@@ -258,8 +279,9 @@ Outcome StreamExecutor::wait_for_room(const WaitOptions& options) {
 }
 
 void StreamExecutor::close() {
+  const std::lock_guard lock(closing_);
   closed_ = true;
-  devices_.clear();
+  if (!busy_) devices_.clear();
 }
 
 const std::vector<cuda::StreamHandle>& StreamExecutor::streams_of(const Laid& laid) {

@@ -2,10 +2,12 @@
 // order, onto the streams of one or more GPUs, and does not wait for any of it.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <exception>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -65,7 +67,10 @@ class StreamExecutor {
   // What the callers have enqueued so far is a step.
   void mark(const std::vector<cuda::StreamHandle>& callers);
 
-  void close();  // what is enqueued still runs
+  // Lets go of streams and events; what is enqueued still runs. From inside a run, by a body or by `poll`, or
+  // while another thread is in one, that stops and does it at its end: result Closed. The only call that
+  // other threads may make meanwhile.
+  void close();
   bool dead() const { return dead_; }
 
   static const std::vector<cuda::StreamHandle>& streams_of(const Laid& laid);
@@ -77,6 +82,7 @@ class StreamExecutor {
  private:
   struct OfDevice;
   struct Run;
+  class Busy;
 
   std::size_t index_of(int ordinal) const;
   void check_usable() const;
@@ -84,7 +90,9 @@ class StreamExecutor {
   std::vector<int> ordinals_;
   std::vector<std::unique_ptr<OfDevice>> devices_;
   unsigned steps_ = 0;  // marked
-  bool closed_ = false;
+  std::mutex closing_;                // of what follows
+  bool busy_ = false;                 // in run or wait_for_room
+  std::atomic<bool> closed_ = false;
   bool dead_ = false;
 };
 

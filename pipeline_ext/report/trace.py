@@ -5,6 +5,7 @@ import os
 import statistics
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Protocol
 
 from .. import _C
 from ..files import whole_file
@@ -17,12 +18,22 @@ from .records import ReductionRecord, TaskRecord, task_records
 from .timeline import SUFFIXES, Panel, accepted_path, save_picture, simulated_panel
 
 
+class StepRecord(Protocol):
+    """When a step and its tasks ran, in nanoseconds of one clock, and what was alive at once."""
+
+    begin: int
+    end: int
+    task_begin: Sequence[int]  # by task
+    task_end: Sequence[int]
+    peak_by_stage: list[int]  # microbatches in flight
+    peak_by_rank: list[int]
+
+
 class Trace:
     """What one step did.
 
     Attributes:
         plan: the plan it followed.
-        step_time: seconds from the step's begin to its end.
         peak_in_flight: most microbatches alive at once, by rank.
         peak_in_flight_of_stage: the same by stage.
         messages: what crossed each boundary between ranks, by direction.
@@ -33,14 +44,13 @@ class Trace:
     def __init__(
         self,
         plan: _C.Plan,
-        result: _C.StepResult,
+        result: StepRecord,
         messages: Sequence[Messages] = (),
         pack_choice: PackChoice | None = None,
     ) -> None:
         self.plan = plan
         self.messages = list(messages)
         self.pack_choice = pack_choice
-        self.step_time = (result.end - result.begin) * 1e-9
         self.peak_in_flight: list[int] = result.peak_by_rank
         self.peak_in_flight_of_stage: list[int] = result.peak_by_stage
         self.reductions: list[ReductionRecord] = []
@@ -48,6 +58,11 @@ class Trace:
 
     def __repr__(self) -> str:
         return f"<Trace: {len(self.plan)} tasks in {self.step_time * 1e3:.1f} ms, bubble {self.bubble:.1%}>"
+
+    @cached_property
+    def step_time(self) -> float:
+        """Seconds from the step's begin to its end. Of a step on a GPU this waits for that, as all times do."""
+        return (self._result.end - self._result.begin) * 1e-9
 
     @cached_property
     def tasks(self) -> list[TaskRecord]:

@@ -1,7 +1,7 @@
 """One way across a boundary between stages."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,12 +14,40 @@ from .message import Format, message_of
 Leaves = Sequence[Any]  # tensors, and what goes along as it is
 
 
+class Passage(Protocol):
+    """What looks after a channel's memory where sender and receiver run on streams of devices.
+
+    Attributes:
+        stays: whether they are on one device. If not, each message is to be carried.
+    """
+
+    stays: bool
+
+    def take(self, nbytes: int, device: torch.device) -> Tensor:
+        """As ``Buffers``."""
+
+    def give_back(self, buffer: Tensor) -> None:
+        """As ``Buffers``."""
+
+    def handed_over(self, m: int, value: Any) -> None:
+        """The receiver uses the sender's own tensors."""
+
+    def packed(self, results: dict[int, Any], buffer: Tensor) -> None:
+        """Results, by microbatch, have been packed into ``buffer``, just now."""
+
+    def carry(self, results: Sequence[int], buffer: Tensor, nbytes: int) -> Tensor:
+        """A buffer as large on the receiver's device, with the first bytes: the results of these microbatches."""
+
+
 class _Message:
     """The results of a group of microbatches in one buffer."""
 
-    def __init__(self, format: Format, buffer: Tensor, requires_grad: list[bool], unread: int) -> None:
+    def __init__(
+        self, format: Format, buffer: Tensor, requires_grad: list[bool], microbatches: list[int]
+    ) -> None:
+        self._microbatches = microbatches
         self._buffer = buffer
-        self._unread = unread  # results that are still needed
+        self._unread = len(microbatches)  # results that are still needed
         self._format = format
         self._requires_grad = requires_grad
         self._tensors: list[Tensor] | None = None
@@ -30,6 +58,10 @@ class _Message:
             for tensor, needed in zip(self._tensors, self._requires_grad):
                 tensor.requires_grad_(needed)
         return self._tensors
+
+    def carry(self, passage: Passage) -> None:
+        """Takes it to the receiver's device."""
+        self._buffer = passage.carry(self._microbatches, self._buffer, self._format.sent_nbytes)
 
     def read(self) -> Tensor | None:
         """One more result is needed no more; returns the buffer after the last."""
@@ -79,20 +111,24 @@ class Channel:
         wire: torch.dtype | None = None,
         in_flight: int = 1,
         link: LocalLink = FREE_LINK,
+        passage: Passage | None = None,
     ) -> None:
-        """``in_flight``: results that may be on their way or in use at once."""
-        self.hands_over = pack == 1 and wire is None
+        """``in_flight``: results that may be on their way or in use at once. ``passage``: between devices."""
+        self.hands_over = pack == 1 and wire is None and (passage is None or passage.stays)
         self._microbatches = microbatches
         self._pack = pack
         self._wire = wire
         self._link = link
-        self._buffers = Buffers(min(-(-microbatches // pack), -(-in_flight // pack) + 1))
+        self._passage = passage
+        self._buffers = passage or Buffers(min(-(-microbatches // pack), -(-in_flight // pack) + 1))
         self._formats: dict[int, Format] = {}  # by group
+        self._replaced: list[Format | None] = []  # in this step: streams may still read their tables
         self.begin()
 
     def begin(self) -> None:
         """Prepares for a step."""
         self.end()
+        self._replaced = []
         self.sent = 0
         self.packed_nbytes = 0
         self.seconds = 0.0
@@ -117,6 +153,8 @@ class Channel:
             self.result_nbytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
         if self.hands_over:
             self._arrived[m] = leaves
+            if self._passage is not None:
+                self._passage.handed_over(m, leaves)
             self._through_link()
             return
         group = m // self._pack
@@ -125,6 +163,11 @@ class Channel:
         if len(waiting) == min(self._pack, self._microbatches - group * self._pack):
             self._send_group(group, self._waiting.pop(group))
             self._through_link()
+
+    def carry(self, m: int) -> None:
+        """Takes the message that microbatch ``m``'s result is in to the receiver's device, if it is another."""
+        if self._passage is not None and not self._passage.stays:
+            self._arrived[m].message.carry(self._passage)
 
     def receive(self, m: int) -> Leaves:
         """The result of microbatch ``m``, to be called once."""
@@ -148,12 +191,17 @@ class Channel:
         }
         numbers = {key: number for number, key in enumerate(tensors)}
         packed = list(tensors.values())
-        format, regions = message_of(packed, self._wire, self._formats.get(group))
-        self._formats[group] = format
+        known = self._formats.get(group)
+        format, regions = message_of(packed, self._wire, known)
+        if format is not known:
+            self._replaced.append(known)
+            self._formats[group] = format
         device = packed[0].device if packed else torch.device("cpu")
         buffer = self._buffers.take(format.nbytes, device)
         format.pack(packed, regions, buffer)
-        message = _Message(format, buffer, [t.requires_grad for t in packed], len(results))
+        if self._passage is not None:
+            self._passage.packed(results, buffer)
+        message = _Message(format, buffer, [t.requires_grad for t in packed], list(results))
         for m, leaves in results.items():
             self._arrived[m] = _Result(leaves, numbers, message)
         self.packed_nbytes += format.sent_nbytes

@@ -1,6 +1,6 @@
 """All channels between the stages of a plan."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import _C
-from .channel import Channel
+from .channel import Channel, Passage
 from .link import FREE_LINK, LocalLink
 
 
@@ -35,24 +35,32 @@ class Exchange:
         wire: Sequence[torch.dtype | None] = (),
         wire_forward: Sequence[torch.dtype | None] = (),
         link: LocalLink = FREE_LINK,
+        passage_of: Callable[[int, str], Passage] | None = None,
     ) -> None:
-        """``wire`` and ``wire_forward``: types of gradients and activations by boundary; empty: their own."""
+        """``wire`` and ``wire_forward``: types of gradients and activations by boundary; empty: their own.
+
+        ``passage_of``: of ranks on streams of devices, what looks after the memory of activations ("F") or
+        gradients ("B") that cross a boundary.
+        """
         self.num_stages = plan.num_stages
         self._trains = plan.has_backward
         ranks = plan.rank_of_stage
         self._crossing = [a != b for a, b in zip(ranks, ranks[1:])]
 
-        def channel(boundary: int, pack: int, wires: Sequence[torch.dtype | None]) -> Channel:
+        def channel(
+            boundary: int, way: str, pack: int, wires: Sequence[torch.dtype | None]
+        ) -> Channel:
+            passage = None if passage_of is None else passage_of(boundary, way)
             if not self._crossing[boundary]:
-                return Channel(plan.num_microbatches)
+                return Channel(plan.num_microbatches, passage=passage)
             wire = wires[boundary] if wires else None
             # Activations are in use as long as the receiver's microbatch is in flight, gradients as long as
             # theirs is; both are the stage's that holds more.
             in_flight = plan.limits[boundary]
-            return Channel(plan.num_microbatches, pack, wire, in_flight, link)
+            return Channel(plan.num_microbatches, pack, wire, in_flight, link, passage)
 
-        self._forward = [channel(b, k, wire_forward) for b, k in enumerate(plan.packs_forward)]
-        self._backward = [channel(b, k, wire) for b, k in enumerate(plan.packs)]
+        self._forward = [channel(b, "F", k, wire_forward) for b, k in enumerate(plan.packs_forward)]
+        self._backward = [channel(b, "B", k, wire) for b, k in enumerate(plan.packs)]
         self._releasing = [  # by stage: the channels to it whose results lie in buffers
             [c for c in (*self._forward[max(s - 1, 0) : s], *self._backward[s : s + 1]) if not c.hands_over]
             for s in range(plan.num_stages)
@@ -87,6 +95,14 @@ class Exchange:
         else:
             leaves, spec = pytree.tree_flatten(value)
             channel.send(m, [*leaves, spec])
+
+    def carry_value(self, stage: int, m: int) -> None:
+        """Takes what ``stage`` has sent on to the next stage's device, if that is another."""
+        self._forward[stage].carry(m)
+
+    def carry_gradients(self, stage: int, m: int) -> None:
+        """Takes the gradients that ``stage`` has sent back to the device of the stage before."""
+        self._backward[stage - 1].carry(m)
 
     def receive_value(self, stage: int, m: int) -> Any:
         """What the stage before has sent to ``stage``."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import PipelineError
 from ..memory import Look, Region, find_regions, share_memory
-from ..packing import Layout, aligned, packer
+from ..packing import Layout, Packer, aligned, packer
 from ..packing.layout import REPLACEABLE
 
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}  # finite numbers
@@ -103,8 +103,7 @@ class Cast(Format):
         self._layout = Layout.of(sent, wire)
         self._opened = Layout.of(sent)
         self._packer = packer(self._layout, sent)
-        self._unpacker = packer(self._layout, sent)
-        self._unpacker.release()
+        self._unpackers: dict[torch.device, Packer] = {}  # by where messages are opened
         self._behind = aligned(self._layout.nbytes)
         self.sent_nbytes = self._layout.nbytes
         self.nbytes = self._behind + self._opened.nbytes
@@ -120,12 +119,16 @@ class Cast(Format):
 
     def open(self, buffer: Tensor) -> list[Tensor]:
         opened = self._opened.views(buffer[self._behind :])
-        self._unpacker.rebind(opened)
-        if self._wire in _LARGEST:
-            self._unpacker.unpack(buffer, scales=1.0 / self._scales_in(buffer))
+        unpacker = self._unpackers.get(buffer.device)
+        if unpacker is None:
+            unpacker = self._unpackers[buffer.device] = packer(self._layout, opened)
         else:
-            self._unpacker.unpack(buffer)
-        self._unpacker.release()
+            unpacker.rebind(opened)
+        if self._wire in _LARGEST:
+            unpacker.unpack(buffer, scales=1.0 / self._scales_in(buffer))
+        else:
+            unpacker.unpack(buffer)
+        unpacker.release()
         apart = dict(zip(self._apart, opened))
         return [
             (torch.view_as_complex(apart[i]) if look.dtype.is_complex else apart[i]).data
@@ -136,14 +139,15 @@ class Cast(Format):
         return [_as_real(tensors[i].detach()) for i in self._apart]
 
     def _pack_scaled(self, sent: list[Tensor], buffer: Tensor) -> None:
-        scales = torch.ones(len(sent) + 1, device=buffer.device)
-        before = torch.zeros_like(scales) if self._largest is None else self._largest
-        self._largest = self._pack_by(_scales_for(before, self._wire), sent, buffer)
+        if self._largest is None:
+            self._largest = torch.zeros(len(sent) + 1, device=buffer.device)
+        # In place: other streams may still read what a new one would replace.
+        self._largest.copy_(self._pack_by(_scales_for(self._largest, self._wire), sent, buffer))
         # On a GPU looking at them would wait for it.
         if not buffer.is_cuda and _misfit(self._scales_in(buffer), self._largest, self._wire):
             self._pack_by(_scales_for(self._largest, self._wire), sent, buffer)
         if self._wire == torch.float8_e4m3fn:  # it has no infinity: what held one arrives as NaN
-            self._scales_in(buffer)[~self._largest.isfinite()] = torch.nan
+            self._scales_in(buffer).masked_fill_(~self._largest.isfinite(), torch.nan)
 
     def _pack_by(self, scales: Tensor, sent: list[Tensor], buffer: Tensor) -> Tensor:
         """Packs with these scales; returns the largest magnitudes before scaling."""

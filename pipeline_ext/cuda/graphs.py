@@ -1,0 +1,188 @@
+"""Whole steps as CUDA graphs: the engine's own eager step, captured once and launched as one.
+
+What a captured step computes with must lie where it lay then. So batches are copied into the graph's own
+tensors, and the gradients are the graph's own.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..context import CallerContext
+from ..errors import StepTimeout
+from ..step import Batch, Outcome
+from . import torch_side
+from .device_step import DeviceStep
+from .engine import DeviceEngine
+
+WARM_UP_STEPS = 2
+_MOST_GRAPHS = 4  # kept at once: each has memory of its own
+
+
+@dataclass
+class GraphReport:
+    """What has become of ``graphs=True``.
+
+    Attributes:
+        nodes: of the graph that was launched last; 0 before the first.
+        captured: graphs so far.
+        fallback: why steps run eagerly instead; None while nothing stands in the way.
+    """
+
+    nodes: int = 0
+    captured: int = 0
+    fallback: str | None = None
+
+
+class _Captured(NamedTuple):
+    graph: torch_side.Graph
+    batch: list[Tensor]  # the graph's own
+    outcome: Outcome
+    gradients: list[Tensor | None]  # by parameter
+
+
+class StepGraphs:
+    """Runs one pipeline's steps: of each kind the first ones eagerly, the others as a graph.
+
+    Steps are of one kind where these agree: shapes, types and what is no tensor in the batch; the caller's
+    context; which gradients there are already; the modes of the modules; where the parameters lie; and the
+    optimizer's settings.
+    """
+
+    def __init__(
+        self,
+        engine: DeviceEngine,
+        train: Callable[[Batch], Outcome],
+        modules: Sequence[nn.Module],
+        optimizer: torch.optim.Optimizer | None,
+        timeout: float,
+    ) -> None:
+        """``train`` runs a step eagerly."""
+        self.report = GraphReport()
+        self._engine = engine
+        self._train = train
+        self._modules = [m for module in modules for m in module.modules()]
+        self._parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
+        self._optimizer = optimizer
+        self._timeout = timeout
+        self._seen: dict[Hashable, int] = {}
+        self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._recorded: DeviceStep | None = None  # of a graph, its times not read yet
+
+    @classmethod
+    def of(
+        cls,
+        engine: Engine,
+        train: Callable[[Batch], Outcome],
+        plan: _C.Plan,
+        stages: Sequence[Stage],
+        optimizer: torch.optim.Optimizer | None,
+        timeout: float,
+    ) -> "StepGraphs":
+        """The graphs of a pipeline, where its steps can be captured."""
+        modules = [module for stage in stages for module in stage.modules()]
+        graphs = cls(engine, train, modules, optimizer, timeout)
+        if not isinstance(engine, DeviceEngine):
+            graphs.fall_back("the ranks are on the CPU")
+        elif len(set(engine.devices)) > 1:
+            graphs.fall_back("the ranks are on several GPUs, and a graph's memory is of one")
+        elif engine.packs:
+            graphs.fall_back("results are packed (pack, wire), for which tables go up from the host")
+        return graphs
+
+    def fall_back(self, reason: str) -> None:
+        """From now on steps run eagerly."""
+        self.report.fallback = reason
+        self._graphs.clear()
+        print(f"graphs=True: steps run eagerly, for {reason}")
+
+    def step(self, batch: Batch, context: CallerContext) -> Outcome:
+        """Runs a step. What it gives back is the caller's, also where a graph made it."""
+        if self.report.fallback is not None:
+            return self._train(batch)
+        leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs, batch.target))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        kind = self._kind(leaves, spec, batch, context)
+        captured = self._graphs.get(kind)
+        if captured is None:
+            if any(tensor.requires_grad for tensor in tensors):
+                self.fall_back("an input requires a gradient")
+                return self._train(batch)
+            self._seen[kind] = self._seen.get(kind, 0) + 1
+            if self._seen[kind] <= WARM_UP_STEPS:
+                return self._train(batch)
+            captured = self._capture(leaves, spec, batch)
+            if captured is None:
+                return self._train(batch)
+            self._graphs[kind] = captured
+            if len(self._graphs) > _MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(kind)
+        return self._replay(captured, tensors)
+
+    def _kind(
+        self, leaves: list[Any], spec: pytree.TreeSpec, batch: Batch, context: CallerContext
+    ) -> Hashable:
+        looks = tuple(
+            (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf)
+            for leaf in leaves
+        )
+        parameters = tuple((p.data_ptr(), p.requires_grad, p.grad is None) for p in self._parameters)
+        settings = None if self._optimizer is None else repr(_settings(self._optimizer))
+        modes = tuple(module.training for module in self._modules)
+        how = (batch.keep_outputs, batch.record, context)
+        return looks, str(spec), how, parameters, modes, settings
+
+    def _capture(self, leaves: list[Any], spec: pytree.TreeSpec, batch: Batch) -> _Captured | None:
+        own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs, target = pytree.tree_unflatten(own, spec)
+        before = [p.grad for p in self._parameters]
+        graph = torch_side.Graph()
+        try:
+            with self._engine.capturing(), graph.capture(self._engine.devices[0]):
+                outcome = self._train(batch._replace(args=args, kwargs=kwargs, target=target))
+        except Exception as error:
+            for parameter, grad in zip(self._parameters, before):
+                parameter.grad = grad
+            reason = error.__cause__ or error
+            self.fall_back(f"the step cannot be captured: {type(reason).__name__}: {reason}")
+            return None
+        self.report.captured += 1
+        gradients = [p.grad for p in self._parameters]
+        return _Captured(graph, [leaf for leaf in own if isinstance(leaf, Tensor)], outcome, gradients)
+
+    def _replay(self, captured: _Captured, tensors: list[Tensor]) -> Outcome:
+        full = self._engine.wait_for_room(self._timeout)
+        if full is not None:
+            raise StepTimeout(f"no step was run, for in {self._timeout:g} seconds{full.waiting}")
+        if self._recorded is not None:
+            self._recorded.read()
+            self._recorded = None
+        with torch.no_grad():
+            if tensors:
+                torch._foreach_copy_(captured.batch, tensors)
+            for parameter, gradient in zip(self._parameters, captured.gradients):
+                if parameter.grad is not gradient:
+                    if parameter.grad is not None and gradient is not None:
+                        gradient.copy_(parameter.grad)
+                    parameter.grad = gradient
+            captured.graph.replay()
+            loss, losses, outputs = pytree.tree_map_only(Tensor, torch.clone, captured.outcome[:3])
+        self._engine.mark()
+        step = captured.outcome.result.again()
+        self._recorded = step if step.recorded else None
+        self.report.nodes = step.num_nodes
+        return Outcome(loss, losses, outputs, step)
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """All that is no tensor: it is part of the graph."""
+    return [
+        {k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+        for group in optimizer.param_groups
+    ]

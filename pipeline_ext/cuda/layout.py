@@ -1,0 +1,47 @@
+"""A plan on streams, in the words of stages and microbatches."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .. import _C
+from ..simulation import Costs
+
+Action = tuple[str, int, int]  # kind, stage, microbatch
+
+
+class Place(NamedTuple):
+    """Where an action is enqueued."""
+
+    step: int  # in the order of enqueueing
+    stream: int
+
+
+class StreamLayout:
+    """Where each action of a plan is enqueued.
+
+    Attributes:
+        plan: the plan.
+        streams: the plan laid out on streams.
+        peak_in_flight, peak_in_flight_of_stage: most microbatches alive at once, by rank and by stage.
+    """
+
+    def __init__(self, plan: _C.Plan, device_of_rank: Sequence[int], costs: Costs = Costs()) -> None:
+        """``costs`` decide the order: it is that of the simulated step."""
+        by_stage = costs.by_stage(plan.num_stages)
+        self.plan = plan
+        self.streams = _C.StreamPlan(plan, by_stage, list(device_of_rank))
+        simulated = _C.simulate(plan, by_stage)
+        self.peak_in_flight: list[int] = simulated.peak_in_flight
+        self.peak_in_flight_of_stage: list[int] = simulated.peak_in_flight_of_stage
+        self._places = {
+            action: Place(number, stream)
+            for number, (action, stream, _) in enumerate(self.streams.steps)
+        }
+
+    def place(self, kind: str, stage: int, m: int) -> Place:
+        """Where an action of the plan, or the SEND that carries its results to another device, is."""
+        return self._places[kind, stage, m]
+
+    def has(self, kind: str, stage: int, m: int) -> bool:
+        """Whether there is such an action."""
+        return (kind, stage, m) in self._places

@@ -1,0 +1,45 @@
+"""The engine for a pipeline's devices."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from . import _C, devices as device_choice
+from .cuda.engine import DeviceEngine
+from .engine import Engine
+from .errors import InvalidArgument
+from .host import HostEngine
+from .recomputation import RecomputationGuard
+from .reduction import GradientReduction
+from .shared import SharedParameters
+from .stage import Stage
+from .transport.exchange import Exchange
+
+
+def make_engine(
+    devices: Sequence[torch.device],
+    plan: _C.Plan,
+    stages: list[Stage],
+    exchange_of: Callable[..., Exchange],
+    shared: SharedParameters,
+    reduction: GradientReduction | None,
+    chooses_pack: bool,
+) -> Engine:
+    """Threads for CPUs, streams for GPUs, to which it moves the stages.
+
+    Raises InvalidArgument for what GPUs do not do, DeviceError where one cannot be used.
+    """
+    modules = [stage.module for stage in stages]
+    if devices[0].type == "cpu":
+        guard = RecomputationGuard(modules, overlap=plan.overlap, threads=plan.num_workers)
+        return HostEngine(plan, exchange_of, shared, guard, reduction)
+    if reduction is not None:
+        raise InvalidArgument("reduction averages gradients of ranks on CPUs; leave it out on GPUs")
+    if chooses_pack:
+        raise InvalidArgument('"auto" measures what packing costs on CPUs; give pack a number on GPUs')
+    # One thread enqueues everything, so random numbers are drawn in the plan's order.
+    guard = RecomputationGuard(modules, overlap=plan.overlap, threads=1)
+    engine = DeviceEngine(devices, stages, plan.rank_of_stage, exchange_of, shared, guard)
+    of_stage = [devices[rank] for rank in plan.rank_of_stage]
+    device_choice.place([stage.modules() for stage in stages], of_stage)
+    return engine

@@ -1,0 +1,90 @@
+"""Ranks as native threads of this process: one each, or with ``overlap`` two."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from . import _C
+from .abandoned import lock_out
+from .engine import Bodies
+from .recomputation import RecomputationGuard
+from .reduction import GradientReduction
+from .shared import SharedParameters
+from .stage import Stage
+from .transport.exchange import Exchange
+
+
+class HostRoute(NamedTuple):
+    """A plan's tasks with what they do, and its channels."""
+
+    plan: _C.Plan
+    program: _C.Program
+    exchange: Exchange
+
+
+class HostEngine:
+    """The ``Engine`` of the CPU."""
+
+    death = "a stage's code has not returned"
+
+    def __init__(
+        self,
+        plan: _C.Plan,
+        exchange_of: Callable[[_C.Plan], Exchange],
+        shared: SharedParameters,
+        guard: RecomputationGuard,
+        reduction: GradientReduction | None,
+    ) -> None:
+        """Every plan to come has as many workers as ``plan``."""
+        self._executor = _C.HostExecutor(_thread_names(plan))
+        self.stop = self._executor.close
+        self.close = functools.partial(_close, self._executor, guard, reduction)
+        self._exchange_of = exchange_of
+        self._shared = shared
+        self._guard = guard
+        self._reduction = reduction
+
+    @property
+    def dead(self) -> bool:
+        return self._executor.dead
+
+    def bodies(self, stages: list[Stage]) -> Bodies:
+        bodies = {}
+        for stage in stages:
+            backward = self._guard.watch(stage.backward)
+            if self._reduction is not None:
+                backward = self._reduction.watch(stage.index, backward)
+            bodies[stage.index, "F"] = self._shared.watch(stage.index, stage.forward)
+            bodies[stage.index, "B"] = backward
+        return bodies
+
+    def route(self, plan: _C.Plan, bodies: Bodies) -> HostRoute:
+        return HostRoute(plan, _C.Program(plan, dict(bodies)), self._exchange_of(plan))
+
+    def arrive(self, value: Any, stage: int) -> Any:
+        return value
+
+    def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
+        return self._executor.run(route.program, timeout=timeout, record=record)
+
+    def give_up(self, stages: list[Stage]) -> None:
+        if not self._executor.dead:
+            return
+        self._shared.give_up()
+        threads = (stage.thread for stage in stages if stage.thread is not None)
+        lock_out(threads, [p for stage in stages for p in stage.parameters()])
+
+
+def _close(
+    executor: _C.HostExecutor, guard: RecomputationGuard, reduction: GradientReduction | None
+) -> None:
+    executor.close()
+    guard.remove()
+    if reduction is not None:
+        reduction.close()
+
+
+def _thread_names(plan: _C.Plan) -> list[str]:
+    if not plan.overlap:
+        return [f"pe rank {rank}" for rank in range(plan.num_ranks)]
+    return [f"pe rank {rank} {way}" for rank in range(plan.num_ranks) for way in ("F", "B")]
