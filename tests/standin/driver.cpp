@@ -366,7 +366,7 @@ struct Function {
   void* address;
 };
 
-// What the CUDA runtime calls, and what only tests call, as the part of torch.
+// What the CUDA runtime calls, and what tests call in torch's place.
 #define FUNCTION(name, version, parameters) \
   {#name, version, reinterpret_cast<void*>(static_cast<Result(*) parameters>(name))},
 const Function kFunctions[] = {
@@ -427,7 +427,7 @@ long standin_num_calls() {
 }
 
 // A line for each call, "name key=value ...", and " result=CODE" where it did not succeed; stays until the
-// next call of this function.
+// next call of this function or of standin_reset.
 const char* standin_log() {
   const std::lock_guard lock(machine.mutex);
   script.shown = script.log;

@@ -151,8 +151,8 @@ class Machine {
 // The contexts this thread has pushed, by device.
 inline thread_local std::vector<int> context_stack;
 
-// The nodes in an order in which a graph may run: the last captured first wherever dependencies leave a
-// choice, so that a missing one shows.
+// The nodes in an order in which a graph may run: late ones first where dependencies leave a choice, so that
+// a missing dependency shows.
 std::vector<Node> launch_order(const Graph& graph);
 
 }  // namespace standin
