@@ -1,7 +1,9 @@
 import os
+import shutil
 
 import pytest
 import torch
+from standin_driver import StandIn, build_standin
 
 # Without a GPU triton's kernels run in its interpreter, which has to be chosen before triton is imported.
 if not torch.cuda.is_available():
@@ -16,3 +18,20 @@ def _deterministic():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def standin_library(tmp_path_factory):
+    """The path of the stand-in for NVIDIA's driver, built once."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ to build a stand-in driver")
+    return build_standin(tmp_path_factory.mktemp("standin") / "libcuda-standin.so")
+
+
+@pytest.fixture
+def standin(standin_library, monkeypatch):
+    """The stand-in driver, reset, as the one that the package opens if it has not opened one yet."""
+    monkeypatch.setenv("PIPELINE_EXT_LIBCUDA", str(standin_library))
+    driver = StandIn(standin_library)
+    driver.reset()
+    return driver

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from standin_driver import build_standin
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
@@ -31,7 +32,11 @@ def test_core(mode, tmp_path):
     assert built.returncode == 0, built.stderr
     objects = [str(o) for o in tmp_path.glob("*.o")]
     assert len(objects) == len(SOURCES)
-    subprocess.run(["g++", *flags, *objects, "-o", "core"], cwd=tmp_path, check=True)
-    ran = subprocess.run([tmp_path / "core"], capture_output=True, text=True, timeout=300)
+    subprocess.run(["g++", *flags, *objects, "-ldl", "-o", "core"], cwd=tmp_path, check=True)
+    standin = build_standin(tmp_path / "libcuda-standin.so", MODES[mode])
+    environment = {**os.environ, "PIPELINE_EXT_LIBCUDA": str(standin)}
+    ran = subprocess.run(
+        [tmp_path / "core"], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ", 0 failed checks" in ran.stdout

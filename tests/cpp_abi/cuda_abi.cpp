@@ -1,0 +1,82 @@
+// Holds what csrc/cuda/abi.hpp says of NVIDIA's driver against a real cuda.h. Only ever compiled.
+// cuda.h maps a function's name to its newest version; cudaTypedefs.h has the types of all versions.
+#include <cuda.h>
+#include <cudaTypedefs.h>
+
+#include <type_traits>
+
+#include "cuda/abi.hpp"
+#include "standin/errors.hpp"
+
+namespace pe::cuda {
+namespace {
+
+// Whether a caller that passes an A does so as one that passes a B.
+template <class A, class B>
+constexpr bool same_to_call = sizeof(A) == sizeof(B) && std::is_pointer_v<A> == std::is_pointer_v<B> &&
+                              std::is_floating_point_v<A> == std::is_floating_point_v<B>;
+
+// Where both are pointers to something complete, that has to have the same size too.
+template <class A, class B>
+constexpr bool same_behind = true;
+template <class A, class B>
+  requires requires { sizeof(A) + sizeof(B); }
+constexpr bool same_behind<A*, B*> = same_to_call<A, B>;
+
+template <class Ours, class Theirs>
+constexpr bool same_function = false;
+template <class R, class... A, class S, class... B>
+  requires(sizeof...(A) == sizeof...(B))
+constexpr bool same_function<R (*)(A...), S (*)(B...)> =
+    same_to_call<R, S> && (... && (same_to_call<A, B> && same_behind<A, B>));
+
+static_assert(same_function<int (*)(float*, int), CUresult (*)(float*, CUdevice)>);
+static_assert(!same_function<int (*)(float*), CUresult (*)(float*, CUdevice)>);
+static_assert(!same_function<int (*)(float*), CUresult (*)(double*)>);
+static_assert(!same_function<int (*)(std::size_t), CUresult (*)(CUstream)>);
+
+#define SAME_FUNCTION(name, version, parameters)                               \
+  static_assert(same_function<Result(*) parameters, PFN_##name##_v##version>, \
+                #name " of version " #version " has other parameters");
+PE_CUDA_FUNCTIONS(SAME_FUNCTION)
+
+static_assert(same_function<GetProcAddress, PFN_cuGetProcAddress_v12000>);
+
+static_assert(sizeof(AttributeValue) == sizeof(CUlaunchAttributeValue));
+static_assert(offsetof(AttributeValue, priority) == offsetof(CUlaunchAttributeValue, priority));
+static_assert(same_to_call<decltype(AttributeValue::priority),
+                           decltype(CUlaunchAttributeValue::priority)>);
+
+#define SAME_VALUE(ours, theirs) \
+  static_assert(static_cast<long>(ours) == static_cast<long>(theirs), #ours " is not " #theirs)
+SAME_VALUE(kSuccess, CUDA_SUCCESS);
+SAME_VALUE(kNotReady, CUDA_ERROR_NOT_READY);
+SAME_VALUE(kPeerAccessAlreadyEnabled, CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED);
+SAME_VALUE(kStreamNonBlocking, CU_STREAM_NON_BLOCKING);
+SAME_VALUE(kEventDefault, CU_EVENT_DEFAULT);
+SAME_VALUE(kEventDisableTiming, CU_EVENT_DISABLE_TIMING);
+SAME_VALUE(kEventRecordDefault, CU_EVENT_RECORD_DEFAULT);
+SAME_VALUE(kEventRecordExternal, CU_EVENT_RECORD_EXTERNAL);
+SAME_VALUE(kNodeTypeKernel, CU_GRAPH_NODE_TYPE_KERNEL);
+SAME_VALUE(kAttributePriority, CU_LAUNCH_ATTRIBUTE_PRIORITY);
+SAME_VALUE(kCaptureActive, CU_STREAM_CAPTURE_STATUS_ACTIVE);
+
+// The stand-in driver's own.
+SAME_VALUE(standin::kInvalidValue, CUDA_ERROR_INVALID_VALUE);
+SAME_VALUE(standin::kNoDevice, CUDA_ERROR_NO_DEVICE);
+SAME_VALUE(standin::kInvalidDevice, CUDA_ERROR_INVALID_DEVICE);
+SAME_VALUE(standin::kInvalidContext, CUDA_ERROR_INVALID_CONTEXT);
+SAME_VALUE(standin::kInvalidHandle, CUDA_ERROR_INVALID_HANDLE);
+SAME_VALUE(standin::kIllegalState, CUDA_ERROR_ILLEGAL_STATE);
+SAME_VALUE(standin::kNotFound, CUDA_ERROR_NOT_FOUND);
+SAME_VALUE(standin::kCaptureUnsupported, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+SAME_VALUE(standin::kCaptureInvalidated, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+SAME_VALUE(standin::kCaptureUnmatched, CUDA_ERROR_STREAM_CAPTURE_UNMATCHED);
+SAME_VALUE(standin::kCaptureMerge, CUDA_ERROR_STREAM_CAPTURE_MERGE);
+SAME_VALUE(standin::kCaptureUnjoined, CUDA_ERROR_STREAM_CAPTURE_UNJOINED);
+SAME_VALUE(standin::kCaptureIsolation, CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
+SAME_VALUE(standin::kCaptureImplicit, CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
+SAME_VALUE(standin::kCapturedEvent, CUDA_ERROR_CAPTURED_EVENT);
+
+}  // namespace
+}  // namespace pe::cuda
