@@ -18,13 +18,17 @@ void PrimaryContext::reach(const PrimaryContext& peer) const {
   if (result != kPeerAccessAlreadyEnabled) driver_.check(result, "cuCtxEnablePeerAccess");
 }
 
-CurrentContext::CurrentContext(const PrimaryContext& context) : driver_(Driver::get()) {
+CurrentContext::CurrentContext(const PrimaryContext& context)
+    : driver_(Driver::get()), pushed_(true) {
   PE_CUDA(driver_, cuCtxPushCurrent, context.handle());
 }
 
+CurrentContext::CurrentContext(const PrimaryContext& context, Quietly)
+    : driver_(Driver::get()), pushed_(driver_.cuCtxPushCurrent(context.handle()) == kSuccess) {}
+
 CurrentContext::~CurrentContext() {
   Context context = nullptr;
-  driver_.cuCtxPopCurrent(&context);
+  if (pushed_) driver_.cuCtxPopCurrent(&context);
 }
 
 }  // namespace pe::cuda

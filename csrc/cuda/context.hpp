@@ -27,16 +27,22 @@ class PrimaryContext {
   Context context_ = nullptr;
 };
 
+// For a CurrentContext in a destructor: where a device has failed there is nobody to tell.
+struct Quietly {};
+inline constexpr Quietly kQuietly;
+
 // Makes a context the calling thread's, and at the end of the scope that which was there before.
 class CurrentContext {
  public:
   explicit CurrentContext(const PrimaryContext& context);
+  CurrentContext(const PrimaryContext& context, Quietly);
   ~CurrentContext();
   CurrentContext(const CurrentContext&) = delete;
   CurrentContext& operator=(const CurrentContext&) = delete;
 
  private:
   const Driver& driver_;
+  bool pushed_;
 };
 
 }  // namespace pe::cuda

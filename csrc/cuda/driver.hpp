@@ -22,7 +22,7 @@ struct CudaError : std::runtime_error {
 class Driver {
  public:
   // Opens the library that PIPELINE_EXT_LIBCUDA names, or libcuda.so.1; once it has been opened it stays.
-  // Throws NoDriver, also the next time, if there is none, it is too old, or it sees no device.
+  // Throws NoDriver, also the next time, if there is none, it is too old, or it has no device.
   static const Driver& get();
 
 #define PE_CUDA_MEMBER(name, version, parameters) Result(*name) parameters = nullptr;

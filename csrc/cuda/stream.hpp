@@ -1,22 +1,32 @@
-// Streams and events: made in the current context, used and destroyed from anywhere.
+// Streams and events of a device. Made, read and destroyed from anywhere; a thread that records or waits has the
+// device's context current.
 #pragma once
 
+#include <memory>
 #include <utility>
 
+#include "cuda/context.hpp"
 #include "cuda/driver.hpp"
 
 namespace pe::cuda {
 
-// Of one owner: moves, and is destroyed once what was enqueued before has run.
 class Event {
  public:
   Event() = default;
-  explicit Event(unsigned flags) { PE_CUDA(Driver::get(), cuEventCreate, &handle_, flags); }
-  ~Event() {
-    if (handle_ != nullptr) Driver::get().cuEventDestroy(handle_);
+  Event(std::shared_ptr<const PrimaryContext> context, unsigned flags)
+      : context_(std::move(context)) {
+    const CurrentContext current(*context_);
+    PE_CUDA(Driver::get(), cuEventCreate, &handle_, flags);
   }
-  Event(Event&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  ~Event() {
+    if (handle_ == nullptr) return;
+    const CurrentContext current(*context_, kQuietly);
+    Driver::get().cuEventDestroy(handle_);
+  }
+  Event(Event&& other) noexcept
+      : context_(std::move(other.context_)), handle_(std::exchange(other.handle_, nullptr)) {}
   Event& operator=(Event&& other) noexcept {
+    std::swap(context_, other.context_);
     std::swap(handle_, other.handle_);
     return *this;
   }
@@ -36,12 +46,14 @@ class Event {
 
   // Both have been recorded, on streams of one device, and are done.
   double milliseconds_since(const Event& begin) const {
+    const CurrentContext current(*context_);
     float milliseconds = 0;
     PE_CUDA(Driver::get(), cuEventElapsedTime, &milliseconds, begin.handle_, handle_);
     return milliseconds;
   }
 
  private:
+  std::shared_ptr<const PrimaryContext> context_;
   EventHandle handle_ = nullptr;
 };
 
@@ -51,18 +63,23 @@ inline void wait(StreamHandle stream, const Event& event) {
 
 class Stream {
  public:
-  explicit Stream(int priority) {
+  Stream(std::shared_ptr<const PrimaryContext> context, int priority) : context_(std::move(context)) {
+    const CurrentContext current(*context_);
     PE_CUDA(Driver::get(), cuStreamCreateWithPriority, &handle_, kStreamNonBlocking, priority);
   }
   ~Stream() {
-    if (handle_ != nullptr) Driver::get().cuStreamDestroy(handle_);
+    if (handle_ == nullptr) return;
+    const CurrentContext current(*context_, kQuietly);
+    Driver::get().cuStreamDestroy(handle_);
   }
-  Stream(Stream&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Stream(Stream&& other) noexcept
+      : context_(std::move(other.context_)), handle_(std::exchange(other.handle_, nullptr)) {}
   Stream& operator=(Stream&&) = delete;
 
   StreamHandle handle() const { return handle_; }
 
  private:
+  std::shared_ptr<const PrimaryContext> context_;
   StreamHandle handle_ = nullptr;
 };
 

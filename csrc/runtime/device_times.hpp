@@ -1,6 +1,8 @@
 // When the tasks of a step ran on their devices: events in the streams, read once they are done.
 #pragma once
 
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "cuda/stream.hpp"
@@ -16,24 +18,30 @@ struct MeasuredTimes {
 
 class DeviceTimes {
  public:
-  // Events for a step of `num_steps` things to enqueue, on these devices, whose contexts are current in turn
-  // while `make_current(device)` has been called.
-  DeviceTimes(std::size_t num_steps, std::size_t num_devices)
-      : begin_(num_steps), end_(num_steps), device_(num_steps, 0), origin_(num_devices),
-        finish_(num_devices) {}
+  using Contexts = std::vector<std::shared_ptr<const cuda::PrimaryContext>>;
+
+  // For a step of so many things to enqueue, each on one of these devices. What records has the context of that
+  // device current.
+  DeviceTimes(std::size_t num_steps, Contexts devices)
+      : contexts_(std::move(devices)),
+        begin_(num_steps),
+        end_(num_steps),
+        device_(num_steps, 0),
+        origin_(contexts_.size()),
+        finish_(contexts_.size()) {}
 
   void record_origin(std::size_t device, cuda::StreamHandle stream, unsigned flags) {
-    record(origin_[device], stream, flags);
+    record(origin_[device], device, stream, flags);
   }
   void record_finish(std::size_t device, cuda::StreamHandle stream, unsigned flags) {
-    record(finish_[device], stream, flags);
+    record(finish_[device], device, stream, flags);
   }
   void record_begin(std::size_t step, std::size_t device, cuda::StreamHandle stream, unsigned flags) {
     device_[step] = device;
-    record(begin_[step], stream, flags);
+    record(begin_[step], device, stream, flags);
   }
   void record_end(std::size_t step, cuda::StreamHandle stream, unsigned flags) {
-    record(end_[step], stream, flags);
+    record(end_[step], device_[step], stream, flags);
   }
 
   // Whether the step has ended on all devices.
@@ -43,11 +51,12 @@ class DeviceTimes {
   MeasuredTimes read() const;
 
  private:
-  static void record(cuda::Event& event, cuda::StreamHandle stream, unsigned flags) {
-    if (event.handle() == nullptr) event = cuda::Event(cuda::kEventDefault);
+  void record(cuda::Event& event, std::size_t device, cuda::StreamHandle stream, unsigned flags) {
+    if (event.handle() == nullptr) event = cuda::Event(contexts_[device], cuda::kEventDefault);
     event.record(stream, flags);
   }
 
+  Contexts contexts_;
   std::vector<cuda::Event> begin_, end_;
   std::vector<std::size_t> device_;
   std::vector<cuda::Event> origin_, finish_;  // by device

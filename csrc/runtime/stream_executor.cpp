@@ -20,23 +20,23 @@ constexpr auto kPollPeriod = std::chrono::milliseconds(10);
 
 }  // namespace
 
-// What it holds of one device; destroyed while the context is current.
+// What it holds of one device.
 struct StreamExecutor::OfDevice {
-  explicit OfDevice(int ordinal) : context(ordinal) {
-    const cuda::CurrentContext current(context);
+  explicit OfDevice(int ordinal) : context(std::make_shared<const cuda::PrimaryContext>(ordinal)) {
+    const cuda::CurrentContext current(*context);
     PE_CUDA(cuda::Driver::get(), cuCtxGetStreamPriorityRange, &least_priority, &greatest_priority);
-    begun = cuda::Event(cuda::kEventDisableTiming);
-    for (cuda::Event& event : finished) event = cuda::Event(cuda::kEventDisableTiming);
+    begun = cuda::Event(context, cuda::kEventDisableTiming);
+    for (cuda::Event& event : finished) event = cuda::Event(context, cuda::kEventDisableTiming);
   }
 
   // The next stream of a program that has taken `taken` so far.
   cuda::StreamHandle stream(bool copies, std::size_t taken) {
     auto& pool = copies ? copy_streams : lanes;
-    if (taken == pool.size()) pool.emplace_back(copies ? greatest_priority : least_priority);
+    if (taken == pool.size()) pool.emplace_back(context, copies ? greatest_priority : least_priority);
     return pool[taken].handle();
   }
 
-  cuda::PrimaryContext context;
+  const std::shared_ptr<const cuda::PrimaryContext> context;
   int least_priority = 0;
   int greatest_priority = 0;
   std::vector<cuda::Stream> lanes, copy_streams;
@@ -54,11 +54,14 @@ class StreamExecutor::Laid {
   std::vector<cuda::Event> tails;           // by stream
   std::vector<std::shared_ptr<DeviceTimes>> times;
 
-  std::shared_ptr<DeviceTimes> unused_times(std::size_t num_devices) {
+  std::shared_ptr<DeviceTimes> unused_times(const StreamExecutor& executor) {
     for (auto& known : times) {
       if (known.use_count() == 1) return known;
     }
-    return times.emplace_back(std::make_shared<DeviceTimes>(plan->steps().size(), num_devices));
+    DeviceTimes::Contexts contexts;
+    for (const auto& device : executor.devices_) contexts.push_back(device->context);
+    return times.emplace_back(
+        std::make_shared<DeviceTimes>(plan->steps().size(), std::move(contexts)));
   }
 };
 
@@ -66,13 +69,13 @@ class StreamExecutor::Laid {
 struct StreamExecutor::Run {
   Run(StreamExecutor& executor, Laid& program, const DeviceRunOptions& how)
       : self(executor), laid(program), options(how), started(program.streams.size(), false) {
-    if (options.record) result.times = laid.unused_times(self.devices_.size());
+    if (options.record) result.times = laid.unused_times(self);
   }
 
   void make_current(std::size_t device) {
     if (current && device == current_device) return;
     current.reset();
-    current.emplace(self.devices_[device]->context);
+    current.emplace(*self.devices_[device]->context);
     current_device = device;
   }
 
@@ -165,7 +168,7 @@ StreamExecutor::StreamExecutor(std::vector<int> device_of_rank) : ordinals_(std:
   for (const int ordinal : ordinals_) devices_.push_back(std::make_unique<OfDevice>(ordinal));
   for (const auto& device : devices_) {
     for (const auto& peer : devices_) {
-      if (device != peer) device->context.reach(peer->context);
+      if (device != peer) device->context->reach(*peer->context);
     }
   }
 }
@@ -190,17 +193,16 @@ std::shared_ptr<StreamExecutor::Laid> StreamExecutor::lay_out(
   std::vector<std::size_t> taken(2 * devices_.size(), 0);
   for (const StreamInfo& stream : laid->plan->streams()) {
     const std::size_t device = index_of(stream.device);
-    const cuda::CurrentContext current(devices_[device]->context);
     laid->device.push_back(device);
     laid->streams.push_back(
         devices_[device]->stream(stream.copies, taken[2 * device + stream.copies]++));
-    laid->tails.emplace_back(cuda::kEventDisableTiming);
+    laid->tails.emplace_back(devices_[device]->context, cuda::kEventDisableTiming);
   }
   for (const Enqueued& step : laid->plan->steps()) {
     laid->events.emplace_back();
     if (!step.awaited) continue;
-    const cuda::CurrentContext current(devices_[laid->device[step.stream]]->context);
-    laid->events.back() = cuda::Event(cuda::kEventDisableTiming);
+    const auto& context = devices_[laid->device[step.stream]]->context;
+    laid->events.back() = cuda::Event(context, cuda::kEventDisableTiming);
   }
   return laid;
 }
@@ -247,7 +249,7 @@ DeviceStepResult StreamExecutor::run(Laid& laid, const DeviceRunOptions& options
 
 void StreamExecutor::mark(const std::vector<cuda::StreamHandle>& callers) {
   for (std::size_t device = 0; device < devices_.size(); ++device) {
-    const cuda::CurrentContext current(devices_[device]->context);
+    const cuda::CurrentContext current(*devices_[device]->context);
     devices_[device]->finished[steps_ % kStepsAhead].record(callers[device]);
   }
   ++steps_;
@@ -292,8 +294,8 @@ void StreamExecutor::copy(cuda::Address to, int to_device, cuda::Address from, i
                           std::size_t nbytes, cuda::StreamHandle stream) const {
   check_usable();
   PE_CUDA(cuda::Driver::get(), cuMemcpyPeerAsync, to,
-          devices_[index_of(to_device)]->context.handle(), from,
-          devices_[index_of(from_device)]->context.handle(), nbytes, stream);
+          devices_[index_of(to_device)]->context->handle(), from,
+          devices_[index_of(from_device)]->context->handle(), nbytes, stream);
 }
 
 }  // namespace pe
