@@ -56,6 +56,7 @@ class Trainer(NamedTuple):
     step: Call
     zero_grad: Call
     pipe: pe.Pipeline | None = None
+    kept: object = None  # what the step uses without referring to it
 
     def warm_up(self) -> None:
         for _ in range(WARM_UP):
@@ -119,7 +120,7 @@ def _captured(size: Size, device: str) -> Trainer:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         plain.step()
-    return Trainer(graph.replay, lambda: None)
+    return Trainer(graph.replay, lambda: None, kept=plain)
 
 
 def _theirs(size: Size, stages: int, device: str) -> Trainer:

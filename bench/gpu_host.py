@@ -104,7 +104,7 @@ def main() -> None:
         raise SystemExit("torch sees no CUDA device")
     torch.set_num_threads(1)
     one_thread_a_process()
-    device, gpts, steps = ("cpu", SMOKE, 1) if options.smoke else ("cuda:0", GPTS, 200)
+    device, gpts, steps = ("cpu", SMOKE, 1) if options.smoke else ("cuda:0", GPTS, 100)
     quiet = options.smoke or wait_until_quiet(20)
     graphs = [graph_mode(size, stages, device, steps) for stages, size in gpts]
     eager = eager_mode(device, rounds=1 if options.smoke else 7, steps=1 if options.smoke else 20)

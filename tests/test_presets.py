@@ -83,8 +83,9 @@ def test_where_and_how_to_run_is_told_to_the_pipeline_only_if_given(gpus):
 
 
 def test_a_gpu_that_is_not_there_is_told(gpus):
-    with pytest.raises(InvalidArgument, match=f"--device is cuda:2 and torch sees {gpus} GPUs"):
-        options("--device", "cuda:2")
+    for number in (2, 10**30):
+        with pytest.raises(InvalidArgument, match=f"--device is cuda:{number} and torch sees {gpus} GPUs"):
+            options("--device", f"cuda:{number}")
 
 
 def test_autocast_computes_in_bfloat16_and_learns(tmp_path, text, capsys):

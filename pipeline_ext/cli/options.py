@@ -198,7 +198,7 @@ def _on_gpu(device: str) -> bool:
 def _check_device(options: Options) -> None:
     if options.device.startswith("cuda"):
         gpus = torch.cuda.device_count()
-        if (torch.device(options.device).index or 0) >= gpus:
+        if int(options.device.partition(":")[2] or 0) >= gpus:
             raise InvalidArgument(
                 f"--device is {options.device} and torch sees {gpus} GPUs; give another, or --device auto to "
                 "run on what there is"
@@ -235,7 +235,7 @@ def _positive(text: str) -> float:
 
 
 def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d*))?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:0, cuda:1, ...")
     return text
 
