@@ -8,6 +8,7 @@ import functools
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 from environment import write_results
@@ -19,19 +20,24 @@ MICROBATCHES = 64
 IN_TURN = (0, "F"), (1, "F"), (1, "B"), (0, "B")  # of each microbatch, where one rank runs all
 
 
-def stages() -> list[nn.Module]:
+def stages(device: str) -> list[nn.Module]:
     torch.manual_seed(0)
-    return [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+    return [nn.Linear(WIDTH, WIDTH).to(device) for _ in range(2)]
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def batch(device: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    rows = MICROBATCHES * WIDTH
-    return torch.randn(rows, WIDTH, generator=generator), torch.randn(rows, WIDTH, generator=generator)
+    both = torch.randn(2, MICROBATCHES * WIDTH, WIDTH, generator=generator).to(device)
+    return both[0], both[1]
 
 
-def timed(step, zero_grad, begin=lambda: None) -> Run:
-    """Microseconds of each step; the first of a burst is not counted."""
+def idle(device: str) -> Callable[[], None]:
+    """What waits until the device has nothing to do."""
+    return torch.cuda.synchronize if device != "cpu" else lambda: None
+
+
+def timed(step, zero_grad, begin: Callable[[], object]) -> Run:
+    """The host's microseconds of each step, after ``begin``; the first of a burst is not counted."""
 
     def run(steps: int) -> list[float]:
         times = []
@@ -46,10 +52,10 @@ def timed(step, zero_grad, begin=lambda: None) -> Run:
     return run
 
 
-def eager(rank: int) -> Run:
+def eager(device: str, rank: int) -> Run:
     """The forward and backward calls alone, of both stages."""
     torch.set_num_threads(1)
-    (first, second), (x, y) = stages(), batch()
+    (first, second), (x, y) = stages(device), batch(device)
     xs, ys = x.tensor_split(MICROBATCHES), y.tensor_split(MICROBATCHES)
     handed_on = [part.detach().clone().requires_grad_() for part in xs]
     gradient = torch.ones_like(xs[0])
@@ -66,14 +72,14 @@ def eager(rank: int) -> Run:
         first.zero_grad()
         second.zero_grad()
 
-    return timed(step, zero_grad)
+    return timed(step, zero_grad, idle(device))
 
 
-def ours(ranks: int, overlap: bool, rank: int) -> Run:
+def ours(ranks: int, overlap: bool, device: str, rank: int) -> Run:
     import pipeline_ext as pe
 
     torch.set_num_threads(1)
-    model = nn.Sequential(*stages())
+    model = nn.Sequential(*stages(device))
     one_rank = [[f"{s}{kind}{m}" for m in range(MICROBATCHES) for s, kind in IN_TURN]]
     pipe = pe.Pipeline(
         model,
@@ -81,25 +87,25 @@ def ours(ranks: int, overlap: bool, rank: int) -> Run:
         microbatches=MICROBATCHES,
         schedule="1f1b" if ranks == 2 else one_rank,
         loss_fn=nn.functional.mse_loss,
+        devices=[device] * ranks,
         overlap=overlap,
         trace=False,
     )
-    x, y = batch()
-    return timed(lambda: pipe.step(x, target=y), model.zero_grad)
+    x, y = batch(device)
+    return timed(lambda: pipe.step(x, target=y), model.zero_grad, idle(device))
 
 
-def theirs(ranks: int, store: str, rank: int) -> Run:
+def theirs(ranks: int, store: str, device: str, rank: int) -> Run:
     import torch.distributed as dist
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
     from torch.distributed.pipelining.schedules import B, F, _Action, _PipelineScheduleRuntime
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    modules = stages()
-    (x, y), device = batch(), torch.device("cpu")
+    modules, (x, y) = stages(device), batch(device)
     if ranks == 1:
         schedule = _PipelineScheduleRuntime(
-            [PipelineStage(module, i, 2, device) for i, module in enumerate(modules)],
+            [PipelineStage(module, i, 2, torch.device(device)) for i, module in enumerate(modules)],
             MICROBATCHES,
             loss_fn=nn.functional.mse_loss,
         )
@@ -107,10 +113,10 @@ def theirs(ranks: int, store: str, rank: int) -> Run:
         order = [_Action(s, kinds[kind], m) for m in range(MICROBATCHES) for s, kind in IN_TURN]
         schedule._prepare_schedule_with_comms({0: order})
         step = functools.partial(schedule.step, x, target=y, losses=[], return_outputs=False)
-        return timed(step, lambda: [module.zero_grad() for module in modules])
+        return timed(step, lambda: [module.zero_grad() for module in modules], idle(device))
     module = modules[rank]
     schedule = Schedule1F1B(
-        PipelineStage(module, rank, 2, device), MICROBATCHES, loss_fn=nn.functional.mse_loss
+        PipelineStage(module, rank, 2, torch.device(device)), MICROBATCHES, loss_fn=nn.functional.mse_loss
     )
     if rank == 0:
         step = functools.partial(schedule.step, x, return_outputs=False)
@@ -146,13 +152,13 @@ def main() -> None:
     options = parser.parse_args()
     one_thread_a_process()
     with tempfile.TemporaryDirectory() as folder:
-        plain, native = Contender("eager", eager), Contender("native", native_rate)
+        plain, native = Contender("eager", eager, "cpu"), Contender("native", native_rate)
         contenders = [
-            Contender("pipeline_ext, one rank, one stream", ours, 1, False),
-            Contender("pipeline_ext, one rank, two streams", ours, 1, True),
-            Contender("pipeline_ext, two ranks", ours, 2, False),
-            Contender("torch, both stages on one rank", theirs, 1, f"{folder}/1"),
-            Contender("torch, two processes", theirs, 2, f"{folder}/2", ranks=2),
+            Contender("pipeline_ext, one rank, one stream", ours, 1, False, "cpu"),
+            Contender("pipeline_ext, one rank, two streams", ours, 1, True, "cpu"),
+            Contender("pipeline_ext, two ranks", ours, 2, False, "cpu"),
+            Contender("torch, both stages on one rank", theirs, 1, f"{folder}/1", "cpu"),
+            Contender("torch, two processes", theirs, 2, f"{folder}/2", "cpu", ranks=2),
         ]
         # What the busiest rank does: the share of the compute, and for each microbatch so many actions; sends
         # and receives are actions of torch's, and no actions of ours.

@@ -32,6 +32,7 @@ def describe(device: str = "cpu") -> dict:
     if device == "cuda":
         about["device"] = torch.cuda.get_device_name()
         about["driver"] = _driver()
+        about["cuda"] = torch.version.cuda
         about["triton"] = importlib.metadata.version("triton")
     return about
 

@@ -106,14 +106,52 @@ def k_tradeoff(results: dict) -> list[str]:
     return lines
 
 
+def gpu_step(results: dict) -> list[str]:
+    names = list(dict.fromkeys(name for row in results["rows"] for name in row["peak_gib"]))
+    lines = [
+        f"| size | stages | {' | '.join(f'{name}: ms (GiB)' for name in names)} |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for row in results["rows"]:
+        cells = [
+            f"{_spread(row['step_ms'][name], '.1f')} ({row['peak_gib'][name]:.1f})"
+            if name in row["step_ms"]
+            else f"left out: {row['left_out'][name]}"
+            for name in names
+        ]
+        lines.append(f"| {row['size']} | {row['stages']} | {' | '.join(cells)} |")
+    lines += ["", "| size | stages | | faster than | by | aim |", "|---|---|---|---|---|---|"]
+    for row in results["rows"]:
+        for ratio in row["ratios"]:
+            names = f"{ratio['ours']} | {ratio['other']}"
+            by, aim = _spread(ratio["faster_by"]), ratio["aim"] or ""
+            lines.append(f"| {row['size']} | {row['stages']} | {names} | {by} | {aim} |")
+    return lines
+
+
+def gpu_host(results: dict) -> list[str]:
+    lines = [
+        "| stages | layers | microbatches | nodes of the graph | host time of a step, us | aim |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["graphs"]:
+        size = f"{row['stages']} | {row['layers']} | {row['microbatches']}"
+        nodes = f"none: {row['fallback']}" if row["fallback"] else f"{row['nodes']:,}"
+        aim = "" if row["aim_us"] is None else f"under {row['aim_us']}"
+        lines.append(f"| {size} | {nodes} | {_spread(row['host_us'], '.1f')} | {aim} |")
+    return [*lines, "", *dispatch(results["eager"])]
+
+
 TABLES: dict[str, Callable[[dict], list[str]]] = {
     "cpu_step": cpu_step,
     "dispatch": dispatch,
     "simulate": simulate,
     "pack": pack,
     "k_tradeoff": k_tradeoff,
+    "gpu_step": gpu_step,
+    "gpu_host": gpu_host,
 }
-ON_GPUS = ("pack",)
+ON_GPUS = ("pack", "gpu_step", "gpu_host")
 
 
 def with_tables(readme: str) -> str:

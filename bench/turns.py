@@ -3,7 +3,7 @@
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -17,7 +17,8 @@ HEAD_START = 1_000_000  # cycles of the GPU, about half a millisecond, in which 
 def on_cpu(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     """Name -> seconds of a call in each round."""
     repeats = {name: max(1, int(TURN / _cpu_seconds(call, 3))) for name, call in calls.items()}
-    return _rounds(rounds, {name: lambda n=name: _cpu_seconds(calls[n], repeats[n]) for name in calls})
+    turns = {name: lambda n=name: _cpu_seconds(calls[n], repeats[n]) for name in calls}
+    return take_turns(range(rounds), turns)
 
 
 def on_gpu(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
@@ -44,7 +45,7 @@ def on_gpu(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     def turn(call: Call) -> float:
         return statistics.median(seconds(call) for _ in range(CALLS))
 
-    return _rounds(rounds, {name: lambda c=call: turn(c) for name, call in calls.items()})
+    return take_turns(range(rounds), {name: lambda c=call: turn(c) for name, call in calls.items()})
 
 
 def captured(calls: dict[str, Call]) -> dict[str, Call]:
@@ -58,9 +59,33 @@ def captured(calls: dict[str, Call]) -> dict[str, Call]:
     return replays
 
 
-def _rounds(rounds: int, turns: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+def one_step(step: Call, device: str) -> float:
+    """Seconds of a step: on a GPU between two events on the current stream, with nothing in flight before."""
+    if device == "cpu":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def rounds_until(deadline: float, least: int, most: int) -> Iterator[int]:
+    """Rounds for ``take_turns``: at least and at most so many, between that until time.monotonic() is past."""
+    for i in range(most):
+        if i >= least and time.monotonic() > deadline:
+            return
+        yield i
+
+
+def take_turns(rounds: Iterable[int], turns: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Name -> what each turn returned, in the order of the rounds."""
     times: dict[str, list[float]] = {name: [] for name in turns}
-    for i in range(rounds):
+    for i in rounds:
         for name in random.Random(i).sample(list(turns), len(turns)):
             times[name].append(turns[name]())
     return times

@@ -22,6 +22,7 @@ OLD = Checkpoint(
     random=torch.get_rng_state(),
     data="fingerprint",
     options={"steps": 6, "data": None, "overlap": False, "learning_rate": 3e-3},
+    random_of_gpus=[torch.get_rng_state()],
 )
 NEW = replace(OLD, step=2, model={"0.weight": torch.randn(64, 64)})
 VALUES = {"format": "pipeline_ext checkpoint", "version": 1, **asdict(OLD)}
@@ -42,11 +43,18 @@ def test_what_is_written_is_read(path):
     assert same(found, OLD)
     assert torch.equal(found.optimizer["state"][0]["exp_avg"], OLD.optimizer["state"][0]["exp_avg"])
     assert torch.equal(found.batches, OLD.batches) and torch.equal(found.random, OLD.random)
+    assert torch.equal(found.random_of_gpus[0], OLD.random_of_gpus[0])
     assert (found.optimizer["param_groups"], found.data, found.options) == (
         OLD.optimizer["param_groups"],
         OLD.data,
         OLD.options,
     )
+
+
+def test_one_of_before_there_were_gpus_is_read(path):
+    torch.save({key: value for key, value in VALUES.items() if key != "random_of_gpus"}, path)
+    found = checkpoint.read(path)
+    assert same(found, OLD) and found.random_of_gpus == []
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,9 @@ def test_every_schedule_learns_the_same(tmp_path, text):
         (["--seed", "1" + 20 * "0"], "is not a whole number of at least 0"),
         (["--json", "."], "--json . is a folder; give the name of a file"),
         (["--out", "tiny/run"], "Not a directory: 'tiny/run'"),
+        (["--device", "gpu"], "'gpu' is none of auto, cpu, cuda, cuda:0"),
+        (["--device", "cuda:99"], "--device is cuda:99 and torch sees"),
+        (["--device", "cpu", "--graphs"], "--graphs needs a GPU, and this run is on the CPU"),
     ],
 )
 def test_bad_options_end_in_one_sentence(tmp_path, text, args, message):

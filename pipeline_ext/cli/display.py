@@ -23,14 +23,15 @@ class Display:
         self._steps = steps
         self._console = Console(highlight=False, soft_wrap=True)
 
-    def header(self, *, model: str, data: str, batch: str, ranks: int) -> None:
-        """Model, data, stages, schedule, microbatches, predicted bubble."""
+    def header(self, *, model: str, data: str, batch: str, ranks: int, devices: str) -> None:
+        """Model, data, stages, devices, schedule, microbatches, predicted bubble."""
         table = Table.grid(padding=(0, 2))
         for name, value in (
             ("model", model),
             ("data", data),
             ("batch", batch),
             ("stages", f"{self._summary.stages} on {ranks} ranks"),
+            ("devices", devices),
             ("schedule", self._summary.schedule),
             ("bubble", f"{self._summary.bubble_predicted:.1%} predicted, if all stages cost the same"),
         ):

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,23 @@ import torch
 from ..errors import InvalidArgument
 from ..lm import checkpoint
 from ..lm.checkpoint import Checkpoint
-from ..planning import schedule_names
+from ..planning import build_plan, schedule_names
+from .presets import PRESETS
 
-_FIXED = ("batch", "context", "width", "layers", "heads", "seed")  # for all of a run
+_FIXED = ("preset", "batch", "context", "width", "layers", "heads", "seed")  # for all of a run
 WIRES = ("none", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+AUTOCASTS = ("none", "bfloat16")
 _NOT_SAVED = ("resume", "out", "json")  # a checkpoint does not say where to write
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose, with the defaults of a new run."""
+    """What a user may choose, with the defaults of a new run on the CPU."""
 
+    preset: str = "cpu"
+    device: str = "auto"
+    graphs: bool = False
+    autocast: str = "none"
     data: str | None = None
     steps: int = 480
     batch: int = 32
@@ -30,7 +37,7 @@ class Options:
     stages: int = 2
     microbatches: int = 8
     schedule: str = "1f1b"
-    overlap: bool = False
+    overlap: bool | None = None
     pack: str = "1"
     pack_forward: str = "1"
     wire: str = "none"
@@ -46,20 +53,29 @@ class Options:
     out: str | None = None
     json: str | None = None
 
+    def engine(self) -> dict[str, Any]:
+        """Where and how the stages are to run, as ``Pipeline`` takes it; what it may choose is left out."""
+        settings: dict[str, Any] = {}
+        if self.device not in ("auto", "cuda"):
+            plan = build_plan(self.schedule, num_stages=self.stages, microbatches=self.microbatches)
+            settings["devices"] = [self.device] * plan.num_ranks
+        if self.overlap is not None:
+            settings["overlap"] = self.overlap
+        if self.graphs:
+            settings["graphs"] = True
+        return settings
+
     def messages(self) -> dict[str, Any]:
         """How results are to leave the stages, as ``Pipeline`` takes it."""
 
         def pack(text: str) -> int | str:
             return text if text in ("all", "auto") else int(text)
 
-        def wire(text: str) -> torch.dtype | None:
-            return None if text == "none" else getattr(torch, text)
-
         return {
             "pack": pack(self.pack),
             "pack_forward": pack(self.pack_forward),
-            "wire": wire(self.wire),
-            "wire_forward": wire(self.wire_forward),
+            "wire": dtype(self.wire),
+            "wire_forward": dtype(self.wire_forward),
         }
 
     def to_save(self) -> dict:
@@ -70,8 +86,20 @@ class Options:
         return kept
 
 
+def dtype(name: str) -> torch.dtype | None:
+    """The type that an option names."""
+    return None if name == "none" else getattr(torch, name)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds an argument for each option. One not given is left out of the parsed namespace."""
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default=argparse.SUPPRESS,
+        help="defaults for a machine: cpu, as shown here; gpu-small for any GPU; gpu-medium for one of 24 GB; "
+        "h200 to fill an H200 (default: gpu-small on a GPU, else cpu)",
+    )
 
     def add(flag: str, help: str, **settings) -> None:
         default = getattr(Options, flag[2:].replace("-", "_"))
@@ -85,11 +113,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stages", "stages to cut the model into", type=_count)
     add("--microbatches", "parts a batch is cut into", type=_count)
     add("--schedule", f"{', '.join(schedule_names())}, or a CSV file")
+    add("--device", "auto: all GPUs, else the CPU; cpu; cuda: all GPUs; cuda:0, cuda:1, ...: one", type=_device)
     add(
         "--overlap",
-        "let a rank run forward and backward at once",
+        "let a rank run forward and backward at once; not given: on GPUs",
         action=argparse.BooleanOptionalAction,
     )
+    add(
+        "--graphs",
+        "on a GPU, capture the step in a CUDA graph and launch it as one",
+        action=argparse.BooleanOptionalAction,
+    )
+    add("--autocast", "type that matrix products are computed in", choices=AUTOCASTS)
     packs = "a number up to --microbatches, all, or auto"
     add("--pack", f"how many microbatches' gradients leave in one message: {packs}", type=_pack, metavar="K")
     add("--pack-forward", "the same for activations", type=_pack, metavar="K")
@@ -127,7 +162,6 @@ def read_options(arguments: argparse.Namespace) -> tuple[Options, Checkpoint | N
     names = {field.name for field in fields(Options)}
     given = {key: value for key, value in vars(arguments).items() if key in names}
     resumed = None
-    options = Options()
     if "resume" in given:
         path = Path(given["resume"])
         path = path / checkpoint.NAME if path.is_dir() else path
@@ -138,7 +172,11 @@ def read_options(arguments: argparse.Namespace) -> tuple[Options, Checkpoint | N
             raise InvalidArgument(f"the options in the checkpoint {str(path)!r} are damaged")
         options = Options(**saved)
         _check_fixed(options, given)
+    else:
+        preset = given.get("preset", "gpu-small" if _on_gpu(given.get("device", "auto")) else "cpu")
+        options = Options(preset=preset, **PRESETS[preset])
     options = replace(options, **given)
+    _check_device(options)
     if options.width % options.heads:
         raise InvalidArgument(f"--heads {options.heads} does not divide --width {options.width}")
     if options.batch < options.microbatches:
@@ -151,6 +189,22 @@ def read_options(arguments: argparse.Namespace) -> tuple[Options, Checkpoint | N
             f"--steps {options.steps}; give more --steps to go on"
         )
     return options, resumed
+
+
+def _on_gpu(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
+def _check_device(options: Options) -> None:
+    if options.device.startswith("cuda"):
+        gpus = torch.cuda.device_count()
+        if int(options.device.partition(":")[2] or 0) >= gpus:
+            raise InvalidArgument(
+                f"--device is {options.device} and torch sees {gpus} GPUs; give another, or --device auto to "
+                "run on what there is"
+            )
+    if options.graphs and not _on_gpu(options.device):
+        raise InvalidArgument("--graphs needs a GPU, and this run is on the CPU; give --no-graphs")
 
 
 def _check_fixed(saved: Options, given: dict) -> None:
@@ -178,6 +232,12 @@ def _positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d*))?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:0, cuda:1, ...")
+    return text
 
 
 def _pack(text: str) -> str:

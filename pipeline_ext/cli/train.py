@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..errors import DeadPipeline, InvalidArgument, PipelineError
 from ..lm import checkpoint
@@ -16,7 +17,7 @@ from ..lm.gpt import count_parameters, gpt, loss_fn
 from ..lm.training import Training, begin_log
 from ..pipeline import Pipeline
 from .display import Display
-from .options import Options, add_arguments, read_options
+from .options import Options, add_arguments, dtype, read_options
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -25,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "train",
         help="train a byte-level GPT on text",
         description="Trains a byte-level GPT through a pipeline. By default it learns the source files of "
-        "Python's standard library, in about two minutes on two cores.",
+        "Python's standard library, in about two minutes on two cores or on a GPU.",
     )
     parser.set_defaults(run=run)
     add_arguments(parser)
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         microbatches=options.microbatches,
         schedule=options.schedule,
         loss_fn=loss_fn,
-        overlap=options.overlap,
+        **options.engine(),
         **options.messages(),
     ) as pipe:
         cores = len(os.sched_getaffinity(0))
@@ -68,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             batch=options.batch,
             learning_rate=options.learning_rate,
             seed=options.seed,
+            autocast=dtype(options.autocast),
         )
         if resumed is not None:
             training.resume(resumed)
@@ -81,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             data=f"{corpus.name}, {len(corpus.train) / 1e6:.1f} MB",
             batch=f"{options.batch} x {options.context} bytes in {options.microbatches} microbatches",
             ranks=pipe.plan.num_ranks,
+            devices=_devices(model, options),
         )
         _train(training, log, display, options)
         written = [log, out / checkpoint.NAME, *_save_last_step(pipe, out, display)]
@@ -89,6 +92,14 @@ def run(arguments: argparse.Namespace) -> int:
         written.append(summary_file)
     display.closing_table(written)
     return 0
+
+
+def _devices(model: nn.Module, options: Options) -> str:
+    """Where the model is and how it computes, for people."""
+    names = sorted({str(parameter.device) for parameter in model.parameters()})
+    if options.autocast != "none":
+        names.append(f"{options.autocast} autocast")
+    return ", ".join([*names, "CUDA graphs"] if options.graphs else names)
 
 
 def _save_last_step(pipe: Pipeline, out: Path, display: Display) -> list[Path]:

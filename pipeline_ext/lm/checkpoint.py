@@ -33,6 +33,7 @@ class Checkpoint:
     random: Tensor  # state of torch's own generator
     data: str  # fingerprint of the training data
     options: dict  # of the run, by name
+    random_of_gpus: list  # states of the GPUs' generators, by number; empty: none was used
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
@@ -81,6 +82,7 @@ def read(path: Path) -> Checkpoint:
             f"the checkpoint {name} has format {version} and this pipeline_ext reads formats up to "
             f"{_VERSION}; install the newer one that wrote it"
         )
+    values = {"random_of_gpus": [], **values}  # those of earlier versions have none
     types = {field.name: field.type for field in fields(Checkpoint)}
     if not all(isinstance(values.get(key), kind) for key, kind in types.items()):
         raise InvalidArgument(not_ours)

@@ -82,8 +82,8 @@ def gpt(*, context: int, width: int, layers: int, heads: int) -> nn.Sequential:
 
 
 def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross entropy in nats per byte."""
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    """Mean cross entropy in nats per byte, in float32 also of coarser logits."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,5 +1,6 @@
 """The training loop, without a display: yields what happened step by step."""
 
+import functools
 import json
 import math
 import statistics
@@ -130,6 +131,7 @@ class Training:
         batch: int,
         learning_rate: float,
         seed: int,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.pipe = pipe
         self.steps = steps
@@ -140,8 +142,16 @@ class Training:
         self._peak_rate = learning_rate
         self._generator = torch.Generator().manual_seed(seed)
         self._validation = corpus.validation(rows=32, batches=_VALIDATION_BATCHES)
+        device = next(model.parameters()).device.type
+        self._precision = functools.partial(
+            torch.autocast, device, dtype=autocast or torch.bfloat16, enabled=autocast is not None
+        )
         self._optimizer = torch.optim.AdamW(
-            model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+            model.parameters(),
+            lr=learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            fused=True if device == "cuda" else None,  # without: copies as large as the model
         )
         self.summary = Summary(
             schedule=schedule,
@@ -163,6 +173,7 @@ class Training:
             random=self._random,
             data=self._corpus.fingerprint,
             options=options,
+            random_of_gpus=self._random_of_gpus,
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -181,6 +192,9 @@ class Training:
             self._optimizer.load_state_dict(checkpoint.optimizer)
             self._generator.set_state(checkpoint.batches)
             torch.set_rng_state(checkpoint.random)
+            if torch.cuda.is_initialized():
+                for gpu, state in zip(range(torch.cuda.device_count()), checkpoint.random_of_gpus):
+                    torch.cuda.set_rng_state(state, gpu)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise InvalidArgument(
                 f"the checkpoint does not fit the model that its options make: {error}"
@@ -191,7 +205,11 @@ class Training:
     def validate(self) -> float:
         """Bits per byte on the held-out data."""
         self._model.eval()
-        losses = [loss_fn(self.pipe.eval(x), y).item() for x, y in self._validation]
+        losses = []
+        for x, y in self._validation:
+            with self._precision():
+                logits = self.pipe.eval(x)
+            losses.append(loss_fn(logits, y.to(logits.device)).item())
         self._model.train()
         return bits(statistics.fmean(losses))
 
@@ -209,15 +227,17 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad()
-        loss: Tensor = self.pipe.step(x, target=y)
+        with self._precision():
+            loss: Tensor = self.pipe.step(x, target=y)
         nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         with interrupt.deferred():
             self._optimizer.step()
+            nats = loss.item()  # waits for the GPU
             seconds = time.perf_counter() - begin
             metrics = StepMetrics(
                 step=step,
-                loss=loss.item(),
-                bits_per_byte=bits(loss.item()),
+                loss=nats,
+                bits_per_byte=bits(nats),
                 tokens_per_second=x.numel() / seconds,
                 step_ms=seconds * 1e3,
                 bubble=self.pipe.trace.bubble,
@@ -234,6 +254,7 @@ class Training:
         """That of the last whole step: one that is stopped has drawn its batch already."""
         self._batches = self._generator.get_state()
         self._random = torch.get_rng_state()
+        self._random_of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def _add_to_summary(self, metrics: StepMetrics) -> None:
         self.summary.steps.append(metrics)

@@ -1,0 +1,33 @@
+"""Ten eager steps and ten in graph mode of a small perceptron, for compute-sanitizer to watch; no test."""
+
+import torch
+from torch import nn
+
+import pipeline_ext as pe
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 32, device="cuda:0"), torch.randn(16, 32, device="cuda:0")
+    for graphs in (False, True):
+        model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU())
+        with pe.Pipeline(
+            model,
+            num_stages=2,
+            microbatches=4,
+            loss_fn=nn.functional.mse_loss,
+            devices=["cuda:0", "cuda:0"],
+            graphs=graphs,
+        ) as pipe:
+            for _ in range(10):
+                model.zero_grad()
+                loss = pipe.step(x, target=y)
+            assert loss.isfinite()
+            if graphs and pipe.graph.fallback:
+                raise SystemExit(f"graph mode ran eagerly: {pipe.graph.fallback}")
+    torch.cuda.synchronize()
+    print("ok")
+
+
+if __name__ == "__main__":
+    main()

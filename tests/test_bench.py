@@ -1,0 +1,64 @@
+"""The benchmarks for GPUs, as far as they run without one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ["gpu_step", "gpu_host"])
+def test_a_benchmark_for_gpus_runs_small_on_the_cpu_and_writes_nothing(name):
+    before = sorted(ROOT.glob("bench/results/**/*"))
+    run = [sys.executable, f"bench/{name}.py", "--smoke"]
+    result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "pipeline_ext" in result.stdout and "|---" in result.stdout  # its table as README will have it
+    assert sorted(ROOT.glob("bench/results/**/*")) == before
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import tables
+
+    return tables
+
+
+SPREAD = {"min": 1, "median": 2, "max": 3}
+
+
+def test_the_table_of_steps_tells_aims_and_what_was_left_out(tables):
+    row = {
+        "size": "middle",
+        "stages": 4,
+        "step_ms": {"a": SPREAD},
+        "peak_gib": {"a": 1.5, "b": 2.0},
+        "left_out": {"b": "a kernel cannot be captured"},
+        "ratios": [{"ours": "a", "other": "c", "faster_by": SPREAD, "aim": 1.05}],
+    }
+    lines = tables.gpu_step({"rows": [row]})
+    assert "| middle | 4 | 1.0 / 2.0 / 3.0 (1.5) | left out: a kernel cannot be captured |" in lines
+    assert "| middle | 4 | a | c | 1.00 / 2.00 / 3.00 | 1.05 |" in lines
+
+
+def test_the_table_of_the_hosts_time_tells_nodes_and_why_there_are_none(tables):
+    row = {"stages": 4, "layers": 8, "microbatches": 16, "nodes": 9000, "host_us": SPREAD, "aim_us": 50}
+    graphs = [{**row, "fallback": None}, {**row, "fallback": "no graph", "aim_us": None}]
+    lines = tables.gpu_host({"graphs": graphs, "eager": {"eager_step_us": SPREAD, "rows": []}})
+    assert "| 4 | 8 | 16 | 9,000 | 1.0 / 2.0 / 3.0 | under 50 |" in lines
+    assert "| 4 | 8 | 16 | none: no graph | 1.0 / 2.0 / 3.0 |  |" in lines
+
+
+def test_figures_of_a_gpu_take_the_place_of_not_yet_run(tables, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables._figures("gpu_step") == ["GPU: not yet run."]
+    (tmp_path / "nvidia-h200").mkdir()
+    environment = {"commit": "c", "cores": 16, "processor": "p", "torch": "t"}
+    environment |= {"device": "NVIDIA H200", "driver": "d", "triton": "3.6"}
+    results = {"environment": environment, "rows": []}
+    (tmp_path / "nvidia-h200" / "gpu_step.json").write_text(json.dumps(results))
+    assert tables._figures("gpu_step")[-1].startswith("Commit c, NVIDIA H200, driver d, triton 3.6, torch t")
