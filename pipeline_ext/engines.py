@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from . import _C, devices as device_choice
+from . import _C
+from . import devices as device_choice
 from .cuda.engine import DeviceEngine
 from .engine import Engine
 from .errors import InvalidArgument

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C, arguments, devices as device_choice, microbatch, partition, planning
+from . import _C, arguments, microbatch, partition, planning
+from . import devices as device_choice
 from .context import CallerContext
 from .cuda.graphs import GraphReport, StepGraphs
 from .engine import Route, StepResult
@@ -77,12 +78,12 @@ class Pipeline:
         in_flight: the most microbatches that a stage may hold at once, or a list of that by stage; None: as
             many as it takes. What would never end within it is refused.
         link: what messages pass through; a ``LocalLink`` can imitate what a network costs.
-        timeout: seconds without a task's begin or end after which a step is given up; on GPUs, seconds for which
+        timeout: seconds without a task's begin or end after which a step is given up; on GPUs, seconds that
             ``step`` waits for the step before the last.
-        trace: record when each task of a step runs; sets ``tracing``.
-        graphs: on one GPU, capture a whole step in a CUDA graph, once two like it have run, and launch that. Where
-            a step cannot be captured it runs as without, and the reason is printed. The parameters' ``.grad`` are
-            then the graph's own memory, which the next step writes anew. The last graphs captured are kept.
+        trace: record when each task of a step runs; ``tracing`` says so for the steps to come.
+        graphs: on one GPU, capture a whole step in a CUDA graph once two like it have run, and launch that.
+            Where that cannot be done steps run as without, and the reason is printed. The parameters' ``.grad``
+            are then the graph's own memory, which the next step writes anew.
         optimizer: its ``step`` is called at the end of each step, and is in the graph where there is one.
         reduction: gives each of several replicas of the pipeline the mean of their gradients.
 
@@ -189,7 +190,9 @@ class Pipeline:
         self._routes = Routes(self._stages, self._engine)
         self._routes.follow(plan)
         self._graphs = (
-            StepGraphs.of(self._engine, self._train, plan, self._stages, optimizer, self._timeout)
+            StepGraphs.of(
+                self._engine, self._train, self._routes.train, self._stages, optimizer, self._timeout
+            )
             if graphs
             else None
         )

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import _C, arguments
-from .errors import InvalidArgument, InvalidSchedule
+from .errors import InvalidSchedule
 
 ScheduleLike = str | os.PathLike | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
 

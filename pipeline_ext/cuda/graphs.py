@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..context import CallerContext
+from ..engine import Engine, Route
 from ..errors import StepTimeout
+from ..stage import Stage
 from ..step import Batch, Outcome
 from . import torch_side
 from .device_step import DeviceStep
@@ -79,7 +81,7 @@ class StepGraphs:
         cls,
         engine: Engine,
         train: Callable[[Batch], Outcome],
-        plan: _C.Plan,
+        route: Route,
         stages: Sequence[Stage],
         optimizer: torch.optim.Optimizer | None,
         timeout: float,
@@ -91,7 +93,7 @@ class StepGraphs:
             graphs.fall_back("the ranks are on the CPU")
         elif len(set(engine.devices)) > 1:
             graphs.fall_back("the ranks are on several GPUs, and a graph's memory is of one")
-        elif engine.packs:
+        elif route.exchange.packs:
             graphs.fall_back("results are packed (pack, wire), for which tables go up from the host")
         return graphs
 

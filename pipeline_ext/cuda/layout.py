@@ -25,7 +25,7 @@ class StreamLayout:
         peak_in_flight, peak_in_flight_of_stage: most microbatches alive at once, by rank and by stage.
     """
 
-    def __init__(self, plan: _C.Plan, device_of_rank: Sequence[int], costs: Costs = Costs()) -> None:
+    def __init__(self, plan: _C.Plan, device_of_rank: Sequence[int], costs: Costs) -> None:
         """``costs`` decide the order: it is that of the simulated step."""
         by_stage = costs.by_stage(plan.num_stages)
         self.plan = plan

@@ -36,7 +36,7 @@ class Passage(Protocol):
         """Results, by microbatch, have been packed into ``buffer``, just now."""
 
     def carry(self, results: Sequence[int], buffer: Tensor, nbytes: int) -> Tensor:
-        """A buffer as large on the receiver's device, with the first bytes: the results of these microbatches."""
+        """A buffer as large on the receiver's device, with its first bytes: these microbatches' results."""
 
 
 class _Message:

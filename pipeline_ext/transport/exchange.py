@@ -66,6 +66,11 @@ class Exchange:
             for s in range(plan.num_stages)
         ]
 
+    @property
+    def packs(self) -> bool:
+        """Whether any results are packed, not handed over."""
+        return any(not channel.hands_over for channel in (*self._forward, *self._backward))
+
     def begin(self) -> None:
         """Prepares for a step."""
         for channel in (*self._forward, *self._backward):
