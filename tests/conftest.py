@@ -35,3 +35,11 @@ def standin(standin_library, monkeypatch):
     driver = StandIn(standin_library)
     driver.reset()
     return driver
+
+
+@pytest.fixture
+def gpus(standin, monkeypatch):
+    """Two GPUs' doubles."""
+    from device_double import install
+
+    return install(monkeypatch, standin)

@@ -1,0 +1,171 @@
+"""GPUs for machines without one: the stand-in driver, and torch.cuda's part played on CPU tensors.
+
+What a stage computes runs on the host when it is enqueued, so that gradients can be compared, while all calls of
+the driver are those of a GPU. A captured graph is replayed by running every torch operation of the capture again,
+into the same memory.
+"""
+
+import contextlib
+from ctypes import byref, c_int, c_uint, c_uint64, c_void_p
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline_ext.cuda import torch_side
+
+NOTE = "use"
+
+
+class Double:
+    """What replaces ``pipeline_ext.cuda.torch_side``. A note in the driver's log tells where each step begins.
+
+    Attributes:
+        ranges: NVTX ranges, as they began.
+        launches: of graphs.
+    """
+
+    def __init__(self, standin, devices=2):
+        self.standin = standin
+        self.devices = devices
+        self.device = 0
+        self.current = [0] * devices  # the handle of each device's current stream
+        self.ranges = []
+        self.open_ranges = 0
+        self.profiled = False
+        self.launches = 0
+
+    def num_devices(self):
+        return self.devices
+
+    def current_device(self):
+        return self.device
+
+    def stream(self, handle, device):
+        return handle, device
+
+    def callers(self, devices):
+        return [self.current[device] for device in devices]
+
+    def use(self, stream):
+        handle, self.device = stream
+        self.current[self.device] = handle
+        self.standin.drain()  # what has been copied between devices is there
+        self.standin.note(f"{NOTE} {self.standin.number(handle)}")
+
+    @contextlib.contextmanager
+    def restored(self, devices):
+        device, current = self.device, list(self.current)
+        try:
+            yield
+        finally:
+            self.device, self.current = device, current
+
+    def move_module(self, module, device):
+        pass
+
+    def move(self, value, device):
+        return value
+
+    def empty(self, nbytes, device):
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def a_profiler_listens(self):
+        return self.profiled
+
+    def push_range(self, name):
+        self.ranges.append(name)
+        self.open_ranges += 1
+
+    def pop_range(self):
+        self.open_ranges -= 1
+
+    def Graph(self):
+        return _Graph(self)
+
+
+class _Graph:
+    """A capture of the stand-in driver, and of torch's operations."""
+
+    def __init__(self, double):
+        self.double = double
+        self.recorder = _Recorder()
+        self.executable = c_void_p()
+
+    @contextlib.contextmanager
+    def capture(self, device):
+        double, call = self.double, self.double.standin.call
+        context = c_void_p()
+        check(call("cuDevicePrimaryCtxRetain", 7000, byref(context), c_int(device.index)))
+        check(call("cuCtxPushCurrent", 4000, context))
+        stream, graph = c_void_p(), c_void_p()
+        check(call("cuStreamCreateWithPriority", 5050, byref(stream), c_uint(1), c_int(0)))
+        before = double.current[device.index]
+        try:
+            check(call("cuStreamBeginCapture", 10010, stream, c_int(1)))
+            double.current[device.index] = stream.value
+            try:
+                with self.recorder:
+                    yield
+            finally:
+                double.current[device.index] = before
+                ended = call("cuStreamEndCapture", 10000, stream, byref(graph))
+            check(ended)
+            made = call("cuGraphInstantiateWithFlags", 11040, byref(self.executable), graph, c_uint64(0))
+            check(made)
+        finally:
+            if graph:
+                call("cuGraphDestroy", 10000, graph)
+            call("cuStreamDestroy", 4000, stream)
+            call("cuCtxPopCurrent", 4000, byref(context))
+            call("cuDevicePrimaryCtxRelease", 11000, c_int(device.index))
+
+    def replay(self):
+        self.double.launches += 1
+        context = c_void_p()
+        call = self.double.standin.call
+        check(call("cuDevicePrimaryCtxRetain", 7000, byref(context), c_int(0)))
+        check(call("cuCtxPushCurrent", 4000, context))
+        check(call("cuGraphLaunch", 10000, self.executable, c_void_p(self.double.current[0])))
+        call("cuCtxPopCurrent", 4000, byref(context))
+        call("cuDevicePrimaryCtxRelease", 11000, c_int(0))
+        self.recorder.replay()
+
+    def __del__(self):
+        if self.executable:
+            self.double.standin.call("cuGraphExecDestroy", 10000, self.executable)
+
+
+class _Recorder(TorchDispatchMode):
+    """Runs operations, and can run them again into the tensors that they returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        with torch.no_grad():
+            for function, args, kwargs, result in self.calls:
+                again = function(*args, **kwargs)
+                for old, new in zip(tree_leaves(result), tree_leaves(again)):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+def check(result):
+    if result != 0:
+        raise RuntimeError(f"CUDA error {result}")
+
+
+def install(monkeypatch, standin, devices=2):
+    """Puts a ``Double`` in torch's place; returns it."""
+    double = Double(standin, devices)
+    for name in vars(torch_side):
+        if hasattr(double, name) and callable(getattr(torch_side, name)):
+            monkeypatch.setattr(torch_side, name, getattr(double, name))
+    return double
