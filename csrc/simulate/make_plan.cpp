@@ -117,7 +117,12 @@ Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int micr
   check(slots, shape);
   if (const Rule* rule = std::get_if<Rule>(&schedule.policy)) {
     const Draft draft = draft_of(*rule, placement, shape);
-    const Settled settled = settle(draft, options.packs, slots);
+    Settled settled = settle(draft, options.packs, slots);
+    for (int s = 0; options.overlap && s < num_stages; ++s) {
+      // One more, to run forward beside the one that runs backward.
+      const int most = slots.most.empty() ? microbatches : std::min(slots.most[s], microbatches);
+      settled.limits[s] = std::min(settled.limits[s] + 1, std::max(most, settled.limits[s]));
+    }
     return Plan(settled.order, shape, options, settled.limits, rule->preference);
   }
   Order order;
