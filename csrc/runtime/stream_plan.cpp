@@ -4,6 +4,7 @@
 #include <functional>
 #include <queue>
 #include <string>
+#include <tuple>
 #include <utility>
 
 namespace pe {
@@ -78,24 +79,36 @@ StreamPlan::StreamPlan(std::shared_ptr<const Plan> plan, const TaskTimes& times,
   connect();
 }
 
-// By their begin, and of those that begin together what is waited for first.
+// By their begin; of those that begin together what is waited for or stands before in a queue first, and what
+// takes no time before what it would otherwise have to follow on a lane.
 std::vector<TaskId> StreamPlan::in_order(const TaskTimes& times) const {
-  std::vector<int> missing(plan_->size());
-  using Next = std::pair<double, TaskId>;
+  std::vector<int> missing(plan_->size(), 0);
+  std::vector<TaskId> next_in_queue(plan_->size(), kNoTask);
+  for (int worker = 0; worker < plan_->num_workers(); ++worker) {
+    for (const Queue& queue : plan_->queues_of(worker)) {
+      for (TaskId at = queue.begin; at + 1 < queue.end; ++at) {
+        next_in_queue[plan_->queued(at)] = plan_->queued(at + 1);
+        ++missing[plan_->queued(at + 1)];
+      }
+    }
+  }
+  using Next = std::tuple<double, double, TaskId>;
   std::priority_queue<Next, std::vector<Next>, std::greater<>> ready;
   for (TaskId t = 0; t < plan_->size(); ++t) {
-    missing[t] = plan_->num_dependencies(t);
-    if (missing[t] == 0) ready.push({times.begin[t], t});
+    missing[t] += plan_->num_dependencies(t);
+    if (missing[t] == 0) ready.push({times.begin[t], times.end[t], t});
   }
   std::vector<TaskId> order;
   order.reserve(plan_->size());
   while (!ready.empty()) {
-    const TaskId t = ready.top().second;
+    const TaskId t = std::get<TaskId>(ready.top());
     ready.pop();
     order.push_back(t);
-    for (const TaskId after : plan_->successors(t)) {
-      if (--missing[after] == 0) ready.push({times.begin[after], after});
-    }
+    const auto arrive = [&](TaskId after) {
+      if (--missing[after] == 0) ready.push({times.begin[after], times.end[after], after});
+    };
+    for (const TaskId after : plan_->successors(t)) arrive(after);
+    if (next_in_queue[t] != kNoTask) arrive(next_in_queue[t]);
   }
   return order;
 }

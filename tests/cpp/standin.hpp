@@ -52,6 +52,7 @@ struct Controls {
   const char* (*log)();
   void (*note)(const char* text);
   long (*live)(const char* kind);
+  void (*discard)();
   int (*number)(void* handle);
   void (*pause)(int paused);
   void (*drain)();
@@ -73,6 +74,7 @@ struct Controls {
     find("standin_log", log);
     find("standin_note", note);
     find("standin_live", live);
+    find("standin_discard", discard);
     find("standin_number", number);
     find("standin_pause", pause);
     find("standin_drain", drain);

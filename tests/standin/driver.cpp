@@ -455,6 +455,19 @@ long standin_live(const char* kind) {
   return found == counts.end() ? -1 : found->second;
 }
 
+// Lets go of all that is alive, as the end of a process does: what is left where destroying was made to fail.
+void standin_discard() {
+  const std::lock_guard lock(machine.mutex);
+  for (const auto& [_, stream] : machine.streams) stream->destroyed = true;
+  machine.streams.clear();
+  machine.events.clear();
+  machine.graphs.clear();
+  machine.execs.clear();
+  machine.retained.clear();
+  machine.peers.clear();
+  machine.changed.notify_all();
+}
+
 // A handle's number in the log.
 int standin_number(void* handle) { return number(handle); }
 

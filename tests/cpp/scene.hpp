@@ -1,0 +1,247 @@
+// A program on the stand-in driver: each task is a host function that says when it runs.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "check.hpp"
+#include "cuda/driver.hpp"
+#include "runtime/stream_executor.hpp"
+#include "simulate/make_plan.hpp"
+#include "standin.hpp"
+#include "times.hpp"
+
+namespace pe {
+
+using SharedStreamPlan = std::shared_ptr<const StreamPlan>;
+
+inline SharedStreamPlan on_streams(Plan made, std::vector<int> device_of_rank) {
+  const auto plan = std::make_shared<const Plan>(std::move(made));
+  const TaskTimes times = times_of(*plan, Costs::uniform(plan->num_stages()));
+  return std::make_shared<const StreamPlan>(plan, times, std::move(device_of_rank));
+}
+
+// When a host function ran: places among all begins and ends, from 1; 0 if it did not.
+struct Ran {
+  int begin = 0;
+  int end = 0;
+};
+
+// Host functions on streams, by name.
+class HostFunctions {
+ public:
+  void enqueue(cuda::StreamHandle stream, const std::string& name, std::function<void()> work) {
+    Function& function = functions_.emplace_back(Function{*this, name, std::move(work)});
+    const auto run = [](void* data) { static_cast<Function*>(data)->run(); };
+    cuda::Driver::get().check(standin::controls().launch_host(stream, run, &function),
+                              "cuLaunchHostFunc");
+  }
+
+  // For work that needs another to run beside it.
+  bool wait_until_begun(const std::string& name) {
+    std::unique_lock lock(mutex_);
+    return begun_.wait_for(lock, std::chrono::seconds(30), [&] { return ran_[name].begin > 0; });
+  }
+
+  // What has run since the last call; of what ran twice, when it did last.
+  std::map<std::string, Ran> take() {
+    const std::lock_guard lock(mutex_);
+    now_ = 0;
+    return std::exchange(ran_, {});
+  }
+
+ private:
+  struct Function {
+    void run() const {
+      {
+        const std::lock_guard lock(owner.mutex_);
+        owner.ran_[name].begin = ++owner.now_;
+      }
+      owner.begun_.notify_all();
+      work();
+      const std::lock_guard lock(owner.mutex_);
+      owner.ran_[name].end = ++owner.now_;
+    }
+
+    HostFunctions& owner;
+    const std::string name;
+    const std::function<void()> work;
+  };
+
+  std::deque<Function> functions_;
+  std::mutex mutex_;
+  std::condition_variable begun_;
+  std::map<std::string, Ran> ran_;
+  int now_ = 0;
+};
+
+// The stand-in driver, newly loaded, with an executor, a program laid out on it and a stream of the caller's on
+// each device. At the end nothing is alive but what the driver refused to destroy.
+class Scene {
+ public:
+  explicit Scene(SharedStreamPlan laid_plan) : plan(std::move(laid_plan)) {
+    standin::controls().reset(2);
+    for (std::uint32_t i = 0; i < plan->steps().size(); ++i) {
+      number_of_[to_text(plan->steps()[i].action)] = i;
+    }
+    const auto program = std::make_shared<Program>(plan->shared_plan());
+    for (int stage = 0; stage < plan->plan().num_stages(); ++stage) {
+      for (int kind = 0; kind < kNumKinds; ++kind) {
+        program->set_body(stage, static_cast<Kind>(kind), [this](const Action& a) { body(a); });
+      }
+    }
+    program_ = program;
+    std::vector<int> devices = plan->device_of_rank();
+    std::sort(devices.begin(), devices.end());
+    devices.erase(std::unique(devices.begin(), devices.end()), devices.end());
+    for (const int device : devices) {
+      contexts_.push_back(std::make_shared<cuda::PrimaryContext>(device));
+      streams_.emplace_back(contexts_.back(), 0);
+      callers.push_back(streams_.back().handle());
+    }
+  }
+  Scene(const Scene&) = delete;
+  ~Scene() {
+    release();
+    std::map<std::string, long> refused;
+    for (const std::string& line : standin::controls().lines()) {
+      if (line.find("result=") == std::string::npos) continue;
+      if (line.starts_with("cuStreamDestroy")) ++refused["stream"];
+      if (line.starts_with("cuEventDestroy")) ++refused["event"];
+      if (line.starts_with("cuDevicePrimaryCtxRelease")) ++refused["context"];
+    }
+    standin::controls().reset(2);
+    streams_.clear();
+    contexts_.clear();
+    for (const char* kind : {"stream", "event", "graph", "graph_exec", "context"}) {
+      if (!leaves_things_behind) CHECK_EQ(standin::controls().live(kind), refused[kind]);
+    }
+    standin::controls().discard();
+  }
+
+  // Makes what there is not yet.
+  void make() {
+    if (!executor) executor.emplace(plan->device_of_rank());
+    if (!laid) laid = executor->lay_out(program_, plan);
+  }
+  // Lets what is enqueued run, and lets go of what was made.
+  void release() {
+    standin::controls().pause(0);
+    standin::controls().drain();
+    laid.reset();
+    executor.reset();
+  }
+
+  DeviceStepResult run(bool record = false) { return executor->run(*laid, {callers, record, false}); }
+  // As torch does: captures a step from the first caller. Without a graph, where the step did not come to be.
+  std::pair<DeviceStepResult, standin::ExecHandle> capture(bool record = false) {
+    const cuda::Driver& driver = cuda::Driver::get();
+    const cuda::CurrentContext current(*contexts_[0]);
+    driver.check(standin::controls().begin_capture(callers[0], 0), "cuStreamBeginCapture");
+    const DeviceStepResult result = executor->run(*laid, {callers, record, true});
+    cuda::GraphHandle graph = nullptr;
+    const cuda::Result ended = standin::controls().end_capture(callers[0], &graph);
+    standin::ExecHandle exec = nullptr;
+    if (!result.error) {
+      driver.check(ended, "cuStreamEndCapture");
+      std::size_t num_nodes = 0;
+      PE_CUDA(driver, cuGraphGetNodes, graph, nullptr, &num_nodes);
+      CHECK_EQ(result.num_nodes, num_nodes);
+      driver.check(standin::controls().instantiate(&exec, graph, 0), "cuGraphInstantiateWithFlags");
+    }
+    if (graph) standin::controls().destroy_graph(graph);
+    return {result, exec};
+  }
+  void launch(standin::ExecHandle exec) {
+    const cuda::CurrentContext current(*contexts_[0]);
+    cuda::Driver::get().check(standin::controls().launch(exec, callers[0]), "cuGraphLaunch");
+  }
+
+  // A host function of the caller's own, on each device: "NAME 0", "NAME 1".
+  void enqueue_on_callers(const std::string& name) {
+    for (std::size_t i = 0; i < callers.size(); ++i) {
+      const cuda::CurrentContext current(*contexts_[i]);
+      functions.enqueue(callers[i], name + " " + std::to_string(i), [] {});
+    }
+  }
+
+  // What has run by the time that all streams are idle.
+  std::map<std::string, Ran> ran() {
+    standin::controls().drain();
+    return functions.take();
+  }
+  // Checks that all of the step so named ran, each after what it needs, between two of `enqueue_on_callers`.
+  void check_step(std::map<std::string, Ran>& ran, const std::string& label, const std::string& before = "",
+                  const std::string& after = "") const {
+    const auto of = [&](std::uint32_t number) {
+      return ran[label + to_text(plan->steps()[number].action)];
+    };
+    const Plan& tasks = plan->plan();
+    for (TaskId t = 0; t < tasks.size(); ++t) {
+      const std::uint32_t own = plan->step_of(t), sent = plan->sent_by(t);
+      CHECK(own == sent || of(own).end < of(sent).begin);
+      for (const TaskId next : tasks.successors(t)) {
+        const auto device = [&](TaskId task) { return plan->device_of_rank()[tasks.rank_of(task)]; };
+        CHECK(of(device(t) == device(next) ? own : sent).end < of(plan->step_of(next)).begin);
+      }
+    }
+    std::vector<int> worker_free(tasks.num_workers(), 0);
+    for (std::uint32_t i = 0; i < plan->steps().size(); ++i) {
+      const Enqueued& step = plan->steps()[i];
+      CHECK(0 < of(i).begin && of(i).begin < of(i).end);
+      for (std::size_t d = 0; d < callers.size(); ++d) {
+        const std::string device = " " + std::to_string(d);
+        if (!before.empty()) CHECK(0 < ran[before + device].end);
+        if (!before.empty() && plan->streams()[step.stream].device == executor->devices()[d]) {
+          CHECK(ran[before + device].end < of(i).begin);
+        }
+        if (!after.empty()) CHECK(of(i).end < ran[after + device].begin);
+      }
+      if (step.is_copy) continue;
+      CHECK(worker_free[tasks.worker_of(step.task)] < of(i).begin);
+      worker_free[tasks.worker_of(step.task)] = of(i).end;
+    }
+  }
+
+  cuda::StreamHandle stream_of(const Action& action) const {
+    const Enqueued& step = plan->steps()[number_of_.at(to_text(action))];
+    return StreamExecutor::streams_of(*laid)[step.stream];
+  }
+
+  const SharedStreamPlan plan;
+  std::optional<StreamExecutor> executor;
+  std::shared_ptr<StreamExecutor::Laid> laid;
+  std::vector<cuda::StreamHandle> callers;  // by device
+  HostFunctions functions;
+  std::string label;                               // stands before the names of a step's functions
+  std::function<void(const Action&)> in_body;      // while a task is enqueued
+  std::function<void(const Action&)> on_device;    // while it runs
+  bool leaves_things_behind = false;               // as on a device that has failed
+
+ private:
+  void body(const Action& action) {
+    if (in_body) in_body(action);
+    const std::string name = label + to_text(action);
+    functions.enqueue(stream_of(action), name, [this, action, name] {
+      std::this_thread::sleep_for(std::chrono::microseconds(std::hash<std::string>()(name) % 100));
+      if (on_device) on_device(action);
+    });
+  }
+
+  std::map<std::string, std::uint32_t> number_of_;  // of steps, by the text of their action
+  std::shared_ptr<const Program> program_;
+  std::vector<std::shared_ptr<cuda::PrimaryContext>> contexts_;
+  std::vector<cuda::Stream> streams_;
+};
+
+}  // namespace pe

@@ -1,0 +1,330 @@
+#include "runtime/stream_plan.hpp"
+
+#include <algorithm>
+#include <bitset>
+#include <map>
+#include <numeric>
+#include <random>
+#include <set>
+#include <string>
+
+#include "check.hpp"
+#include "simulate/make_plan.hpp"
+#include "times.hpp"
+
+using namespace pe;
+
+namespace {
+
+using Random = std::mt19937;
+using Steps = std::bitset<1024>;  // more than any plan here has
+using Passage = std::pair<int, int>;  // stage and microbatch
+
+Passage passage_of(const Action& action) { return {action.stage, action.microbatch}; }
+
+// A plan, when the simulation runs its tasks, and how they lie on streams.
+struct Case {
+  Case(Plan made, const Costs& costs, std::vector<int> device_of_rank)
+      : plan(std::make_shared<const Plan>(std::move(made))),
+        times(times_of(*plan, costs)),
+        laid(plan, times, std::move(device_of_rank)) {
+    before.resize(laid.steps().size());
+    std::vector<std::vector<std::uint32_t>> on_stream(laid.streams().size());
+    for (std::uint32_t i = 0; i < before.size(); ++i) {
+      const Enqueued& step = laid.steps()[i];
+      auto& own = on_stream[step.stream];
+      if (!own.empty()) follow(before[i], own.back());
+      for (const std::uint32_t other : laid.waits(step)) follow(before[i], other);
+      own.push_back(i);
+    }
+  }
+
+  void follow(Steps& steps, std::uint32_t other) const { steps |= Steps(before[other]).set(other); }
+
+  int device_of(TaskId task) const { return laid.device_of_rank()[plan->rank_of(task)]; }
+
+  // In the simulation.
+  bool run_together(TaskId a, TaskId b) const {
+    return times.begin[a] < times.end[b] && times.begin[b] < times.end[a];
+  }
+
+  bool any_run_together(const Passage& a, const Passage& b) const {
+    for (TaskId t = 0; t < plan->size(); ++t) {
+      for (TaskId u = 0; u < plan->size(); ++u) {
+        if (passage_of(plan->action(t)) != a || passage_of(plan->action(u)) != b) continue;
+        if (run_together(t, u)) return true;
+      }
+    }
+    return false;
+  }
+
+  std::shared_ptr<const Plan> plan;
+  TaskTimes times;
+  StreamPlan laid;
+  std::vector<Steps> before;  // by step: those that have ended when it begins, as streams and waits alone say
+};
+
+Costs random_costs(int stages, Random& random) {
+  std::uniform_real_distribution<double> cost(0.1, 3.0);
+  Costs costs = Costs::uniform(stages);
+  const bool some_are_free = random() % 4 == 0;
+  for (auto* of : {&costs.forward, &costs.backward, &costs.input_grad, &costs.weight_grad}) {
+    for (double& value : *of) value = some_are_free && random() % 3 == 0 ? 0.0 : cost(random);
+  }
+  for (double& value : costs.latency) value = random() % 2 == 0 ? 0.0 : cost(random);
+  if (random() % 2 == 0) costs.contention = 1.0 + cost(random);
+  return costs;
+}
+
+// All ranks on device 0, each on its own, or any.
+std::vector<int> random_devices(int ranks, Random& random) {
+  std::vector<int> devices(ranks, 0);
+  const int way = random() % 3;
+  if (way == 1) std::iota(devices.begin(), devices.end(), 0);
+  if (way == 2) std::generate(devices.begin(), devices.end(), [&] { return random() % 3; });
+  return devices;
+}
+
+// The same order with every message between ranks listed, each stage's gradients reduced at its end, and where
+// `split` each backward in its two parts.
+Order spelt_out(const Plan& plan, bool split) {
+  const auto leaves = [&](int stage, int to) {
+    return to >= 0 && to < plan.num_stages() && plan.rank_of_stage(stage) != plan.rank_of_stage(to);
+  };
+  Order order;
+  for (const auto& actions : plan.order()) {
+    auto& spelt = order.emplace_back();
+    std::set<int> stages;
+    for (const Action& a : actions) {
+      stages.insert(a.stage);
+      const bool forward = a.kind == Kind::F;
+      const int from = forward ? a.stage - 1 : a.stage + 1, to = forward ? a.stage + 1 : a.stage - 1;
+      if (leaves(a.stage, from)) {
+        spelt.push_back({a.stage, a.microbatch, forward ? Kind::RecvF : Kind::RecvB});
+      }
+      spelt.push_back({a.stage, a.microbatch, forward || !split ? a.kind : Kind::I});
+      if (leaves(a.stage, to)) {
+        spelt.push_back({a.stage, a.microbatch, forward ? Kind::SendF : Kind::SendB});
+      }
+      if (!forward && split) spelt.push_back({a.stage, a.microbatch, Kind::W});
+    }
+    for (const int stage : stages) spelt.push_back({stage, kNoMicrobatch, Kind::ReduceGrad});
+  }
+  return order;
+}
+
+Case random_case(const Schedule& schedule, bool overlap, Random& random) {
+  const int ranks = 1 + random() % 4;
+  const int stages = schedule.looped ? ranks * (1 + random() % 3) : ranks;
+  const int microbatches = 1 + random() % 9;
+  PlanOptions options{.overlap = overlap, .reactive = random() % 2 == 0};
+  const int kind_of_case = random() % 4;
+  if (kind_of_case == 0 && stages > 1) {
+    for (auto* packs : {&options.packs.forward, &options.packs.backward}) {
+      const int k = std::min(random() % 2 == 0 ? 2 : 4, microbatches);
+      for (int boundary = 0; boundary < stages - 1; ++boundary) packs->push_back(k);
+    }
+  }
+  Plan plan = make_plan(schedule, stages, ranks, microbatches, options);
+  if (kind_of_case == 1) plan = make_plan(spelt_out(plan, random() % 2 == 0), options);
+  if (kind_of_case == 2) {
+    plan = make_forward_plan(plan.shape().rank_of_stage, ranks, microbatches, overlap);
+  }
+  return {plan, random_costs(stages, random), random_devices(ranks, random)};
+}
+
+const std::vector<Case>& cases() {
+  static const std::vector<Case> all = [] {
+    std::vector<Case> made;
+    Random random(11);
+    for (const Schedule& schedule : schedules()) {
+      for (const bool overlap : {false, true}) {
+        for (int round = 0; round < 60; ++round) made.push_back(random_case(schedule, overlap, random));
+      }
+    }
+    // With times in whole numbers many tasks begin as others end, and messages between take no time.
+    for (const double backward : {1.0, 2.0, 3.0}) {
+      const Plan plan = make_plan(find_schedule("gpipe"), 2, 2, 6, {});
+      Costs costs = Costs::uniform(2);
+      costs.backward = {backward, backward};
+      made.emplace_back(make_plan(spelt_out(plan, false), {.overlap = true}), costs, std::vector{0, 0});
+    }
+    return made;
+  }();
+  return all;
+}
+
+}  // namespace
+
+TEST(each_task_is_enqueued_once_and_so_is_each_copy_to_another_device) {
+  for (const Case& c : cases()) {
+    std::vector<int> tasks(c.plan->size(), 0), copies(c.plan->size(), 0);
+    for (const Enqueued& step : c.laid.steps()) {
+      const bool own = step.action == c.plan->action(step.task);
+      ++(own ? tasks : copies)[step.task];
+      if (own) continue;
+      const Action& sent = c.plan->action(step.task);
+      const Kind send = stream_of(sent.kind) == Stream::Forward ? Kind::SendF : Kind::SendB;
+      CHECK((step.action == Action{sent.stage, sent.microbatch, send}));
+      CHECK(step.is_copy);
+    }
+    for (TaskId t = 0; t < c.plan->size(); ++t) {
+      std::set<int> elsewhere;
+      for (const TaskId after : c.plan->successors(t)) elsewhere.insert(c.device_of(after));
+      elsewhere.erase(c.device_of(t));
+      const Kind kind = c.plan->action(t).kind;
+      const bool is_send = kind == Kind::SendF || kind == Kind::SendB;
+      CHECK_EQ(tasks[t], 1);
+      CHECK_EQ(copies[t], !elsewhere.empty() && !is_send ? 1 : 0);
+      const Enqueued& own = c.laid.steps()[c.laid.step_of(t)];
+      const Enqueued& copy = c.laid.steps()[c.laid.sent_by(t)];
+      CHECK(own.action == c.plan->action(t) && copy.task == t);
+      CHECK_EQ(own.is_copy, is_send && !elsewhere.empty());
+      CHECK_EQ(copy.is_copy, !elsewhere.empty());
+      CHECK(elsewhere.empty() || elsewhere == std::set<int>{c.laid.streams()[copy.stream].device});
+      CHECK(own.is_copy || c.laid.streams()[own.stream].device == c.device_of(t));
+    }
+    for (const Enqueued& step : c.laid.steps()) {
+      CHECK_EQ(step.is_copy, c.laid.streams()[step.stream].copies);
+    }
+  }
+}
+
+TEST(what_a_task_needs_has_ended_when_it_begins) {
+  for (const Case& c : cases()) {
+    for (TaskId t = 0; t < c.plan->size(); ++t) {
+      const std::uint32_t own = c.laid.step_of(t), sent = c.laid.sent_by(t);
+      CHECK(sent == own || c.before[sent][own]);
+      for (const TaskId after : c.plan->successors(t)) {
+        const bool elsewhere = c.device_of(after) != c.device_of(t);
+        CHECK(c.before[c.laid.step_of(after)][elsewhere ? sent : own]);
+      }
+    }
+  }
+}
+
+TEST(a_worker_runs_one_task_after_another_in_the_simulated_order) {
+  for (const Case& c : cases()) {
+    std::vector<std::int64_t> last(c.plan->num_workers(), -1);
+    std::map<std::pair<int, Kind>, TaskId> latest;  // by stage and kind
+    for (std::uint32_t i = 0; i < c.before.size(); ++i) {
+      const Enqueued& step = c.laid.steps()[i];
+      if (step.is_copy) continue;
+      std::int64_t& previous = last[c.plan->worker_of(step.task)];
+      if (previous >= 0) {
+        CHECK(c.before[i][previous]);
+        CHECK(c.times.begin[c.laid.steps()[previous].task] <= c.times.begin[step.task]);
+      }
+      previous = i;
+      const auto [of_kind, first] = latest.try_emplace({step.action.stage, step.action.kind}, step.task);
+      CHECK(first || of_kind->second < step.task);  // the microbatches keep their declared order
+      of_kind->second = step.task;
+    }
+  }
+}
+
+TEST(what_the_simulation_runs_at_the_same_time_may_run_at_the_same_time) {
+  int together = 0;
+  for (const Case& c : cases()) {
+    for (TaskId t = 0; t < c.plan->size(); ++t) {
+      for (TaskId u = 0; u < t; ++u) {
+        if (c.plan->rank_of(t) != c.plan->rank_of(u) || !c.run_together(t, u)) continue;
+        ++together;
+        const std::uint32_t a = c.laid.step_of(t), b = c.laid.step_of(u);
+        CHECK(c.laid.stream_of(t) != c.laid.stream_of(u));
+        CHECK(!c.before[a][b] && !c.before[b][a]);
+      }
+    }
+  }
+  CHECK(together > 500);
+}
+
+TEST(a_microbatch_keeps_its_lane_at_a_stage) {
+  for (const Case& c : cases()) {
+    std::map<Passage, int> lane;
+    for (const Enqueued& step : c.laid.steps()) {
+      if (step.is_copy || step.action.microbatch == kNoMicrobatch) continue;
+      const auto known = lane.try_emplace(passage_of(step.action), step.stream).first;
+      CHECK_EQ(known->second, step.stream);
+    }
+  }
+}
+
+TEST(a_stream_waits_for_nothing_that_has_ended_anyway) {
+  for (const Case& c : cases()) {
+    std::vector<bool> awaited(c.before.size(), false);
+    std::vector<Steps> known(c.laid.streams().size());  // by stream: what has ended so far, and its own steps
+    for (std::uint32_t i = 0; i < c.before.size(); ++i) {
+      const Enqueued& step = c.laid.steps()[i];
+      const auto waits = c.laid.waits(step);
+      for (const std::uint32_t other : waits) {
+        awaited[other] = true;
+        CHECK(c.laid.steps()[other].stream != step.stream);
+        Steps without = known[step.stream];
+        for (const std::uint32_t another : waits) {
+          if (another != other) c.follow(without, another);
+        }
+        CHECK(!without[other]);
+      }
+      known[step.stream] = Steps(c.before[i]).set(i);
+    }
+    for (std::uint32_t i = 0; i < c.before.size(); ++i) CHECK_EQ(c.laid.steps()[i].awaited, awaited[i]);
+  }
+}
+
+TEST(first_after_is_the_first_step_of_a_stream_that_comes_after) {
+  for (const Case& c : cases()) {
+    const std::uint32_t end = static_cast<std::uint32_t>(c.before.size());
+    for (int stream = 0; stream < static_cast<int>(c.laid.streams().size()); ++stream) {
+      for (std::uint32_t i = 0; i < end; ++i) {
+        std::uint32_t first = 0;
+        while (first < end && !(c.laid.steps()[first].stream == stream && c.before[first][i])) ++first;
+        CHECK_EQ(c.laid.first_after(i, stream), first);
+      }
+    }
+  }
+}
+
+TEST(a_rank_has_one_lane_or_with_overlap_as_few_as_do) {
+  std::size_t most = 0;
+  for (const Case& c : cases()) {
+    std::map<Passage, int> lane;
+    std::vector<std::set<int>> lanes(c.plan->num_ranks());
+    for (const Enqueued& step : c.laid.steps()) {
+      if (step.is_copy) continue;
+      const int rank = c.plan->rank_of(step.task);
+      lane.try_emplace(passage_of(step.action), step.stream);
+      if (lanes[rank].contains(step.stream)) continue;
+      // Beyond four there is a new one only for a microbatch that runs beside one on each of the others.
+      for (const int other : lanes[rank].size() < 4 ? std::set<int>{} : lanes[rank]) {
+        CHECK(std::any_of(lane.begin(), lane.end(), [&](const auto& known) {
+          return known.second == other && c.any_run_together(known.first, passage_of(step.action));
+        }));
+      }
+      lanes[rank].insert(step.stream);
+    }
+    for (const auto& of_rank : lanes) {
+      most = std::max(most, of_rank.size());
+      CHECK(c.plan->options().overlap || of_rank.size() == 1);
+    }
+  }
+  CHECK(most > 4);
+}
+
+TEST(a_stage_keeps_the_order_of_its_microbatches_where_tasks_take_no_time) {
+  const Order order = order_from_csv(
+      "0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0RECV_B1,0B0,0B1\n"
+      "1RECV_F0,1F0,1RECV_F1,1F1,1B0,1B1,1SEND_B1,1SEND_B0\n");
+  const auto plan = std::make_shared<const Plan>(make_plan(order, {}));
+  Costs costs = Costs::uniform(2);
+  costs.backward = {0.0, 0.0};
+  const StreamPlan laid(plan, times_of(*plan, costs), {0, 0});
+  CHECK(laid.step_of(6) < laid.step_of(7));  // 0B0 and 0B1
+}
+
+TEST(a_stream_plan_refuses_what_is_of_another_plan) {
+  const auto plan = std::make_shared<const Plan>(make_plan(find_schedule("gpipe"), 2, 2, 2, {}));
+  const TaskTimes times = times_of(*plan, Costs::uniform(2));
+  CHECK_THROWS(StreamPlan(plan, times, {0}), PlanError, "there are 1 devices for 2 ranks");
+  CHECK_THROWS(StreamPlan(plan, {{0.0}, {1.0}}, {0, 0}), PlanError, "the times are of another plan");
+}
