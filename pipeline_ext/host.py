@@ -25,7 +25,7 @@ class HostRoute(NamedTuple):
 class HostEngine:
     """The ``Engine`` of the CPU."""
 
-    death = "a stage's code has not returned"
+    death = "a stage's code never returned"
 
     def __init__(
         self,

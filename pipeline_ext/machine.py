@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from . import _C
+from . import _C, devices
+from .errors import PipelineError
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Machine:
         intra_op_threads: of torch, in this process.
         process_backends: of torch.distributed.
         cuda_library: where the CUDA driver is looked for.
+        gpu_problem: why ranks cannot run on GPUs; None: they can.
         keeps_freed_memory: whether malloc could be told to keep freed memory, as pipelines want.
         malloc_variables: settings of malloc in the environment; some keep pipelines from that.
     """
@@ -63,6 +65,7 @@ class Machine:
     gpus: list[Gpu]
     cuda_library: str
     cuda_driver: Library
+    gpu_problem: str | None
     keeps_freed_memory: bool
     malloc_variables: list[str]
 
@@ -85,6 +88,7 @@ def describe() -> Machine:
         gpus=_gpus(),
         cuda_library=cuda_library,
         cuda_driver=cuda_driver(cuda_library),
+        gpu_problem=_gpu_problem(),
         keeps_freed_memory=_C.keep_freed_memory(),
         malloc_variables=sorted(
             name for name in os.environ if name == "GLIBC_TUNABLES" or name.startswith("MALLOC_")
@@ -141,6 +145,14 @@ def _process_backends() -> list[str]:
     if not torch.distributed.is_available():
         return []
     return [name for name in ("gloo", "nccl", "mpi") if torch.distributed.is_backend_available(name)]
+
+
+def _gpu_problem() -> str | None:
+    try:
+        devices.given(["cuda:0"])
+    except PipelineError as error:
+        return str(error)
+    return None
 
 
 def _gpus() -> list[Gpu]:

@@ -175,7 +175,7 @@ class Pipeline:
         self._has_loss = loss_fn is not None
         self._weighted = loss_reduction == "mean"
         self._timeout = float(timeout)
-        self.tracing = trace
+        self.tracing = bool(trace)
         self._trace: Trace | None = None
         self._context = CallerContext.of_this_thread()
         self._optimizer = optimizer
@@ -244,11 +244,13 @@ class Pipeline:
                 *self._engine.arrive((args, kwargs), 0),
                 target=self._engine.arrive(target, self.num_stages - 1),
                 keep_outputs=return_outputs,
+                keep_losses=losses is not None,
                 record=self.tracing,
             )
             if self._graphs is None:
                 outcome = self._train(batch)
             else:
+                self._trace = None
                 outcome = self._graphs.step(batch, self._caller_context())
                 self._keep_trace(outcome.result, batch.record)
         if losses is not None:

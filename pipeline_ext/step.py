@@ -21,6 +21,7 @@ class Batch(NamedTuple):
     kwargs: dict[str, Any]
     target: Any
     keep_outputs: bool
+    keep_losses: bool
     record: bool  # when tasks run
 
 
@@ -80,8 +81,15 @@ class Step:
     def total_loss(self) -> Tensor:
         """Sum of all contributions: microbatch by microbatch, in each the loss, then the stages' own."""
         *earlier, last = self.contributions
+        device = last[0][0].device
         by_microbatch = [
-            functools.reduce(operator.add, itertools.chain(losses, *(stage[m] for stage in earlier)))
+            functools.reduce(
+                operator.add,
+                (
+                    loss if loss.device == device else loss.to(device)
+                    for loss in itertools.chain(losses, *(stage[m] for stage in earlier))
+                ),
+            )
             for m, losses in enumerate(last)
         ]
         return functools.reduce(operator.add, by_microbatch).clone()  # of one, it is losses[0] itself

@@ -1,8 +1,8 @@
 """GPUs for machines without one: the stand-in driver, and torch.cuda's part played on CPU tensors.
 
-What a stage computes runs on the host when it is enqueued, so that gradients can be compared, while all calls of
-the driver are those of a GPU. A captured graph is replayed by running every torch operation of the capture again,
-into the same memory.
+What a stage computes runs on the host when it is enqueued, so that gradients can be compared, while all calls
+of the driver are those of a GPU. A captured graph is replayed by running every torch operation of the capture
+again, into the same memory.
 """
 
 import contextlib
@@ -80,7 +80,10 @@ class Double:
     def pop_range(self):
         self.open_ranges -= 1
 
-    def Graph(self):
+    def GraphMemory(self):
+        return None
+
+    def Graph(self, memory):
         return _Graph(self)
 
 

@@ -36,7 +36,7 @@ def model():
             {"schedule": [["0F0", "0F1", "0B0", "0B1"], ["1F0", "1F1", "1I0", "1I1", "1W0", "1W1"]]},
             "splits the backward into I and W",
         ),
-        ({"devices": ["cuda:0", "cpu"]}, "'cuda:0'; this version runs ranks on the CPU only"),
+        ({"devices": ["cuda:0", "cpu"]}, "devices holds cpu and cuda; give all ranks devices of one type"),
         ({"devices": ["gpu"]}, "'gpu', which is no device"),
         ({"devices": "cpu"}, "give a list with one entry for each rank"),
         ({"devices": ["cpu"]}, "exactly one stage on each rank, got 2 stages on 1 ranks"),

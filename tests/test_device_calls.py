@@ -5,6 +5,7 @@ import torch
 from device_log import WITHIN_A_STEP, Order
 from torch import nn
 
+import pipeline_ext
 import pipeline_ext as pe
 
 SCHEDULES = ["gpipe", "1f1b", "interleaved-1f1b"]
@@ -27,10 +28,10 @@ def step(pipe, standin, call=None):
     standin.reset()
     (call or pipe.step)(x, **({} if call else {"target": x}))
     log = standin.log()
-    # Before the step there may be a look at whether an earlier one is done.
-    while log and log[0].name == "cuEventQuery":
-        log.pop(0)
-    return Order(log)
+    # Before a step there is a look at whether an earlier one is done.
+    looks = [i for i, entry in enumerate(log) if entry.name == "cuEventQuery"]
+    assert len(looks) == len(set(pipe.devices)) and looks[-1] < 3 * len(looks)
+    return Order(log[looks[-1] + 1 :])
 
 
 def laid_out(pipe):
@@ -93,7 +94,7 @@ def test_forwards_and_backwards_that_run_together_lie_on_streams_without_a_path(
         together = 0
         for f in range(len(plan)):
             for b in range(len(plan)):
-                (kind, _, m, rank, _), (other, _, n, other_rank, _) = plan.describe(f), plan.describe(b)
+                (kind, _, _, rank, _), (other, _, _, other_rank, _) = plan.describe(f), plan.describe(b)
                 if (kind, other) != ("F", "B") or rank != other_rank:
                     continue
                 i, j = streams.step_of(f), streams.step_of(b)
@@ -180,18 +181,30 @@ def test_what_two_streams_use_is_kept_until_its_stream_follows_the_last_use(gpus
             assert early > len(kept) / 2
 
 
-def test_streams_have_priorities_and_do_not_wait_for_the_default_stream(gpus, standin):
-    standin.reset()
-    with pipeline(2, devices=["cuda:0", "cuda:1"]) as pipe:
-        made = {
-            call.args["stream"]: call.args for call in standin.log() if call.name == "cuStreamCreateWithPriority"
-        }
-        assert all(args["flags"] == 1 for args in made.values())
-        step(pipe, standin)
-        copies = {call.args["stream"] for call in standin.log() if call.name == "cuMemcpyPeerAsync"}
-        lanes = set(made) - copies
-        assert len(copies) == 2
-        assert max(made[s]["priority"] for s in copies) < min(made[s]["priority"] for s in lanes)
+def test_streams_have_priorities_do_not_wait_for_the_default_stream_and_serve_the_next_pipeline(
+    gpus, standin
+):
+    made = {}
+
+    def train(devices):
+        standin.reset()
+        with pipeline(2, devices=devices) as pipe:
+            calls = [call.args for call in standin.log() if call.name == "cuStreamCreateWithPriority"]
+            made.update({args["stream"]: args for args in calls})
+            order = step(pipe, standin)
+            return order.streams, [c.args["stream"] for c in standin.log() if c.name == "cuMemcpyPeerAsync"]
+
+    before = pipeline_ext._C.num_pooled_streams()
+    _, copies = train(["cuda:0", "cuda:1"])
+    assert len(set(copies)) == 2
+    assert pipeline_ext._C.num_pooled_streams() == standin.live()["stream"]
+    held = standin.live()["stream"]
+    streams, again = train(["cuda:0", "cuda:1"])
+    assert standin.live()["stream"] == held >= before
+    assert set(again) == set(copies)
+    for stream in set(streams) & set(made):
+        assert made[stream]["flags"] == 1
+        assert (made[stream]["priority"] < 0) == (stream in copies)
 
 
 def test_tools_see_a_range_for_each_task_and_without_a_tool_there_is_none(gpus, standin):

@@ -4,6 +4,7 @@
 #include "bindings/poll.hpp"
 #include "bindings/program.hpp"
 #include "cuda/driver.hpp"
+#include "cuda/stream_pool.hpp"
 #include "runtime/stream_executor.hpp"
 #include "runtime/stream_plan.hpp"
 #include "simulate/simulator.hpp"
@@ -12,6 +13,8 @@ namespace pe {
 namespace {
 
 using SharedStreamPlan = std::shared_ptr<StreamPlan>;
+using StepTuple =
+    std::tuple<std::tuple<std::string, int, int>, int, std::vector<std::uint32_t>>;
 
 SharedStreamPlan make_stream_plan(std::shared_ptr<Plan> plan, const Costs& costs,
                                   std::vector<int> device_of_rank) {
@@ -55,6 +58,9 @@ void bind_cuda(py::module_& m) {
       "num_devices", [] { return cuda::Driver::get().num_devices; },
       "How many devices the CUDA driver sees. Raises DeviceError, saying why, where it cannot be used.");
 
+  m.def("num_pooled_streams", &cuda::num_pooled_streams,
+        "Streams that were made and are not in use; they serve the next pipelines.");
+
   py::class_<StreamPlan, SharedStreamPlan>(m, "StreamPlan", R"(A plan laid out on device streams.
 
 A step, by number, is a task or the copy of its results to another device, in the order of enqueueing.)")
@@ -70,13 +76,13 @@ A step, by number, is a task or the copy of its results to another device, in th
       .def_property_readonly(
           "steps",
           [](const StreamPlan& p) {
-            py::list steps;
+            std::vector<StepTuple> steps;
             for (const Enqueued& step : p.steps()) {
               const auto waits = p.waits(step);
-              steps.append(py::make_tuple(
-                  py::make_tuple(std::string(kind_name(step.action.kind)), step.action.stage,
-                                 step.action.microbatch),
-                  step.stream, std::vector<std::uint32_t>(waits.begin(), waits.end())));
+              steps.push_back({{std::string(kind_name(step.action.kind)), step.action.stage,
+                                step.action.microbatch},
+                               step.stream,
+                               {waits.begin(), waits.end()}});
             }
             return steps;
           },
@@ -108,7 +114,12 @@ A step, by number, is a task or the copy of its results to another device, in th
                                if (r.failed_task == kNoTask) return py::none();
                                return py::int_(r.failed_task);
                              })
-      .def_readonly("times", &DeviceStepResult::times, "None where they were not recorded.")
+      .def_property_readonly(
+          "times",
+          [](const DeviceStepResult& r) {
+            return r.times ? std::optional(r.times) : std::nullopt;
+          },
+          "None where they were not recorded.")
       .def_readonly("num_nodes", &DeviceStepResult::num_nodes, "Of the graph, where one was captured.");
 
   py::class_<PyLaid>(m, "LaidProgram", "A program with its streams and events.")
@@ -159,6 +170,7 @@ Raises DeviceError without a driver or device.)")
           },
           py::arg("to"), py::arg("to_device"), py::arg("source"), py::arg("source_device"),
           py::arg("nbytes"), py::arg("stream"))
+      .def("idle", &StreamExecutor::idle, "Whether the step that was marked last is done.")
       .def("close", &StreamExecutor::close)
       .def_property_readonly("dead", &StreamExecutor::dead);
 }

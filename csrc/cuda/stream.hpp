@@ -39,6 +39,7 @@ class Event {
 
   // Whether all that was enqueued before the latest record has run.
   bool done() const {
+    const CurrentContext current(*context_);
     const Result result = Driver::get().cuEventQuery(handle_);
     if (result != kNotReady) Driver::get().check(result, "cuEventQuery");
     return result == kSuccess;

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "cuda/captured_nodes.hpp"
+#include "cuda/stream_pool.hpp"
 
 namespace pe {
 namespace {
@@ -24,6 +25,7 @@ constexpr auto kPollPeriod = std::chrono::milliseconds(10);
 struct StreamExecutor::OfDevice {
   explicit OfDevice(int ordinal) : context(std::make_shared<const cuda::PrimaryContext>(ordinal)) {
     const cuda::CurrentContext current(*context);
+    int least_priority = 0;
     PE_CUDA(cuda::Driver::get(), cuCtxGetStreamPriorityRange, &least_priority, &greatest_priority);
     begun = cuda::Event(context, cuda::kEventDisableTiming);
     for (cuda::Event& event : finished) event = cuda::Event(context, cuda::kEventDisableTiming);
@@ -31,15 +33,14 @@ struct StreamExecutor::OfDevice {
 
   // The next stream of a program that has taken `taken` so far.
   cuda::StreamHandle stream(bool copies, std::size_t taken) {
-    auto& pool = copies ? copy_streams : lanes;
-    if (taken == pool.size()) pool.emplace_back(context, copies ? greatest_priority : least_priority);
-    return pool[taken].handle();
+    auto& own = copies ? copy_streams : lanes;
+    if (taken == own.size()) own.emplace_back(context, copies);
+    return own[taken].handle();
   }
 
   const std::shared_ptr<const cuda::PrimaryContext> context;
-  int least_priority = 0;
   int greatest_priority = 0;
-  std::vector<cuda::Stream> lanes, copy_streams;
+  std::vector<cuda::PooledStream> lanes, copy_streams;
   cuda::Event begun;
   std::array<cuda::Event, kStepsAhead> finished;
 };
@@ -130,6 +131,15 @@ struct StreamExecutor::Run {
     for (std::size_t device = 0; device < self.devices_.size(); ++device) {
       make_current(device);
       result.times->record_finish(device, options.callers[device], timing_flags());
+    }
+  }
+
+  // What is freed from now on was used by any stream, and its own may give it back to the device.
+  void follow_callers() {
+    for (std::size_t stream = 0; stream < started.size(); ++stream) {
+      if (!started[stream]) continue;
+      make_current(laid.device[stream]);
+      cuda::wait(laid.streams[stream], self.last_mark(laid.device[stream]));
     }
   }
 
@@ -238,8 +248,11 @@ DeviceStepResult StreamExecutor::run(Laid& laid, const DeviceRunOptions& options
       run.nodes->take_new();
       result.num_nodes = run.nodes->count();
     }
+    if (!options.capturing) {
+      mark(options.callers);
+      run.follow_callers();
+    }
     run.current.reset();
-    if (!options.capturing) mark(options.callers);
   } catch (const cuda::CudaError&) {
     dead_ = !options.capturing;
     fail(kNoTask);
@@ -253,6 +266,17 @@ void StreamExecutor::mark(const std::vector<cuda::StreamHandle>& callers) {
     devices_[device]->finished[steps_ % kStepsAhead].record(callers[device]);
   }
   ++steps_;
+}
+
+const cuda::Event& StreamExecutor::last_mark(std::size_t device) const {
+  return devices_[device]->finished[(steps_ + kStepsAhead - 1) % kStepsAhead];
+}
+
+bool StreamExecutor::idle() const {
+  for (std::size_t device = 0; device < devices_.size(); ++device) {
+    if (!last_mark(device).done()) return false;
+  }
+  return true;
 }
 
 Outcome StreamExecutor::wait_for_room(const WaitOptions& options) {

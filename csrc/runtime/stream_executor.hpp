@@ -66,6 +66,8 @@ class StreamExecutor {
   Outcome wait_for_room(const WaitOptions& options);
   // What the callers have enqueued so far is a step.
   void mark(const std::vector<cuda::StreamHandle>& callers);
+  // Whether the step that was marked last is done.
+  bool idle() const;
 
   // Lets go of streams and events; what is enqueued still runs. From inside a run, by a body or by `poll`, or
   // while another thread is in one, that stops and does it at its end: result Closed. The only call that
@@ -86,6 +88,7 @@ class StreamExecutor {
 
   std::size_t index_of(int ordinal) const;
   void check_usable() const;
+  const cuda::Event& last_mark(std::size_t device) const;
 
   std::vector<int> ordinals_;
   std::vector<std::unique_ptr<OfDevice>> devices_;

@@ -66,7 +66,9 @@ def self_test() -> str | None:
     for a, b in zip(x.tensor_split(4), y.tensor_split(4)):
         (F.mse_loss(plain(a), b) * (len(a) / len(x))).backward()
     try:
-        with Pipeline(model, num_stages=2, microbatches=4, loss_fn=F.mse_loss, timeout=60) as pipe:
+        with Pipeline(
+            model, num_stages=2, microbatches=4, loss_fn=F.mse_loss, devices=["cpu", "cpu"], timeout=60
+        ) as pipe:
             pipe.step(x, target=y)
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
@@ -90,7 +92,7 @@ def capabilities_of(machine: Machine, failure: str | None) -> list[Capability]:
             if failure is None
             else "the self-test failed; report it with what `pipeline-ext doctor --json` prints",
         ),
-        Capability("GPU ranks", False, "not in this version; use CPU ranks"),
+        Capability("GPU ranks", machine.gpu_problem is None, machine.gpu_problem or _gpus(machine)),
         Capability(
             "pictures",
             plot.problem is None,
@@ -146,7 +148,6 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
         + (f"(CUDA {machine.torch_cuda} build)" if machine.torch_cuda else "(CPU build)"),
         *(f"{name} {found.version or found.problem}" for name, found in machine.libraries.items()),
     ]
-    gpus = Counter(f"{gpu.name}, {gpu.gib:.0f} GiB" for gpu in machine.gpus)
     driver = machine.cuda_driver
     return [
         ("versions", ", ".join(versions)),
@@ -156,10 +157,15 @@ def _facts(machine: Machine) -> list[tuple[str, str]]:
             f"{machine.processor}, {machine.cores} cores usable; "
             f"torch's intra-op threads: {machine.intra_op_threads}",
         ),
-        ("GPU", "; ".join(f"{n} x {gpu}" for gpu, n in gpus.items()) or "none that torch sees"),
+        ("GPU", _gpus(machine) or "none that torch sees"),
         ("CUDA driver", driver.problem or f"{machine.cuda_library}, for CUDA up to {driver.version}"),
         ("malloc", _malloc(machine)),
     ]
+
+
+def _gpus(machine: Machine) -> str:
+    gpus = Counter(f"{gpu.name}, {gpu.gib:.0f} GiB" for gpu in machine.gpus)
+    return "; ".join(f"{n} x {gpu}" for gpu, n in gpus.items())
 
 
 def _malloc(machine: Machine) -> str:

@@ -1,7 +1,7 @@
 """What became of a step on GPUs, and when its tasks ran there."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -29,7 +29,11 @@ class DeviceStep:
     waiting = ""
     begin = 0
 
-    def __init__(self, layout: StreamLayout, result: _C.DeviceStepResult) -> None:
+    def __init__(
+        self, layout: StreamLayout, result: _C.DeviceStepResult, idle: Callable[[], bool]
+    ) -> None:
+        """``idle`` says whether the devices have ended all steps."""
+        self._idle = idle
         self._layout = layout
         self._times = result.times
         self.outcome = result.outcome
@@ -52,7 +56,8 @@ class DeviceStep:
 
     @cached_property
     def _read(self) -> tuple[float, list[float], list[float]]:
-        while not self._times.done():
+        # The events alone may be those of the replay before.
+        while not (self._idle() and self._times.done()):
             time.sleep(_LOOK_PERIOD)
         return self._times.read()
 

@@ -135,9 +135,10 @@ class DeviceEngine:
                 )
         finally:
             route.custody.end()
+            self._parameters.end()
         if result.outcome != "done":
             self._parameters.forget()
-        return DeviceStep(route.layout, result)
+        return DeviceStep(route.layout, result, self._executor.idle)
 
     def give_up(self, stages: list[Stage]) -> None:
         pass  # no thread of ours is left in a stage
@@ -166,11 +167,13 @@ class DeviceEngine:
             custody.let_go(step)
             parameters.enter(stage, lane)
             try:
+                if kind == "B":
+                    parameters.before_backward(stage, lane)
                 body(m)
             finally:
                 parameters.leave(stage)
             if kind == "B":
-                parameters.collect(stage, lane)
+                parameters.after_backward(stage, lane)
 
         trains = layout.plan.has_backward and kind in ("F", "B")
         enqueue = train if trains else run

@@ -4,6 +4,7 @@ What a captured step computes with must lie where it lay then. So batches are co
 tensors, and the gradients are the graph's own.
 """
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from .device_step import DeviceStep
 from .engine import DeviceEngine
 
 WARM_UP_STEPS = 2
-_MOST_GRAPHS = 4  # kept at once: each has memory of its own
+_MOST_GRAPHS = 4  # kept at once
+_MOST_KINDS = 16  # of steps, none of which came a third time
 
 
 @dataclass
@@ -44,7 +46,7 @@ class GraphReport:
 class _Captured(NamedTuple):
     graph: torch_side.Graph
     batch: list[Tensor]  # the graph's own
-    outcome: Outcome
+    outcome: Outcome  # its losses as one tensor
     gradients: list[Tensor | None]  # by parameter
 
 
@@ -52,8 +54,8 @@ class StepGraphs:
     """Runs one pipeline's steps: of each kind the first ones eagerly, the others as a graph.
 
     Steps are of one kind where these agree: shapes, types and what is no tensor in the batch; the caller's
-    context; which gradients there are already; the modes of the modules; where the parameters lie; and the
-    optimizer's settings.
+    context; which gradients there are already; the modes of the modules; where parameters and buffers lie; and
+    the optimizer's settings and state.
     """
 
     def __init__(
@@ -64,17 +66,19 @@ class StepGraphs:
         optimizer: torch.optim.Optimizer | None,
         timeout: float,
     ) -> None:
-        """``train`` runs a step eagerly."""
+        """``train`` runs a step eagerly; where it fails it has let go of all gradients."""
         self.report = GraphReport()
         self._engine = engine
         self._train = train
-        self._modules = [m for module in modules for m in module.modules()]
+        self._modules = list(dict.fromkeys(m for module in modules for m in module.modules()))
+        self._buffers = [module._buffers for module in self._modules if module._buffers]
         self._parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
         self._optimizer = optimizer
         self._timeout = timeout
         self._seen: dict[Hashable, int] = {}
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._recorded: DeviceStep | None = None  # of a graph, its times not read yet
+        self._recorded: Callable[[], DeviceStep | None] = lambda: None  # the last one, while anyone has it
+        self._memory = torch_side.GraphMemory()
 
     @classmethod
     def of(
@@ -95,6 +99,10 @@ class StepGraphs:
             graphs.fall_back("the ranks are on several GPUs, and a graph's memory is of one")
         elif route.exchange.packs:
             graphs.fall_back("results are packed (pack, wire), for which tables go up from the host")
+        elif optimizer is not None and not _is_capturable(optimizer):
+            graphs.fall_back(
+                f"{type(optimizer).__name__} counts its steps on the host; make it with capturable=True"
+            )
         return graphs
 
     def fall_back(self, reason: str) -> None:
@@ -117,10 +125,16 @@ class StepGraphs:
                 return self._train(batch)
             self._seen[kind] = self._seen.get(kind, 0) + 1
             if self._seen[kind] <= WARM_UP_STEPS:
+                if len(self._seen) > _MOST_KINDS:
+                    self.fall_back(
+                        f"{_MOST_KINDS} steps differed from one another: in the shapes of batches, in values "
+                        "that are no tensors, or in the optimizer's settings, of which a tensor may be lr"
+                    )
                 return self._train(batch)
             captured = self._capture(leaves, spec, batch)
             if captured is None:
                 return self._train(batch)
+            self._seen.clear()
             self._graphs[kind] = captured
             if len(self._graphs) > _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
@@ -135,36 +149,39 @@ class StepGraphs:
             for leaf in leaves
         )
         parameters = tuple((p.data_ptr(), p.requires_grad, p.grad is None) for p in self._parameters)
-        settings = None if self._optimizer is None else repr(_settings(self._optimizer))
+        buffers = tuple(b.data_ptr() for of in self._buffers for b in of.values() if b is not None)
+        settings = None if self._optimizer is None else _settings(self._optimizer)
         modes = tuple(module.training for module in self._modules)
-        how = (batch.keep_outputs, batch.record, context)
-        return looks, str(spec), how, parameters, modes, settings
+        how = (batch.keep_outputs, batch.keep_losses, batch.record, context)
+        return looks, spec, how, parameters, buffers, modes, settings
 
     def _capture(self, leaves: list[Any], spec: pytree.TreeSpec, batch: Batch) -> _Captured | None:
         own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs, target = pytree.tree_unflatten(own, spec)
         before = [p.grad for p in self._parameters]
-        graph = torch_side.Graph()
+        graph = torch_side.Graph(self._memory)
         try:
             with self._engine.capturing(), graph.capture(self._engine.devices[0]):
                 outcome = self._train(batch._replace(args=args, kwargs=kwargs, target=target))
+                losses = torch.stack(outcome.losses) if batch.keep_losses else None
         except Exception as error:
             for parameter, grad in zip(self._parameters, before):
                 parameter.grad = grad
-            reason = error.__cause__ or error
+            reason = _root(error)
             self.fall_back(f"the step cannot be captured: {type(reason).__name__}: {reason}")
             return None
         self.report.captured += 1
         gradients = [p.grad for p in self._parameters]
-        return _Captured(graph, [leaf for leaf in own if isinstance(leaf, Tensor)], outcome, gradients)
+        own = [leaf for leaf in own if isinstance(leaf, Tensor)]
+        return _Captured(graph, own, outcome._replace(losses=losses), gradients)
 
     def _replay(self, captured: _Captured, tensors: list[Tensor]) -> Outcome:
+        recorded = self._recorded()
+        if recorded is not None:
+            recorded.read()
         full = self._engine.wait_for_room(self._timeout)
         if full is not None:
-            raise StepTimeout(f"no step was run, for in {self._timeout:g} seconds{full.waiting}")
-        if self._recorded is not None:
-            self._recorded.read()
-            self._recorded = None
+            raise StepTimeout(f"nothing was run: in {self._timeout:g} seconds{full.waiting}")
         with torch.no_grad():
             if tensors:
                 torch._foreach_copy_(captured.batch, tensors)
@@ -174,17 +191,38 @@ class StepGraphs:
                         gradient.copy_(parameter.grad)
                     parameter.grad = gradient
             captured.graph.replay()
-            loss, losses, outputs = pytree.tree_map_only(Tensor, torch.clone, captured.outcome[:3])
+            # The next replay writes all that is the graph's.
+            loss, losses, outputs, step = captured.outcome
+            loss = loss.clone()
+            losses = [] if losses is None else list(losses.clone().unbind())
+            outputs = pytree.tree_map_only(Tensor, torch.clone, outputs)
         self._engine.mark()
-        step = captured.outcome.result.again()
-        self._recorded = step if step.recorded else None
+        step = step.again()
+        self._recorded = weakref.ref(step) if step.recorded else lambda: None
         self.report.nodes = step.num_nodes
         return Outcome(loss, losses, outputs, step)
 
 
-def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """All that is no tensor: it is part of the graph."""
-    return [
-        {k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+def _settings(optimizer: torch.optim.Optimizer) -> Hashable:
+    """All that a graph of its step depends on."""
+    groups = [
+        (name, value.data_ptr() if isinstance(value, Tensor) else repr(value))
         for group in optimizer.param_groups
+        for name, value in group.items()
+        if name != "params"
     ]
+    return id(optimizer.state), tuple(groups)
+
+
+def _is_capturable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step is the same sequence of operations each time; plain SGD's is."""
+    if type(optimizer) is torch.optim.SGD:
+        return True
+    return all(group.get("capturable", False) for group in optimizer.param_groups)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What was raised first: the end of a capture that was spoilt raises once more."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error

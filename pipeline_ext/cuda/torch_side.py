@@ -1,6 +1,7 @@
 """What the engine asks of torch.cuda, and nothing else of the package does."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,6 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+
+
+# Streams share this many queues of a device, where they can hold one another up. Read when CUDA starts.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def num_devices() -> int:
@@ -27,7 +33,7 @@ def stream(handle: int, device: int) -> Any:
 
 def callers(devices: Sequence[int]) -> list[int]:
     """The handles of the streams that are current on ``devices``."""
-    return [torch.cuda.current_stream(device).cuda_stream for device in devices]
+    return [torch._C._cuda_getCurrentRawStream(device) for device in devices]
 
 
 def use(stream: Any) -> None:
@@ -55,7 +61,13 @@ def move_module(module: nn.Module, device: torch.device) -> None:
 
 def move(value: Any, device: torch.device) -> Any:
     """A pytree with its tensors on ``device``; the host does not wait for pinned ones."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), value)
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device, non_blocking=True)
+    if type(value) is tuple:
+        return tuple(move(v, device) for v in value)
+    if type(value) is dict:
+        return {k: move(v, device) for k, v in value.items()}
+    return pytree.tree_map_only(Tensor, lambda tensor: move(tensor, device), value)
 
 
 def empty(nbytes: int, device: torch.device) -> Tensor:
@@ -63,26 +75,60 @@ def empty(nbytes: int, device: torch.device) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
+class GraphMemory:
+    """Memory that graphs share which never run at the same time."""
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+
+
 class Graph:
     """One CUDA graph of what a context captures."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: GraphMemory) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        self._memory = memory
 
     @contextlib.contextmanager
     def capture(self, device: torch.device) -> Iterator[None]:
-        """Captures, on a stream of its own, which is current meanwhile."""
+        """Captures, on a stream of its own, which is current meanwhile.
+
+        A capture that fails leaves torch as it was: there are versions that end one only where it succeeds.
+        """
+        caller = torch.cuda.current_stream(device)
         stream = torch.cuda.Stream(device)
-        # Other threads, a loader that pins memory for one, go on as they please.
-        with (
-            torch.cuda.device(device),
-            torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
-        ):
-            yield
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()  # what it frees may be another graph, and must not be within this one
+        try:
+            # Other threads, a loader that pins memory for one, go on as they please.
+            with torch.cuda.graph(
+                self._graph,
+                pool=self._memory.handle,
+                stream=stream,
+                capture_error_mode="thread_local",
+            ):
+                yield
+        except BaseException:
+            _end_failed_capture(device, self._memory)
+            raise
+        finally:
+            torch.cuda.set_stream(caller)
+            if collects:
+                gc.enable()
 
     def replay(self) -> None:
         """Runs it on the current stream, with fresh random numbers."""
         self._graph.replay()
+
+
+def _end_failed_capture(device: torch.device, memory: GraphMemory) -> None:
+    with contextlib.suppress(RuntimeError):  # where the capture's end has done it
+        torch._C._cuda_endAllocateToPool(device.index, memory.handle)
+    generator = torch.cuda.default_generators[device.index]
+    with contextlib.suppress(RuntimeError):
+        # The state that it captured with would refuse to draw outside of a capture.
+        generator.graphsafe_set_state(generator.graphsafe_get_state().clone_state())
 
 
 def a_profiler_listens() -> bool:
