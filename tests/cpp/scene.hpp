@@ -1,6 +1,7 @@
 // A program on the stand-in driver: each task is a host function that says when it runs.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
@@ -11,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -30,6 +32,14 @@ inline SharedStreamPlan on_streams(Plan made, std::vector<int> device_of_rank) {
   const TaskTimes times = times_of(*plan, Costs::uniform(plan->num_stages()));
   return std::make_shared<const StreamPlan>(plan, times, std::move(device_of_rank));
 }
+
+// As torch holds them.
+struct Destroy {
+  void operator()(cuda::GraphHandle graph) const { standin::controls().destroy_graph(graph); }
+  void operator()(standin::ExecHandle exec) const { standin::controls().destroy_exec(exec); }
+};
+using Graph = std::unique_ptr<std::remove_pointer_t<cuda::GraphHandle>, Destroy>;
+using Exec = std::unique_ptr<std::remove_pointer_t<standin::ExecHandle>, Destroy>;
 
 // When a host function ran: places among all begins and ends, from 1; 0 if it did not.
 struct Ran {
@@ -143,28 +153,27 @@ class Scene {
   }
 
   DeviceStepResult run(bool record = false) { return executor->run(*laid, {callers, record, false}); }
-  // As torch does: captures a step from the first caller. Without a graph, where the step did not come to be.
-  std::pair<DeviceStepResult, standin::ExecHandle> capture(bool record = false) {
+  // As torch does: captures a step from the first caller, and none where the step did not come to be.
+  std::pair<DeviceStepResult, Exec> capture(bool record = false) {
     const cuda::Driver& driver = cuda::Driver::get();
     const cuda::CurrentContext current(*contexts_[0]);
     driver.check(standin::controls().begin_capture(callers[0], 0), "cuStreamBeginCapture");
     const DeviceStepResult result = executor->run(*laid, {callers, record, true});
-    cuda::GraphHandle graph = nullptr;
-    const cuda::Result ended = standin::controls().end_capture(callers[0], &graph);
+    cuda::GraphHandle ended = nullptr;
+    const cuda::Result end = standin::controls().end_capture(callers[0], &ended);
+    const Graph graph(ended);
+    if (result.error) return {result, nullptr};
+    driver.check(end, "cuStreamEndCapture");
+    std::size_t num_nodes = 0;
+    PE_CUDA(driver, cuGraphGetNodes, graph.get(), nullptr, &num_nodes);
+    CHECK_EQ(result.num_nodes, num_nodes);
     standin::ExecHandle exec = nullptr;
-    if (!result.error) {
-      driver.check(ended, "cuStreamEndCapture");
-      std::size_t num_nodes = 0;
-      PE_CUDA(driver, cuGraphGetNodes, graph, nullptr, &num_nodes);
-      CHECK_EQ(result.num_nodes, num_nodes);
-      driver.check(standin::controls().instantiate(&exec, graph, 0), "cuGraphInstantiateWithFlags");
-    }
-    if (graph) standin::controls().destroy_graph(graph);
-    return {result, exec};
+    driver.check(standin::controls().instantiate(&exec, graph.get(), 0), "cuGraphInstantiateWithFlags");
+    return {result, Exec(exec)};
   }
-  void launch(standin::ExecHandle exec) {
+  void launch(const Exec& exec) {
     const cuda::CurrentContext current(*contexts_[0]);
-    cuda::Driver::get().check(standin::controls().launch(exec, callers[0]), "cuGraphLaunch");
+    cuda::Driver::get().check(standin::controls().launch(exec.get(), callers[0]), "cuGraphLaunch");
   }
 
   // A host function of the caller's own, on each device: "NAME 0", "NAME 1".

@@ -128,13 +128,11 @@ TEST(a_step_calls_nothing_but_what_enqueues_and_makes_nothing_twice) {
 }
 
 TEST(a_step_leaves_the_callers_context_as_it_was) {
-  std::thread([] {
-    Scene scene(on_two_devices());
-    scene.make();
-    scene.run(true);
-    CHECK(scene.executor->wait_for_room({}) == Outcome::Done);
-    CHECK_EQ(cuda::Driver::get().cuCtxPopCurrent(nullptr), 201);
-  }).join();
+  Scene scene(on_two_devices());
+  scene.make();
+  scene.run(true);
+  CHECK(scene.executor->wait_for_room({}) == Outcome::Done);
+  CHECK_EQ(cuda::Driver::get().cuCtxPopCurrent(nullptr), 201);  // there was none
 }
 
 TEST(two_executors_reach_the_same_peers) {
@@ -238,7 +236,6 @@ TEST(a_captured_step_is_a_graph_that_keeps_every_dependency) {
       CHECK(times.step > 0 && times.step != earlier);
       earlier = times.step;
     }
-    controls().destroy_exec(exec);
     scene.run();  // and eagerly again
     auto ran = scene.ran();
     scene.check_step(ran, "");
@@ -250,7 +247,6 @@ TEST(in_a_graph_the_kernels_of_backwards_have_the_greatest_priority_and_no_other
   scene.in_body = [](const Action& action) { controls().note(to_text(action).c_str()); };
   scene.make();
   const auto [result, exec] = scene.capture(true);
-  controls().destroy_exec(exec);
   std::map<std::string, std::vector<std::string>> set;  // by the action before
   std::string action;
   for (const std::string& line : controls().lines()) {
@@ -364,7 +360,6 @@ TEST(a_body_that_throws_spoils_the_capture_alone) {
   scene.launch(exec);
   auto ran = scene.ran();
   scene.check_step(ran, "");
-  controls().destroy_exec(exec);
 }
 
 TEST(closed_from_inside_a_step_it_ends_there_and_lets_go_of_everything) {
