@@ -23,6 +23,7 @@ class Double:
     Attributes:
         ranges: NVTX ranges, as they began.
         launches: of graphs.
+        capturing: whether one is being captured.
     """
 
     def __init__(self, standin, devices=2):
@@ -34,6 +35,7 @@ class Double:
         self.open_ranges = 0
         self.profiled = False
         self.launches = 0
+        self.capturing = False
 
     def num_devices(self):
         return self.devices
@@ -59,6 +61,7 @@ class Double:
         try:
             yield
         finally:
+            self.standin.drain()  # nor is memory freed that a copy writes to
             self.device, self.current = device, current
 
     def move_module(self, module, device):
@@ -107,10 +110,13 @@ class _Graph:
         try:
             check(call("cuStreamBeginCapture", 10010, stream, c_int(1)))
             double.current[device.index] = stream.value
+            double.capturing = True
             try:
                 with self.recorder:
                     yield
             finally:
+                self.recorder.take_back()
+                double.capturing = False
                 double.current[device.index] = before
                 ended = call("cuStreamEndCapture", 10000, stream, byref(graph))
             check(ended)
@@ -140,24 +146,44 @@ class _Graph:
 
 
 class _Recorder(TorchDispatchMode):
-    """Runs operations, and can run them again into the tensors that they returned."""
+    """Runs operations, can take back what they have written, and can run them again into the same memory."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
+        self.made = set()  # the addresses of memory that came into being
+        self.before = {}  # by address: memory that was there already, and what it held
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, result))
+        kwargs = kwargs or {}
+        for argument, value in zip(function._schema.arguments, args):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for tensor in tree_leaves(value):
+                    storage = tensor.untyped_storage()
+                    if storage.data_ptr() not in self.made | self.before.keys():
+                        self.before[storage.data_ptr()] = storage, storage.clone()
+        result = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, result))
+        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        self.made |= {t.untyped_storage().data_ptr() for t in _tensors(result)} - given
         return result
+
+    def take_back(self):
+        for storage, held in self.before.values():
+            storage.copy_(held)
+        self.before.clear()
 
     def replay(self):
         with torch.no_grad():
             for function, args, kwargs, result in self.calls:
                 again = function(*args, **kwargs)
-                for old, new in zip(tree_leaves(result), tree_leaves(again)):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                for old, new in zip(_tensors(result), _tensors(again)):
+                    if old.data_ptr() != new.data_ptr():
                         old.copy_(new)
+
+
+def _tensors(value):
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def check(result):

@@ -107,8 +107,11 @@ A step, by number, is a task or the copy of its results to another device, in th
   py::class_<DeviceStepResult>(m, "DeviceStepResult", "What became of enqueueing a step.")
       .def_property_readonly("outcome",
                              [](const DeviceStepResult& r) { return outcome_name(r.outcome); })
-      .def_property_readonly("error",
-                             [](const DeviceStepResult& r) { return python_error(r.error); })
+      .def(
+          "take_error",
+          // Once: its traceback leads to whoever holds the result, and no garbage collector sees through that.
+          [](DeviceStepResult& r) { return python_error(std::exchange(r.error, nullptr)); },
+          "What a body or the driver raised, or None; to be called once.")
       .def_property_readonly("failed_task",
                              [](const DeviceStepResult& r) -> py::object {
                                if (r.failed_task == kNoTask) return py::none();

@@ -27,6 +27,7 @@ inline constexpr unsigned kEventRecordDefault = 0;
 inline constexpr unsigned kEventRecordExternal = 1;
 inline constexpr int kNodeTypeKernel = 0;
 inline constexpr int kAttributePriority = 8;
+inline constexpr int kCaptureNone = 0;
 inline constexpr int kCaptureActive = 1;
 
 // cuda.h has a union of 64 bytes.

@@ -27,6 +27,14 @@ int priority(const PrimaryContext& context, bool urgent) {
   return urgent ? greatest : least;
 }
 
+bool is_captured(const PrimaryContext& context, StreamHandle stream) {
+  const CurrentContext current(context, kQuietly);
+  int status = 0;
+  const Result result = Driver::get().cuStreamGetCaptureInfo(stream, &status, nullptr, nullptr,
+                                                             nullptr, nullptr);
+  return result != kSuccess || status != kCaptureNone;
+}
+
 }  // namespace
 
 PooledStream::PooledStream(std::shared_ptr<const PrimaryContext> context, bool urgent)
@@ -44,7 +52,7 @@ PooledStream::PooledStream(std::shared_ptr<const PrimaryContext> context, bool u
 }
 
 PooledStream::~PooledStream() {
-  if (!stream_) return;
+  if (!stream_ || spoilt_ || is_captured(*context_, stream_->handle())) return;
   const std::lock_guard lock(pool().mutex);
   pool().free[{context_->ordinal(), urgent_}].push_back(std::move(stream_));
 }
@@ -54,6 +62,11 @@ std::size_t num_pooled_streams() {
   std::size_t count = 0;
   for (const auto& [of, streams] : pool().free) count += streams.size();
   return count;
+}
+
+void empty_stream_pool() {
+  const std::lock_guard lock(pool().mutex);
+  pool().free.clear();
 }
 
 }  // namespace pe::cuda

@@ -38,6 +38,12 @@ struct StreamExecutor::OfDevice {
     return own[taken].handle();
   }
 
+  void spoil() {
+    for (auto* own : {&lanes, &copy_streams}) {
+      for (cuda::PooledStream& stream : *own) stream.spoil();
+    }
+  }
+
   const std::shared_ptr<const cuda::PrimaryContext> context;
   int greatest_priority = 0;
   std::vector<cuda::PooledStream> lanes, copy_streams;
@@ -239,6 +245,9 @@ DeviceStepResult StreamExecutor::run(Laid& laid, const DeviceRunOptions& options
     task = kNoTask;
   } catch (const abi::__forced_unwind&) {
     throw;
+  } catch (const cuda::CudaError&) {
+    for (const auto& device : devices_) device->spoil();
+    fail(task);
   } catch (...) {
     fail(task);
   }
@@ -255,6 +264,7 @@ DeviceStepResult StreamExecutor::run(Laid& laid, const DeviceRunOptions& options
     run.current.reset();
   } catch (const cuda::CudaError&) {
     dead_ = !options.capturing;
+    for (const auto& device : devices_) device->spoil();
     fail(kNoTask);
   }
   return result;

@@ -37,7 +37,7 @@ class DeviceStep:
         self._layout = layout
         self._times = result.times
         self.outcome = result.outcome
-        self.error = result.error
+        self.error = result.take_error()
         self.failed_task = result.failed_task
         self.num_nodes = result.num_nodes
         self.peak_by_stage = layout.peak_in_flight_of_stage

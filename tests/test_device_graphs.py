@@ -1,0 +1,298 @@
+"""Whole steps as graphs: when they are captured, what they give, and when steps run eagerly instead."""
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from device_double import install
+from reference import assert_same_gradients, gradients, reference_step, twin
+from torch import nn
+
+import pipeline_ext as pe
+
+
+@pytest.fixture(autouse=True)
+def gpu(standin, monkeypatch):
+    return install(monkeypatch, standin, devices=1)
+
+
+def make(stages=2, microbatches=4, **options):
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4)))
+    options = {"loss_fn": F.mse_loss, "graphs": True, **options}
+    return model, pe.Pipeline(model, stages, microbatches, **options)
+
+
+def batch(rows=8):
+    return torch.randn(rows, 6), torch.randn(rows, 6)
+
+
+def test_two_steps_run_eagerly_and_the_third_is_a_graph(gpu, standin):
+    model, pipe = make()
+    with pipe:
+        for number in range(6):
+            x, y = batch()
+            plain = twin(model)
+            model.zero_grad()
+            losses = []
+            loss, out = pipe.step(x, target=y, losses=losses, return_outputs=True)
+            assert torch.equal(loss, reference_step(plain, x, y, 4, F.mse_loss))
+            assert_same_gradients(model, gradients(plain))
+            parts = [F.mse_loss(plain(a), b) for a, b in zip(x.tensor_split(4), y.tensor_split(4))]
+            assert torch.equal(torch.stack(losses), torch.stack(parts))
+            assert torch.equal(out, torch.cat([plain(a) for a in x.tensor_split(4)]))
+            assert gpu.launches == max(0, number - 1)
+        assert pipe.graph.captured == 1 and pipe.graph.fallback is None
+    assert standin.live()["graph"] == 0
+
+
+def test_what_a_step_gave_back_is_not_written_by_the_next(gpu):
+    model, pipe = make()
+    with pipe:
+        kept = []
+        for _ in range(5):
+            x, y = batch()
+            model.zero_grad()
+            losses = []
+            loss, out = pipe.step(x, target=y, losses=losses, return_outputs=True)
+            kept.append((x, y, loss, out, losses, twin(model)))
+        for x, y, loss, out, losses, plain in kept:
+            assert torch.equal(loss, reference_step(plain, x, y, 4, F.mse_loss))
+            assert torch.equal(out, torch.cat([plain(a) for a in x.tensor_split(4)]))
+            assert torch.equal(losses[0], F.mse_loss(plain(x[:2]), y[:2]))
+
+
+def test_gradients_add_up_and_optimizers_step_between_graphs(gpu):
+    model, pipe = make()
+    plain = twin(model)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (model, plain)]
+    with pipe:
+        for number in range(10):
+            x, y = batch()
+            if number % 2 == 0:
+                for optimizer in optimizers:
+                    optimizer.zero_grad(set_to_none=number % 4 == 0)
+            pipe.step(x, target=y)
+            reference_step(plain, x, y, 4, F.mse_loss)
+            assert_same_gradients(model, gradients(plain))
+            if number % 2:
+                for optimizer in optimizers:
+                    optimizer.step()
+        assert gpu.launches >= 4
+        # The user's own gradients are added to, too.
+        mine = [torch.randn_like(p) for p in model.parameters()]
+        for p, q, grad in zip(model.parameters(), plain.parameters(), mine):
+            p.grad, q.grad = grad.clone(), grad.clone()
+        before = gpu.launches
+        pipe.step(x, target=y)
+        reference_step(plain, x, y, 4, F.mse_loss)
+        assert gpu.launches == before + 1
+        assert_same_gradients(model, gradients(plain))
+
+
+def test_new_shapes_modes_and_memory_are_captured_anew(gpu):
+    model, pipe = make()
+    plain = twin(model)
+
+    def steps(rows, expected):
+        for _ in range(3):
+            x, y = batch(rows)
+            model.zero_grad()
+            plain.zero_grad()
+            pipe.step(x, target=y)
+            reference_step(plain, x, y, 4, F.mse_loss)
+            assert_same_gradients(model, gradients(plain))
+        assert pipe.graph.captured == expected
+
+    with pipe:
+        steps(8, 1)
+        steps(9, 2)
+        steps(8, 2)
+        model.eval()
+        steps(8, 3)
+        model.train()
+        with torch.no_grad():
+            for m in (model, plain):
+                m[0][0].weight.data = torch.ones(6, 6)
+        steps(8, 4)
+        model[1].requires_grad_(False)
+        plain[1].requires_grad_(False)
+        steps(8, 5)
+
+
+def test_dropout_draws_anew_in_each_replay(gpu):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 6))
+    with pe.Pipeline(model, 2, 2, loss_fn=F.mse_loss, graphs=True) as pipe:
+        x, y = batch(40)
+        found = {pipe.step(x, target=y).item() for _ in range(6)}
+    assert gpu.launches == 3 and len(found) == 6
+
+
+def test_an_optimizer_inside_the_graph(gpu):
+    model, _ = make(graphs=False)
+    plain = copy.deepcopy(model)
+    mine, theirs = (torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.5) for m in (model, plain))
+    with pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss, graphs=True, optimizer=mine) as pipe:
+        for number in range(8):
+            if number == 5:
+                for optimizer in (mine, theirs):
+                    optimizer.param_groups[0]["lr"] = 0.05  # is in the graph
+            x, y = batch()
+            mine.zero_grad()
+            theirs.zero_grad()
+            pipe.step(x, target=y)
+            reference_step(plain, x, y, 4, F.mse_loss)
+            theirs.step()
+            assert all(map(torch.equal, model.parameters(), plain.parameters()))
+        assert pipe.graph.captured == 2
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"devices": ["cpu"] * 2}, "the ranks are on the CPU"),
+        ({"pack": 2}, "results are packed"),
+        ({"wire": torch.bfloat16}, "results are packed"),
+    ],
+    ids=str,
+)
+def test_what_no_graph_can_hold_runs_eagerly_and_says_why(gpu, capsys, options, reason):
+    model, pipe = make(**options)
+    assert f"graphs=True: steps run eagerly, for {reason}" in capsys.readouterr().out
+    plain = twin(model)
+    with pipe:
+        for _ in range(4):
+            x, y = batch()
+            pipe.step(x, target=y)
+            reference_step(plain, x, y, 4, F.mse_loss)
+        if "wire" not in options:
+            assert_same_gradients(model, gradients(plain))
+        assert gpu.launches == 0 and reason in pipe.graph.fallback
+
+
+def test_several_gpus_run_eagerly(standin, monkeypatch, capsys):
+    install(monkeypatch, standin, devices=2)
+    _, pipe = make()
+    pipe.close()
+    assert "the ranks are on several GPUs" in capsys.readouterr().out
+
+
+def test_an_optimizer_that_no_graph_can_hold(gpu, capsys):
+    model, pipe = make()
+    pipe.close()
+    optimizer = torch.optim.Adam(model.parameters())
+    with pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss, graphs=True, optimizer=optimizer) as pipe:
+        assert "Adam counts its steps on the host; make it with capturable=True" in pipe.graph.fallback
+
+
+def test_an_input_that_requires_a_gradient_runs_eagerly(gpu):
+    model, pipe = make()
+    x, y = batch()
+    x.requires_grad_()
+    with pipe:
+        pipe.step(x, target=y)
+        assert x.grad is not None
+        assert pipe.graph.fallback == "an input requires a gradient"
+
+
+class Syncs(nn.Module):
+    """Does what no capture allows."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu = gpu
+
+    def forward(self, x):
+        if self.gpu.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return x
+
+
+def test_a_step_that_cannot_be_captured_runs_eagerly_with_nothing_lost(gpu, standin, capsys):
+    model = nn.Sequential(nn.Linear(6, 6), Syncs(gpu), nn.Linear(6, 6))
+    plain = nn.Sequential(*(copy.deepcopy(layer) for layer in (model[0], model[2])))
+    gc.collect()
+    before = standin.live()
+    with pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss, graphs=True) as pipe:
+        for _ in range(6):
+            x, y = batch()
+            pipe.step(x, target=y)
+            reference_step(plain, x, y, 4, F.mse_loss)
+            assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters()))
+        assert gpu.launches == 0
+        assert "RuntimeError: operation not permitted when stream is capturing" in pipe.graph.fallback
+    assert "steps run eagerly, for the step cannot be captured" in capsys.readouterr().out
+    assert all(standin.live()[kind] == before[kind] for kind in ("graph", "graph_exec"))
+
+
+def test_steps_that_all_differ_run_eagerly_at_last(gpu, capsys):
+    model, pipe = make()
+    with pipe:
+        for rows in range(4, 30):
+            x, y = batch(rows)
+            model.zero_grad()
+            pipe.step(x, target=y)
+        assert "steps differed from one another" in pipe.graph.fallback
+
+
+def test_a_step_with_times_is_a_second_graph(gpu):
+    model, pipe = make()
+    with pipe:
+        for _ in range(4):
+            model.zero_grad()
+            pipe.step(*batch()[:1], target=batch()[1])
+        first = pipe.trace
+        assert len(first.tasks) == 16 and pipe.graph.captured == 1
+        assert all(0 <= task.begin <= task.end for task in first.tasks)
+        begins = [task.begin for task in first.tasks]
+        for _ in range(2):
+            model.zero_grad()
+            pipe.step(*batch()[:1], target=batch()[1])
+        assert [task.begin for task in first.tasks] == begins  # it is of its own step
+        assert [task.begin for task in pipe.trace.tasks] != begins
+        pipe.tracing = False
+        for _ in range(3):
+            model.zero_grad()
+            pipe.step(*batch()[:1], target=batch()[1])
+        assert pipe.graph.captured == 2
+        with pytest.raises(pe.PipelineError, match="tracing"):
+            pipe.trace  # noqa: B018
+
+
+def test_a_step_is_one_launch_and_asks_the_driver_little_else(gpu, standin):
+    model, pipe = make(stages=4, microbatches=16, trace=False)
+    with pipe:
+        x, y = batch(16)
+        for _ in range(3):
+            model.zero_grad()
+            pipe.step(x, target=y)
+        standin.reset(1)
+        model.zero_grad()
+        pipe.step(x, target=y)
+        names = [call.name for call in standin.log() if not call.name.startswith("cuCtx")]
+        own = [name for name in names if "PrimaryCtx" not in name]  # the double's
+        assert own == ["cuEventQuery", "cuGraphLaunch", "cuEventRecordWithFlags"]
+
+
+def test_the_graph_has_the_edges_of_the_plan_and_backwards_go_first(gpu, standin):
+    model, pipe = make(stages=2, microbatches=4, trace=False)
+    with pipe:
+        for _ in range(2):
+            model.zero_grad()
+            pipe.step(*batch()[:1], target=batch()[1])
+        standin.reset(1)
+        model.zero_grad()
+        pipe.step(*batch()[:1], target=batch()[1])
+        from device_log import Order
+
+        log = standin.log()
+        begin = next(i for i, call in enumerate(log) if call.name == "cuStreamBeginCapture")
+        end = next(i for i, call in enumerate(log) if call.name == "cuStreamEndCapture")
+        order = Order(log[begin:end], caller=log[begin].args["stream"])
+        streams, plan = pipe._routes.train.layout.streams, pipe.plan
+        assert len(order.before) == len(plan) == len(order.at_end)
+        for task in range(len(plan)):
+            for after in plan.successors(task):
+                assert streams.step_of(task) in order.before[streams.step_of(after)]
+        assert "cuEventQuery" not in order.calls  # it would spoil the capture
