@@ -326,7 +326,7 @@ const std::vector<cuda::StreamHandle>& StreamExecutor::streams_of(const Laid& la
 
 void StreamExecutor::copy(cuda::Address to, int to_device, cuda::Address from, int from_device,
                           std::size_t nbytes, cuda::StreamHandle stream) const {
-  check_usable();
+  if (devices_.empty()) throw std::logic_error("it is closed");  // not while a step that is to stop ends
   PE_CUDA(cuda::Driver::get(), cuMemcpyPeerAsync, to,
           devices_[index_of(to_device)]->context->handle(), from,
           devices_[index_of(from_device)]->context->handle(), nbytes, stream);

@@ -232,10 +232,10 @@ class Scene {
   std::shared_ptr<StreamExecutor::Laid> laid;
   std::vector<cuda::StreamHandle> callers;  // by device
   HostFunctions functions;
-  std::string label;                               // stands before the names of a step's functions
-  std::function<void(const Action&)> in_body;      // while a task is enqueued
-  std::function<void(const Action&)> on_device;    // while it runs
-  bool leaves_things_behind = false;               // as on a device that has failed
+  std::string label;                             // stands before the names of a step's functions
+  std::function<void(const Action&)> in_body;    // while a task is enqueued
+  std::function<void(const Action&)> on_device;  // while it runs
+  bool leaves_things_behind = false;             // as on a device that has failed
 
  private:
   void body(const Action& action) {

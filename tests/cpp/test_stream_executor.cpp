@@ -169,6 +169,17 @@ TEST(the_host_is_at_most_two_steps_ahead) {
   CHECK(scene.executor->wait_for_room({0s, nullptr}) == Outcome::TimedOut);
 }
 
+TEST(where_the_driver_cannot_say_whether_there_is_room_the_executor_is_dead) {
+  Scene scene(overlapping());
+  scene.make();
+  controls().fail_at(controls().num_calls(), 719);
+  CHECK_THROWS(scene.executor->wait_for_room({}), cuda::CudaError,
+               "cuEventQuery failed: CUDA_ERROR_LAUNCH_FAILED (719)");
+  CHECK(scene.executor->dead());
+  CHECK_THROWS(scene.executor->wait_for_room({}), std::logic_error, "it is dead: a device has failed");
+  CHECK_THROWS(scene.run(), std::logic_error, "it is dead: a device has failed");
+}
+
 TEST(a_recorded_step_tells_when_its_tasks_ran) {
   for (const SharedStreamPlan& plan : plans()) {
     Scene scene(plan);
@@ -390,6 +401,24 @@ TEST(closed_from_inside_a_step_it_ends_there_and_lets_go_of_everything) {
   }
 }
 
+TEST(closed_while_a_result_is_being_sent_it_still_sends_it) {
+  Scene scene(on_two_devices());
+  scene.make();
+  const std::string from = "a result";
+  std::string to(from.size(), ' ');
+  scene.in_body = [&](const Action& action) {
+    if (action.kind != Kind::SendF) return;
+    scene.executor->close();
+    scene.executor->copy(reinterpret_cast<cuda::Address>(to.data()), 1,
+                         reinterpret_cast<cuda::Address>(from.data()), 0, from.size(),
+                         scene.stream_of(action));
+  };
+  CHECK(scene.run().outcome == Outcome::Closed);
+  scene.ran();
+  CHECK_EQ(to, from);
+  CHECK_THROWS(scene.executor->copy(0, 1, 0, 0, 0, nullptr), std::logic_error, "it is closed");
+}
+
 TEST(closed_while_it_waits_for_room_it_stops_waiting) {
   for (const bool by_poll : {false, true}) {
     Scene scene(on_two_devices());
@@ -409,7 +438,8 @@ TEST(closed_while_it_waits_for_room_it_stops_waiting) {
       waiting = true;
       return false;
     };
-    CHECK(scene.executor->wait_for_room({.poll = poll}) == Outcome::Closed);
+    CHECK(scene.executor->wait_for_room({30s, poll}) == Outcome::Closed);
+    waiting = true;
     if (other.joinable()) other.join();
     CHECK_EQ(controls().live("stream"), 2);
     controls().pause(0);

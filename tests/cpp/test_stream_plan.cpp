@@ -17,7 +17,7 @@ using namespace pe;
 namespace {
 
 using Random = std::mt19937;
-using Steps = std::bitset<1024>;  // more than any plan here has
+using Steps = std::bitset<1024>;      // more than any plan here has
 using Passage = std::pair<int, int>;  // stage and microbatch
 
 Passage passage_of(const Action& action) { return {action.stage, action.microbatch}; }

@@ -455,8 +455,8 @@ long standin_live(const char* kind) {
   return found == counts.end() ? -1 : found->second;
 }
 
-// Lets go of all that is alive, and of the calling thread's contexts, as the end of a process does: what is left
-// where destroying was made to fail.
+// Lets go of all that is alive, and of the calling thread's contexts, as the end of a process does: what is
+// left where destroying was made to fail.
 void standin_discard() {
   const std::lock_guard lock(machine.mutex);
   for (const auto& [_, stream] : machine.streams) stream->destroyed = true;
