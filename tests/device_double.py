@@ -101,15 +101,17 @@ class _Graph:
     @contextlib.contextmanager
     def capture(self, device):
         double, call = self.double, self.double.standin.call
-        context = c_void_p()
-        check(call("cuDevicePrimaryCtxRetain", 7000, byref(context), c_int(device.index)))
-        check(call("cuCtxPushCurrent", 4000, context))
-        stream, graph = c_void_p(), c_void_p()
-        check(call("cuStreamCreateWithPriority", 5050, byref(stream), c_uint(1), c_int(0)))
-        before = double.current[device.index]
-        try:
+        context, stream, graph = c_void_p(), c_void_p(), c_void_p()
+        with contextlib.ExitStack() as undo:
+            check(call("cuDevicePrimaryCtxRetain", 7000, byref(context), c_int(device.index)))
+            undo.callback(call, "cuDevicePrimaryCtxRelease", 11000, c_int(device.index))
+            check(call("cuCtxPushCurrent", 4000, context))
+            undo.callback(call, "cuCtxPopCurrent", 4000, byref(context))
+            check(call("cuStreamCreateWithPriority", 5050, byref(stream), c_uint(1), c_int(0)))
+            undo.callback(call, "cuStreamDestroy", 4000, stream)
+            undo.callback(lambda: call("cuGraphDestroy", 10000, graph) if graph else None)
             check(call("cuStreamBeginCapture", 10010, stream, c_int(1)))
-            double.current[device.index] = stream.value
+            before, double.current[device.index] = double.current[device.index], stream.value
             double.capturing = True
             try:
                 with self.recorder:
@@ -122,12 +124,6 @@ class _Graph:
             check(ended)
             made = call("cuGraphInstantiateWithFlags", 11040, byref(self.executable), graph, c_uint64(0))
             check(made)
-        finally:
-            if graph:
-                call("cuGraphDestroy", 10000, graph)
-            call("cuStreamDestroy", 4000, stream)
-            call("cuCtxPopCurrent", 4000, byref(context))
-            call("cuDevicePrimaryCtxRelease", 11000, c_int(device.index))
 
     def replay(self):
         self.double.launches += 1

@@ -61,6 +61,8 @@ void bind_cuda(py::module_& m) {
   m.def("num_pooled_streams", &cuda::num_pooled_streams,
         "Streams that were made and are not in use; they serve the next pipelines.");
 
+  m.def("empty_stream_pool", &cuda::empty_stream_pool, "Destroys them after all; for tests.");
+
   py::class_<StreamPlan, SharedStreamPlan>(m, "StreamPlan", R"(A plan laid out on device streams.
 
 A step, by number, is a task or the copy of its results to another device, in the order of enqueueing.)")

@@ -18,6 +18,7 @@
 
 #include "check.hpp"
 #include "cuda/driver.hpp"
+#include "cuda/stream_pool.hpp"
 #include "runtime/stream_executor.hpp"
 #include "simulate/make_plan.hpp"
 #include "standin.hpp"
@@ -150,6 +151,7 @@ class Scene {
     standin::controls().drain();
     laid.reset();
     executor.reset();
+    cuda::empty_stream_pool();
   }
 
   DeviceStepResult run(bool record = false) { return executor->run(*laid, {callers, record, false}); }
