@@ -251,7 +251,11 @@ class Pipeline:
                 outcome = self._train(batch)
             else:
                 self._trace = None
-                outcome = self._graphs.step(batch, self._caller_context())
+                try:
+                    outcome = self._graphs.step(batch, self._caller_context())
+                except BaseException:
+                    self._give_up(training=True)
+                    raise
                 self._keep_trace(outcome.result, batch.record)
         if losses is not None:
             losses[:] = outcome.losses

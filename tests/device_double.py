@@ -127,13 +127,13 @@ class _Graph:
 
     def replay(self):
         self.double.launches += 1
-        context = c_void_p()
-        call = self.double.standin.call
-        check(call("cuDevicePrimaryCtxRetain", 7000, byref(context), c_int(0)))
-        check(call("cuCtxPushCurrent", 4000, context))
-        check(call("cuGraphLaunch", 10000, self.executable, c_void_p(self.double.current[0])))
-        call("cuCtxPopCurrent", 4000, byref(context))
-        call("cuDevicePrimaryCtxRelease", 11000, c_int(0))
+        call, context = self.double.standin.call, c_void_p()
+        with contextlib.ExitStack() as undo:
+            check(call("cuDevicePrimaryCtxRetain", 7000, byref(context), c_int(0)))
+            undo.callback(call, "cuDevicePrimaryCtxRelease", 11000, c_int(0))
+            check(call("cuCtxPushCurrent", 4000, context))
+            undo.callback(call, "cuCtxPopCurrent", 4000, byref(context))
+            check(call("cuGraphLaunch", 10000, self.executable, c_void_p(self.double.current[0])))
         self.recorder.replay()
 
     def __del__(self):

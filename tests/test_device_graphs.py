@@ -226,6 +226,26 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_with_nothing_lost(gpu, stan
     assert all(standin.live()[kind] == before[kind] for kind in ("graph", "graph_exec"))
 
 
+def test_a_launch_that_fails_leaves_no_gradients(gpu, standin):
+    model, pipe = make(trace=False)
+    with pipe:
+        x, y = batch()
+        for _ in range(3):
+            model.zero_grad()
+            pipe.step(x, target=y)
+        standin.reset(1)
+        model.zero_grad()
+        standin.fail_at(5, 2)
+        with pytest.raises(RuntimeError, match="CUDA error 2"):
+            pipe.step(x, target=y)
+        assert [call.name for call in standin.log()][5] == "cuGraphLaunch"
+        assert all(p.grad is None for p in model.parameters())
+        plain = twin(model)
+        pipe.step(x, target=y)
+        reference_step(plain, x, y, 4, F.mse_loss)
+        assert_same_gradients(model, gradients(plain))
+
+
 def test_steps_that_all_differ_run_eagerly_at_last(gpu, capsys):
     model, pipe = make()
     with pipe:

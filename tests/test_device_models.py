@@ -1,4 +1,4 @@
-"""What holds for stages on threads of the CPU holds for stages on streams: the same tests, on a GPU's double."""
+"""What holds for stages on threads holds for stages on streams: the tests of the one, on a GPU's double."""
 
 import pytest
 import test_boundary
