@@ -27,9 +27,9 @@ bench: .venv/installed
 gpu: .venv/installed-gpu
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("torch sees no CUDA device")'
 	@$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
-	@if command -v compute-sanitizer >/dev/null; then \
-	    compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python tests/gpu/short_run.py; \
-	else echo "compute-sanitizer is not on the PATH: its run is left out"; fi
+	@if compute-sanitizer --error-exitcode 1 $(BIN)/python -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; \
+	then compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python tests/gpu/short_run.py; \
+	else echo "compute-sanitizer is not here, or does not know this machine: its run is left out"; fi
 	@$(BIN)/python bench/pack.py --device cuda
 	@for script in gpu_step gpu_host; do $(BIN)/python bench/$$script.py || exit 1; done
 	@$(BIN)/python bench/tables.py

@@ -316,3 +316,22 @@ def test_the_graph_has_the_edges_of_the_plan_and_backwards_go_first(gpu, standin
             for after in plan.successors(task):
                 assert streams.step_of(task) in order.before[streams.step_of(after)]
         assert "cuEventQuery" not in order.calls  # it would spoil the capture
+
+
+def test_training_takes_times_of_its_last_steps_alone(gpu, tmp_path):
+    from pipeline_ext.lm.corpus import Corpus
+    from pipeline_ext.lm.gpt import gpt, loss_fn
+    from pipeline_ext.lm.training import Training
+
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    model = gpt(context=16, width=16, layers=2, heads=2)
+    with pe.Pipeline(model, 2, 4, loss_fn=loss_fn, graphs=True) as pipe:
+        training = Training(
+            model, pipe, Corpus(str(text), 16), schedule="1f1b", steps=9, batch=8, learning_rate=1e-3, seed=0
+        )
+        steps = list(training.run(tmp_path / "metrics.jsonl"))
+        assert [step.bubble is not None for step in steps] == [False] * 5 + [True] * 4
+        assert gpu.launches == 3 + 2 and pipe.graph.fallback is None
+        assert steps[-1].loss < steps[0].loss
+        assert 0 < training.summary.bubble_measured < 1

@@ -4,15 +4,14 @@ What a preset takes of a GPU's memory, estimated from its shapes, with P paramet
 Weights, gradients and AdamW's two moments: 16 bytes a parameter. What a block keeps for the backward of each
 microbatch in flight: about 40 bytes x width a token (inputs of the layer norms 2 x 4, of the matrix products
 2 + 2 + 2 + 8, of attention 6 + 2, of GELU 8, and some), and its weights cast to bfloat16, 2 bytes a parameter.
-With two stages of half the blocks each on one GPU, 1F1B has three halves of the model in flight; ``overlap``
-may add a fourth.
+With two stages of half the blocks each on one GPU, 1F1B with overlap has five halves of the model in flight.
 """
 
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {},
-    # P = 85 M: state 1.4 GB; a block and microbatch 0.14 GB, of those 18: 2.5 GB. Together 4 GB.
+    # P = 85 M: state 1.4 GB; a block and microbatch 0.14 GB, of those 30: 4.2 GB. Together 6 GB.
     "gpu-small": {
         "width": 768,
         "layers": 12,
@@ -24,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "autocast": "bfloat16",
         "checkpoint_every": 500,
     },
-    # P = 0.47 G: state 7.6 GB; a block and microbatch 0.25 GB, of those 36: 9 GB. Together 17 GB.
+    # P = 0.47 G: state 7.6 GB; a block and microbatch 0.25 GB, of those 60: 15 GB. Together 23 GB.
     "gpu-medium": {
         "width": 1280,
         "layers": 24,
@@ -36,14 +35,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "autocast": "bfloat16",
         "checkpoint_every": 0,
     },
-    # P = 2.5 G: state 40 GB; a block and microbatch 1.0 GB, of those 48: 48 GB, or 64 GB with overlap. Together
-    # 88 to 104 GB of an H200's 149; the rest is for what the allocator cannot fill. A checkpoint has 30 GB.
+    # P = 2.5 G: state 40 GB; a block and microbatch 0.75 GB, of those 80: 60 GB. Together 100 GB of an H200's
+    # 149; the rest is for what the allocator cannot fill. A checkpoint has 30 GB.
     "h200": {
         "width": 2560,
         "layers": 32,
         "heads": 20,
         "context": 2048,
-        "batch": 32,
+        "batch": 24,
         "steps": 200,
         "learning_rate": 2e-4,
         "autocast": "bfloat16",

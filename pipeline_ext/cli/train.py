@@ -150,7 +150,8 @@ def _train(training: Training, log: Path, display: Display, options: Options) ->
         if training.step < training.steps:
             display.stopped()
         if summary.steps:
-            summary.bubble_simulated = training.pipe.simulate().bubble
+            if summary.steps[-1].bubble is not None:
+                summary.bubble_simulated = training.pipe.simulate().bubble
             summary.val_bpb_last = training.validate()
             display.validation("after", summary.val_bpb_last)
     except (KeyboardInterrupt, DeadPipeline):  # dead: two Ctrl-C in one step

@@ -181,13 +181,14 @@ class DeviceEngine:
 
 
 def _with_range(enqueue: Body, plan: _C.Plan, stage: int, kind: str) -> Body:
-    """Shown in a profiler: kind, stage, microbatch, and which message its results leave in."""
+    """Shown in a profiler: kind, stage and microbatch, and how many results leave with this one."""
     packs = plan.packs_forward[stage:] if kind == "F" else plan.packs[max(stage - 1, 0) : stage]
     pack = packs[0] if packs else 1
 
     def run(m: int) -> None:
-        group = f", message {m // pack}" if pack > 1 else ""
-        torch_side.push_range(f"{kind} stage {stage} microbatch {m}{group}")
+        ends_group = pack > 1 and ((m + 1) % pack == 0 or m + 1 == plan.num_microbatches)
+        message = f", message of {m % pack + 1}" if ends_group else ""
+        torch_side.push_range(f"{kind} stage {stage} microbatch {m}{message}")
         try:
             enqueue(m)
         finally:

@@ -22,6 +22,7 @@ from .corpus import Corpus
 from .gpt import bits, loss_fn
 
 _VALIDATION_BATCHES = 12
+_TIMED_STEPS = 4  # of graphs: two warm it up, the third captures it
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class StepMetrics:
     bits_per_byte: float
     tokens_per_second: float
     step_ms: float
-    bubble: float
+    bubble: float | None  # None of a step whose tasks were not timed
     learning_rate: float
 
 
@@ -88,7 +89,8 @@ class Summary:
     @property
     def bubble_measured(self) -> float:
         """Median over the steps of the mean over ranks of 1 - busy time / step time."""
-        return statistics.median(s.bubble for s in self.steps) if self.steps else math.nan
+        measured = [s.bubble for s in self.steps if s.bubble is not None]
+        return statistics.median(measured) if measured else math.nan
 
     @property
     def tokens_per_second(self) -> float:
@@ -227,6 +229,7 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad()
+        self.pipe.tracing = self._is_timed(step)
         with self._precision():
             loss: Tensor = self.pipe.step(x, target=y)
         nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
@@ -240,7 +243,7 @@ class Training:
                 bits_per_byte=bits(nats),
                 tokens_per_second=x.numel() / seconds,
                 step_ms=seconds * 1e3,
-                bubble=self.pipe.trace.bubble,
+                bubble=self.pipe.trace.bubble if self.pipe.tracing else None,
                 learning_rate=rate,
             )
             log.write(json.dumps(asdict(metrics)) + "\n")
@@ -258,10 +261,14 @@ class Training:
 
     def _add_to_summary(self, metrics: StepMetrics) -> None:
         self.summary.steps.append(metrics)
-        self.summary.peak_in_flight = [
-            max(a, b)
-            for a, b in zip(self.summary.peak_in_flight, self.pipe.trace.peak_in_flight)
-        ]
+        if metrics.bubble is not None:
+            peaks = zip(self.summary.peak_in_flight, self.pipe.trace.peak_in_flight)
+            self.summary.peak_in_flight = [max(pair) for pair in peaks]
+
+    def _is_timed(self, step: int) -> bool:
+        """A graph that takes times is another one, and slower: of graphs only the last are timed."""
+        replays = self.pipe.graph is not None and self.pipe.graph.fallback is None
+        return not replays or step > self.steps - _TIMED_STEPS
 
     def _learning_rate(self, step: int) -> float:
         """A linear rise over the first twentieth, then a cosine down to a tenth."""

@@ -1,4 +1,6 @@
-"""Ten eager steps and ten in graph mode of a small perceptron, for compute-sanitizer to watch; no test."""
+"""Ten steps of a small perceptron, eagerly and as graphs, for compute-sanitizer to watch; no test."""
+
+import itertools
 
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ import pipeline_ext as pe
 def main() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(16, 32, device="cuda:0"), torch.randn(16, 32, device="cuda:0")
-    for graphs in (False, True):
+    for graphs, trace in itertools.product((False, True), repeat=2):
         model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU())
         with pe.Pipeline(
             model,
@@ -18,6 +20,7 @@ def main() -> None:
             loss_fn=nn.functional.mse_loss,
             devices=["cuda:0", "cuda:0"],
             graphs=graphs,
+            trace=trace,
         ) as pipe:
             for _ in range(10):
                 model.zero_grad()
