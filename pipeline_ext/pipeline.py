@@ -1,6 +1,5 @@
 """Pipeline: the object the user holds."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,12 +9,9 @@ from torch import Tensor, nn
 
 from . import _C, arguments, microbatch, partition, planning
 from . import devices as device_choice
-from .context import CallerContext
 from .cuda.graphs import GraphReport, StepGraphs
-from .engine import Route, StepResult
 from .engines import make_engine
-from .errors import InvalidArgument, PipelineError
-from .failure import NO_GRADIENTS, step_error
+from .errors import PipelineError
 from .lifetime import Lifetime
 from .pack_choice import AutoPack, PackChoice
 from .profile import Profile
@@ -25,7 +21,8 @@ from .routes import Routes
 from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
 from .stage import Stage
-from .step import Batch, Outcome, Step
+from .step import Batch
+from .stepper import Stepper
 from .transport.exchange import Exchange
 from .transport.link import FREE_LINK, LocalLink
 
@@ -173,26 +170,30 @@ class Pipeline:
             for index, module in enumerate(modules)
         ]
         self._has_loss = loss_fn is not None
-        self._weighted = loss_reduction == "mean"
-        self._timeout = float(timeout)
         self.tracing = bool(trace)
-        self._trace: Trace | None = None
-        self._context = CallerContext.of_this_thread()
-        self._optimizer = optimizer
-        self._reduction = reduction
-        self._shared = SharedParameters([stage.modules() for stage in self._stages])
         self._devices = device_choice.of_ranks(given, plan.num_ranks)
+        shared = SharedParameters([stage.modules() for stage in self._stages])
         self._engine = make_engine(
-            self._devices, plan, self._stages, exchange_of, self._shared, reduction, self._auto_pack.chooses
+            self._devices, plan, self._stages, exchange_of, shared, reduction, self._auto_pack.chooses
         )
         if reduction is not None:
-            reduction.attach(self._stages, self._shared, microbatches)
+            reduction.attach(self._stages, shared, microbatches)
         self._routes = Routes(self._stages, self._engine)
         self._routes.follow(plan)
+        self._stepper = Stepper(
+            self._stages,
+            self._engine,
+            self._routes,
+            shared,
+            self._auto_pack,
+            reduction,
+            optimizer,
+            microbatches=microbatches,
+            weighted=loss_reduction == "mean",
+            timeout=float(timeout),
+        )
         self._graphs = (
-            StepGraphs.of(
-                self._engine, self._train, self._routes.train, self._stages, optimizer, self._timeout
-            )
+            StepGraphs.of(self._engine, self._routes.train, self._stages, optimizer, float(timeout))
             if graphs
             else None
         )
@@ -248,15 +249,9 @@ class Pipeline:
                 record=self.tracing,
             )
             if self._graphs is None:
-                outcome = self._train(batch)
+                outcome = self._stepper.train(batch)
             else:
-                self._trace = None
-                try:
-                    outcome = self._graphs.step(batch, self._caller_context())
-                except BaseException:
-                    self._give_up(training=True)
-                    raise
-                self._keep_trace(outcome.result, batch.record)
+                outcome = self._graphs.step(batch, self._stepper)
         if losses is not None:
             losses[:] = outcome.losses
         return (outcome.loss, outcome.outputs) if return_outputs else outcome.loss
@@ -269,21 +264,8 @@ class Pipeline:
         leaves every ``.grad`` alone.
         """
         self._lifetime.check()
-        size = microbatch.batch_size(args, kwargs)
-        if size == 0:
-            raise InvalidArgument("the batch has no rows")
-        count = min(size, self.microbatches)
         with self._lifetime.one_at_a_time("eval was called"):
-            route = self._routes.eval(count)
-            step = Step(
-                exchange=route.exchange,
-                inputs=microbatch.split(
-                    self._engine.arrive((args, kwargs), 0), size, count, "an input"
-                ),
-                context=self._caller_context(),
-            )
-            self._run(route, step, training=False)
-            return microbatch.merge(step.outputs)
+            return self._stepper.evaluate(args, kwargs)
 
     # -- the model's state
 
@@ -342,13 +324,13 @@ class Pipeline:
     @property
     def trace(self) -> Trace:
         """Records of the last ``step``. Raises PipelineError before the first, or with trace=False."""
-        if self._trace is None:
+        if self._stepper.trace is None:
             raise PipelineError(
                 "there is no trace: run a step first"
                 if self.tracing
                 else "there is no trace: this pipeline was made with trace=False; set tracing=True"
             )
-        return self._trace
+        return self._stepper.trace
 
     def profile(self) -> Profile:
         """Seconds of F, B and messages of one microbatch, measured in the last ``step``."""
@@ -361,7 +343,7 @@ class Pipeline:
         ``Costs()``: F = 1 and B = 2 at every stage.
         """
         if costs is None:
-            costs = Costs() if self._trace is None else self.profile().costs(self.plan)
+            costs = Costs() if self._stepper.trace is None else self.profile().costs(self.plan)
         return simulate(self.plan, costs)
 
     def __repr__(self) -> str:
@@ -378,82 +360,3 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # -- inside
-
-    def _train(self, batch: Batch) -> Outcome:
-        size, count = microbatch.batch_size(batch.args, batch.kwargs), self.microbatches
-        target = batch.target
-        step = Step(
-            exchange=self._routes.train.exchange,
-            inputs=microbatch.split((batch.args, batch.kwargs), size, count, "an input"),
-            context=self._caller_context(),
-            targets=None if target is None else microbatch.split(target, size, count, "target"),
-            weights=[n / size if self._weighted else 1 for n in microbatch.lengths(size, count)],
-            keep_outputs=batch.keep_outputs,
-        )
-        self._shared.begin()
-        with contextlib.nullcontext() if self._reduction is None else self._reduction.step():
-            result = self._run(self._routes.train, step, record=batch.record)
-            if not step.has_trained:
-                raise PipelineError(
-                    "step found nothing to train: no microbatch's loss depends on anything that requires a "
-                    "gradient; are all parameters frozen, or is the loss detached?"
-                )
-            try:
-                self._shared.end()
-                step.backward_into_inputs()
-                if self._reduction is not None:
-                    self._reduction.finish(self._timeout, self._trace)
-                loss = step.total_loss()
-                outputs = microbatch.merge(step.outputs) if batch.keep_outputs else None
-            except BaseException as error:
-                self._give_up(training=True)
-                error.add_note(NO_GRADIENTS)
-                raise
-        if self._optimizer is not None:
-            self._optimizer.step()
-        return Outcome(loss, step.losses, outputs, result)
-
-    def _run(self, route: Route, step: Step, training: bool = True, record: bool = False) -> StepResult:
-        measures = training and self._auto_pack.measures
-        route.exchange.begin()
-        for stage in self._stages:
-            stage.begin(step)
-        try:
-            result = self._engine.run(route, timeout=self._timeout, record=record or measures)
-        except BaseException as interrupt:
-            self._give_up(training)
-            if training:
-                interrupt.add_note(f"the pipeline's step was stopped; {NO_GRADIENTS}")
-            raise
-        finally:
-            route.exchange.end()
-            for stage in self._stages:
-                stage.end()
-        if result.outcome != "done":
-            self._give_up(training)
-            raise step_error(route.plan, result, self._engine, self._timeout, training)
-        if training:
-            self._keep_trace(result, record)
-        if measures:
-            trace = self._trace or Trace(self.plan, result, route.exchange.messages())
-            self._auto_pack.observe(trace.profile)
-        return result
-
-    def _keep_trace(self, result: StepResult, record: bool) -> None:
-        messages = self._routes.train.exchange.messages()
-        self._trace = Trace(self.plan, result, messages, self.pack_choice) if record else None
-
-    def _give_up(self, training: bool) -> None:
-        self._engine.give_up(self._stages)
-        if training:
-            for stage in self._stages:
-                for parameter in stage.parameters():
-                    parameter.grad = None
-
-    def _caller_context(self) -> CallerContext:
-        context = CallerContext.of_this_thread()
-        if context != self._context:
-            self._context = context
-        return self._context

@@ -17,8 +17,10 @@ from torch.utils import _pytree as pytree
 from ..context import CallerContext
 from ..engine import Engine, Route
 from ..errors import StepTimeout
+from ..failure import NO_GRADIENTS
 from ..stage import Stage
 from ..step import Batch, Outcome
+from ..stepper import Stepper
 from . import torch_side
 from .device_step import DeviceStep
 from .engine import DeviceEngine
@@ -61,15 +63,12 @@ class StepGraphs:
     def __init__(
         self,
         engine: DeviceEngine,
-        train: Callable[[Batch], Outcome],
         modules: Sequence[nn.Module],
         optimizer: torch.optim.Optimizer | None,
         timeout: float,
     ) -> None:
-        """``train`` runs a step eagerly; where it fails it has let go of all gradients."""
         self.report = GraphReport()
         self._engine = engine
-        self._train = train
         self._modules = list(dict.fromkeys(m for module in modules for m in module.modules()))
         self._buffers = [module._buffers for module in self._modules if module._buffers]
         self._parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
@@ -84,7 +83,6 @@ class StepGraphs:
     def of(
         cls,
         engine: Engine,
-        train: Callable[[Batch], Outcome],
         route: Route,
         stages: Sequence[Stage],
         optimizer: torch.optim.Optimizer | None,
@@ -92,7 +90,7 @@ class StepGraphs:
     ) -> "StepGraphs":
         """The graphs of a pipeline, where its steps can be captured."""
         modules = [module for stage in stages for module in stage.modules()]
-        graphs = cls(engine, train, modules, optimizer, timeout)
+        graphs = cls(engine, modules, optimizer, timeout)
         if not isinstance(engine, DeviceEngine):
             graphs.fall_back("the ranks are on the CPU")
         elif len(set(engine.devices)) > 1:
@@ -111,18 +109,21 @@ class StepGraphs:
         self._graphs.clear()
         print(f"graphs=True: steps run eagerly, for {reason}")
 
-    def step(self, batch: Batch, context: CallerContext) -> Outcome:
-        """Runs a step. What it gives back is the caller's, also where a graph made it."""
+    def step(self, batch: Batch, stepper: Stepper) -> Outcome:
+        """Runs a step. What it gives back is the caller's, also where a graph made it.
+
+        Raises as ``Pipeline.step`` does.
+        """
         if self.report.fallback is not None:
-            return self._train(batch)
+            return stepper.train(batch)
         leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs, batch.target))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        kind = self._kind(leaves, spec, batch, context)
+        kind = self._kind(leaves, spec, batch, stepper.caller_context())
         captured = self._graphs.get(kind)
         if captured is None:
             if any(tensor.requires_grad for tensor in tensors):
                 self.fall_back("an input requires a gradient")
-                return self._train(batch)
+                return stepper.train(batch)
             self._seen[kind] = self._seen.get(kind, 0) + 1
             if self._seen[kind] <= WARM_UP_STEPS:
                 if len(self._seen) > _MOST_KINDS:
@@ -130,16 +131,24 @@ class StepGraphs:
                         f"{_MOST_KINDS} steps differed from one another: in the shapes of batches, in values "
                         "that are no tensors, or in the optimizer's settings, of which a tensor may be lr"
                     )
-                return self._train(batch)
-            captured = self._capture(leaves, spec, batch)
+                return stepper.train(batch)
+            captured = self._capture(leaves, spec, batch, stepper)
             if captured is None:
-                return self._train(batch)
+                return stepper.train(batch)
             self._seen.clear()
             self._graphs[kind] = captured
             if len(self._graphs) > _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(kind)
-        return self._replay(captured, tensors)
+        stepper.trace = None  # its times are read before they are overwritten only if someone else has it
+        try:
+            outcome = self._replay(captured, tensors)
+        except BaseException as error:
+            stepper.give_up()
+            error.add_note(NO_GRADIENTS)
+            raise
+        stepper.keep_trace(outcome.result, batch.record)
+        return outcome
 
     def _kind(
         self, leaves: list[Any], spec: pytree.TreeSpec, batch: Batch, context: CallerContext
@@ -155,14 +164,16 @@ class StepGraphs:
         how = (batch.keep_outputs, batch.keep_losses, batch.record, context)
         return looks, spec, how, parameters, buffers, modes, settings
 
-    def _capture(self, leaves: list[Any], spec: pytree.TreeSpec, batch: Batch) -> _Captured | None:
+    def _capture(
+        self, leaves: list[Any], spec: pytree.TreeSpec, batch: Batch, stepper: Stepper
+    ) -> _Captured | None:
         own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs, target = pytree.tree_unflatten(own, spec)
         before = [p.grad for p in self._parameters]
         graph = torch_side.Graph(self._memory)
         try:
             with self._engine.capturing(), graph.capture(self._engine.devices[0]):
-                outcome = self._train(batch._replace(args=args, kwargs=kwargs, target=target))
+                outcome = stepper.train(batch._replace(args=args, kwargs=kwargs, target=target))
                 losses = torch.stack(outcome.losses) if batch.keep_losses else None
         except Exception as error:
             for parameter, grad in zip(self._parameters, before):

@@ -1,0 +1,152 @@
+"""From a batch to gradients: what surrounds the engine's run of a step."""
+
+import contextlib
+from typing import Any
+
+import torch
+
+from . import microbatch
+from .context import CallerContext
+from .engine import Engine, Route, StepResult
+from .errors import InvalidArgument, PipelineError
+from .failure import NO_GRADIENTS, step_error
+from .pack_choice import AutoPack
+from .reduction import GradientReduction
+from .report.trace import Trace
+from .routes import Routes
+from .shared import SharedParameters
+from .stage import Stage
+from .step import Batch, Outcome, Step
+
+
+class Stepper:
+    """Runs one batch at a time, for training or evaluation.
+
+    Attributes:
+        trace: of the last training step, where it was recorded.
+    """
+
+    def __init__(
+        self,
+        stages: list[Stage],
+        engine: Engine,
+        routes: Routes,
+        shared: SharedParameters,
+        auto_pack: AutoPack,
+        reduction: GradientReduction | None,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        microbatches: int,
+        weighted: bool,
+        timeout: float,
+    ) -> None:
+        """``weighted``: by its share of the rows is how a microbatch's loss enters the total."""
+        self.trace: Trace | None = None
+        self._stages = stages
+        self._engine = engine
+        self._routes = routes
+        self._shared = shared
+        self._auto_pack = auto_pack
+        self._reduction = reduction
+        self._optimizer = optimizer
+        self._microbatches = microbatches
+        self._weighted = weighted
+        self._timeout = timeout
+        self._context = CallerContext.of_this_thread()
+
+    def train(self, batch: Batch) -> Outcome:
+        """Raises as ``Pipeline.step`` does."""
+        size, count = microbatch.batch_size(batch.args, batch.kwargs), self._microbatches
+        target = batch.target
+        step = Step(
+            exchange=self._routes.train.exchange,
+            inputs=microbatch.split((batch.args, batch.kwargs), size, count, "an input"),
+            context=self.caller_context(),
+            targets=None if target is None else microbatch.split(target, size, count, "target"),
+            weights=[n / size if self._weighted else 1 for n in microbatch.lengths(size, count)],
+            keep_outputs=batch.keep_outputs,
+        )
+        self._shared.begin()
+        with contextlib.nullcontext() if self._reduction is None else self._reduction.step():
+            result = self._run(self._routes.train, step, record=batch.record)
+            if not step.has_trained:
+                raise PipelineError(
+                    "step found nothing to train: no microbatch's loss depends on anything that requires a "
+                    "gradient; are all parameters frozen, or is the loss detached?"
+                )
+            try:
+                self._shared.end()
+                step.backward_into_inputs()
+                if self._reduction is not None:
+                    self._reduction.finish(self._timeout, self.trace)
+                loss = step.total_loss()
+                outputs = microbatch.merge(step.outputs) if batch.keep_outputs else None
+            except BaseException as error:
+                self.give_up()
+                error.add_note(NO_GRADIENTS)
+                raise
+        if self._optimizer is not None:
+            self._optimizer.step()
+        return Outcome(loss, step.losses, outputs, result)
+
+    def evaluate(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The last stage's output for the whole batch. Raises as ``Pipeline.eval`` does."""
+        size = microbatch.batch_size(args, kwargs)
+        if size == 0:
+            raise InvalidArgument("the batch has no rows")
+        count = min(size, self._microbatches)
+        route = self._routes.eval(count)
+        inputs = self._engine.arrive((args, kwargs), 0)
+        step = Step(
+            exchange=route.exchange,
+            inputs=microbatch.split(inputs, size, count, "an input"),
+            context=self.caller_context(),
+        )
+        self._run(route, step, training=False)
+        return microbatch.merge(step.outputs)
+
+    def keep_trace(self, result: StepResult, record: bool) -> None:
+        """Makes ``trace`` that of the step with this result."""
+        route = self._routes.train
+        choice = self._auto_pack.choice
+        self.trace = Trace(route.plan, result, route.exchange.messages(), choice) if record else None
+
+    def give_up(self, training: bool = True) -> None:
+        """After a step that failed: what it has left behind cannot be used."""
+        self._engine.give_up(self._stages)
+        if training:
+            for stage in self._stages:
+                for parameter in stage.parameters():
+                    parameter.grad = None
+
+    def caller_context(self) -> CallerContext:
+        """Of the calling thread; the same object while nothing in it has changed."""
+        context = CallerContext.of_this_thread()
+        if context != self._context:
+            self._context = context
+        return self._context
+
+    def _run(self, route: Route, step: Step, training: bool = True, record: bool = False) -> StepResult:
+        measures = training and self._auto_pack.measures
+        route.exchange.begin()
+        for stage in self._stages:
+            stage.begin(step)
+        try:
+            result = self._engine.run(route, timeout=self._timeout, record=record or measures)
+        except BaseException as interrupt:
+            self.give_up(training)
+            if training:
+                interrupt.add_note(f"the pipeline's step was stopped; {NO_GRADIENTS}")
+            raise
+        finally:
+            route.exchange.end()
+            for stage in self._stages:
+                stage.end()
+        if result.outcome != "done":
+            self.give_up(training)
+            raise step_error(route.plan, result, self._engine, self._timeout, training)
+        if training:
+            self.keep_trace(result, record)
+        if measures:
+            self._auto_pack.observe(Trace(route.plan, result, route.exchange.messages()).profile)
+        return result
