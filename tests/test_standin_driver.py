@@ -1,11 +1,25 @@
 """The stand-in driver seen from Python: its log, scripted failures and counts."""
 
+import shutil
 from ctypes import byref, c_int, c_void_p
 
 import pytest
-from standin_driver import Call
+from standin_driver import Call, StandIn
 
 INVALID_CONTEXT, ILLEGAL_ADDRESS = 201, 700
+
+
+@pytest.fixture(scope="module")
+def library_of_its_own(standin_library, tmp_path_factory):
+    """Not the one that the package has opened: nothing else is alive there."""
+    return shutil.copy(standin_library, tmp_path_factory.mktemp("standin") / "libcuda-copy.so")
+
+
+@pytest.fixture
+def standin(library_of_its_own):
+    driver = StandIn(library_of_its_own)
+    driver.reset()
+    return driver
 
 
 @pytest.fixture
