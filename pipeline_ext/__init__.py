@@ -20,6 +20,7 @@ from .report.records import ReductionRecord, TaskRecord
 from .report.trace import Trace
 from .simulation import Costs, Simulation, simulate
 from .stage import WithLoss
+from .step_graphs import GraphReport
 from .transport.link import LocalLink
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "DeadPipeline",
     "DeviceError",
     "GradientReduction",
+    "GraphReport",
     "InvalidArgument",
     "InvalidSchedule",
     "LocalGroup",

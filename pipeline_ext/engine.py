@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from . import _C
-from .report.trace import StepRecord
 from .stage import Stage
+from .step import StepRecord
 from .transport.exchange import Exchange
 
 Body = Callable[[int], None]

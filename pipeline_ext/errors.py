@@ -45,7 +45,7 @@ class ReductionError(PipelineError, RuntimeError):
 
 
 class DeadPipeline(PipelineError, RuntimeError):
-    """The pipeline was used after it was closed, or after a stage's code never returned."""
+    """The pipeline was used after it was closed, a stage's code never returned, or a GPU failed for good."""
 
 
 class DeviceError(PipelineError, RuntimeError):

@@ -31,8 +31,8 @@ class Lifetime:
         """Raises DeadPipeline where no step can run any more."""
         if os.getpid() != self._owner:
             raise DeadPipeline(
-                "this pipeline was made in another process, and threads do not survive a fork; make it "
-                "in the process that uses it"
+                "this pipeline was made in another process, and neither threads nor GPUs survive a "
+                "fork; make it in the process that uses it"
             )
         if not self._close.alive:
             raise DeadPipeline("this pipeline is closed; make a new one")

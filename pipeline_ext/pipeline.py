@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from . import _C, arguments, microbatch, partition, planning
 from . import devices as device_choice
-from .cuda.graphs import GraphReport, StepGraphs
-from .engines import make_engine
-from .errors import PipelineError
+from .engine_choice import make_engine
+from .errors import InvalidArgument, PipelineError
 from .lifetime import Lifetime
 from .pack_choice import AutoPack, PackChoice
 from .profile import Profile
@@ -22,6 +21,7 @@ from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
 from .stage import Stage
 from .step import Batch
+from .step_graphs import GraphReport, StepGraphs
 from .stepper import Stepper
 from .transport.exchange import Exchange
 from .transport.link import FREE_LINK, LocalLink
@@ -81,7 +81,8 @@ class Pipeline:
         graphs: on one GPU, capture a whole step in a CUDA graph once two like it have run, and launch that.
             Where that cannot be done steps run as without, and the reason is printed. The parameters' ``.grad``
             are then the graph's own memory, which the next step writes anew.
-        optimizer: its ``step`` is called at the end of each step, and is in the graph where there is one.
+        optimizer: its ``step`` is called at the end of each step, and is in the graph where there is one; for
+            that it is torch's SGD, or made with ``capturable=True``.
         reduction: gives each of several replicas of the pipeline the mean of their gradients.
 
     Raises:
@@ -177,7 +178,11 @@ class Pipeline:
             self._devices, plan, self._stages, exchange_of, shared, reduction, self._auto_pack.chooses
         )
         if reduction is not None:
-            reduction.attach(self._stages, shared, microbatches)
+            try:
+                reduction.attach(self._stages, shared, microbatches)
+            except BaseException:
+                self._engine.close()
+                raise
         self._routes = Routes(self._stages, self._engine)
         self._routes.follow(plan)
         self._stepper = Stepper(
@@ -229,11 +234,12 @@ class Pipeline:
             StageError: a stage's code raised; the exception is its ``__cause__``.
             StepTimeout: no progress for ``timeout`` seconds.
             ReductionError: another replica failed, or does not match this one.
-            DeadPipeline: the pipeline is closed, or a stage's code never returned.
+            DeviceError: a GPU or its driver failed.
+            DeadPipeline: the pipeline is closed, a stage's code never returned, or a GPU has failed.
 
-            After StageError, StepTimeout, ReductionError or KeyboardInterrupt every ``.grad`` of the model is
-            None; buffers and random state may have advanced. The next ``step`` works, unless a stage's code has
-            never returned, or there is a ``reduction``: its group has ended.
+            After StageError, StepTimeout, DeviceError, ReductionError or KeyboardInterrupt every ``.grad`` of
+            the model is None; buffers and random state may have advanced. The next ``step`` works, unless a
+            stage's code has never returned, a GPU has failed, or there is a ``reduction``: its group has ended.
         """
         self._lifetime.check()
         arguments.check_trains(self._has_loss, losses, target)
@@ -264,6 +270,8 @@ class Pipeline:
         leaves every ``.grad`` alone.
         """
         self._lifetime.check()
+        if microbatch.batch_size(args, kwargs) == 0:
+            raise InvalidArgument("the batch has no rows")
         with self._lifetime.one_at_a_time("eval was called"):
             return self._stepper.evaluate(args, kwargs)
 
@@ -352,7 +360,10 @@ class Pipeline:
     # -- lifetime
 
     def close(self) -> None:
-        """Ends the pipeline's threads. Also done by ``with``, by garbage collection and at exit."""
+        """Ends the pipeline's threads, or lets go of its streams.
+
+        Also done by ``with``, by garbage collection and at exit.
+        """
         self._lifetime.close()
 
     def __enter__(self) -> "Pipeline":

@@ -19,6 +19,9 @@ def _eager_layers(module: nn.Module) -> Iterator[nn.Module]:
         yield from _eager_layers(child)
 
 
+_thread = threading.local()  # not the guard's: hooks on layers are copied and saved with them
+
+
 class RecomputationGuard:
     """Raises when a layer is recomputed inside a backward task though other tasks disturb it.
 
@@ -29,7 +32,6 @@ class RecomputationGuard:
     """
 
     def __init__(self, modules: Iterable[nn.Module], *, overlap: bool, threads: int) -> None:
-        self._thread = threading.local()
         self._handles = []
         for layer in {layer for module in modules for layer in _eager_layers(module)}:
             if overlap and isinstance(layer, _BatchNorm):
@@ -43,11 +45,11 @@ class RecomputationGuard:
             return backward
 
         def watched(m: int) -> None:
-            self._thread.in_backward = True
+            _thread.in_backward = True
             try:
                 backward(m)
             finally:
-                self._thread.in_backward = False
+                _thread.in_backward = False
 
         return watched
 
@@ -57,13 +59,13 @@ class RecomputationGuard:
             handle.remove()
 
     def _recomputes(self) -> bool:
-        return getattr(self._thread, "in_backward", False)
+        return getattr(_thread, "in_backward", False)
 
     def _check_batch_norm(self, layer: nn.Module, _inputs: tuple) -> None:
         if layer.training and self._recomputes():
             raise PipelineError(
-                "batch norm is recomputed by activation checkpointing while another microbatch's "
-                "forward may run (overlap=True), and both would update its running statistics; use "
+                "batch norm is recomputed by activation checkpointing while another microbatch's forward may "
+                "run (overlap, as on GPUs by default), and both would update its running statistics; use "
                 "overlap=False, or leave the batch norm out of the checkpointed part"
             )
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,17 @@ from torch import Tensor
 from .boundary import differentiable
 from .context import CallerContext
 from .transport.exchange import Exchange
+
+
+class StepRecord(Protocol):
+    """When a step and its tasks ran, in nanoseconds of one clock, and what was alive at once."""
+
+    begin: int
+    end: int
+    task_begin: Sequence[int]  # by task
+    task_end: Sequence[int]
+    peak_by_stage: list[int]  # microbatches in flight
+    peak_by_rank: list[int]
 
 
 class Batch(NamedTuple):

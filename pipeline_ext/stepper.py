@@ -8,7 +8,7 @@ import torch
 from . import microbatch
 from .context import CallerContext
 from .engine import Engine, Route, StepResult
-from .errors import InvalidArgument, PipelineError
+from .errors import PipelineError
 from .failure import NO_GRADIENTS, step_error
 from .pack_choice import AutoPack
 from .reduction import GradientReduction
@@ -92,8 +92,6 @@ class Stepper:
     def evaluate(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The last stage's output for the whole batch. Raises as ``Pipeline.eval`` does."""
         size = microbatch.batch_size(args, kwargs)
-        if size == 0:
-            raise InvalidArgument("the batch has no rows")
         count = min(size, self._microbatches)
         route = self._routes.eval(count)
         inputs = self._engine.arrive((args, kwargs), 0)
@@ -144,7 +142,10 @@ class Stepper:
                 stage.end()
         if result.outcome != "done":
             self.give_up(training)
-            raise step_error(route.plan, result, self._engine, self._timeout, training)
+            try:
+                raise step_error(route.plan, result, self._engine, self._timeout, training)
+            finally:
+                del result  # it leads to the error, and the error, by its traceback, here
         if training:
             self.keep_trace(result, record)
         if measures:

@@ -141,6 +141,9 @@ class _Graph:
             self.double.standin.call("cuGraphExecDestroy", 10000, self.executable)
 
 
+_WRITTEN = ("running_mean", "running_var")  # by batch norm, of which its schema says nothing
+
+
 class _Recorder(TorchDispatchMode):
     """Runs operations, can take back what they have written, and can run them again into the same memory."""
 
@@ -153,7 +156,8 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for argument, value in zip(function._schema.arguments, args):
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written or argument.name in _WRITTEN:
                 for tensor in tree_leaves(value):
                     storage = tensor.untyped_storage()
                     if storage.data_ptr() not in self.made | self.before.keys():

@@ -1,7 +1,9 @@
 """When a GPU, its driver, or a stage on it fails: one clear error, nothing left behind, and no hang."""
 
+import contextlib
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -148,6 +150,20 @@ def test_a_stage_that_raises_is_named_and_the_next_step_works(gpus, backward):
         reference_step(plain, x, x, 3, F.mse_loss)
         pipe.step(x, target=x)
         assert torch.equal(model[0].weight.grad, plain[0].weight.grad)
+
+
+def test_a_pipeline_that_failed_is_let_go_of_at_once(gpus):
+    model, x = make(), torch.randn(6, 5)
+    gc.disable()
+    try:
+        pipe = pe.Pipeline(model, 2, 3, loss_fn=F.mse_loss)
+        alive = weakref.ref(pipe)
+        with contextlib.suppress(pe.StageError):
+            pipe.step(x, target=x)
+        del pipe
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_ctrl_c_in_a_stage_stays_what_it_is(gpus):

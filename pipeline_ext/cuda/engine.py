@@ -121,7 +121,8 @@ class DeviceEngine:
             full = self.wait_for_room(timeout)
             if full is not None:
                 return full
-        self._parameters.begin()
+        if route.plan.has_backward:
+            self._parameters.begin()
         callers = torch_side.callers(self._executor.devices)
         try:
             with (
@@ -182,7 +183,7 @@ class DeviceEngine:
 
 def _with_range(enqueue: Body, plan: _C.Plan, stage: int, kind: str) -> Body:
     """Shown in a profiler: kind, stage and microbatch, and how many results leave with this one."""
-    packs = plan.packs_forward[stage:] if kind == "F" else plan.packs[max(stage - 1, 0) : stage]
+    packs = plan.packs_forward[stage:] if kind in ("F", "SEND_F") else plan.packs[max(stage - 1, 0) : stage]
     pack = packs[0] if packs else 1
 
     def run(m: int) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..holdings import Holdings
 from ..stage import Stage
 
 Target = Callable[[int, nn.Parameter], nn.Parameter]
@@ -49,13 +50,15 @@ class LaneParameters:
         self._places: list[list[_Place]] = []
         self._flat: list[list[_Flat]] = []
         self._large: list[bool] = []
+        self._holdings = Holdings(module for stage in stages for module in stage.modules())
         self._looks: list[tuple] | None = None
         self._aliases: dict[tuple[int, int], dict[nn.Parameter, nn.Parameter]] = {}  # by stage and lane
         self._replaced: list[Tensor] = []  # gradients that other lanes may still read
 
     def begin(self) -> None:
         """Prepares for a step: what has been replaced since the last gets new aliases."""
-        if self._looks is not None and self._look() == self._looks:
+        replaced = self._holdings.look()
+        if self._looks is not None and not replaced and self._look() == self._looks:
             return
         owners = [
             [owner for module in stage.modules() for owner in module.modules()] for stage in self._stages
@@ -118,7 +121,7 @@ class LaneParameters:
                 target.grad = grad
             elif before.is_sparse or grad.is_sparse:
                 self._replaced.append(before)
-                target.grad = before + grad
+                target.grad = before + grad if grad.is_sparse else grad + before
             elif before is not grad:
                 sums.append(before)
                 grads.append(grad)
@@ -138,9 +141,9 @@ class LaneParameters:
 
     def _look(self) -> list[tuple]:
         return [
-            (id(held.get(name)), parameter.data_ptr(), parameter.requires_grad)
+            (parameter.data_ptr(), parameter.requires_grad)
             for places in self._places
-            for held, name, parameter in places
+            for _, _, parameter in places
         ]
 
     def _aliases_of(self, stage: int, lane: int) -> dict[nn.Parameter, nn.Parameter]:

@@ -5,28 +5,17 @@ import os
 import statistics
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Protocol
 
 from .. import _C
 from ..files import whole_file
 from ..pack_choice import PackChoice
 from ..profile import Profile, profile
 from ..simulation import simulate
+from ..step import StepRecord
 from ..transport.exchange import Messages
 from .perfetto import chrome_trace
 from .records import ReductionRecord, TaskRecord, task_records
 from .timeline import SUFFIXES, Panel, accepted_path, save_picture, simulated_panel
-
-
-class StepRecord(Protocol):
-    """When a step and its tasks ran, in nanoseconds of one clock, and what was alive at once."""
-
-    begin: int
-    end: int
-    task_begin: Sequence[int]  # by task
-    task_end: Sequence[int]
-    peak_by_stage: list[int]  # microbatches in flight
-    peak_by_rank: list[int]
 
 
 class Trace:

@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..context import CallerContext
-from ..engine import Engine, Route
-from ..errors import StepTimeout
-from ..failure import NO_GRADIENTS
-from ..stage import Stage
-from ..step import Batch, Outcome
-from ..stepper import Stepper
-from . import torch_side
-from .device_step import DeviceStep
-from .engine import DeviceEngine
+from .cuda import torch_side
+from .cuda.device_step import DeviceStep
+from .cuda.engine import DeviceEngine
+from .engine import Engine, Route
+from .errors import StepTimeout
+from .failure import NO_GRADIENTS
+from .stage import Stage
+from .step import Batch, Outcome
+from .step_kind import NoKind, StepKind, check_capturable
+from .stepper import Stepper
 
 WARM_UP_STEPS = 2
 _MOST_GRAPHS = 4  # kept at once
+_MOST_CAPTURES = 64
 _MOST_KINDS = 16  # of steps, none of which came a third time
 
 
@@ -49,15 +50,15 @@ class _Captured(NamedTuple):
     graph: torch_side.Graph
     batch: list[Tensor]  # the graph's own
     outcome: Outcome  # its losses as one tensor
-    gradients: list[Tensor | None]  # by parameter
+    parameters: list[nn.Parameter]
+    gradients: list[Tensor | None]  # of these
 
 
 class StepGraphs:
     """Runs one pipeline's steps: of each kind the first ones eagerly, the others as a graph.
 
-    Steps are of one kind where these agree: shapes, types and what is no tensor in the batch; the caller's
-    context; which gradients there are already; the modes of the modules; where parameters and buffers lie; and
-    the optimizer's settings and state.
+    Attributes:
+        report: what has become of that.
     """
 
     def __init__(
@@ -69,10 +70,7 @@ class StepGraphs:
     ) -> None:
         self.report = GraphReport()
         self._engine = engine
-        self._modules = list(dict.fromkeys(m for module in modules for m in module.modules()))
-        self._buffers = [module._buffers for module in self._modules if module._buffers]
-        self._parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
-        self._optimizer = optimizer
+        self._kind = StepKind(modules, optimizer)
         self._timeout = timeout
         self._seen: dict[Hashable, int] = {}
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
@@ -97,10 +95,11 @@ class StepGraphs:
             graphs.fall_back("the ranks are on several GPUs, and a graph's memory is of one")
         elif route.exchange.packs:
             graphs.fall_back("results are packed (pack, wire), for which tables go up from the host")
-        elif optimizer is not None and not _is_capturable(optimizer):
-            graphs.fall_back(
-                f"{type(optimizer).__name__} counts its steps on the host; make it with capturable=True"
-            )
+        elif optimizer is not None:
+            try:
+                check_capturable(optimizer)
+            except NoKind as reason:
+                graphs.fall_back(str(reason))
         return graphs
 
     def fall_back(self, reason: str) -> None:
@@ -117,21 +116,19 @@ class StepGraphs:
         if self.report.fallback is not None:
             return stepper.train(batch)
         leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs, batch.target))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        kind = self._kind(leaves, spec, batch, stepper.caller_context())
+        try:
+            kind = self._kind.of(leaves, spec, batch, stepper.caller_context())
+        except NoKind as reason:
+            self.fall_back(str(reason))
+            return stepper.train(batch)
         captured = self._graphs.get(kind)
         if captured is None:
-            if any(tensor.requires_grad for tensor in tensors):
-                self.fall_back("an input requires a gradient")
-                return stepper.train(batch)
-            self._seen[kind] = self._seen.get(kind, 0) + 1
-            if self._seen[kind] <= WARM_UP_STEPS:
-                if len(self._seen) > _MOST_KINDS:
-                    self.fall_back(
-                        f"{_MOST_KINDS} steps differed from one another: in the shapes of batches, in values "
-                        "that are no tensors, or in the optimizer's settings, of which a tensor may be lr"
-                    )
-                return stepper.train(batch)
+            seen = self._seen.get(kind, 0)
+            if seen < WARM_UP_STEPS:
+                outcome = stepper.train(batch)
+                self._seen[kind] = seen + 1  # not a step that failed
+                self._check_kinds()
+                return outcome
             captured = self._capture(leaves, spec, batch, stepper)
             if captured is None:
                 return stepper.train(batch)
@@ -142,7 +139,7 @@ class StepGraphs:
         self._graphs.move_to_end(kind)
         stepper.trace = None  # its times are read before they are overwritten only if someone else has it
         try:
-            outcome = self._replay(captured, tensors)
+            outcome = self._replay(captured, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
         except BaseException as error:
             stepper.give_up()
             error.add_note(NO_GRADIENTS)
@@ -150,41 +147,35 @@ class StepGraphs:
         stepper.keep_trace(outcome.result, batch.record)
         return outcome
 
-    def _kind(
-        self, leaves: list[Any], spec: pytree.TreeSpec, batch: Batch, context: CallerContext
-    ) -> Hashable:
-        looks = tuple(
-            (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf)
-            for leaf in leaves
-        )
-        parameters = tuple((p.data_ptr(), p.requires_grad, p.grad is None) for p in self._parameters)
-        buffers = tuple(b.data_ptr() for of in self._buffers for b in of.values() if b is not None)
-        settings = None if self._optimizer is None else _settings(self._optimizer)
-        modes = tuple(module.training for module in self._modules)
-        how = (batch.keep_outputs, batch.keep_losses, batch.record, context)
-        return looks, spec, how, parameters, buffers, modes, settings
+    def _check_kinds(self) -> None:
+        if len(self._seen) > _MOST_KINDS or self.report.captured >= _MOST_CAPTURES:
+            self.fall_back(
+                "too many steps differ from one another: in the shapes of batches, in values that are no "
+                "tensors, or in the optimizer's settings, of which a tensor on the GPU may be lr"
+            )
 
     def _capture(
         self, leaves: list[Any], spec: pytree.TreeSpec, batch: Batch, stepper: Stepper
     ) -> _Captured | None:
         own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs, target = pytree.tree_unflatten(own, spec)
-        before = [p.grad for p in self._parameters]
+        parameters = self._kind.parameters
+        before = [p.grad for p in parameters]
         graph = torch_side.Graph(self._memory)
         try:
             with self._engine.capturing(), graph.capture(self._engine.devices[0]):
                 outcome = stepper.train(batch._replace(args=args, kwargs=kwargs, target=target))
                 losses = torch.stack(outcome.losses) if batch.keep_losses else None
         except Exception as error:
-            for parameter, grad in zip(self._parameters, before):
+            for parameter, grad in zip(parameters, before):
                 parameter.grad = grad
             reason = _root(error)
             self.fall_back(f"the step cannot be captured: {type(reason).__name__}: {reason}")
             return None
         self.report.captured += 1
-        gradients = [p.grad for p in self._parameters]
+        gradients = [p.grad for p in parameters]
         own = [leaf for leaf in own if isinstance(leaf, Tensor)]
-        return _Captured(graph, own, outcome._replace(losses=losses), gradients)
+        return _Captured(graph, own, outcome._replace(losses=losses), parameters, gradients)
 
     def _replay(self, captured: _Captured, tensors: list[Tensor]) -> Outcome:
         recorded = self._recorded()
@@ -196,7 +187,7 @@ class StepGraphs:
         with torch.no_grad():
             if tensors:
                 torch._foreach_copy_(captured.batch, tensors)
-            for parameter, gradient in zip(self._parameters, captured.gradients):
+            for parameter, gradient in zip(captured.parameters, captured.gradients):
                 if parameter.grad is not gradient:
                     if parameter.grad is not None and gradient is not None:
                         gradient.copy_(parameter.grad)
@@ -212,24 +203,6 @@ class StepGraphs:
         self._recorded = weakref.ref(step) if step.recorded else lambda: None
         self.report.nodes = step.num_nodes
         return Outcome(loss, losses, outputs, step)
-
-
-def _settings(optimizer: torch.optim.Optimizer) -> Hashable:
-    """All that a graph of its step depends on."""
-    groups = [
-        (name, value.data_ptr() if isinstance(value, Tensor) else repr(value))
-        for group in optimizer.param_groups
-        for name, value in group.items()
-        if name != "params"
-    ]
-    return id(optimizer.state), tuple(groups)
-
-
-def _is_capturable(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step is the same sequence of operations each time; plain SGD's is."""
-    if type(optimizer) is torch.optim.SGD:
-        return True
-    return all(group.get("capturable", False) for group in optimizer.param_groups)
 
 
 def _root(error: BaseException) -> BaseException:

@@ -35,12 +35,20 @@ def make_engine(
         guard = RecomputationGuard(modules, overlap=plan.overlap, threads=plan.num_workers)
         return HostEngine(plan, exchange_of, shared, guard, reduction)
     if reduction is not None:
-        raise InvalidArgument("reduction averages gradients of ranks on CPUs; leave it out on GPUs")
+        raise InvalidArgument(
+            'reduction averages gradients of ranks on CPUs; leave it out, or give devices=["cpu", ...]'
+        )
     if chooses_pack:
-        raise InvalidArgument('"auto" measures what packing costs on CPUs; give pack a number on GPUs')
+        raise InvalidArgument(
+            'pack="auto" measures what packing costs on CPUs; give a number, or devices=["cpu", ...]'
+        )
     # One thread enqueues everything, so random numbers are drawn in the plan's order.
     guard = RecomputationGuard(modules, overlap=plan.overlap, threads=1)
-    engine = DeviceEngine(devices, stages, plan.rank_of_stage, exchange_of, shared, guard)
-    of_stage = [devices[rank] for rank in plan.rank_of_stage]
-    device_choice.place([stage.modules() for stage in stages], of_stage)
+    try:
+        engine = DeviceEngine(devices, stages, plan.rank_of_stage, exchange_of, shared, guard)
+        of_stage = [devices[rank] for rank in plan.rank_of_stage]
+        device_choice.place([stage.modules() for stage in stages], of_stage)
+    except BaseException:
+        guard.remove()
+        raise
     return engine
