@@ -11,7 +11,6 @@ from .. import _C
 from ..engine import Bodies, Body
 from ..recomputation import RecomputationGuard
 from ..shared import SharedParameters
-from ..simulation import Costs
 from ..stage import Stage
 from ..transport.exchange import Exchange
 from . import torch_side
@@ -73,7 +72,7 @@ class DeviceEngine:
         return bodies
 
     def route(self, plan: _C.Plan, bodies: Bodies) -> DeviceRoute:
-        layout = StreamLayout(plan, [device.index for device in self.devices], Costs())
+        layout = StreamLayout(plan, [device.index for device in self.devices])
         custody = Custody(layout)
         exchange = self._exchange_of(
             plan,

@@ -25,9 +25,9 @@ class StreamLayout:
         peak_in_flight, peak_in_flight_of_stage: most microbatches alive at once, by rank and by stage.
     """
 
-    def __init__(self, plan: _C.Plan, device_of_rank: Sequence[int], costs: Costs) -> None:
-        """``costs`` decide the order: it is that of the simulated step."""
-        by_stage = costs.by_stage(plan.num_stages)
+    def __init__(self, plan: _C.Plan, device_of_rank: Sequence[int]) -> None:
+        """The order is that of the simulated step with equal stages."""
+        by_stage = Costs().by_stage(plan.num_stages)
         self.plan = plan
         self.streams = _C.StreamPlan(plan, by_stage, list(device_of_rank))
         simulated = _C.simulate(plan, by_stage)
