@@ -1,1 +1,1 @@
-"""Ranks as streams of CUDA devices: lanes, custody of memory between them, and whole steps as graphs."""
+"""Ranks as streams of CUDA devices: lanes, and custody of memory between them."""
