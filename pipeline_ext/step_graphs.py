@@ -75,7 +75,7 @@ class StepGraphs:
         self._seen: dict[Hashable, int] = {}
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._recorded: Callable[[], DeviceStep | None] = lambda: None  # the last one, while anyone has it
-        self._memory = torch_side.GraphMemory()
+        self._memory: torch_side.GraphMemory | None = None  # of all of them: they never run together
 
     @classmethod
     def of(
@@ -161,6 +161,8 @@ class StepGraphs:
         args, kwargs, target = pytree.tree_unflatten(own, spec)
         parameters = self._kind.parameters
         before = [p.grad for p in parameters]
+        if self._memory is None:
+            self._memory = torch_side.GraphMemory()
         graph = torch_side.Graph(self._memory)
         try:
             with self._engine.capturing(), graph.capture(self._engine.devices[0]):

@@ -69,6 +69,14 @@ def test_a_driver_without_devices(standin_library):
     assert "cannot be used: cuInit failed: CUDA_ERROR_NO_DEVICE (100)" in said
 
 
+def test_a_script_that_asks_for_graphs_runs_without_a_gpu():
+    options = "graphs=True, optimizer=torch.optim.Adam(model.parameters()), "
+    said = python(TRAIN.replace("loss_fn=", f"{options}loss_fn="), CUDA_VISIBLE_DEVICES="")
+    assert said.splitlines() == [
+        "graphs=True: steps run eagerly, for the ranks are on the CPU", "True cpu"
+    ]  # fmt: skip
+
+
 def make(**options):
     return pe.Pipeline(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 2, 2, **options)
 
