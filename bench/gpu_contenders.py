@@ -1,5 +1,6 @@
 """A GPT's training step on one device, by each contender: gradients over 16 microbatches, no optimizer."""
 
+import argparse
 import functools
 import os
 from collections.abc import Callable
@@ -48,6 +49,16 @@ class Size:
         shape = (self.microbatches * self.rows, self.context + 1)
         tokens = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(1)).to(device)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def wants_smoke(description: str) -> bool:
+    """Reads a benchmark's arguments: whether it is to run small, on the CPU. Ends it where it needs a GPU."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--smoke", action="store_true", help="one tiny round on the CPU; writes nothing")
+    smoke = parser.parse_args().smoke
+    if not smoke and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device")
+    return smoke
 
 
 class Trainer(NamedTuple):

@@ -5,7 +5,6 @@ stages that do next to nothing, as bench/dispatch.py has them on the CPU, beside
 torch.distributed.pipelining with all stages on one rank. Writes bench/results/DEVICE/gpu_host.json.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -13,7 +12,7 @@ import time
 import torch
 from dispatch import IN_TURN, MICROBATCHES, eager, idle, ours, theirs
 from environment import write_results
-from gpu_contenders import GRAPHS, OVERLAP, Size, contenders
+from gpu_contenders import GRAPHS, OVERLAP, Size, contenders, wants_smoke
 from side_by_side import Contender, one_thread_a_process, running, spread, wait_until_quiet
 from tables import gpu_host as table
 
@@ -97,19 +96,15 @@ def show(graphs: list[dict], eager: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="one tiny round on the CPU; writes nothing")
-    options = parser.parse_args()
-    if not options.smoke and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device")
+    smoke = wants_smoke(__doc__)
     torch.set_num_threads(1)
     one_thread_a_process()
-    device, gpts, steps = ("cpu", SMOKE, 1) if options.smoke else ("cuda:0", GPTS, 100)
-    quiet = options.smoke or wait_until_quiet(20)
+    device, gpts, steps = ("cpu", SMOKE, 1) if smoke else ("cuda:0", GPTS, 100)
+    quiet = smoke or wait_until_quiet(20)
     graphs = [graph_mode(size, stages, device, steps) for stages, size in gpts]
-    eager = eager_mode(device, rounds=1 if options.smoke else 7, steps=1 if options.smoke else 20)
+    eager = eager_mode(device, rounds=1 if smoke else 7, steps=1 if smoke else 20)
     show(graphs, eager)
-    if options.smoke:
+    if smoke:
         print("\n".join(table({"graphs": graphs, "eager": eager})))
     else:
         write_results("gpu_host", "cuda", quiet=quiet, graphs=graphs, eager=eager)

@@ -5,13 +5,12 @@ part of every contender's time and none's difference. The contenders take turns 
 events on the current stream; a ratio is of one round. Writes bench/results/DEVICE/gpu_step.json.
 """
 
-import argparse
 import gc
 import time
 
 import torch
 from environment import write_results
-from gpu_contenders import CAPTURED, GRAPHS, OVERLAP, PEER, PLAIN, SINGLE, Size, contenders
+from gpu_contenders import CAPTURED, GRAPHS, OVERLAP, PEER, PLAIN, SINGLE, Size, contenders, wants_smoke
 from side_by_side import spread, wait_until_quiet
 from tables import gpu_step as table
 from turns import one_step, rounds_until, take_turns
@@ -113,14 +112,10 @@ def show(row: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="one tiny round on the CPU; writes nothing")
-    options = parser.parse_args()
-    if not options.smoke and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device")
+    smoke = wants_smoke(__doc__)
     torch.set_num_threads(1)
-    device, sizes, rounds = ("cpu", SMOKE, (1, 1)) if options.smoke else ("cuda:0", SIZES, ROUNDS)
-    quiet = options.smoke or wait_until_quiet(20)
+    device, sizes, rounds = ("cpu", SMOKE, (1, 1)) if smoke else ("cuda:0", SIZES, ROUNDS)
+    quiet = smoke or wait_until_quiet(20)
     rows = []
     for size, seconds in sizes.items():
         for stages in (2, 4):
@@ -129,7 +124,7 @@ def main() -> None:
             gc.collect()
             if device != "cpu":
                 torch.cuda.empty_cache()
-    if options.smoke:
+    if smoke:
         print("\n".join(table({"rows": rows})))
     else:
         write_results("gpu_step", "cuda", quiet=quiet, rows=rows)

@@ -155,7 +155,11 @@ def empty_stream_pool() -> None: ...
 
 class StreamPlan:
     def __init__(
-        self, plan: Plan, costs: CostsByStage, device_of_rank: Sequence[int]
+        self,
+        plan: Plan,
+        costs: CostsByStage,
+        times: SimulatedTimes,
+        device_of_rank: Sequence[int],
     ) -> None: ...
     @property
     def devices(self) -> list[int]: ...

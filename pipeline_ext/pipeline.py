@@ -250,6 +250,7 @@ class Pipeline:
             batch = Batch(
                 *self._engine.arrive((args, kwargs), 0),
                 target=self._engine.arrive(target, self.num_stages - 1),
+                rows=size,
                 keep_outputs=return_outputs,
                 keep_losses=losses is not None,
                 record=self.tracing,
@@ -270,10 +271,11 @@ class Pipeline:
         leaves every ``.grad`` alone.
         """
         self._lifetime.check()
-        if microbatch.batch_size(args, kwargs) == 0:
+        size = microbatch.batch_size(args, kwargs)
+        if size == 0:
             raise InvalidArgument("the batch has no rows")
         with self._lifetime.one_at_a_time("eval was called"):
-            return self._stepper.evaluate(args, kwargs)
+            return self._stepper.evaluate(args, kwargs, size)
 
     # -- the model's state
 

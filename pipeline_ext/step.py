@@ -31,6 +31,7 @@ class Batch(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
     target: Any
+    rows: int
     keep_outputs: bool
     keep_losses: bool
     record: bool  # when tasks run

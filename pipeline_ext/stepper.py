@@ -56,7 +56,7 @@ class Stepper:
 
     def train(self, batch: Batch) -> Outcome:
         """Raises as ``Pipeline.step`` does."""
-        size, count = microbatch.batch_size(batch.args, batch.kwargs), self._microbatches
+        size, count = batch.rows, self._microbatches
         target = batch.target
         step = Step(
             exchange=self._routes.train.exchange,
@@ -89,25 +89,22 @@ class Stepper:
             self._optimizer.step()
         return Outcome(loss, step.losses, outputs, result)
 
-    def evaluate(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def evaluate(self, args: tuple, kwargs: dict[str, Any], rows: int) -> Any:
         """The last stage's output for the whole batch. Raises as ``Pipeline.eval`` does."""
-        size = microbatch.batch_size(args, kwargs)
-        count = min(size, self._microbatches)
+        count = min(rows, self._microbatches)
         route = self._routes.eval(count)
         inputs = self._engine.arrive((args, kwargs), 0)
         step = Step(
             exchange=route.exchange,
-            inputs=microbatch.split(inputs, size, count, "an input"),
+            inputs=microbatch.split(inputs, rows, count, "an input"),
             context=self.caller_context(),
         )
-        self._run(route, step, training=False)
+        self._run(route, step)
         return microbatch.merge(step.outputs)
 
     def keep_trace(self, result: StepResult, record: bool) -> None:
         """Makes ``trace`` that of the step with this result."""
-        route = self._routes.train
-        choice = self._auto_pack.choice
-        self.trace = Trace(route.plan, result, route.exchange.messages(), choice) if record else None
+        self.trace = self._trace_of(result) if record else None
 
     def give_up(self, training: bool = True) -> None:
         """After a step that failed: what it has left behind cannot be used."""
@@ -124,7 +121,12 @@ class Stepper:
             self._context = context
         return self._context
 
-    def _run(self, route: Route, step: Step, training: bool = True, record: bool = False) -> StepResult:
+    def _trace_of(self, result: StepResult) -> Trace:
+        route = self._routes.train
+        return Trace(route.plan, result, route.exchange.messages(), self._auto_pack.choice)
+
+    def _run(self, route: Route, step: Step, record: bool = False) -> StepResult:
+        training = route.plan.has_backward
         measures = training and self._auto_pack.measures
         route.exchange.begin()
         for stage in self._stages:
@@ -149,5 +151,5 @@ class Stepper:
         if training:
             self.keep_trace(result, record)
         if measures:
-            self._auto_pack.observe(Trace(route.plan, result, route.exchange.messages()).profile)
+            self._auto_pack.observe((self.trace or self._trace_of(result)).profile)
         return result

@@ -17,8 +17,7 @@ using StepTuple =
     std::tuple<std::tuple<std::string, int, int>, int, std::vector<std::uint32_t>>;
 
 SharedStreamPlan make_stream_plan(std::shared_ptr<Plan> plan, const Costs& costs,
-                                  std::vector<int> device_of_rank) {
-  const Simulation simulation = simulate(*plan, costs);
+                                  const Simulation& simulation, std::vector<int> device_of_rank) {
   TaskTimes times{simulation.begin, end_times(*plan, costs, simulation)};
   return std::make_shared<StreamPlan>(std::move(plan), times, std::move(device_of_rank));
 }
@@ -66,7 +65,8 @@ void bind_cuda(py::module_& m) {
   py::class_<StreamPlan, SharedStreamPlan>(m, "StreamPlan", R"(A plan laid out on device streams.
 
 A step, by number, is a task or the copy of its results to another device, in the order of enqueueing.)")
-      .def(py::init(&make_stream_plan), py::arg("plan"), py::arg("costs"), py::arg("device_of_rank"))
+      .def(py::init(&make_stream_plan), py::arg("plan"), py::arg("costs"), py::arg("times"),
+           py::arg("device_of_rank"))
       .def_property_readonly(
           "devices",
           [](const StreamPlan& p) {

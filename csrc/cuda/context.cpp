@@ -31,4 +31,12 @@ CurrentContext::~CurrentContext() {
   if (pushed_) driver_.cuCtxPopCurrent(&context);
 }
 
+int priority(const PrimaryContext& context, bool urgent) {
+  const CurrentContext current(context);
+  int least = 0;
+  int greatest = 0;
+  PE_CUDA(Driver::get(), cuCtxGetStreamPriorityRange, &least, &greatest);
+  return urgent ? greatest : least;
+}
+
 }  // namespace pe::cuda

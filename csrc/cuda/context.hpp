@@ -45,4 +45,7 @@ class CurrentContext {
   bool pushed_;
 };
 
+// The priority of a device's streams and kernels: the greatest there is, or the least.
+int priority(const PrimaryContext& context, bool urgent);
+
 }  // namespace pe::cuda

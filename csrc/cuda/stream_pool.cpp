@@ -19,14 +19,6 @@ Pool& pool() {
   return *only;
 }
 
-int priority(const PrimaryContext& context, bool urgent) {
-  const CurrentContext current(context);
-  int least = 0;
-  int greatest = 0;
-  PE_CUDA(Driver::get(), cuCtxGetStreamPriorityRange, &least, &greatest);
-  return urgent ? greatest : least;
-}
-
 bool is_captured(const PrimaryContext& context, StreamHandle stream) {
   const CurrentContext current(context, kQuietly);
   int status = 0;

@@ -23,11 +23,10 @@ constexpr auto kPollPeriod = std::chrono::milliseconds(10);
 
 // What it holds of one device.
 struct StreamExecutor::OfDevice {
-  explicit OfDevice(int ordinal) : context(std::make_shared<const cuda::PrimaryContext>(ordinal)) {
-    const cuda::CurrentContext current(*context);
-    int least_priority = 0;
-    PE_CUDA(cuda::Driver::get(), cuCtxGetStreamPriorityRange, &least_priority, &greatest_priority);
-    begun = cuda::Event(context, cuda::kEventDisableTiming);
+  explicit OfDevice(int ordinal)
+      : context(std::make_shared<const cuda::PrimaryContext>(ordinal)),
+        greatest_priority(cuda::priority(*context, true)),
+        begun(context, cuda::kEventDisableTiming) {
     for (cuda::Event& event : finished) event = cuda::Event(context, cuda::kEventDisableTiming);
   }
 
@@ -45,7 +44,7 @@ struct StreamExecutor::OfDevice {
   }
 
   const std::shared_ptr<const cuda::PrimaryContext> context;
-  int greatest_priority = 0;
+  const int greatest_priority;
   std::vector<cuda::PooledStream> lanes, copy_streams;
   cuda::Event begun;
   std::array<cuda::Event, kStepsAhead> finished;
@@ -113,9 +112,10 @@ struct StreamExecutor::Run {
     }
     for (const std::uint32_t other : plan.waits(step)) cuda::wait(stream, laid.events[other]);
     if (result.times) result.times->record_begin(number, device, stream, timing_flags());
-    if (nodes) nodes->take_new();
+    const bool goes_first = nodes && stream_of(step.action.kind) == Stream::Backward;
+    if (goes_first) nodes->take_new();  // what others have captured
     laid.program->run(step.action);
-    if (nodes && stream_of(step.action.kind) == Stream::Backward) {
+    if (goes_first) {
       cuda::set_priority(nodes->take_new(), self.devices_[device]->greatest_priority);
     }
     if (result.times) result.times->record_end(number, stream, timing_flags());

@@ -1,5 +1,6 @@
 """What became of a step on GPUs, and when its tasks ran there."""
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -50,8 +51,8 @@ class DeviceStep:
 
     def again(self) -> "DeviceStep":
         """The same step, replayed: its times have not been read yet."""
-        again = DeviceStep.__new__(DeviceStep)
-        again.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_read"})
+        again = copy.copy(self)
+        again.__dict__.pop("_read", None)
         return again
 
     @cached_property

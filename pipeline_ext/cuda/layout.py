@@ -29,8 +29,8 @@ class StreamLayout:
         """The order is that of the simulated step with equal stages."""
         by_stage = Costs().by_stage(plan.num_stages)
         self.plan = plan
-        self.streams = _C.StreamPlan(plan, by_stage, list(device_of_rank))
         simulated = _C.simulate(plan, by_stage)
+        self.streams = _C.StreamPlan(plan, by_stage, simulated, list(device_of_rank))
         self.peak_in_flight: list[int] = simulated.peak_in_flight
         self.peak_in_flight_of_stage: list[int] = simulated.peak_in_flight_of_stage
         self._places = {

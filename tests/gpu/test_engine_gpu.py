@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from models import Residual
 from reference import gradients, reference_step, twin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -24,17 +25,6 @@ MODES = pytest.mark.parametrize("mode", [SINGLE, LANES, GRAPHS], ids=["single st
 STEPS = 5  # the third is captured
 
 
-class Block(nn.Module):
-    def __init__(self, width=64):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
 class Checkpointed(nn.Module):
     def __init__(self, inner):
         super().__init__()
@@ -45,7 +35,7 @@ class Checkpointed(nn.Module):
 
 
 def blocks(count=4, wrap=lambda module: module):
-    return nn.Sequential(*(wrap(Block()) for _ in range(count)))
+    return nn.Sequential(*(wrap(Residual(64)) for _ in range(count)))
 
 
 def batch(rows=32, width=64):
@@ -228,7 +218,7 @@ def test_what_models_are_made_of(mode, kind):
         model = nn.Sequential(*(Recurrent() for _ in range(4)))
         x, y, rtol = x.view(32, 4, 16), y.view(32, 4, 16), 1e-3
     elif kind == "sparse":
-        model = nn.Sequential(nn.Embedding(50, 64, sparse=True), Block(), Block(), Block())
+        model = nn.Sequential(nn.Embedding(50, 64, sparse=True), Residual(64), Residual(64), Residual(64))
         x = torch.randint(50, (32,))
     modules = nn.ModuleList(model)
     plain = nn.Sequential(*copy.deepcopy(list(model)))
@@ -260,7 +250,7 @@ class Recurrent(nn.Module):
 
 
 def test_dropout_draws_anew_in_each_replay():
-    model = nn.Sequential(*(nn.Sequential(Block(), nn.Dropout(0.5)) for _ in range(4)))
+    model = nn.Sequential(*(nn.Sequential(Residual(64), nn.Dropout(0.5)) for _ in range(4)))
     x, y = batch()
     with pipeline(model, GRAPHS) as pipe:
         losses = [pipe.step(x, target=y).item() for _ in range(2 * STEPS)]
@@ -290,7 +280,7 @@ class Item(nn.Module):
 
 
 def test_after_a_capture_that_failed_torch_works_as_before(capsys):
-    model = nn.Sequential(Block(), Item(), nn.Dropout(0.1), Block())
+    model = nn.Sequential(Residual(64), Item(), nn.Dropout(0.1), Residual(64))
     x, y = batch()
     stream = torch.cuda.current_stream()
     with pipeline(model, GRAPHS) as pipe:
@@ -318,7 +308,7 @@ class Fails(nn.Module):
 
 
 def test_a_stage_that_raises_leaves_no_gradients_and_the_next_step_works():
-    model = nn.Sequential(Block(), Block(), Fails(), Block())
+    model = nn.Sequential(Residual(64), Residual(64), Fails(), Residual(64))
     x, y = batch()
     plain = nn.Sequential(*(copy.deepcopy(model[i]) for i in (0, 1, 3)))
     loss = reference_step(plain, x, y, 8, F.mse_loss)
