@@ -93,6 +93,10 @@ class CostsByStage:
         overhead: Sequence[float],
         transfer: Sequence[float],
         contention: float,
+        pair: float,
+        taken: Sequence[float],
+        freed_by_input_grad: Sequence[float],
+        memory_limit: Sequence[float],
     ) -> None: ...
 
 class SimulatedTimes:

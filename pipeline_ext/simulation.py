@@ -12,7 +12,8 @@ PerStage = float | Sequence[float]
 
 @dataclass(frozen=True)
 class Costs:
-    """Times of tasks and links, in any one unit; a number stands for every stage or boundary.
+    """Times of tasks and links, and memory, each in any one unit; a number stands for every stage, boundary
+    or rank.
 
     Attributes:
         forward: of F, by stage.
@@ -27,6 +28,12 @@ class Costs:
         message_bytes: of one microbatch's result, by boundary.
         contention: factor by which a task takes longer while its rank's other stream is busy too
             (plans with ``overlap`` only).
+        pair: time of an overlapped pair ``(2F0;1B3)OVERLAP_F_B``, as a share of what its actions take one
+            after another.
+        act_memory: what a microbatch's F takes, by stage. B frees it all.
+        mem_i: what I frees of it, by stage; None: what ``mem_w`` leaves.
+        mem_w: what W frees of it, by stage; None: what ``mem_i`` leaves, all where neither is given.
+        memory_limit: what a rank's microbatches may take at once, by rank; None: any amount.
     """
 
     forward: PerStage = 1.0
@@ -38,11 +45,16 @@ class Costs:
     bandwidth: PerStage = math.inf
     message_bytes: PerStage = 0.0
     contention: float = 1.0
+    pair: float = 1.0
+    act_memory: PerStage = 1.0
+    mem_i: PerStage | None = None
+    mem_w: PerStage | None = None
+    memory_limit: PerStage | None = None
 
-    def by_stage(self, num_stages: int) -> _C.CostsByStage:
-        """Each of the costs as a list, by stage or by boundary.
+    def by_stage(self, num_stages: int, num_ranks: int) -> _C.CostsByStage:
+        """Each of the costs as a list, by stage, boundary or rank.
 
-        Raises InvalidSchedule for bandwidths and bytes that cannot be.
+        Raises InvalidSchedule for bandwidths, bytes and memory that cannot be.
         """
         forward = _spread(self.forward, num_stages)
         backward = _spread(self.backward, num_stages)
@@ -70,7 +82,25 @@ class Costs:
             overhead=_spread(self.overhead, boundaries),
             transfer=[n / b for n, b in zip(nbytes, bandwidth)],
             contention=float(self.contention),
+            pair=float(self.pair),
+            taken=_spread(self.act_memory, num_stages),
+            freed_by_input_grad=self._freed_by_input_grad(num_stages),
+            memory_limit=[] if self.memory_limit is None else _spread(self.memory_limit, num_ranks),
         )
+
+    def _freed_by_input_grad(self, num_stages: int) -> list[float]:
+        if self.mem_i is None and self.mem_w is None:
+            return [0.0] * num_stages
+        taken = _spread(self.act_memory, num_stages)
+        by_w = None if self.mem_w is None else _spread(self.mem_w, num_stages)
+        by_i = [a - w for a, w in zip(taken, by_w)] if self.mem_i is None else _spread(self.mem_i, num_stages)
+        for a, i, w in zip(taken, by_i, by_w or [0.0] * num_stages):
+            if i < 0 or i + w > a * (1 + 1e-6):
+                raise InvalidSchedule(
+                    f"mem_i {i:g} and mem_w {w:g} free more than the act_memory {a:g} that F takes; together they "
+                    "are at most as much"
+                )
+        return by_i
 
 
 class Simulation:
@@ -122,7 +152,7 @@ def simulate(plan: _C.Plan, costs: Costs = Costs()) -> Simulation:
 
     Raises InvalidSchedule if the costs do not fit the plan.
     """
-    by_stage = costs.by_stage(plan.num_stages)
+    by_stage = costs.by_stage(plan.num_stages, plan.num_ranks)
     return Simulation(plan, by_stage, _C.simulate(plan, by_stage))
 
 

@@ -11,9 +11,13 @@ namespace {
 Costs make_costs(std::vector<double> forward, std::vector<double> backward,
                  std::vector<double> input_grad, std::vector<double> weight_grad,
                  std::vector<double> latency, std::vector<double> overhead,
-                 std::vector<double> transfer, double contention) {
-  return {std::move(forward), std::move(backward), std::move(input_grad), std::move(weight_grad),
-          std::move(latency), std::move(overhead), std::move(transfer),   contention};
+                 std::vector<double> transfer, double contention, double pair,
+                 std::vector<double> taken, std::vector<double> freed_by_input_grad,
+                 std::vector<double> memory_limit) {
+  return {std::move(forward), std::move(backward), std::move(input_grad),
+          std::move(weight_grad), std::move(latency), std::move(overhead),
+          std::move(transfer), contention, pair, std::move(taken),
+          std::move(freed_by_input_grad), std::move(memory_limit)};
 }
 
 }  // namespace
@@ -22,7 +26,8 @@ void bind_simulate(py::module_& m) {
   py::class_<Costs, std::shared_ptr<Costs>>(m, "CostsByStage")
       .def(py::init(&make_costs), py::kw_only(), py::arg("forward"), py::arg("backward"),
            py::arg("input_grad"), py::arg("weight_grad"), py::arg("latency"),
-           py::arg("overhead"), py::arg("transfer"), py::arg("contention"));
+           py::arg("overhead"), py::arg("transfer"), py::arg("contention"), py::arg("pair"),
+           py::arg("taken"), py::arg("freed_by_input_grad"), py::arg("memory_limit"));
 
   py::class_<Simulation, std::shared_ptr<Simulation>>(m, "SimulatedTimes")
       .def_readonly("makespan", &Simulation::makespan)

@@ -14,7 +14,7 @@ Costs Costs::uniform(int num_stages) {
   return costs;
 }
 
-void Costs::validate(int num_stages) const {
+void Costs::validate(int num_stages, int num_ranks) const {
   const auto check = [](const char* what, const std::vector<double>& values, int expected,
                         const char* of_what) {
     if (static_cast<int>(values.size()) != expected) {
@@ -25,7 +25,7 @@ void Costs::validate(int num_stages) const {
     for (const double value : values) {
       if (!std::isfinite(value) || value < 0) {
         throw PlanError(std::string(what) + " holds " + std::to_string(value) +
-                        "; times are finite and not negative");
+                        "; what is charged is finite and not negative");
       }
     }
   };
@@ -36,6 +36,12 @@ void Costs::validate(int num_stages) const {
   check("latency", latency, num_stages - 1, "boundaries");
   if (!overhead.empty()) check("overhead", overhead, num_stages - 1, "boundaries");
   if (!transfer.empty()) check("transfer", transfer, num_stages - 1, "boundaries");
+  if (!taken.empty()) check("act_memory", taken, num_stages, "stages");
+  if (!freed_by_input_grad.empty()) check("mem_i", freed_by_input_grad, num_stages, "stages");
+  if (!memory_limit.empty()) check("memory_limit", memory_limit, num_ranks, "ranks");
+  if (!std::isfinite(pair) || pair <= 0) {
+    throw PlanError("pair is " + std::to_string(pair) + "; it is a factor above 0");
+  }
   if (!std::isfinite(contention) || contention < 1.0) {
     throw PlanError("contention is " + std::to_string(contention) +
                     "; it is a factor of at least 1");

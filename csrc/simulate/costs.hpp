@@ -20,12 +20,17 @@ struct Costs {
   std::vector<double> overhead;  // empty: none
   std::vector<double> transfer;  // empty: none
   double contention = 1.0;           // how much longer a task takes beside one of its rank's other stream
+  double pair = 1.0;                 // time of an overlapped pair, as a share of its actions' one after another
+  // Memory of one microbatch, in one unit throughout; what neither I nor W has freed goes with the last of them.
+  std::vector<double> taken;         // by stage, by F; empty: 1
+  std::vector<double> freed_by_input_grad;  // by stage; empty: none, W frees it all
+  std::vector<double> memory_limit;  // by rank; empty: none
 
   // F = 1 and B = 2 at every stage, I and W half of B, no latency.
   static Costs uniform(int num_stages);
 
-  // Throws PlanError unless there is one finite, non-negative number for each stage and boundary.
-  void validate(int num_stages) const;
+  // Throws PlanError unless there is one finite, non-negative number for each stage, boundary and rank.
+  void validate(int num_stages, int num_ranks) const;
 
   double of(const Action& action) const {
     switch (action.kind) {

@@ -192,7 +192,7 @@ double Simulation::bubble() const {
 }
 
 Simulation simulate(const Plan& plan, const Costs& costs) {
-  costs.validate(plan.num_stages());
+  costs.validate(plan.num_stages(), plan.num_ranks());
   Simulation result;
   VirtualClock(plan, costs, result).run();
   for (int rank = 0; rank < plan.num_ranks(); ++rank) {

@@ -27,7 +27,7 @@ class StreamLayout:
 
     def __init__(self, plan: _C.Plan, device_of_rank: Sequence[int]) -> None:
         """The order is that of the simulated step with equal stages."""
-        by_stage = Costs().by_stage(plan.num_stages)
+        by_stage = Costs().by_stage(plan.num_stages, plan.num_ranks)
         self.plan = plan
         simulated = _C.simulate(plan, by_stage)
         self.streams = _C.StreamPlan(plan, by_stage, simulated, list(device_of_rank))
