@@ -68,6 +68,15 @@ Draft draft_of(const Order& order, const Shape& shape) {
   return {order, shape, peak_in_flight(order, shape), {}};
 }
 
+Order order_of(const Schedule& schedule, const Placement& placement, int microbatches) {
+  if (const auto* whole = std::get_if<OrderOfRanks>(&schedule.policy)) return (*whole)(placement, microbatches);
+  Order order;
+  for (int rank = 0; rank < placement.num_ranks; ++rank) {
+    order.push_back(std::get<OrderOfRank>(schedule.policy)(placement, rank, microbatches));
+  }
+  return order;
+}
+
 bool sends_explicitly(const Order& order) {
   for (const auto& actions : order) {
     for (const Action& a : actions) {
@@ -120,10 +129,7 @@ Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int micr
     }
     return Plan(settled.order, shape, options, settled.limits, rule->preference);
   }
-  Order order;
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    order.push_back(std::get<OrderOfRank>(schedule.policy)(placement, rank, microbatches));
-  }
+  const Order order = order_of(schedule, placement, microbatches);
   if (options.packs.any() || slots.given()) return settled_plan(order, shape, options, slots);
   Plan plan(order, shape, options);
   check_ends(plan);
