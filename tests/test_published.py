@@ -94,7 +94,7 @@ def test_interleaved_1f1b_has_its_closed_form(p, groups, chunks, f, i, w):
 @FEW
 @given(st.integers(1, 12), st.integers(0, 20), TIMES, TIMES, TIMES)
 def test_zb_h1_has_its_closed_form(p, more, f, i, w):
-    assume(w <= f)  # with as few microbatches as it may hold, the first rank waits (p - 1) I at least
+    assume(w <= min(f, i))
     m = 2 * p + more
     assert simulated("zb-h1", p, 1, m, f, i, w).makespan == m * (f + i + w) + (p - 1) * (f + i - w)
 
