@@ -6,8 +6,9 @@ from pathlib import Path
 
 from . import _C, arguments
 from .errors import InvalidSchedule
+from .policy import Policy
 
-ScheduleLike = str | os.PathLike | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
+ScheduleLike = str | os.PathLike | Policy | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
 
 
 def schedule_names() -> list[str]:
@@ -32,7 +33,7 @@ def build_plan(
 
     Args:
         schedule: a name of ``schedule_names()``; the path of a CSV file with one line of actions for
-            each rank; or the actions of each rank as text, by rank.
+            each rank; the actions of each rank as text, by rank; or a Policy.
         num_stages: stages of the model.
         microbatches: microbatches of one step.
         num_ranks: ranks; by default one for each stage, or for each two of a schedule that holds
@@ -72,11 +73,13 @@ def build_plan(
         "room": arguments.numbers("room", room, num_stages, by_stage),
     }
     path = _csv_path(schedule)
-    if isinstance(schedule, str) and path is None:
-        if num_ranks is None:
-            num_ranks = default_ranks(schedule, num_stages)
+    if isinstance(schedule, str | Policy) and path is None and num_ranks is None:
+        num_ranks = default_ranks(schedule, num_stages)
+    if isinstance(schedule, Policy):
+        plan = schedule.plan(num_stages, num_ranks, microbatches, mode)
+    elif isinstance(schedule, str) and path is None:
         return _C.make_plan(schedule, num_stages, num_ranks, microbatches, **mode)
-    if path is not None:
+    elif path is not None:
         try:
             text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -111,9 +114,9 @@ def check_trainable(plan: _C.Plan) -> None:
         )
 
 
-def default_ranks(schedule: str, num_stages: int) -> int:
-    """Ranks that a named schedule takes for a number of stages where none are given."""
-    layout = _C.layout_of(schedule)
+def default_ranks(schedule: str | Policy, num_stages: int) -> int:
+    """Ranks that a schedule takes for a number of stages where none are given."""
+    layout = schedule.placement if isinstance(schedule, Policy) else _C.layout_of(schedule)
     if layout in ("linear", "bidirectional") or (layout == "looped" and num_stages == 1):
         return num_stages
     if num_stages % 2:
@@ -121,7 +124,7 @@ def default_ranks(schedule: str, num_stages: int) -> int:
         if layout == "v":
             by_default = or_else = ""
         raise InvalidSchedule(
-            f"'{schedule}' holds two stages on each rank{by_default}, so num_stages is even; got {num_stages}{or_else}"
+            f"{schedule!r} holds two stages on each rank{by_default}, so num_stages is even; got {num_stages}{or_else}"
         )
     return num_stages // 2
 
@@ -149,7 +152,7 @@ def _cells(schedule: object) -> list[list[str]]:
         or not all(isinstance(cell, str) for row in rows for cell in row)
     ):
         raise InvalidSchedule(
-            "a schedule is a name, the path of a CSV file, or for each rank a list of actions as text, "
+            "a schedule is a name, the path of a CSV file, a Policy, or for each rank a list of actions as text, "
             'as in [["0F0", "0B0"], ["1F0", "1B0"]]'
         )
     return [list(row) for row in rows]

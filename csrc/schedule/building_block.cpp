@@ -109,7 +109,7 @@ Order order_of_blocks(int num_ranks, int microbatches, int most,
   for (int rank = 0; rank < num_ranks; ++rank) ranks.emplace_back(block(rank), microbatches, most);
   // From the first microbatch's end to the last one's begin the blocks leave no idle time.
   const int settled = block(0)[3];
-  const int drained = std::max(settled - 1, block(0)[0] + kPeriod * (microbatches - 1));
+  const int drained = std::max(settled, block(0)[0] + kPeriod * (microbatches - 1));
   const auto is_ready = [&](int rank, int pass) {
     const int microbatch = ranks[rank].count(pass);
     const int neighbour = comes_from_before(pass) ? rank - 1 : rank + 1;

@@ -90,8 +90,8 @@ void check_ends(const Plan& plan) {
   ListScheduler scheduler(plan);
   run_without_time(scheduler, plan);
   if (!scheduler.done()) {
-    throw PlanError("this schedule never ends: these tasks wait for one another\n" +
-                    scheduler.waiting());
+    throw PlanError("this schedule never ends: these tasks wait for one another\n" + scheduler.cycle() +
+                    "by rank:\n" + scheduler.waiting());
   }
 }
 

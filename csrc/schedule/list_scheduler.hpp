@@ -43,6 +43,10 @@ class ListScheduler {
   // For each worker with tasks left, its foremost one and what that waits for, a line each.
   std::string waiting() const;
 
+  // Where nothing runs and nothing may start: tasks each of which waits for the next and the last one for the
+  // first, a line each, with their cells.
+  std::string cycle() const;
+
   std::size_t nbytes() const;
 
  private:
@@ -55,6 +59,7 @@ class ListScheduler {
     return a.stage + (plan_.shape().on_copy(a.microbatch) ? plan_.num_stages() : 0);
   }
   void occupy_slot(TaskId task);
+  TaskId frees_slot_for(TaskId task) const;
 
   static constexpr std::uint16_t kFinished = kMaxDependencies + 1;
 

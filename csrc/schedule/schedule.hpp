@@ -14,7 +14,7 @@ namespace pe {
 
 // What a rank prefers among its ready tasks, and how many microbatches a stage may have in flight.
 struct Rule {
-  std::vector<Kind> preference;                                       // first before later
+  std::vector<Kind> preference;  // first before later: F, and B or else I and W
   std::function<int(const Placement&, int stage, int microbatches)> limit;  // slots
 };
 

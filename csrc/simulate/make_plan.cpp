@@ -1,5 +1,6 @@
 #include "simulate/make_plan.hpp"
 
+#include <algorithm>
 #include <string>
 
 #include "schedule/list_scheduler.hpp"
@@ -7,14 +8,6 @@
 
 namespace pe {
 namespace {
-
-Placement place(const Schedule& schedule, int num_stages, int num_ranks) {
-  try {
-    return place(schedule.layout, num_stages, num_ranks);
-  } catch (const PlanError& error) {
-    throw PlanError("'" + schedule.name + "' " + error.what());
-  }
-}
 
 void check(const Packs& packs, const Shape& shape) {
   const auto check_one = [&](const char* what, const std::vector<int>& ks) {
@@ -55,7 +48,9 @@ Draft draft_of(const Rule& rule, const Placement& placement, const Shape& shape)
   Draft draft{Order(placement.num_ranks), shape, {}, rule.preference};
   for (int s = 0; s < shape.num_stages; ++s) {
     draft.limits.push_back(rule.limit(placement, s, shape.num_microbatches));
-    for (const Kind kind : {Kind::F, Kind::B}) {
+    for (const Kind kind : {Kind::F, Kind::B, Kind::I, Kind::W}) {
+      const auto& kinds = rule.preference;
+      if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) continue;
       for (int m = 0; m < shape.num_microbatches; ++m) {
         draft.order[placement.rank_of_stage[s]].push_back({s, m, kind});
       }
@@ -112,6 +107,14 @@ void check_kept(const Plan& plan, const Slots& slots) {
 }
 
 }  // namespace
+
+Placement place(const Schedule& schedule, int num_stages, int num_ranks) {
+  try {
+    return place(schedule.layout, num_stages, num_ranks);
+  } catch (const PlanError& error) {
+    throw PlanError("'" + schedule.name + "' " + error.what());
+  }
+}
 
 Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int microbatches,
                PlanOptions options, const Slots& slots) {
