@@ -20,6 +20,12 @@ ListScheduler::ListScheduler(const Plan& plan)
   }
 }
 
+TaskId ListScheduler::take_joined(int worker) {
+  const TaskId task = plan_.queued(head_[plan_.first_queue_of(worker)]++);
+  if (plan_.takes_slot(task)) occupy_slot(plan_.action(task).stage);
+  return task;
+}
+
 void ListScheduler::occupy_slot(int stage) {
   const int rank = plan_.rank_of_stage(stage);
   peak_of_stage_[stage] = std::max(peak_of_stage_[stage], ++in_flight_of_stage_[stage]);
