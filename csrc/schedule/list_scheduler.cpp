@@ -80,10 +80,15 @@ std::string ListScheduler::waiting() const {
       separator = ", ";
     }
     if (missing_[first] == 0) {
-      text += has_slot(first) ? " its rank's running task"
-                              : " a slot of stage " + std::to_string(plan_.action(first).stage) +
-                                    " (" + std::to_string(plan_.limit(plan_.action(first).stage)) +
-                                    " in flight at most)";
+      if (!has_slot(first)) {
+        const int stage = plan_.action(first).stage;
+        text += " a slot of stage " + std::to_string(stage) + " (" + std::to_string(plan_.limit(stage)) +
+                " in flight at most)";
+      } else if (memory_ && !memory_->fits(first)) {
+        text += " memory of its rank";
+      } else {
+        text += " its rank's running task";
+      }
     }
     text += "\n";
   }
