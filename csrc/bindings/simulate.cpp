@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/module.hpp"
+#include "simulate/lower_bound.hpp"
 #include "simulate/simulator.hpp"
 
 namespace py = pybind11;
@@ -52,6 +53,14 @@ void bind_simulate(py::module_& m) {
 
   m.def("simulate", &simulate, py::arg("plan"), py::arg("costs"), py::arg("by_events") = false,
         py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "lower_bound",
+      [](const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs) {
+        const LowerBound bound = lower_bound(rank_of_stage, num_ranks, microbatches, costs);
+        return py::make_tuple(bound.makespan, bound.span);
+      },
+      py::arg("rank_of_stage"), py::arg("num_ranks"), py::arg("microbatches"), py::arg("costs"),
+      "(makespan, span) that no order of a training step beats on ranks that run one task at a time.");
   m.def("end_times", &end_times, py::arg("plan"), py::arg("costs"), py::arg("times"));
   m.def(
       "simulated_order",
