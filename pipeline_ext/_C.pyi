@@ -69,6 +69,22 @@ def make_plan(
     room: Sequence[int] = [],
     memory: Memory | None = None,
 ) -> Plan: ...
+def rank_of_stage(placement: str, num_stages: int, num_ranks: int) -> list[int]: ...
+def plan_of_rule(
+    placement: str,
+    preference: Sequence[str],
+    limits: Sequence[int],
+    num_ranks: int,
+    microbatches: int,
+    *,
+    overlap: bool = False,
+    reactive: bool = False,
+    packs: Sequence[int] = [],
+    packs_forward: Sequence[int] = [],
+    in_flight: Sequence[int] = [],
+    room: Sequence[int] = [],
+    memory: Memory | None = None,
+) -> Plan: ...
 def plan_of_cells(
     cells: Sequence[Sequence[str]],
     *,

@@ -161,6 +161,32 @@ matplotlib or where the file cannot be written.)")
       py::arg("in_flight") = py::list(), py::arg("room") = py::list(),
       py::arg("memory") = py::none());
   m.def(
+      "rank_of_stage",
+      [](const std::string& layout, int num_stages, int num_ranks) {
+        return place({layout, layout_of_name(layout), {}}, num_stages, num_ranks).rank_of_stage;
+      },
+      py::arg("placement"), py::arg("num_stages"), py::arg("num_ranks"));
+  m.def(
+      "plan_of_rule",
+      [options](const std::string& layout, const std::vector<std::string>& preference,
+                const std::vector<int>& limits, int num_ranks, int microbatches, bool overlap,
+                bool reactive, std::vector<int> packs, std::vector<int> packs_forward,
+                std::vector<int> in_flight, std::vector<int> room,
+                const std::optional<Memory>& memory) {
+        return make_shared_plan([&] {
+          Rule rule{{}, [&](const Placement&, int stage, int m) { return std::min(limits[stage], m); }};
+          for (const std::string& kind : preference) rule.preference.push_back(kind_of(kind));
+          const int num_stages = static_cast<int>(limits.size());
+          return make_plan({layout, layout_of_name(layout), rule}, num_stages, num_ranks, microbatches,
+                           options(overlap, reactive, packs, packs_forward, memory), Slots{in_flight, room});
+        });
+      },
+      py::arg("placement"), py::arg("preference"), py::arg("limits"), py::arg("num_ranks"),
+      py::arg("microbatches"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
+      py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
+      py::arg("in_flight") = py::list(), py::arg("room") = py::list(), py::arg("memory") = py::none(),
+      "The plan of a rule, whose limits are slots by stage.");
+  m.def(
       "plan_of_cells",
       [options](const Cells& cells, bool overlap, bool reactive, std::vector<int> packs,
                 std::vector<int> packs_forward, std::vector<int> in_flight,

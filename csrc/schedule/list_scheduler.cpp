@@ -114,7 +114,7 @@ void run_without_time(ListScheduler& scheduler, const Plan& plan) {
 }  // namespace
 
 bool ends(const Plan& plan) {
-  if (plan.runs_in_order()) return run_in_order(plan, NoClock{});
+  if (plan.runs_in_order() && run_in_order(plan, NoClock{})) return true;
   ListScheduler scheduler(plan);
   run_without_time(scheduler, plan);
   return scheduler.done();
@@ -125,8 +125,8 @@ void check_ends(const Plan& plan) {
   ListScheduler scheduler(plan);
   run_without_time(scheduler, plan);
   if (!scheduler.done()) {
-    throw PlanError("this schedule never ends: these tasks wait for one another\n" +
-                    scheduler.waiting());
+    throw PlanError("this schedule never ends: these tasks wait for one another\n" + scheduler.cycle() +
+                    "so that of each rank\n" + scheduler.waiting());
   }
 }
 

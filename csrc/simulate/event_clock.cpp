@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
 
 #include "schedule/list_scheduler.hpp"
 #include "simulate/event_heap.hpp"
@@ -42,8 +43,9 @@ class EventClock {
       dispatch();
     }
     if (!scheduler_.done()) {
-      throw PlanError("this schedule never ends: these tasks wait for one another\n" +
-                      scheduler_.waiting());
+      throw PlanError("this schedule never ends" +
+                      std::string(joins_pairs_ ? " where the parts of an overlapped pair run as one" : "") +
+                      ": these tasks wait for one another\n" + scheduler_.waiting());
     }
     result_.makespan = now_;
     result_.peak_in_flight = scheduler_.peak_by_rank();
