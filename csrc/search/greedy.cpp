@@ -12,11 +12,11 @@ constexpr double kNever = std::numeric_limits<double>::infinity();
 }  // namespace
 
 Greedy::Greedy(const Problem& problem)
-    : problem_(problem), links_(problem), begin_(problem.num_ranks()), end_(problem.num_ranks()) {}
+    : problem_(problem), wires_(problem), begin_(problem.num_ranks()), end_(problem.num_ranks()) {}
 
 void Greedy::reset() {
   const int stages = problem_.num_stages();
-  links_.reset();
+  wires_.reset();
   forward_arrival_.assign(at(stages, 0), kNever);
   input_arrival_.assign(at(stages, 0), kNever);
   std::fill_n(forward_arrival_.begin(), problem_.microbatches(), 0.0);
@@ -143,7 +143,7 @@ void Greedy::start(int rank, const Choice& choice, double now) {
   state.free_at = state.end = end;
   const auto send = [&](bool forward, int m) {
     const int to = forward ? s + 1 : s - 1;
-    const double arrival = links_.arrival(s, forward, end);
+    const double arrival = wires_.arrival(s, forward, end);
     (forward ? forward_arrival_ : input_arrival_)[at(to, m)] = arrival;
     events_.push({arrival, static_cast<std::uint32_t>(problem_.rank_of(to)), 0});
   };

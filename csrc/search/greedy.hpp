@@ -73,7 +73,7 @@ class Greedy {
   }
 
   const Problem& problem_;
-  Links links_;
+  Wires wires_;
   std::vector<double> forward_arrival_, input_arrival_;  // by stage and microbatch
   std::vector<int> forwards_, inputs_, weights_;         // begun, by stage
   std::vector<Rank> ranks_;

@@ -103,6 +103,12 @@ Policy random_policy(const Problem& problem, Random& random) {
   return policy;
 }
 
+std::optional<RatedPolicy> rate(const Problem& problem, Policy policy) {
+  const auto score = Greedy(problem).run(policy);
+  if (!score) return std::nullopt;
+  return RatedPolicy{std::move(policy), *score};
+}
+
 RatedPolicy anneal(const Problem& problem, RatedPolicy start, long rounds, Random random,
                    const std::function<bool(const Score&)>& ends) {
   Greedy greedy(problem);

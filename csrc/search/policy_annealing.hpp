@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 
 #include "search/annealing.hpp"
 #include "search/greedy.hpp"
@@ -14,6 +15,9 @@ struct RatedPolicy {
 };
 
 Policy random_policy(const Problem& problem, Random& random);
+
+// With the limits that another number of microbatches allows.
+std::optional<RatedPolicy> rate(const Problem& problem, Policy policy);
 
 // From `start` on; ends early where `ends(best)` says so.
 RatedPolicy anneal(const Problem& problem, RatedPolicy start, long rounds, Random random,

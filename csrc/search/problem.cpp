@@ -53,6 +53,13 @@ Problem::Problem(const Placement& placement, int microbatches, const Costs& cost
   }
 }
 
+Problem Problem::with(int microbatches) const {
+  Problem other = *this;
+  other.work_ *= static_cast<double>(microbatches) / microbatches_;
+  other.microbatches_ = microbatches;
+  return other;
+}
+
 Score Problem::score(const std::vector<double>& begin, const std::vector<double>& end) const {
   Score score;
   for (int rank = 0; rank < num_ranks(); ++rank) {

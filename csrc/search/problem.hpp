@@ -41,6 +41,9 @@ class Problem {
   // each of a rank's stages.
   Problem(const Placement& placement, int microbatches, const Costs& costs, Objective objective);
 
+  // The same with another number of microbatches.
+  Problem with(int microbatches) const;
+
   int num_ranks() const { return static_cast<int>(stages_of_.size()); }
   int num_stages() const { return static_cast<int>(rank_of_.size()); }
   int microbatches() const { return microbatches_; }
@@ -86,9 +89,9 @@ class Problem {
 };
 
 // When results arrive that travel over links, each of which carries one at a time in each direction.
-class Links {
+class Wires {
  public:
-  explicit Links(const Problem& problem) : problem_(problem), free_(2 * problem.num_stages(), 0.0) {}
+  explicit Wires(const Problem& problem) : problem_(problem), free_(2 * problem.num_stages(), 0.0) {}
 
   void reset() { free_.assign(free_.size(), 0.0); }
 

@@ -11,14 +11,14 @@ constexpr double kUnknown = -1.0;
 
 Filler::Filler(const Problem& problem)
     : problem_(problem),
-      links_(problem),
+      wires_(problem),
       waits_(problem.num_ranks()),
       begin_(problem.num_ranks()),
       end_(problem.num_ranks()) {}
 
 std::optional<Score> Filler::run(const Sequence& sequence, Tokens* tokens) {
   const int stages = problem_.num_stages();
-  links_.reset();
+  wires_.reset();
   forward_arrival_.assign(at(stages, 0), kUnknown);
   input_arrival_.assign(at(stages, 0), kUnknown);
   std::fill_n(forward_arrival_.begin(), problem_.microbatches(), 0.0);
@@ -107,7 +107,7 @@ void Filler::run_weights(int rank, Tokens* tokens) {
 }
 
 void Filler::hand_over(int from, int to, std::vector<double>& arrivals, int m, double time) {
-  arrivals[at(to, m)] = links_.arrival(from, to > from, time);
+  arrivals[at(to, m)] = wires_.arrival(from, to > from, time);
   const int rank = problem_.rank_of(to);
   if (rank == problem_.rank_of(from) || ranks_[rank].is_listed) return;
   ranks_[rank].is_listed = true;

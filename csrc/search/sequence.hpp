@@ -45,7 +45,7 @@ class Filler {
   }
 
   const Problem& problem_;
-  Links links_;
+  Wires wires_;
   std::vector<double> forward_arrival_, input_arrival_;  // by stage and microbatch; negative: not known yet
   std::vector<int> forwards_, inputs_, pending_;         // by stage
   std::vector<Rank> ranks_;
