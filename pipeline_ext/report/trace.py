@@ -15,7 +15,7 @@ from ..step import StepRecord
 from ..transport.exchange import Messages
 from .perfetto import chrome_trace
 from .records import ReductionRecord, TaskRecord, task_records
-from .timeline import SUFFIXES, Panel, accepted_path, save_picture, simulated_panel
+from .timeline import SUFFIXES, Panel, accepted_path, percent, save_picture, simulated_panel
 
 
 class Trace:
@@ -122,8 +122,16 @@ class Trace:
             return
         planned = simulate(self.plan, self.profile().costs(self.plan))
         panels = [
-            simulated_panel("Plan, simulated with the times measured below", planned),
-            Panel("Measured step", self.tasks, self.step_time, self.bubble_by_rank),
+            simulated_panel(
+                f"Plan, simulated with the times measured below: bubble {percent(planned.bubble)}", planned
+            ),
+            Panel(
+                f"Measured step: bubble {percent(self.bubble)}",
+                self.plan,
+                self.tasks,
+                self.step_time,
+                self.bubble_by_rank,
+            ),
         ]
         unit, units = ("s", 1.0) if self.step_time >= 10 else ("ms", 1e3)
-        save_picture(path, self.plan, panels, unit, units)
+        save_picture(path, panels, unit, units)
