@@ -96,6 +96,11 @@ def build_plan(
 
 def check_trainable(plan: _C.Plan) -> None:
     """Raises InvalidSchedule for a plan that this engine cannot train with."""
+    if plan.rank_of_copy:
+        raise InvalidSchedule(
+            "the schedule keeps two copies of each stage's parameters, which can be planned and simulated but "
+            "not run; 'dualpipev' is the same idea with one copy"
+        )
     if not plan.has_backward:
         raise InvalidSchedule("the schedule has no backward action (B), so it would train nothing")
     split = {"I", "W"} & set(plan.kinds())
@@ -108,12 +113,15 @@ def check_trainable(plan: _C.Plan) -> None:
 
 def default_ranks(schedule: str, num_stages: int) -> int:
     """Ranks that a named schedule takes for a number of stages where none are given."""
-    if not _C.is_looped(schedule) or num_stages == 1:
+    layout = _C.layout_of(schedule)
+    if layout in ("linear", "bidirectional") or (layout == "looped" and num_stages == 1):
         return num_stages
     if num_stages % 2:
+        by_default, or_else = (" by default", ". Give devices= to hold another number")
+        if layout == "v":
+            by_default = or_else = ""
         raise InvalidSchedule(
-            f"'{schedule}' holds two stages on each rank by default, so num_stages is even; got "
-            f"{num_stages}. Give devices= to hold another number"
+            f"'{schedule}' holds two stages on each rank{by_default}, so num_stages is even; got {num_stages}{or_else}"
         )
     return num_stages // 2
 

@@ -63,6 +63,9 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
       .def_property_readonly(
           "rank_of_stage", [](const Plan& p) { return p.shape().rank_of_stage; })
       .def_property_readonly(
+          "rank_of_copy", [](const Plan& p) { return p.shape().rank_of_copy; },
+          "By stage, the rank of the second copy of its parameters; empty where there is none.")
+      .def_property_readonly(
           "packs", [](const Plan& p) { return packs_by_boundary(p, Kind::B); },
           "By boundary, how many microbatches' gradients leave in one message.")
       .def_property_readonly(
@@ -130,8 +133,8 @@ matplotlib or where the file cannot be written.)")
     return names;
   });
   m.def(
-      "is_looped", [](const std::string& name) { return find_schedule(name).looped; },
-      py::arg("schedule"), "Whether the schedule holds several stages on each rank.");
+      "layout_of", [](const std::string& name) { return std::string(layout_name(find_schedule(name).layout)); },
+      py::arg("schedule"), "How the schedule places stages: linear, looped, v or bidirectional.");
   const auto options = [](bool overlap, bool reactive, std::vector<int> packs,
                           std::vector<int> packs_forward) {
     return PlanOptions{overlap, reactive, {std::move(packs_forward), std::move(packs)}};

@@ -1,6 +1,7 @@
 #include "plan/order.hpp"
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <optional>
 #include <tuple>
@@ -40,29 +41,61 @@ std::optional<Place> find(const Index& index, int stage, Kind kind, int microbat
   return it->second;
 }
 
-std::vector<int> ranks_of_stages(const Order& order) {
-  std::map<int, Place> home;
+// Where each microbatch of each stage first appears; at microbatch -1 what concerns the whole stage.
+std::map<std::pair<int, int>, Place> homes_of(const Order& order) {
+  std::map<std::pair<int, int>, Place> homes;
   for (int rank = 0; rank < static_cast<int>(order.size()); ++rank) {
     for (int i = 0; i < static_cast<int>(order[rank].size()); ++i) {
-      const auto [it, fresh] = home.try_emplace(order[rank][i].stage, Place{rank, i});
-      if (!fresh && it->second.rank != rank) {
-        refuse(order, {rank, i},
-               "stage " + std::to_string(it->first) + " is already on rank " +
-                   std::to_string(it->second.rank) + " (" + where(order, it->second) +
-                   "); a stage lives on one rank");
-      }
+      homes.try_emplace({order[rank][i].stage, order[rank][i].microbatch}, Place{rank, i});
     }
   }
-  std::vector<int> ranks;
-  for (const auto& [stage, place] : home) {
-    if (stage != static_cast<int>(ranks.size())) {
+  return homes;
+}
+
+// The stages and the rank of each, and, where two ranks share the microbatches of each stage, all alike, the
+// second ranks and the first microbatch there.
+Shape placement_of(const Order& order) {
+  Shape shape;
+  const auto homes = homes_of(order);
+  std::map<int, Place> first;  // by stage, of its first microbatch listed
+  for (const auto& [key, place] : homes) {
+    const auto [stage, microbatch] = key;
+    const auto [it, fresh] = first.try_emplace(stage, place);
+    if (!fresh && it->second.rank != place.rank) shape.first_of_copy = std::min(shape.first_of_copy, microbatch);
+  }
+  for (const auto& [stage, place] : first) {
+    if (stage != static_cast<int>(shape.rank_of_stage.size())) {
       refuse(order, place,
-             "stage " + std::to_string(ranks.size()) +
+             "stage " + std::to_string(shape.rank_of_stage.size()) +
                  " appears nowhere; stages are numbered from 0 without gaps");
     }
-    ranks.push_back(place.rank);
+    shape.rank_of_stage.push_back(place.rank);
+    const auto copy = homes.find({stage, shape.first_of_copy});
+    if (copy != homes.end()) shape.rank_of_copy.push_back(copy->second.rank);
   }
-  return ranks;
+  shape.num_stages = static_cast<int>(shape.rank_of_stage.size());
+  const bool copied = std::equal(shape.rank_of_stage.begin(), shape.rank_of_stage.end(),
+                                 shape.rank_of_copy.begin(), shape.rank_of_copy.end(), std::not_equal_to{});
+  if (!copied) {
+    shape.rank_of_copy.clear();
+    shape.first_of_copy = Shape{}.first_of_copy;
+  }
+  for (int rank = 0; rank < static_cast<int>(order.size()); ++rank) {
+    for (int i = 0; i < static_cast<int>(order[rank].size()); ++i) {
+      const Action& a = order[rank][i];
+      const int home = shape.rank_of(a.stage, a.microbatch);
+      if (home == rank) continue;
+      if (copied) {
+        refuse(order, {rank, i},
+               "it belongs on rank " + std::to_string(home) + "; each stage lives on two ranks, of which the second "
+                   "runs all microbatches from " + std::to_string(shape.first_of_copy) + " on and the first all else");
+      }
+      refuse(order, {rank, i},
+             "stage " + std::to_string(a.stage) + " is already on rank " + std::to_string(home) + " (" +
+                 where(order, first.at(a.stage)) + "); a stage lives on one rank");
+    }
+  }
+  return shape;
 }
 
 Index index_of(const Order& order) {
@@ -162,9 +195,7 @@ std::string to_csv(const Order& order) {
 }
 
 Shape validate(const Order& order) {
-  Shape shape;
-  shape.rank_of_stage = ranks_of_stages(order);
-  shape.num_stages = static_cast<int>(shape.rank_of_stage.size());
+  Shape shape = placement_of(order);
   if (shape.num_stages == 0) {
     throw PlanError("the schedule holds no action; give each rank its list, as in 0F0, 0B0");
   }

@@ -2,6 +2,7 @@
 // and checked for what can be seen without running it.
 #pragma once
 
+#include <limits>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -27,9 +28,18 @@ struct Shape {
   int num_microbatches = 0;
   bool has_backward = false;
   std::vector<int> rank_of_stage;
+  // Where there is a second copy of the parameters: its ranks, by stage, and the first microbatch it runs.
+  std::vector<int> rank_of_copy{};
+  int first_of_copy = std::numeric_limits<int>::max();
+
+  bool on_copy(int microbatch) const { return microbatch >= first_of_copy; }
+  int rank_of(int stage, int microbatch) const {
+    return on_copy(microbatch) ? rank_of_copy[stage] : rank_of_stage[stage];
+  }
+  int num_copies() const { return rank_of_copy.empty() ? 1 : 2; }
 };
 
-// Every stage on one rank; every (stage, microbatch) with one F and, if there is any backward at all,
+// Every stage on one rank, or all on two that share the microbatches alike; every (stage, microbatch) with one F and, if there is any backward at all,
 // one B or one I and one W; nothing twice; on its own rank no action before one it needs; every send
 // with its receive. Throws PlanError naming rank and cell, with a table that marks it.
 Shape validate(const Order& order);

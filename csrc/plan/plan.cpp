@@ -45,10 +45,11 @@ class TaskIndex {
       for (int stage = 0; stage < shape_.num_stages; ++stage) {
         const int next = kind == Kind::F ? stage + 1 : stage - 1;
         if (next < 0 || next == shape_.num_stages) continue;
-        if (shape_.rank_of_stage[stage] == shape_.rank_of_stage[next]) continue;
         const int k = packs.of(kind, std::min(stage, next));
-        for (int first = 0; first < shape_.num_microbatches; first += k) {
-          const int end = std::min(first + k, shape_.num_microbatches);
+        for (int first = 0, end; first < shape_.num_microbatches; first = end) {
+          end = std::min(first + k, shape_.num_microbatches);
+          if (!shape_.on_copy(first)) end = std::min(end, shape_.first_of_copy);
+          if (shape_.rank_of(stage, first) == shape_.rank_of(next, first)) continue;
           const auto begin_slot = senders_.begin() + slot({stage, first, kind});
           const auto end_slot = begin_slot + (end - first);
           if (std::find(begin_slot, end_slot, kNoTask) != end_slot) continue;
@@ -238,7 +239,7 @@ std::size_t Plan::nbytes() const {
   const auto of = [](const auto& values) { return values.size() * sizeof(values[0]); };
   return sizeof(Plan) + of(actions_) + of(rank_begin_) + of(successors_begin_) + of(successors_) +
          of(num_dependencies_) + of(queued_) + of(queues_) + of(queues_begin_) + of(limits_) +
-         of(shape_.rank_of_stage);
+         of(shape_.rank_of_stage) + of(shape_.rank_of_copy);
 }
 
 Order Plan::order() const {

@@ -51,14 +51,15 @@ class Plan {
   int num_workers() const { return num_ranks() * workers_per_rank(); }
   int rank_of_worker(int worker) const { return worker / workers_per_rank(); }
   int worker_of(TaskId task) const {
-    const Action& a = actions_[task];
-    const int rank = rank_of_stage(a.stage);
-    return options_.overlap ? 2 * rank + static_cast<int>(stream_of(a.kind)) : rank;
+    const int rank = rank_of(task);
+    return options_.overlap ? 2 * rank + static_cast<int>(stream_of(actions_[task].kind)) : rank;
   }
 
   const Action& action(TaskId task) const { return actions_[task]; }
   int rank_of_stage(int stage) const { return shape_.rank_of_stage[stage]; }
-  int rank_of(TaskId task) const { return rank_of_stage(actions_[task].stage); }
+  int rank_of(TaskId task) const {
+    return shape_.rank_of(actions_[task].stage, actions_[task].microbatch);
+  }
 
   // Tasks are numbered rank by rank in their planned order.
   TaskId first_of_rank(int rank) const { return rank_begin_[rank]; }
@@ -85,6 +86,7 @@ class Plan {
     const Kind kind = actions_[task].kind;
     return kind == Kind::B || kind == Kind::W || (kind == Kind::F && !shape_.has_backward);
   }
+  // Slots of a stage, of each of its copies where there are two.
   int limit(int stage) const { return limits_[stage]; }
   const std::vector<int>& limits() const { return limits_; }
 
@@ -115,7 +117,8 @@ class Plan {
   int num_messages_ = 0;
 };
 
-// The most microbatches that each stage has in flight when every rank runs its list from first to last.
+// The most microbatches that each stage, or a copy of it, has in flight when every rank runs its list from
+// first to last.
 std::vector<int> peak_in_flight(const Order& order, const Shape& shape);
 
 }  // namespace pe

@@ -5,7 +5,7 @@
 namespace pe {
 
 Schedule gpipe() {
-  return {"gpipe", false, OrderOfRank([](const Placement&, int rank, int microbatches) {
+  return {"gpipe", Layout::Linear, OrderOfRank([](const Placement&, int rank, int microbatches) {
             std::vector<Action> order;
             for (const Kind kind : {Kind::F, Kind::B}) {
               for (int m = 0; m < microbatches; ++m) order.push_back({rank, m, kind});

@@ -29,7 +29,7 @@ std::vector<Action> visits(const std::vector<int>& stages, int groups, int micro
 }  // namespace
 
 Schedule interleaved_one_forward_one_backward() {
-  return {"interleaved-1f1b", true,
+  return {"interleaved-1f1b", Layout::Looped,
           OrderOfRank([](const Placement& placement, int rank, int microbatches) {
             const int ranks = placement.num_ranks;
             std::vector<int> stages = placement.stages_of(rank);

@@ -8,7 +8,7 @@ ListScheduler::ListScheduler(const Plan& plan)
     : plan_(plan),
       missing_(plan.size()),
       head_(plan.num_queues()),
-      in_flight_of_stage_(plan.num_stages(), 0),
+      in_flight_(plan.num_stages() * plan.shape().num_copies(), 0),
       peak_of_stage_(plan.num_stages(), 0),
       in_flight_of_rank_(plan.num_ranks(), 0),
       peak_of_rank_(plan.num_ranks(), 0),
@@ -20,9 +20,10 @@ ListScheduler::ListScheduler(const Plan& plan)
   }
 }
 
-void ListScheduler::occupy_slot(int stage) {
-  const int rank = plan_.rank_of_stage(stage);
-  peak_of_stage_[stage] = std::max(peak_of_stage_[stage], ++in_flight_of_stage_[stage]);
+void ListScheduler::occupy_slot(TaskId task) {
+  const int stage = plan_.action(task).stage;
+  const int rank = plan_.rank_of(task);
+  peak_of_stage_[stage] = std::max(peak_of_stage_[stage], ++in_flight_[slots_of(task)]);
   peak_of_rank_[rank] = std::max(peak_of_rank_[rank], ++in_flight_of_rank_[rank]);
 }
 

@@ -47,17 +47,22 @@ class ListScheduler {
 
  private:
   bool has_slot(TaskId task) const {
-    const int stage = plan_.action(task).stage;
-    return !plan_.takes_slot(task) || in_flight_of_stage_[stage] < plan_.limit(stage);
+    return !plan_.takes_slot(task) || in_flight_[slots_of(task)] < plan_.limit(plan_.action(task).stage);
   }
-  void occupy_slot(int stage);
+  // A stage's two copies have slots of their own.
+  int slots_of(TaskId task) const {
+    const Action& a = plan_.action(task);
+    return a.stage + (plan_.shape().on_copy(a.microbatch) ? plan_.num_stages() : 0);
+  }
+  void occupy_slot(TaskId task);
 
   static constexpr std::uint16_t kFinished = kMaxDependencies + 1;
 
   const Plan& plan_;
   std::vector<std::uint16_t> missing_;  // dependencies that are not done, by task; or kFinished
   std::vector<TaskId> head_;  // position in Plan::queued, by queue
-  std::vector<int> in_flight_of_stage_, peak_of_stage_;
+  std::vector<int> in_flight_;  // by slots_of
+  std::vector<int> peak_of_stage_;
   std::vector<int> in_flight_of_rank_, peak_of_rank_;
   TaskId unfinished_;
 };
@@ -86,7 +91,7 @@ TaskId ListScheduler::take(int worker, IsHere&& is_here) {
   }
   if (best == kNoTask) return kNoTask;
   ++head_[best_queue];
-  if (plan_.takes_slot(best)) occupy_slot(plan_.action(best).stage);
+  if (plan_.takes_slot(best)) occupy_slot(best);
   return best;
 }
 
@@ -95,9 +100,8 @@ void ListScheduler::finish(TaskId task, Wake&& wake) {
   missing_[task] = kFinished;
   --unfinished_;
   if (plan_.frees_slot(task)) {
-    const int stage = plan_.action(task).stage;
-    const int rank = plan_.rank_of_stage(stage);
-    --in_flight_of_stage_[stage];
+    const int rank = plan_.rank_of(task);
+    --in_flight_[slots_of(task)];
     --in_flight_of_rank_[rank];
     wake(plan_.options().overlap ? 2 * rank : rank);  // the worker that runs the rank's F
   }

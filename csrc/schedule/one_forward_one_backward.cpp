@@ -8,7 +8,7 @@
 namespace pe {
 
 Schedule one_forward_one_backward() {
-  return {"1f1b", false,
+  return {"1f1b", Layout::Linear,
           Rule{{Kind::B, Kind::F}, [](const Placement& placement, int stage, int microbatches) {
                  return std::min(placement.num_stages() - stage, microbatches);
                }}};

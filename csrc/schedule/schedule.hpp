@@ -24,7 +24,7 @@ using OrderOfRank =
 
 struct Schedule {
   std::string name;
-  bool looped = false;  // several stages a rank; otherwise exactly one
+  Layout layout = Layout::Linear;
   std::variant<Rule, OrderOfRank> policy;
 };
 
@@ -32,6 +32,12 @@ struct Schedule {
 Schedule gpipe();
 Schedule one_forward_one_backward();
 Schedule interleaved_one_forward_one_backward();
+Schedule looped_bfs();
+Schedule zb_h1();
+Schedule zb_h2();
+Schedule zbv();
+Schedule dualpipev();
+Schedule dualpipe();
 
 const std::vector<Schedule>& schedules();
 // Throws PlanError listing the names there are.

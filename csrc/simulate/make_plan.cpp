@@ -9,16 +9,11 @@ namespace pe {
 namespace {
 
 Placement place(const Schedule& schedule, int num_stages, int num_ranks) {
-  const auto refuse = [&](const std::string& need) {
-    throw PlanError("'" + schedule.name + "' " + need + ", got " + std::to_string(num_stages) +
-                    " stages on " + std::to_string(num_ranks) + " ranks");
-  };
-  if (!schedule.looped) {
-    if (num_stages != num_ranks) refuse("holds exactly one stage on each rank");
-    return linear_placement(num_stages);
+  try {
+    return place(schedule.layout, num_stages, num_ranks);
+  } catch (const PlanError& error) {
+    throw PlanError("'" + schedule.name + "' " + error.what());
   }
-  if (num_stages % num_ranks != 0) refuse("holds the same number of stages on each rank");
-  return looped_placement(num_stages, num_ranks);
 }
 
 void check(const Packs& packs, const Shape& shape) {
@@ -112,7 +107,7 @@ void check_kept(const Plan& plan, const Slots& slots) {
 Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int microbatches,
                PlanOptions options, const Slots& slots) {
   const Placement placement = place(schedule, num_stages, num_ranks);
-  const Shape shape{num_stages, microbatches, true, placement.rank_of_stage};
+  const Shape shape = shape_of(placement, microbatches);
   check(options.packs, shape);
   check(slots, shape);
   if (const Rule* rule = std::get_if<Rule>(&schedule.policy)) {

@@ -8,6 +8,7 @@
 #include "check.hpp"
 #include "runtime/host_executor.hpp"
 #include "simulate/make_plan.hpp"
+#include "sizes.hpp"
 
 using namespace pe;
 using namespace std::chrono_literals;
@@ -40,9 +41,9 @@ RunOptions with_timeout(double seconds) {
 }  // namespace
 
 TEST(a_static_plan_runs_in_its_order_on_every_rank) {
-  for (const char* name : {"gpipe", "1f1b", "interleaved-1f1b"}) {
-    const bool looped = find_schedule(name).looped;
-    const auto plan = shared_plan(make_plan(find_schedule(name), looped ? 6 : 3, 3, 7, {}));
+  for (const char* name : {"gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zbv"}) {
+    const Size size = size_of(find_schedule(name), 3, 2);
+    const auto plan = shared_plan(make_plan(find_schedule(name), size.stages, size.ranks, 7, {}));
     std::mutex mutex;
     Order ran(3);
     Pool pool(plan->num_workers());
@@ -63,8 +64,7 @@ TEST(random_steps_keep_the_rules) {
   std::mt19937 random(3);
   for (int round = 0; round < 60; ++round) {
     const Schedule& schedule = schedules()[random() % schedules().size()];
-    const int ranks = 1 + static_cast<int>(random() % 4);
-    const int stages = schedule.looped ? 2 * ranks : ranks;
+    const auto [stages, ranks] = size_of(schedule, 1 + static_cast<int>(random() % 4), 2);
     const PlanOptions options{random() % 2 == 0, random() % 2 == 0};
     const auto plan = shared_plan(
         make_plan(schedule, stages, ranks, 1 + static_cast<int>(random() % 9), options));

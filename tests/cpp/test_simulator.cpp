@@ -4,6 +4,7 @@
 #include "check.hpp"
 #include "simulate/make_plan.hpp"
 #include "simulate/simulator.hpp"
+#include "sizes.hpp"
 
 using namespace pe;
 
@@ -59,8 +60,7 @@ TEST(random_simulations_keep_the_rules) {
   std::uniform_real_distribution<double> cost(0.0, 3.0);
   for (int round = 0; round < 200; ++round) {
     const Schedule& schedule = schedules()[random() % schedules().size()];
-    const int ranks = 1 + static_cast<int>(random() % 4);
-    const int stages = schedule.looped ? ranks * (1 + static_cast<int>(random() % 3)) : ranks;
+    const auto [stages, ranks] = size_of(schedule, 1 + static_cast<int>(random() % 4), 1 + random() % 3);
     const PlanOptions options{random() % 2 == 0, random() % 2 == 0};
     const Plan plan =
         make_plan(schedule, stages, ranks, 1 + static_cast<int>(random() % 9), options);
