@@ -129,10 +129,19 @@ std::vector<int> peak_in_flight(const Order& order, const Shape& shape) {
   std::vector<int> now(shape.num_stages, 0);
   std::vector<int> peak(shape.num_stages, 0);
   for (const auto& actions : order) {
-    for (const Action& a : actions) {
-      if (a.kind == Kind::F) peak[a.stage] = std::max(peak[a.stage], ++now[a.stage]);
-      if (a.kind == Kind::B || a.kind == Kind::W || (a.kind == Kind::F && !shape.has_backward)) {
-        --now[a.stage];
+    for (auto cell = actions.begin(); cell != actions.end();) {
+      auto end = cell;
+      while (end++->joins_next) {
+      }
+      // What joined actions free is free when all of them end.
+      for (auto a = cell; a != end; ++a) {
+        if (a->kind == Kind::F) peak[a->stage] = std::max(peak[a->stage], ++now[a->stage]);
+      }
+      for (; cell != end; ++cell) {
+        const Kind kind = cell->kind;
+        if (kind == Kind::B || kind == Kind::W || (kind == Kind::F && !shape.has_backward)) {
+          --now[cell->stage];
+        }
       }
     }
   }
@@ -159,6 +168,7 @@ void Plan::number_tasks(const Order& order) {
     actions_.insert(actions_.end(), actions.begin(), actions.end());
     rank_begin_.push_back(size());
   }
+  has_pairs_ = std::any_of(actions_.begin(), actions_.end(), [](const Action& a) { return a.joins_next; });
 }
 
 void Plan::link_tasks() {

@@ -66,6 +66,15 @@ class Plan {
   TaskId end_of_rank(int rank) const { return rank_begin_[rank + 1]; }
   Order order() const;
 
+  // Where the overlapped pair that begins with `task` ends; after `task` itself if it begins none.
+  TaskId end_of_cell(TaskId task) const {
+    while (actions_[task].joins_next) ++task;
+    return task + 1;
+  }
+  // Whether a virtual clock runs the parts of an overlapped pair as one: where a rank takes its cells in
+  // order. Elsewhere, and for those who execute them, they are tasks like others.
+  bool joins_pairs() const { return has_pairs_ && !options_.overlap && !options_.reactive; }
+
   std::uint16_t num_dependencies(TaskId task) const { return num_dependencies_[task]; }
   std::span<const TaskId> successors(TaskId task) const {
     return {successors_.data() + successors_begin_[task],
@@ -115,6 +124,7 @@ class Plan {
   std::vector<int> queues_begin_;
   std::vector<int> limits_;
   int num_messages_ = 0;
+  bool has_pairs_ = false;
 };
 
 // The most microbatches that each stage, or a copy of it, has in flight when every rank runs its list from

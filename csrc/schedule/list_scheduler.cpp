@@ -20,6 +20,12 @@ ListScheduler::ListScheduler(const Plan& plan)
   }
 }
 
+TaskId ListScheduler::take_joined(int worker) {
+  const TaskId task = plan_.queued(head_[plan_.first_queue_of(worker)]++);
+  if (plan_.takes_slot(task)) occupy_slot(task);
+  return task;
+}
+
 void ListScheduler::occupy_slot(TaskId task) {
   const int stage = plan_.action(task).stage;
   const int rank = plan_.rank_of(task);

@@ -24,6 +24,10 @@ class ListScheduler {
     return take(worker, [](TaskId) { return true; });
   }
 
+  // The next task of a worker that has one queue: it runs joined to the one just taken, as it waits for
+  // nothing that is not.
+  TaskId take_joined(int worker);
+
   // `task` has ended: its slot, if it frees one, is free. Its results are not yet anywhere else.
   // Calls wake(worker) for a worker that may now find a task.
   template <class Wake>
@@ -34,6 +38,7 @@ class ListScheduler {
   void arrive(TaskId task, Wake&& wake);
 
   bool done() const { return unfinished_ == 0; }
+  int missing(TaskId task) const { return missing_[task]; }  // dependencies that are not done
   bool finished(TaskId task) const { return missing_[task] == kFinished; }
 
   // The most microbatches that were in flight at once.

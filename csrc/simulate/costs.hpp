@@ -55,6 +55,15 @@ struct Costs {
     return alone + overhead[boundary_sent_over(action)];
   }
 
+  // How long the cell that `task` begins keeps its rank, where that runs the parts of a pair as one.
+  double duration_of_cell(const Plan& plan, TaskId task) const {
+    const TaskId end = plan.end_of_cell(task);
+    double sum = duration(plan, task);
+    if (end == task + 1) return sum;
+    while (++task < end) sum += duration(plan, task);
+    return pair * sum;
+  }
+
   // The boundary across which the results of `action` go to another stage.
   static int boundary_sent_over(const Action& action) {
     return action.kind == Kind::F || action.kind == Kind::SendF ? action.stage : action.stage - 1;

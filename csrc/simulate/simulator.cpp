@@ -11,6 +11,7 @@ namespace pe {
 namespace {
 
 constexpr std::uint32_t kLookAgain = ~std::uint32_t{0};
+constexpr double kNever = std::numeric_limits<double>::infinity();
 
 class VirtualClock {
  public:
@@ -20,7 +21,8 @@ class VirtualClock {
         result_(result),
         scheduler_(plan),
         workers_(plan.num_workers()),
-        may_contend_(plan.options().overlap && costs.contention > 1.0) {
+        may_contend_(plan.options().overlap && costs.contention > 1.0),
+        joins_pairs_(plan.joins_pairs()) {
     result_.begin.resize(plan.size());
     if (may_contend_) result_.stretched_end.resize(plan.size());
     if (!costs.transfer.empty()) link_free_.assign(2 * costs.transfer.size(), 0.0);
@@ -53,7 +55,7 @@ class VirtualClock {
 
  private:
   struct Worker {
-    TaskId task = kNoTask;         // running
+    TaskId task = kNoTask;         // running; of a pair that runs as one, its first part
     std::uint32_t generation = 0;  // of its latest event; an earlier one's end is stale
     double work_left = 0;          // at `since`; kept only where tasks may contend
     double since = 0;
@@ -84,6 +86,11 @@ class VirtualClock {
       result_.stretched_end[task] = now_;
       retime(index ^ 1, costs_.contention);
     }
+    const TaskId end = joins_pairs_ ? plan_.end_of_cell(task) : task + 1;
+    for (TaskId part = task; part < end; ++part) finish(part);
+  }
+
+  void finish(TaskId task) {
     const auto waker = [this](int idle) { wake(idle); };
     scheduler_.finish(task, waker);
     double delivered = -1.0;
@@ -114,25 +121,50 @@ class VirtualClock {
       Worker& worker = workers_[index];
       worker.awake = false;
       if (worker.task != kNoTask) continue;
-      double soonest = std::numeric_limits<double>::infinity();
+      double soonest = kNever;
       worker.task = scheduler_.take(index, [&](TaskId task) {
-        if (arrival(task) <= now_) return true;
-        soonest = std::min(soonest, arrival(task));
+        const double here = joins_pairs_ ? arrival_of_cell(task) : arrival(task);
+        if (here <= now_) return true;
+        soonest = std::min(soonest, here);
         return false;
       });
       if (worker.task == kNoTask) {
-        if (soonest < std::numeric_limits<double>::infinity()) {
+        if (soonest < kNever) {
           events_.push({soonest, static_cast<std::uint32_t>(index), kLookAgain});
         }
         continue;
       }
       result_.begin[worker.task] = now_;
-      worker.work_left = costs_.duration(plan_, worker.task);
+      if (joins_pairs_) {
+        const TaskId end = plan_.end_of_cell(worker.task);
+        for (TaskId part = worker.task + 1; part < end; ++part) {
+          result_.begin[scheduler_.take_joined(index)] = now_;
+        }
+        worker.work_left = costs_.duration_of_cell(plan_, worker.task);
+      } else {
+        worker.work_left = costs_.duration(plan_, worker.task);
+      }
       worker.since = now_;
       push_end(index, now_ + worker.work_left * (may_contend_ ? stretch(index) : 1.0));
       if (may_contend_) retime(index ^ 1, 1.0);
     }
     awake_.clear();
+  }
+
+  // When all parts of the cell that `first` begins may begin: one that needs another runs behind it.
+  double arrival_of_cell(TaskId first) {
+    const TaskId end = plan_.end_of_cell(first);
+    double last = arrival(first);
+    for (TaskId part = first + 1; part < end; ++part) {
+      int joined = 0;
+      for (TaskId before = first; before < part; ++before) {
+        const auto after = plan_.successors(before);
+        joined += static_cast<int>(std::count(after.begin(), after.end(), part));
+      }
+      if (scheduler_.missing(part) > joined) return kNever;
+      last = std::max(last, arrival(part));
+    }
+    return last;
   }
 
   // The rank's other stream has become busy or idle: what `index` runs, so far stretched by `pace`, ends
@@ -158,6 +190,7 @@ class VirtualClock {
   std::vector<int> awake_;
   std::vector<double> link_free_;  // by boundary and direction
   const bool may_contend_;
+  const bool joins_pairs_;
   double now_ = 0;
 };
 
@@ -167,7 +200,11 @@ double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulat
   const TaskId end = plan.end_of_rank(rank);
   double busy = 0;
   if (!plan.options().overlap) {
-    for (TaskId t = first; t < end; ++t) busy += costs.duration(plan, t);
+    if (plan.joins_pairs()) {
+      for (TaskId t = first; t < end; t = plan.end_of_cell(t)) busy += costs.duration_of_cell(plan, t);
+    } else {
+      for (TaskId t = first; t < end; ++t) busy += costs.duration(plan, t);
+    }
     return busy;
   }
   const std::vector<double> ends = end_times(plan, costs, simulation);
@@ -204,6 +241,13 @@ Simulation simulate(const Plan& plan, const Costs& costs) {
 std::vector<double> end_times(const Plan& plan, const Costs& costs, const Simulation& simulation) {
   if (!simulation.stretched_end.empty()) return simulation.stretched_end;
   std::vector<double> ends = simulation.begin;
+  if (plan.joins_pairs()) {
+    for (TaskId t = 0; t < plan.size();) {
+      const double end = ends[t] + costs.duration_of_cell(plan, t);
+      for (const TaskId next = plan.end_of_cell(t); t < next; ++t) ends[t] = end;
+    }
+    return ends;
+  }
   for (TaskId t = 0; t < plan.size(); ++t) ends[t] += costs.duration(plan, t);
   return ends;
 }

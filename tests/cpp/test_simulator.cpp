@@ -41,6 +41,31 @@ TEST(contention_stretches_tasks_only_while_both_streams_are_busy) {
   CHECK_EQ(s.bubble(), 0.0);
 }
 
+TEST(an_overlapped_pair_runs_as_one_task_where_a_rank_runs_one_at_a_time) {
+  const Order order = parse_order({{"0F0", "(0F1;0B0)OVERLAP_F_B", "0B1"}, {"1F0", "1B0", "1F1", "1B1"}});
+  Costs costs = Costs::uniform(2);
+  costs.pair = 0.5;
+  const Plan plan = make_plan(order, {});
+  const Simulation s = simulate(plan, costs);
+  const auto end = end_times(plan, costs, s);
+  // Both wait for 1B0, which ends at 4; half of 1 + 2; then 1F1 may begin.
+  CHECK_EQ(s.begin[1], 4.0);
+  CHECK_EQ(s.begin[2], 4.0);
+  CHECK_EQ(end[1], 5.5);
+  CHECK_EQ(end[2], 5.5);
+  CHECK_EQ(s.begin[6], 5.5);
+  CHECK_EQ(s.busy[0], 1.0 + 1.5 + 2.0);
+  CHECK_EQ(s.peak_in_flight_of_stage[0], 2);
+  // Elsewhere its parts are tasks like others.
+  CHECK_EQ(simulate(make_plan(order, {.reactive = true}), costs).begin[1], 1.0);
+  CHECK_EQ(simulate(make_plan(order, {.overlap = true}), costs).begin[1], 1.0);
+}
+
+TEST(a_part_of_a_pair_that_needs_the_other_runs_behind_it) {
+  const Order order = parse_order({{"(0F0;0B0)OVERLAP_F_B", "(0F1;0B1)OVERLAP_F_B"}});
+  CHECK_EQ(simulate(make_plan(order, {}), Costs::uniform(1)).makespan, 6.0);
+}
+
 TEST(costs_that_do_not_fit_are_refused) {
   const Plan plan = make_plan(find_schedule("gpipe"), 2, 2, 1, {});
   Costs costs = Costs::uniform(3);
