@@ -13,22 +13,22 @@ from typing import Any
 from .errors import InvalidArgument
 from .files import whole_file
 
-_STAGE, _BOUNDARY, _RANK = "one for each stage", "one for each boundary", "one for each rank"
-_PLACES = {
-    "forward": _STAGE,
-    "backward": _STAGE,
-    "input_grad": _STAGE,
-    "weight_grad": _STAGE,
-    "latency": _BOUNDARY,
-    "overhead": _BOUNDARY,
-    "bandwidth": _BOUNDARY,
-    "message_bytes": _BOUNDARY,
+STAGE, BOUNDARY, RANK = "one for each stage", "one for each boundary", "one for each rank"
+PLACES = {
+    "forward": STAGE,
+    "backward": STAGE,
+    "input_grad": STAGE,
+    "weight_grad": STAGE,
+    "latency": BOUNDARY,
+    "overhead": BOUNDARY,
+    "bandwidth": BOUNDARY,
+    "message_bytes": BOUNDARY,
     "contention": None,
     "pair": None,
-    "act_memory": _STAGE,
-    "mem_i": _STAGE,
-    "mem_w": _STAGE,
-    "memory_limit": _RANK,
+    "act_memory": STAGE,
+    "mem_i": STAGE,
+    "mem_w": STAGE,
+    "memory_limit": RANK,
 }
 _LEAST = {"contention": 1.0}
 _ABOVE_ZERO = ("bandwidth", "pair")
@@ -51,8 +51,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
             f'the costs {file} are no JSON object; write one such as {{"forward": 1, "backward": [2, 3]}}'
         )
     for key in given:
-        if key not in _PLACES:
-            raise InvalidArgument(f"{key!r} in {file} is no cost; those are {', '.join(_PLACES)}")
+        if key not in PLACES:
+            raise InvalidArgument(f"{key!r} in {file} is no cost; those are {', '.join(PLACES)}")
     found = {key: _checked(key, value, file) for key, value in given.items()}
     _check_lengths(found, file)
     return {key: value for key, value in found.items() if value is not None}
@@ -60,7 +60,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 def write(path: str | os.PathLike, fields: Mapping[str, Any]) -> None:
     """Writes what ``read`` gives back; raises PipelineError where that cannot be done."""
-    lines = ",\n".join(f'  "{key}": {json.dumps(_finite(fields[key]))}' for key in _PLACES if key in fields)
+    lines = ",\n".join(f'  "{key}": {json.dumps(_finite(fields[key]))}' for key in PLACES if key in fields)
     with whole_file(Path(path)) as out:
         out.write(f"{{\n{lines}\n}}\n".encode())
 
@@ -68,7 +68,7 @@ def write(path: str | os.PathLike, fields: Mapping[str, Any]) -> None:
 def _checked(key: str, value: Any, file: str) -> float | list[float] | None:
     if value is None:
         return None
-    numbers = value if isinstance(value, list) and _PLACES[key] else [value]
+    numbers = value if isinstance(value, list) and PLACES[key] else [value]
     if key == "bandwidth":
         numbers = [math.inf if number is None else number for number in numbers]
     least = _LEAST.get(key, 0.0)
@@ -78,7 +78,7 @@ def _checked(key: str, value: Any, file: str) -> float | list[float] | None:
             accepted = "a number above 0" if key in _ABOVE_ZERO else f"a finite number of at least {least:g}"
             raise InvalidArgument(
                 f"{key!r} in {file} {'holds' if numbers is value else 'is'} {json.dumps(number)}; give {accepted}"
-                + (f", or a list of {_PLACES[key]}" if _PLACES[key] else "")
+                + (f", or a list of {PLACES[key]}" if PLACES[key] else "")
             )
     return [float(number) for number in numbers] if isinstance(value, list) else float(value)
 
@@ -87,8 +87,8 @@ def _check_lengths(found: Mapping[str, Any], file: str) -> None:
     """Raises InvalidArgument for lists that cannot be of one model."""
     stages: dict[str, int] = {}
     for key, value in found.items():
-        if isinstance(value, list) and _PLACES[key] != _RANK:
-            stages[key] = len(value) + (_PLACES[key] == _BOUNDARY)
+        if isinstance(value, list) and PLACES[key] != RANK:
+            stages[key] = len(value) + (PLACES[key] == BOUNDARY)
     for key, number in stages.items():
         first, expected = next(iter(stages.items()))
         if number != expected:

@@ -80,12 +80,31 @@ class Costs:
             weight_grad = _spread(self.weight_grad, num_stages)
         return {"F": _spread(self.forward, num_stages), "B": backward, "I": input_grad, "W": weight_grad}
 
+    def memory(self, num_stages: int) -> tuple[list[float], list[float]]:
+        """Of one microbatch, by stage: what F takes, and what I frees of it.
+
+        Raises InvalidSchedule where more is freed than taken.
+        """
+        taken = _spread(self.act_memory, num_stages)
+        if self.mem_i is None and self.mem_w is None:
+            return taken, [0.0] * num_stages
+        by_w = None if self.mem_w is None else _spread(self.mem_w, num_stages)
+        by_i = [a - w for a, w in zip(taken, by_w)] if self.mem_i is None else _spread(self.mem_i, num_stages)
+        for a, i, w in zip(taken, by_i, by_w or [0.0] * num_stages):
+            if i < 0 or i + w > a * (1 + 1e-6):
+                raise InvalidSchedule(
+                    f"mem_i {i:g} and mem_w {w:g} free more than the act_memory {a:g} that F takes; together they "
+                    "are at most as much"
+                )
+        return taken, by_i
+
     def by_stage(self, num_stages: int, num_ranks: int) -> _C.CostsByStage:
         """Each of the costs as a list, by stage, boundary or rank.
 
         Raises InvalidSchedule for bandwidths, bytes and memory that cannot be.
         """
         times = self.times(num_stages)
+        taken, freed_by_input_grad = self.memory(num_stages)
         boundaries = num_stages - 1
         nbytes = _spread(self.message_bytes, boundaries)
         bandwidth = _spread(self.bandwidth, boundaries)
@@ -103,24 +122,10 @@ class Costs:
             transfer=[n / b for n, b in zip(nbytes, bandwidth)],
             contention=float(self.contention),
             pair=float(self.pair),
-            taken=_spread(self.act_memory, num_stages),
-            freed_by_input_grad=self._freed_by_input_grad(num_stages),
+            taken=taken,
+            freed_by_input_grad=freed_by_input_grad,
             memory_limit=[] if self.memory_limit is None else _spread(self.memory_limit, num_ranks),
         )
-
-    def _freed_by_input_grad(self, num_stages: int) -> list[float]:
-        if self.mem_i is None and self.mem_w is None:
-            return [0.0] * num_stages
-        taken = _spread(self.act_memory, num_stages)
-        by_w = None if self.mem_w is None else _spread(self.mem_w, num_stages)
-        by_i = [a - w for a, w in zip(taken, by_w)] if self.mem_i is None else _spread(self.mem_i, num_stages)
-        for a, i, w in zip(taken, by_i, by_w or [0.0] * num_stages):
-            if i < 0 or i + w > a * (1 + 1e-6):
-                raise InvalidSchedule(
-                    f"mem_i {i:g} and mem_w {w:g} free more than the act_memory {a:g} that F takes; together they "
-                    "are at most as much"
-                )
-        return by_i
 
 
 class Simulation:
