@@ -327,6 +327,14 @@ class Pipeline:
         return len(self._stages)
 
     @property
+    def unsplit_stages(self) -> dict[int, str]:
+        """Stages that ran a backward whole at I in the last ``step``, with the reason.
+
+        Their W only adds the gradients that I has put by.
+        """
+        return {stage.index: stage.unsplit for stage in self._stages if stage.unsplit}
+
+    @property
     def stage_modules(self) -> list[nn.Module]:
         """The module of each stage. Its layers are the model's own."""
         return [stage.module for stage in self._stages]

@@ -102,13 +102,7 @@ def check_trainable(plan: _C.Plan) -> None:
             "not run; 'dualpipev' is the same idea with one copy"
         )
     if not plan.has_backward:
-        raise InvalidSchedule("the schedule has no backward action (B), so it would train nothing")
-    split = {"I", "W"} & set(plan.kinds())
-    if split:
-        raise InvalidSchedule(
-            f"the schedule splits the backward into {' and '.join(sorted(split))}; stages run it whole, "
-            "so list B for each microbatch instead"
-        )
+        raise InvalidSchedule("the schedule has no backward action (B, or I and W), so it would train nothing")
 
 
 def default_ranks(schedule: str, num_stages: int) -> int:
