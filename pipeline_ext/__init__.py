@@ -18,6 +18,7 @@ from .profile import Profile
 from .reduction import GradientReduction, LocalGroup
 from .report.records import ReductionRecord, TaskRecord
 from .report.trace import Trace
+from .schedule_choice import ScheduleChoice
 from .simulation import Costs, Simulation, simulate
 from .stage import WithLoss
 from .step_graphs import GraphReport
@@ -40,6 +41,7 @@ __all__ = [
     "Profile",
     "ReductionError",
     "ReductionRecord",
+    "ScheduleChoice",
     "Simulation",
     "StageError",
     "StepTimeout",

@@ -10,6 +10,9 @@ from .errors import InvalidSchedule
 ScheduleLike = str | os.PathLike | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
 
 
+AUTO = "auto"  # in place of a schedule's name: one that suits the costs
+
+
 def schedule_names() -> list[str]:
     """The schedules known by name."""
     return _C.schedule_names()
@@ -107,7 +110,7 @@ def check_trainable(plan: _C.Plan) -> None:
 
 def default_ranks(schedule: str, num_stages: int) -> int:
     """Ranks that a named schedule takes for a number of stages where none are given."""
-    layout = _C.layout_of(schedule)
+    layout = "linear" if schedule == AUTO else _C.layout_of(schedule)
     if layout in ("linear", "bidirectional") or (layout == "looped" and num_stages == 1):
         return num_stages
     if num_stages % 2:
