@@ -65,7 +65,7 @@ Draft draft_of(const Rule& rule, const Placement& placement, const Shape& shape)
 }
 
 Draft draft_of(const Order& order, const Shape& shape) {
-  return {order, shape, peak_in_flight(order, shape), {}};
+  return {order, shape, peak_in_flight(order, shape).of_stage, {}};
 }
 
 bool sends_explicitly(const Order& order) {

@@ -4,8 +4,10 @@
 #include <limits>
 #include <numeric>
 
+#include "schedule/in_order.hpp"
 #include "schedule/list_scheduler.hpp"
 #include "simulate/event_heap.hpp"
+#include "simulate/in_order_clock.hpp"
 
 namespace pe {
 namespace {
@@ -19,13 +21,14 @@ class VirtualClock {
       : plan_(plan),
         costs_(costs),
         result_(result),
-        scheduler_(plan),
+        links_(plan.links()),
+        scheduler_(plan, costs.memory(plan.num_stages())),
         workers_(plan.num_workers()),
         may_contend_(plan.options().overlap && costs.contention > 1.0),
         joins_pairs_(plan.joins_pairs()) {
     result_.begin.resize(plan.size());
     if (may_contend_) result_.stretched_end.resize(plan.size());
-    if (!costs.transfer.empty()) link_free_.assign(2 * costs.transfer.size(), 0.0);
+    if (!costs.transfer.empty()) link_free_.assign(costs.num_links(plan.shape()), 0.0);
   }
 
   void run() {
@@ -48,6 +51,7 @@ class VirtualClock {
     result_.makespan = now_;
     result_.peak_in_flight = scheduler_.peak_by_rank();
     result_.peak_in_flight_of_stage = scheduler_.peak_by_stage();
+    result_.peak_memory = scheduler_.peak_memory();
     result_.working_bytes = sizeof(double) * (result_.begin.size() + result_.stretched_end.size()) +
                             scheduler_.nbytes() + events_.nbytes() +
                             workers_.size() * sizeof(Worker);
@@ -94,7 +98,7 @@ class VirtualClock {
     const auto waker = [this](int idle) { wake(idle); };
     scheduler_.finish(task, waker);
     double delivered = -1.0;
-    for (const TaskId after : plan_.successors(task)) {
+    for (const TaskId after : links_.successors(task)) {
       double here = now_;
       if (plan_.rank_of(after) != plan_.rank_of(task)) {
         if (delivered < 0) delivered = deliver(task);
@@ -110,7 +114,7 @@ class VirtualClock {
     const Action& action = plan_.action(task);
     const int boundary = Costs::boundary_sent_over(action);
     if (costs_.transfer.empty()) return now_ + costs_.latency[boundary];
-    double& free = link_free_[2 * boundary + static_cast<int>(stream_of(action.kind))];
+    double& free = link_free_[costs_.link(plan_.shape(), action)];
     free = std::max(free, now_) + plan_.num_sent(task) * costs_.transfer[boundary];
     return free + costs_.latency[boundary];
   }
@@ -158,7 +162,7 @@ class VirtualClock {
     for (TaskId part = first + 1; part < end; ++part) {
       int joined = 0;
       for (TaskId before = first; before < part; ++before) {
-        const auto after = plan_.successors(before);
+        const auto after = links_.successors(before);
         joined += static_cast<int>(std::count(after.begin(), after.end(), part));
       }
       if (scheduler_.missing(part) > joined) return kNever;
@@ -184,18 +188,20 @@ class VirtualClock {
   const Plan& plan_;
   const Costs& costs_;
   Simulation& result_;
+  const Links& links_;
   ListScheduler scheduler_;
   std::vector<Worker> workers_;
   EventHeap events_;
   std::vector<int> awake_;
-  std::vector<double> link_free_;  // by boundary and direction
+  std::vector<double> link_free_;  // by Costs::link
   const bool may_contend_;
   const bool joins_pairs_;
   double now_ = 0;
 };
 
 // Time in which at least one task of the rank runs.
-double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulation, int rank) {
+double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulation,
+                 const std::vector<double>& ends, int rank) {
   const TaskId first = plan.first_of_rank(rank);
   const TaskId end = plan.end_of_rank(rank);
   double busy = 0;
@@ -207,7 +213,6 @@ double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulat
     }
     return busy;
   }
-  const std::vector<double> ends = end_times(plan, costs, simulation);
   std::vector<TaskId> tasks(end - first);
   std::iota(tasks.begin(), tasks.end(), first);
   std::sort(tasks.begin(), tasks.end(),
@@ -220,6 +225,19 @@ double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulat
   return busy;
 }
 
+// By rank, when it starts and finishes and how long it is busy.
+void note_ranks(const Plan& plan, const Costs& costs, Simulation& result) {
+  const std::vector<double> ends = end_times(plan, costs, result);
+  for (int rank = 0; rank < plan.num_ranks(); ++rank) {
+    const auto first = result.begin.begin() + plan.first_of_rank(rank);
+    const auto end = result.begin.begin() + plan.end_of_rank(rank);
+    const auto ends_of_rank = ends.begin() + plan.first_of_rank(rank);
+    result.first_start.push_back(first == end ? 0.0 : *std::min_element(first, end));
+    result.finish.push_back(first == end ? 0.0 : *std::max_element(ends_of_rank, ends_of_rank + (end - first)));
+    result.busy.push_back(busy_time(plan, costs, result, ends, rank));
+  }
+}
+
 }  // namespace
 
 double Simulation::bubble() const {
@@ -228,13 +246,47 @@ double Simulation::bubble() const {
   return busy.empty() ? 0.0 : sum / static_cast<double>(busy.size());
 }
 
+double Simulation::bubble_from_first_start() const {
+  int longest = 0;
+  const auto span = [&](int rank) { return finish[rank] - first_start[rank]; };
+  for (int rank = 1; rank < static_cast<int>(finish.size()); ++rank) {
+    if (span(rank) > span(longest)) longest = rank;
+  }
+  return span(longest) > 0 ? 1.0 - busy[longest] / span(longest) : 0.0;
+}
+
+double Simulation::bubble_latest() const {
+  return bubble_of(static_cast<int>(std::max_element(finish.begin(), finish.end()) - finish.begin()));
+}
+
 Simulation simulate(const Plan& plan, const Costs& costs) {
+  costs.validate(plan.num_stages(), plan.num_ranks());
+  const Memory memory = costs.memory(plan.num_stages());
+  Simulation result;
+  if (plan.runs_in_order()) {
+    result.peak_memory = peak_memory(plan, memory);
+    InOrderClock clock(plan, costs, result);
+    if (run_in_order(plan, clock)) {
+      result.makespan = *std::max_element(result.finish.begin(), result.finish.end());
+      result.peak_in_flight = plan.planned_peaks().of_rank;
+      result.peak_in_flight_of_stage = plan.planned_peaks().of_stage;
+      result.working_bytes = sizeof(double) * (result.begin.size() + Inputs(plan).size()) + clock.nbytes();
+      return result;
+    }
+    result = {};  // the scheduler tells what waits for what
+  } else if (memory.limited()) {
+    peak_memory(plan, memory);  // refuses
+  }
+  VirtualClock(plan, costs, result).run();
+  note_ranks(plan, costs, result);
+  return result;
+}
+
+Simulation simulate_by_events(const Plan& plan, const Costs& costs) {
   costs.validate(plan.num_stages(), plan.num_ranks());
   Simulation result;
   VirtualClock(plan, costs, result).run();
-  for (int rank = 0; rank < plan.num_ranks(); ++rank) {
-    result.busy.push_back(busy_time(plan, costs, result, rank));
-  }
+  note_ranks(plan, costs, result);
   return result;
 }
 
