@@ -59,12 +59,15 @@ def find_input_gradients(
     """
     roots = [get_gradient_edge(tensor) for tensor in outputs]
     if not inputs:
-        return _Apart([], roots, list(grads))
+        return _Apart([], set(), roots, list(grads))
     graph = _Graph(roots, [get_gradient_edge(tensor).node for tensor in inputs])
     through = [graph.leads_to_inputs[root.node] for root in roots]
     beside = [root for root, leads in zip(roots, through) if not leads]
     forks = graph.forks()
-    whole = graph.hides_weights() or _run_twice(forks) or _mixes(forks, beside)
+    together, uses = _that_meet(forks, beside)
+    whole = graph.hides_weights() or _not_twice(forks)
+    if together and uses > _MOST_USES:
+        whole = whole or "a weight is used more than twice, and the sum of its gradients depends on their order"
     if whole:
         leaves = dict.fromkeys([*weights(), *graph.leaves()])
         return _run_whole(roots, grads, leaves, check, whole)
@@ -75,7 +78,7 @@ def find_input_gradients(
         _run(upper, upper_grads, inputs=inputs, keep_graph=bool(forks))
     if forks:
         graph.release(forks)
-    return _Apart(forks, beside, [grad for grad, leads in zip(grads, through) if not leads])
+    return _Apart(forks, together, beside, [grad for grad, leads in zip(grads, through) if not leads])
 
 
 class _Fork:
@@ -181,19 +184,21 @@ class _Apart:
 
     whole = ""
 
-    def __init__(self, forks: list[_Fork], roots: list[GradientEdge], grads: list[Tensor]) -> None:
+    def __init__(
+        self, forks: list[_Fork], together: set[_Fork], roots: list[GradientEdge], grads: list[Tensor]
+    ) -> None:
+        """What forks ``together`` find is added up before it goes on, as what goes on from ``roots``."""
         self._forks = forks
+        self._together = together
         self._roots = roots
         self._grads = grads
 
     def add(self) -> None:
-        together = _that_meet(self._forks, self._roots)
-
         def descend(_: Tensor) -> None:
             while self._forks:
                 fork = self._forks.pop()
                 found = fork.run()
-                if fork in together:
+                if fork in self._together:
                     self._roots += [edge for edge, _ in found]
                     self._grads += [grad for _, grad in found]
                 elif found:
@@ -204,7 +209,7 @@ class _Apart:
             _asked_for([edge for fork in self._forks for _, edge in fork.ways], descend)
         if self._roots:
             run_backward(self._roots, self._grads)
-        self._roots, self._grads = [], []
+        self._together, self._roots, self._grads = set(), [], []
 
 
 class _PutBy(NamedTuple):
@@ -243,7 +248,7 @@ def _run_whole(
     return _PutBy(whole, found)
 
 
-def _run_twice(forks: Iterable[_Fork]) -> str:
+def _not_twice(forks: Iterable[_Fork]) -> str:
     """Why a fork is not to be run for inputs, and again for weights; empty where all may be."""
     for fork in forks:
         if hasattr(fork.node, "_forward_cls"):
@@ -253,34 +258,23 @@ def _run_twice(forks: Iterable[_Fork]) -> str:
     return ""
 
 
-def _mixes(forks: Sequence[_Fork], roots: Sequence[GradientEdge]) -> str:
-    """Why the sum of a weight's gradients would be made in another order; empty where none would be."""
-    uses: Counter[Edge] = Counter()
-    met = _that_meet(forks, roots, uses)
-    if met and max(uses.values()) > _MOST_USES:
-        return "a weight is used more than twice, and the sum of its gradients depends on their order"
-    return ""
-
-
-def _that_meet(
-    forks: Sequence[_Fork], roots: Sequence[GradientEdge], uses: Counter[Edge] | None = None
-) -> set[_Fork]:
-    """The forks from which ways lead to a node that others lead to as well."""
+def _that_meet(forks: Sequence[_Fork], roots: Sequence[GradientEdge]) -> tuple[set[_Fork], int]:
+    """The forks whose ways lead to a node that others' do, too; and how many edges lead to the same at most."""
     found: set[_Fork] = set()
+    uses: Counter[Edge] = Counter()
     owners: dict[Node, _Fork | None] = {}
     ways = [(None, [(root.node, root.output_nr) for root in roots])]
     ways += [(fork, [(edge.node, edge.output_nr) for _, edge in fork.ways]) for fork in forks]
     for owner, stack in ways:
         while stack:
             node, number = stack.pop()
-            if uses is not None:
-                uses[node, number] += 1
+            uses[node, number] += 1
             if node not in owners:
                 owners[node] = owner
                 stack += [edge for edge in node.next_functions if edge[0] is not None]
             elif owners[node] is not owner:
                 found |= {fork for fork in (owners[node], owner) if fork is not None}
-    return found
+    return found, max(uses.values(), default=0)
 
 
 def _asked_for(edges: Sequence[GradientEdge], call: Callable[[Tensor], None]) -> None:
