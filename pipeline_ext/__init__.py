@@ -14,6 +14,7 @@ from .errors import (
 from .pack_choice import PackChoice
 from .pipeline import Pipeline
 from .planning import build_plan, schedule_names
+from .policy import Placement, Policy
 from .profile import Profile
 from .reduction import GradientReduction, LocalGroup
 from .report.records import ReductionRecord, TaskRecord
@@ -37,7 +38,9 @@ __all__ = [
     "PackChoice",
     "Pipeline",
     "PipelineError",
+    "Placement",
     "Plan",
+    "Policy",
     "Profile",
     "ReductionError",
     "ReductionRecord",

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from . import _C, arguments
 from .errors import InvalidSchedule
+from .policy import Policy
+from .simulation import Costs
 
-ScheduleLike = str | os.PathLike | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
-
+ScheduleLike = str | os.PathLike | Policy | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
 
 AUTO = "auto"  # in place of a schedule's name: one that suits the costs
 
@@ -30,12 +31,13 @@ def build_plan(
     packs_forward: Sequence[int] = (),
     in_flight: int | Sequence[int] | None = None,
     room: Sequence[int] = (),
+    memory: Costs | None = None,
 ) -> _C.Plan:
     """The plan of one step.
 
     Args:
         schedule: a name of ``schedule_names()``; the path of a CSV file with one line of actions for
-            each rank; or the actions of each rank as text, by rank.
+            each rank; the actions of each rank as text, by rank; or a Policy.
         num_stages: stages of the model.
         microbatches: microbatches of one step.
         num_ranks: ranks; by default one for each stage, or for each two of a schedule that holds
@@ -49,6 +51,8 @@ def build_plan(
             many as it takes.
         room: how many microbatches each stage may hold at least, by stage, where ``in_flight`` allows it;
             empty: no more than it takes.
+        memory: costs whose ``memory_limit`` the plan keeps wherever it runs, None: none. An order that exceeds it
+            is refused; ranks that react start their F in the planned order, each when it fits.
 
     Raises:
         InvalidArgument: for numbers that cannot be used.
@@ -74,19 +78,24 @@ def build_plan(
         "in_flight": arguments.in_flight(in_flight, num_stages),
         "room": arguments.numbers("room", room, num_stages, by_stage),
     }
+
+    def limits(num_ranks: int) -> _C.Memory | None:
+        if memory is None or memory.memory_limit is None:
+            return None
+        return memory.by_stage(num_stages, num_ranks).memory(num_stages)
+
     path = _csv_path(schedule)
-    if isinstance(schedule, str) and path is None:
-        if num_ranks is None:
-            num_ranks = default_ranks(schedule, num_stages)
-        return _C.make_plan(schedule, num_stages, num_ranks, microbatches, **mode)
-    if path is not None:
-        try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidSchedule(f"the schedule {str(path)!r} cannot be read: {error}") from error
-        plan = _C.plan_of_cells(_C.cells_of_csv(text), **mode)
+    if isinstance(schedule, str | Policy) and path is None and num_ranks is None:
+        num_ranks = default_ranks(schedule, num_stages)
+    if isinstance(schedule, Policy):
+        plan = schedule.plan(num_stages, num_ranks, microbatches, {**mode, "memory": limits(num_ranks)})
+    elif isinstance(schedule, str) and path is None:
+        return _C.make_plan(
+            schedule, num_stages, num_ranks, microbatches, **mode, memory=limits(num_ranks)
+        )
     else:
-        plan = _C.plan_of_cells(_cells(schedule), **mode)
+        cells = _cells(schedule) if path is None else _C.cells_of_csv(_text(path))
+        plan = _C.plan_of_cells(cells, **mode, memory=limits(len(cells)))
     for what, given, found in (
         ("num_stages", num_stages, plan.num_stages),
         ("microbatches", microbatches, plan.num_microbatches),
@@ -108,9 +117,9 @@ def check_trainable(plan: _C.Plan) -> None:
         raise InvalidSchedule("the schedule has no backward action (B, or I and W), so it would train nothing")
 
 
-def default_ranks(schedule: str, num_stages: int) -> int:
-    """Ranks that a named schedule takes for a number of stages where none are given."""
-    layout = "linear" if schedule == AUTO else _C.layout_of(schedule)
+def default_ranks(schedule: str | Policy, num_stages: int) -> int:
+    """Ranks that a schedule takes for a number of stages where none are given."""
+    layout = schedule.placement if isinstance(schedule, Policy) else _C.layout_of(schedule)
     if layout in ("linear", "bidirectional") or (layout == "looped" and num_stages == 1):
         return num_stages
     if num_stages % 2:
@@ -118,7 +127,7 @@ def default_ranks(schedule: str, num_stages: int) -> int:
         if layout == "v":
             by_default = or_else = ""
         raise InvalidSchedule(
-            f"'{schedule}' holds two stages on each rank{by_default}, so num_stages is even; got {num_stages}{or_else}"
+            f"{schedule!r} holds two stages on each rank{by_default}, so num_stages is even; got {num_stages}{or_else}"
         )
     return num_stages // 2
 
@@ -129,6 +138,13 @@ def _csv_path(schedule: ScheduleLike) -> Path | None:
     if isinstance(schedule, str) and schedule.endswith(".csv"):
         return Path(schedule)
     return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSchedule(f"the schedule {str(path)!r} cannot be read: {error}") from error
 
 
 def _cells(schedule: object) -> list[list[str]]:
@@ -146,7 +162,7 @@ def _cells(schedule: object) -> list[list[str]]:
         or not all(isinstance(cell, str) for row in rows for cell in row)
     ):
         raise InvalidSchedule(
-            "a schedule is a name, the path of a CSV file, or for each rank a list of actions as text, "
+            "a schedule is a name, the path of a CSV file, a Policy, or for each rank a list of actions as text, "
             'as in [["0F0", "0B0"], ["1F0", "1B0"]]'
         )
     return [list(row) for row in rows]

@@ -136,8 +136,14 @@ class Simulation:
         makespan: from the first task's begin to the last one's end.
         bubble: share of the makespan in which a rank runs nothing, mean over ranks.
         bubble_by_rank: the same for each rank.
+        bubble_latest: of the rank that finishes last, share of the makespan.
+        bubble_from_first_start: of the rank with the longest span from its own first task's begin to its last
+            one's end, the share of that span in which it runs nothing.
+        first_start: when a rank's first task begins, by rank.
+        finish: when its last task ends, by rank.
         peak_in_flight: most microbatches alive at once, by rank.
         peak_in_flight_of_stage: the same by stage.
+        peak_memory: the most that microbatches take at once, by rank, in the unit of the costs.
         working_bytes: memory the simulation took beside the plan.
     """
 
@@ -148,8 +154,13 @@ class Simulation:
         self.makespan: float = times.makespan
         self.bubble: float = times.bubble
         self.bubble_by_rank = [times.bubble_of(rank) for rank in range(plan.num_ranks)]
+        self.bubble_latest: float = times.bubble_latest
+        self.bubble_from_first_start: float = times.bubble_from_first_start
+        self.first_start: list[float] = times.first_start
+        self.finish: list[float] = times.finish
         self.peak_in_flight: list[int] = times.peak_in_flight
         self.peak_in_flight_of_stage: list[int] = times.peak_in_flight_of_stage
+        self.peak_memory: list[float] = times.peak_memory
         self.working_bytes: int = times.working_bytes
         self._costs = costs
         self._times = times
@@ -172,12 +183,21 @@ class Simulation:
         return dict(enumerate(_C.simulated_order(self.plan, self._times)))
 
 
-def simulate(plan: _C.Plan, costs: Costs = Costs()) -> Simulation:
+def simulate(
+    plan: _C.Plan, costs: Costs = Costs(), *, noise: float = 0.0, seed: int = 0
+) -> Simulation:
     """Runs ``plan`` under a virtual clock.
 
-    Raises InvalidSchedule if the costs do not fit the plan.
+    Args:
+        plan: what to run. One whose ranks react keeps ``costs.memory_limit`` as it goes: they start their F in the
+            planned order, each when it fits.
+        costs: of tasks, links and memory.
+        noise: coefficient of variation of a random factor of mean 1, log-normal, on the time of each task.
+        seed: of those factors, at least 0; the same action gets the same one in every mode.
+
+    Raises InvalidSchedule if the costs do not fit the plan, or its order exceeds a limit of memory.
     """
-    by_stage = costs.by_stage(plan.num_stages, plan.num_ranks)
+    by_stage = costs.by_stage(plan.num_stages, plan.num_ranks).with_noise(noise, seed)
     return Simulation(plan, by_stage, _C.simulate(plan, by_stage))
 
 

@@ -80,10 +80,15 @@ std::string ListScheduler::waiting() const {
       separator = ", ";
     }
     if (missing_[first] == 0) {
-      text += has_slot(first) ? " its rank's running task"
-                              : " a slot of stage " + std::to_string(plan_.action(first).stage) +
-                                    " (" + std::to_string(plan_.limit(plan_.action(first).stage)) +
-                                    " in flight at most)";
+      if (!has_slot(first)) {
+        const int stage = plan_.action(first).stage;
+        text += " a slot of stage " + std::to_string(stage) + " (" + std::to_string(plan_.limit(stage)) +
+                " in flight at most)";
+      } else if (memory_ && !memory_->fits(first)) {
+        text += " memory of its rank";
+      } else {
+        text += " its rank's running task";
+      }
     }
     text += "\n";
   }
@@ -109,7 +114,7 @@ void run_without_time(ListScheduler& scheduler, const Plan& plan) {
 }  // namespace
 
 bool ends(const Plan& plan) {
-  if (plan.runs_in_order()) return run_in_order(plan, NoClock{});
+  if (plan.runs_in_order() && run_in_order(plan, NoClock{})) return true;
   ListScheduler scheduler(plan);
   run_without_time(scheduler, plan);
   return scheduler.done();
@@ -120,8 +125,8 @@ void check_ends(const Plan& plan) {
   ListScheduler scheduler(plan);
   run_without_time(scheduler, plan);
   if (!scheduler.done()) {
-    throw PlanError("this schedule never ends: these tasks wait for one another\n" +
-                    scheduler.waiting());
+    throw PlanError("this schedule never ends: these tasks wait for one another\n" + scheduler.cycle() +
+                    "so that of each rank\n" + scheduler.waiting());
   }
 }
 

@@ -59,6 +59,10 @@ class ListScheduler {
   // For each worker with tasks left, its foremost one and what that waits for, a line each.
   std::string waiting() const;
 
+  // Where nothing runs and nothing may start: tasks each of which waits for the next and the last one for the
+  // first, a line each, with their cells.
+  std::string cycle() const;
+
   std::size_t nbytes() const;
 
  private:
@@ -73,6 +77,7 @@ class ListScheduler {
   void occupy_slot(TaskId task);
   // The first F of the worker's rank, as planned, that has not begun.
   TaskId next_forward(int worker) const;
+  TaskId frees_slot_for(TaskId task) const;
 
   static constexpr std::uint16_t kFinished = kMaxDependencies + 1;
 

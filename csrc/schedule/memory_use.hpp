@@ -31,8 +31,6 @@ class MemoryUse {
     held_[plan_.rank_of(task)] -= memory_.frees(a.kind, a.stage, plan_.has_backward());
   }
 
-  double held(int rank) const { return held_[rank]; }
-  double limit(int rank) const { return memory_.limit[rank]; }
   const std::vector<double>& peak() const { return peak_; }  // by rank
 
  private:

@@ -1,13 +1,25 @@
 #include "schedule/placement.hpp"
 
+#include <algorithm>
 #include <array>
 #include <string>
 
 namespace pe {
 
-std::string_view layout_name(Layout layout) {
-  constexpr std::array<std::string_view, 4> kNames = {"linear", "looped", "v", "bidirectional"};
-  return kNames[static_cast<int>(layout)];
+namespace {
+
+constexpr std::array<std::string_view, 4> kNames = {"linear", "looped", "v", "bidirectional"};
+
+}  // namespace
+
+std::string_view layout_name(Layout layout) { return kNames[static_cast<int>(layout)]; }
+
+Layout layout_of_name(std::string_view name) {
+  const auto it = std::find(kNames.begin(), kNames.end(), name);
+  if (it == kNames.end()) {
+    throw PlanError("there is no placement '" + std::string(name) + "'; there are linear, looped, v, bidirectional");
+  }
+  return static_cast<Layout>(it - kNames.begin());
 }
 
 std::vector<int> Placement::stages_of(int rank) const {

@@ -23,6 +23,7 @@ enum class Layout {
 };
 
 std::string_view layout_name(Layout layout);
+Layout layout_of_name(std::string_view name);  // throws PlanError listing the names there are
 
 struct Placement {
   int num_ranks = 0;

@@ -14,7 +14,7 @@ namespace pe {
 
 // What a rank prefers among its ready tasks, and how many microbatches a stage may have in flight.
 struct Rule {
-  std::vector<Kind> preference;                                       // first before later
+  std::vector<Kind> preference;  // first before later: F, and B or else I and W
   std::function<int(const Placement&, int stage, int microbatches)> limit;  // slots
 };
 
@@ -22,10 +22,13 @@ struct Rule {
 using OrderOfRank =
     std::function<std::vector<Action>(const Placement&, int rank, int microbatches)>;
 
+// All actions of all ranks, where those of one follow from the others'.
+using OrderOfRanks = std::function<Order(const Placement&, int microbatches)>;
+
 struct Schedule {
   std::string name;
   Layout layout = Layout::Linear;
-  std::variant<Rule, OrderOfRank> policy;
+  std::variant<Rule, OrderOfRank, OrderOfRanks> policy;
 };
 
 // One file each.
@@ -36,6 +39,8 @@ Schedule looped_bfs();
 Schedule zb_h1();
 Schedule zb_h2();
 Schedule zbv();
+Schedule v_half();
+Schedule v_min();
 Schedule dualpipev();
 Schedule dualpipe();
 

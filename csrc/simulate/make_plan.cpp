@@ -1,5 +1,6 @@
 #include "simulate/make_plan.hpp"
 
+#include <algorithm>
 #include <string>
 
 #include "schedule/list_scheduler.hpp"
@@ -7,14 +8,6 @@
 
 namespace pe {
 namespace {
-
-Placement place(const Schedule& schedule, int num_stages, int num_ranks) {
-  try {
-    return place(schedule.layout, num_stages, num_ranks);
-  } catch (const PlanError& error) {
-    throw PlanError("'" + schedule.name + "' " + error.what());
-  }
-}
 
 void check(const Packs& packs, const Shape& shape) {
   const auto check_one = [&](const char* what, const std::vector<int>& ks) {
@@ -55,7 +48,9 @@ Draft draft_of(const Rule& rule, const Placement& placement, const Shape& shape)
   Draft draft{Order(placement.num_ranks), shape, {}, rule.preference};
   for (int s = 0; s < shape.num_stages; ++s) {
     draft.limits.push_back(rule.limit(placement, s, shape.num_microbatches));
-    for (const Kind kind : {Kind::F, Kind::B}) {
+    for (const Kind kind : {Kind::F, Kind::B, Kind::I, Kind::W}) {
+      const auto& kinds = rule.preference;
+      if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) continue;
       for (int m = 0; m < shape.num_microbatches; ++m) {
         draft.order[placement.rank_of_stage[s]].push_back({s, m, kind});
       }
@@ -66,6 +61,15 @@ Draft draft_of(const Rule& rule, const Placement& placement, const Shape& shape)
 
 Draft draft_of(const Order& order, const Shape& shape) {
   return {order, shape, peak_in_flight(order, shape).of_stage, {}};
+}
+
+Order order_of(const Schedule& schedule, const Placement& placement, int microbatches) {
+  if (const auto* whole = std::get_if<OrderOfRanks>(&schedule.policy)) return (*whole)(placement, microbatches);
+  Order order;
+  for (int rank = 0; rank < placement.num_ranks; ++rank) {
+    order.push_back(std::get<OrderOfRank>(schedule.policy)(placement, rank, microbatches));
+  }
+  return order;
 }
 
 bool sends_explicitly(const Order& order) {
@@ -104,12 +108,21 @@ void check_kept(const Plan& plan, const Slots& slots) {
 
 }  // namespace
 
+Placement place(const Schedule& schedule, int num_stages, int num_ranks) {
+  try {
+    return place(schedule.layout, num_stages, num_ranks);
+  } catch (const PlanError& error) {
+    throw PlanError("'" + schedule.name + "' " + error.what());
+  }
+}
+
 Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int microbatches,
                PlanOptions options, const Slots& slots) {
   const Placement placement = place(schedule, num_stages, num_ranks);
   const Shape shape = shape_of(placement, microbatches);
   check(options.packs, shape);
   check(slots, shape);
+  if (options.memory.limited()) options.memory.validate(num_stages, num_ranks);
   if (const Rule* rule = std::get_if<Rule>(&schedule.policy)) {
     const Draft draft = draft_of(*rule, placement, shape);
     Settled settled = settle(draft, options.packs, slots);
@@ -120,10 +133,7 @@ Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int micr
     }
     return Plan(settled.order, shape, options, settled.limits, rule->preference);
   }
-  Order order;
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    order.push_back(std::get<OrderOfRank>(schedule.policy)(placement, rank, microbatches));
-  }
+  const Order order = order_of(schedule, placement, microbatches);
   if (options.packs.any() || slots.given()) return settled_plan(order, shape, options, slots);
   Plan plan(order, shape, options);
   check_ends(plan);
@@ -134,6 +144,7 @@ Plan make_plan(const Order& order, PlanOptions options, const Slots& slots) {
   const Shape shape = validate(order);
   check(options.packs, shape);
   check(slots, shape);
+  if (options.memory.limited()) options.memory.validate(shape.num_stages, static_cast<int>(order.size()));
   if (options.packs.any() && sends_explicitly(order)) {
     throw PlanError("the schedule lists its sends, one for each result, so that none leave together; leave "
                     "out SEND and RECV, or pack=1");

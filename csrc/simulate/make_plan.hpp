@@ -9,6 +9,9 @@
 
 namespace pe {
 
+// Throws PlanError, naming the schedule, where it cannot place the stages so.
+Placement place(const Schedule& schedule, int num_stages, int num_ranks);
+
 // Throws PlanError where the schedule cannot place `num_stages` on `num_ranks`, or the step would never end
 // with so few slots.
 Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int microbatches,

@@ -28,11 +28,8 @@ struct Simulation {
 };
 
 // Throws PlanError if the costs do not fit the plan, the plan cannot end, or its planned order exceeds a limit
-// of memory.
-Simulation simulate(const Plan& plan, const Costs& costs);
-
-// The same by events, though the plan may need none: for tests that compare the two.
-Simulation simulate_by_events(const Plan& plan, const Costs& costs);
+// of memory. `by_events`: even where the plan needs none, so that tests can compare the two clocks.
+Simulation simulate(const Plan& plan, const Costs& costs, bool by_events = false);
 
 // When each task ends.
 std::vector<double> end_times(const Plan& plan, const Costs& costs, const Simulation& simulation);

@@ -12,7 +12,7 @@ import torch
 from ..errors import InvalidArgument
 from ..lm import checkpoint
 from ..lm.checkpoint import Checkpoint
-from ..planning import build_plan, schedule_names
+from ..planning import AUTO, build_plan, schedule_names
 from .numbers import count, count_or_zero, positive
 from .presets import PRESETS
 
@@ -57,13 +57,17 @@ class Options:
         """Where and how the stages are to run, as ``Pipeline`` takes it; what it may choose is left out."""
         settings: dict[str, Any] = {}
         if self.device not in ("auto", "cuda"):
-            plan = build_plan(self.schedule, num_stages=self.stages, microbatches=self.microbatches)
-            settings["devices"] = [self.device] * plan.num_ranks
+            settings["devices"] = [self.device] * self._ranks()
         if self.overlap is not None:
             settings["overlap"] = self.overlap
         if self.graphs:
             settings["graphs"] = True
         return settings
+
+    def _ranks(self) -> int:
+        if self.schedule == AUTO:
+            return self.stages
+        return build_plan(self.schedule, num_stages=self.stages, microbatches=self.microbatches).num_ranks
 
     def messages(self) -> dict[str, Any]:
         """How results are to leave the stages, as ``Pipeline`` takes it."""
@@ -112,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--context", "bytes the model sees at once", type=count)
     add("--stages", "stages to cut the model into", type=count)
     add("--microbatches", "parts a batch is cut into", type=count)
-    add("--schedule", f"{', '.join(schedule_names())}, or a CSV file")
+    add("--schedule", f"{', '.join(schedule_names())}, a CSV file, or {AUTO}: measured and chosen")
     add("--device", "auto: all GPUs, else the CPU; cpu; cuda: all GPUs; cuda:0, cuda:1, ...: one", type=_device)
     add(
         "--overlap",

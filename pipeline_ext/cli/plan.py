@@ -11,11 +11,12 @@ from .. import _C
 from ..comparison import Planned, planned, recut, simulated, stages_of
 from ..errors import InvalidArgument, InvalidSchedule
 from ..files import whole_file
+from ..planning import AUTO
 from ..report.page import save_page
 from ..report.timeline import SUFFIXES, accepted_path, percent, save_picture, simulated_panel, unit_of
 from ..search import SearchResult, search
 from ..simulation import Costs
-from .plan_options import AUTO, add_arguments, costs_of
+from .plan_options import add_arguments, costs_of
 from .plan_table import show
 
 _SECONDS = 5.0  # for a search, where nothing else bounds it

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from ..costs_file import BOUNDARY, PLACES, RANK
 from ..errors import InvalidArgument
-from ..planning import schedule_names
+from ..planning import AUTO, schedule_names
 from ..simulation import Costs
 from .numbers import cost, count, count_or_zero, positive, seconds, speed
 
-AUTO = "auto"
 _COSTS = {  # by field of Costs
     "forward": ("--tf", "time of F of one stage (default: 1)"),
     "input_grad": ("--ti", "time of I, the input gradients, of one stage (default: 1)"),

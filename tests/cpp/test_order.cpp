@@ -46,11 +46,38 @@ TEST(an_overlapped_pair_counts_as_one_cell) {
   CHECK_THROWS(validate(order({{"(0F0;0B0)OVERLAP_F_B", "0F0"}})), PlanError, "cell 1 '0F0'");
 }
 
+TEST(a_stage_lives_on_one_rank_or_all_on_two_that_share_the_microbatches) {
+  const Order both = order({{"0F0", "1F1", "1B1", "0B0"}, {"0F1", "1F0", "1B0", "0B1"}});
+  const Shape shape = validate(both);
+  CHECK((shape.rank_of_stage == std::vector<int>{0, 1}));
+  CHECK((shape.rank_of_copy == std::vector<int>{1, 0}));
+  CHECK_EQ(shape.first_of_copy, 1);
+  CHECK_EQ(make_plan(both, {}).rank_of(1), 0);
+  CHECK_THROWS(validate(order({{"0F0", "1F1", "1B1", "0B0", "0F2"}, {"0F1", "1F0", "1B0", "0B1"}})),
+               PlanError, "rank 0, cell 4 '0F2': it belongs on rank 1");
+  // Only one stage is shared.
+  CHECK_THROWS(validate(order({{"0F0", "0F1", "1F1", "1B1", "0B0", "0B1"}, {"1F0", "1B0"}})), PlanError,
+               "stage 1 is already on rank 1");
+}
+
+TEST(a_deadlock_over_slots_names_what_would_free_one) {
+  const Order one = order({{"0F0", "0F1", "0I0", "0W0", "0I1", "0W1"}});
+  const Plan plan(one, validate(one), {}, {1});
+  CHECK_THROWS(check_ends(plan), PlanError,
+               "  rank 0, cell 1 '0F1' needs the slot that is freed by rank 0, cell 3 '0W0'\n"
+               "  rank 0, cell 3 '0W0' stands behind rank 0, cell 1 '0F1'\n");
+}
+
 TEST(a_deadlock_is_found_and_explained) {
   // Rank 0 wants the backward of microbatch 0 before it gives rank 1 what rank 1 wants first.
   const Order bad = order({{"0F0", "0B0", "0F1", "0B1"}, {"1F0", "1F1", "1B0", "1B1"}});
   CHECK_THROWS(make_plan(bad, {}), PlanError, "rank 0: 0B0 waits for 1B0 on rank 1");
   CHECK_THROWS(make_plan(bad, {}), PlanError, "rank 1: 1F1 waits for 0F1 on rank 0");
+  CHECK_THROWS(make_plan(bad, {}), PlanError,
+               "  rank 0, cell 1 '0B0' waits for rank 1, cell 2 '1B0'\n"
+               "  rank 1, cell 2 '1B0' stands behind rank 1, cell 1 '1F1'\n"
+               "  rank 1, cell 1 '1F1' waits for rank 0, cell 2 '0F1'\n"
+               "  rank 0, cell 2 '0F1' stands behind rank 0, cell 1 '0B0'\n");
   // Where a rank need not stand behind the task it waits for, it ends.
   CHECK_EQ(make_plan(bad, {.overlap = true}).size(), 8u);
   CHECK_EQ(make_plan(bad, {.reactive = true}).size(), 8u);

@@ -98,16 +98,20 @@ Order spelt_out(const Plan& plan, bool split) {
     std::set<int> stages;
     for (const Action& a : actions) {
       stages.insert(a.stage);
+      if (a.kind == Kind::W) {
+        spelt.push_back(a);
+        continue;
+      }
       const bool forward = a.kind == Kind::F;
       const int from = forward ? a.stage - 1 : a.stage + 1, to = forward ? a.stage + 1 : a.stage - 1;
       if (leaves(a.stage, from)) {
         spelt.push_back({a.stage, a.microbatch, forward ? Kind::RecvF : Kind::RecvB});
       }
-      spelt.push_back({a.stage, a.microbatch, forward || !split ? a.kind : Kind::I});
+      spelt.push_back({a.stage, a.microbatch, a.kind == Kind::B && split ? Kind::I : a.kind});
       if (leaves(a.stage, to)) {
         spelt.push_back({a.stage, a.microbatch, forward ? Kind::SendF : Kind::SendB});
       }
-      if (!forward && split) spelt.push_back({a.stage, a.microbatch, Kind::W});
+      if (a.kind == Kind::B && split) spelt.push_back({a.stage, a.microbatch, Kind::W});
     }
     for (const int stage : stages) spelt.push_back({stage, kNoMicrobatch, Kind::ReduceGrad});
   }
