@@ -22,17 +22,17 @@ class Planned:
 
     Attributes:
         schedule: its name, or the file it comes from.
-        ranks, microbatches: how many there are.
-        chunks: the most stages that a rank holds.
+        ranks, microbatches: how many there are; None, as ``chunks``, of a file in which that cannot be told.
+        chunks: the most stages that a rank holds, second copies not counted.
         simulation: None where it cannot be.
         reason: why it cannot be.
         chosen: whether a search found it.
     """
 
     schedule: str
-    ranks: int
-    chunks: int
-    microbatches: int
+    ranks: int | None
+    chunks: int | None
+    microbatches: int | None
     costs: Costs
     simulation: Simulation | None = None
     reason: str | None = None
@@ -63,9 +63,14 @@ class Planned:
         return 1.0 - self.ideal / makespan if makespan > 0 else 0.0
 
     @cached_property
-    def lower_bound(self) -> float:
-        """A makespan below which no schedule of these stages on these ranks can be."""
+    def lower_bound(self) -> float | None:
+        """A makespan below which no order of these stages on these ranks can be.
+
+        None where none is known: with ``overlap``, two copies of the stages, or no backward.
+        """
         plan = self._feasible().plan
+        if plan.overlap or plan.rank_of_copy or not plan.has_backward:
+            return None
         costs = self.costs.by_stage(plan.num_stages, plan.num_ranks)
         return _C.lower_bound(plan.rank_of_stage, plan.num_ranks, plan.num_microbatches, costs)[0]
 

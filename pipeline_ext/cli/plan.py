@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -61,38 +61,37 @@ def _check(options: argparse.Namespace, names: Sequence[str]) -> None:
 
 
 def _plan(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[Planned], SearchResult | None]:
-    """What each schedule would take, in the order given, and what the search came to, where there is one."""
-    files = {path: _read(path, options.overlap) for path in options.from_csv}
-    plans = [plan for plan in files.values() if isinstance(plan, _C.Plan)]
-    ranks = {plan.num_ranks for plan in plans} | ({options.ranks} - {None})
-    if len(ranks) > 1:
-        raise InvalidArgument(f"the schedules have {' and '.join(map(str, sorted(ranks)))} ranks; compare those of one")
+    """What each schedule would take, and what the search came to, where there is one."""
+    read = [(str(path), _read(path, options.overlap)) for path in options.from_csv]
+    plans = {file: plan for file, plan in read if isinstance(plan, _C.Plan)}
+    broken = [
+        Planned(file, options.ranks, None, options.microbatches, Costs(), reason=reason)
+        for file, reason in read
+        if isinstance(reason, str)
+    ]
+    ranks = _ranks(options, plans.values())
+    if ranks is None:
+        return broken, None
+    own = {name: stages_of(name, ranks, options.chunks or 0) for name in names if name != AUTO}
+    stages = _stages_of_costs(options, ranks, {*own.values(), *(plan.num_stages for plan in plans.values())})
+    costs = costs_of(options, stages, ranks)
+    results = [
+        planned(
+            name,
+            num_stages=own[name],
+            num_ranks=ranks,
+            microbatches=options.microbatches,
+            costs=recut(costs, stages, own[name]),
+            overlap=options.overlap,
+        )
+        for name in own
+    ]
+    results += [simulated(file, plan, recut(costs, stages, plan.num_stages)) for file, plan in plans.items()]
     found = None
-    results = []
-    if ranks:
-        (ranks,) = ranks
-        own = {name: stages_of(name, ranks, options.chunks or 0) for name in names if name != AUTO}
-        stages = _stages_of_costs(options, ranks, {*own.values(), *(plan.num_stages for plan in plans)})
-        costs = costs_of(options, stages, ranks)
-        for name in names:
-            if name == AUTO:
-                result, found = _search(options, costs)
-            else:
-                result = planned(
-                    name,
-                    num_stages=own[name],
-                    num_ranks=ranks,
-                    microbatches=options.microbatches,
-                    costs=recut(costs, stages, own[name]),
-                    overlap=options.overlap,
-                )
-            results.append(result)
-    for path, plan in files.items():
-        if isinstance(plan, _C.Plan):
-            results.append(simulated(str(path), plan, recut(costs, stages, plan.num_stages)))
-        else:
-            results.append(Planned(str(path), options.ranks, None, options.microbatches, Costs(), reason=plan))
-    return results, found
+    if AUTO in names:
+        best, found = _search(options, costs)
+        results.append(best)
+    return results + broken, found
 
 
 def _read(path: Path, overlap: bool) -> _C.Plan | str:
@@ -104,27 +103,40 @@ def _read(path: Path, overlap: bool) -> _C.Plan | str:
         return str(error)
 
 
+def _ranks(options: argparse.Namespace, plans: Iterable[_C.Plan]) -> int | None:
+    """Of all schedules; None if there is none. Raises InvalidArgument where they differ."""
+    found = sorted({plan.num_ranks for plan in plans} | ({options.ranks} - {None}))
+    if len(found) > 1:
+        raise InvalidArgument(f"the schedules have {' and '.join(map(str, found))} ranks; compare those of one number")
+    return found[0] if found else None
+
+
 def _stages_of_costs(options: argparse.Namespace, ranks: int, counts: set[int]) -> int:
     """How many stages the costs are of; ``counts`` are those that the schedules have."""
     if options.chunks:
         return ranks * options.chunks
-    return counts.pop() if len(counts) == 1 else ranks
+    return counts.pop() if len(counts) == 1 and AUTO not in (options.schedule or ()) else ranks
 
 
-def _search(options: argparse.Namespace, costs: Costs) -> tuple[Planned, SearchResult]:
+def _search(options: argparse.Namespace, costs: Costs) -> tuple[Planned, SearchResult | None]:
+    """The best schedule; why there is none where all are refused."""
     bounded = options.budget or options.trials
-    found = search(
-        costs,
-        num_ranks=options.ranks,
-        chunks=(options.chunks,) if options.chunks else (1, 2),
-        microbatches=options.microbatches,
-        budget=options.budget if bounded else _SECONDS,
-        trials=options.trials,
-        seed=options.seed,
-    )
+    try:
+        found = search(
+            costs,
+            num_ranks=options.ranks,
+            chunks=(options.chunks,) if options.chunks else (1, 2),
+            microbatches=options.microbatches,
+            budget=options.budget if bounded else _SECONDS,
+            trials=options.trials,
+            seed=options.seed,
+        )
+    except InvalidSchedule as error:
+        return Planned(AUTO, options.ranks, None, options.microbatches, costs, reason=str(error)), None
     best = found.best
+    cut = recut(costs, options.ranks * (options.chunks or 1), best.plan.num_stages)
     result = Planned(
-        best.schedule, options.ranks, best.chunks, best.microbatches, costs, best.simulation, chosen=True
+        best.schedule, options.ranks, best.chunks, best.microbatches, cut, best.simulation, chosen=True
     )
     return result, found
 

@@ -40,7 +40,7 @@ def _schedules(results: Sequence[Planned]) -> Table:
             str(result.chunks),
             str(result.microbatches),
             _figure(simulation.makespan),
-            _figure(result.lower_bound),
+            "-" if result.lower_bound is None else _figure(result.lower_bound),
             percent(result.bubble),
             percent(simulation.bubble_from_first_start),
             str(max(simulation.peak_in_flight)),
@@ -55,7 +55,7 @@ def _ranks(result: Planned) -> Table:
     simulation = result.simulation
     plan = simulation.plan
     for rank in range(plan.num_ranks):
-        stages = [stage for stage, of in enumerate(plan.rank_of_stage) if of == rank]
+        stages = [s for of in (plan.rank_of_stage, plan.rank_of_copy) for s, r in enumerate(of) if r == rank]
         table.add_row(
             str(rank),
             ", ".join(map(str, stages)),

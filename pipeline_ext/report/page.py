@@ -66,11 +66,12 @@ def _schedule(result: Planned) -> dict[str, Any]:
     simulation = result.simulation
     plan = simulation.plan
     tasks = [t for t in task_records(plan, simulation.begin, simulation.end) if t.kind in COLORS]
+    bound = "" if result.lower_bound is None else f", not below {result.lower_bound:.6g}"
     curves = memory_curve(tasks, result.costs, plan.num_stages)
     return {
         "title": result.title,
         "figures": (
-            f"makespan {simulation.makespan:.6g}, not below {result.lower_bound:.6g}; bubble {percent(result.bubble)}; "
+            f"makespan {simulation.makespan:.6g}{bound}; bubble {percent(result.bubble)}; "
             f"up to {max(simulation.peak_in_flight)} microbatches in flight, memory "
             f"{max(simulation.peak_memory):.6g}; {plan.num_messages} messages"
         ),
