@@ -104,10 +104,11 @@ def test_equal_to_plain_autograd_whatever_the_order_and_the_mode(make, order, op
 
 
 @pytest.mark.parametrize("options", [{"pack": 2}, {"pack": "all", "pack_forward": 3}, {"pack": 3, "overlap": True}])
+@pytest.mark.parametrize("order", [late, some_whole])
 @pytest.mark.parametrize("make", [chain, tree], ids=["chain", "tree"])
-def test_input_gradients_travel_in_packs(make, options):
+def test_input_gradients_travel_in_packs(make, order, options):
     model, x, y, loss_fn = case(make)
-    assert not check(model, x, y, late(4, 5), loss_fn, 4, 5, **options)
+    assert not check(model, x, y, order(4, 5), loss_fn, 4, 5, **options)
 
 
 def test_other_types_on_the_wire_give_what_they_give_with_whole_backwards():

@@ -49,13 +49,24 @@ class TaskIndex {
         const int k = packs.of(kind, std::min(stage, next));
         for (int first = 0; first < shape_.num_microbatches; first += k) {
           const int end = std::min(first + k, shape_.num_microbatches);
-          const auto begin_slot = senders_.begin() + slot({stage, first, kind});
-          const auto end_slot = begin_slot + (end - first);
-          if (std::find(begin_slot, end_slot, kNoTask) != end_slot) continue;
-          std::fill(begin_slot, end_slot, *std::max_element(begin_slot, end_slot));
+          const TaskId last = find_last(stage, kind, first, end);
+          if (last != kNoTask) std::fill_n(senders_.begin() + slot({stage, first, kind}), end - first, last);
         }
       }
     }
+  }
+
+  // Of the tasks that send gradients, or activations, of these microbatches; none if one does not.
+  TaskId find_last(int stage, Kind kind, int first, int end) const {
+    const Kind other = kind == Kind::F ? Kind::F : kind == Kind::B ? Kind::I : Kind::B;
+    TaskId last = 0;
+    for (int m = first; m < end; ++m) {
+      const TaskId task = find(stage, kind, m);
+      const TaskId sends = task == kNoTask ? find(stage, other, m) : task;
+      if (sends == kNoTask) return kNoTask;
+      last = std::max(last, sends);
+    }
+    return last;
   }
 
   std::size_t slot(const Action& a) const {
@@ -202,9 +213,18 @@ void Plan::fill_queues(const std::vector<Kind>& preference) {
     queues_begin_.push_back(num_ranks());
     return;
   }
+  // Where a stage lists B for some microbatches, and I and W for others, all of them keep their order:
+  // gradients leave, and are added, in it.
+  std::vector<bool> lists_b(num_stages(), false);
+  for (const Action& a : actions_) {
+    if (a.kind == Kind::B) lists_b[a.stage] = true;
+  }
   // What tells a worker's queues apart.
   const auto key_of = [&](const Action& a) {
-    return options_.reactive ? a.stage * kNumKinds + static_cast<int>(a.kind) : 0;
+    if (!options_.reactive) return 0;
+    const bool is_part = a.kind == Kind::I || a.kind == Kind::W;
+    const Kind kind = is_part && lists_b[a.stage] ? Kind::B : a.kind;
+    return a.stage * kNumKinds + static_cast<int>(kind);
   };
   queued_.reserve(size());
   for (int worker = 0; worker < num_workers(); ++worker) {
