@@ -1,6 +1,8 @@
 """I and W as tasks of their own: the gradients of B, bit for bit, and nothing computed or kept for longer."""
 
 import gc
+import threading
+import time
 import weakref
 from collections import Counter
 
@@ -494,6 +496,25 @@ def test_an_error_names_the_task_and_the_next_step_works(task, kind):
         assert all(p.grad is None for p in model.parameters())
         pipe.step(x, target=y)
         assert_same_gradients(model, gradients(plain))
+
+
+def test_a_whole_backward_that_was_given_up_leaves_no_gradient():
+    class Hangs(AtOnce):
+        def forward(self, x):
+            x.register_hook(lambda grad: (let_go.wait(30), ended.set())[2:] or None)  # the last to be called
+            return super().forward(x)
+
+    let_go, ended = threading.Event(), threading.Event()
+    model = nn.Sequential(nn.Linear(12, 12), Hangs())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    pipe = pe.Pipeline(model, 2, 1, late(2, 1), F.mse_loss, timeout=0.2)
+    with pytest.raises(pe.StepTimeout, match="1I0"):
+        pipe.step(torch.randn(2, 12), target=torch.randn(2, 12))
+    let_go.set()
+    assert ended.wait(10)
+    time.sleep(0.2)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_profile_and_trace_know_both_parts():
