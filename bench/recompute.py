@@ -1,7 +1,7 @@
-"""A stage's backward in two, with activation checkpointing and without: ours and torch.distributed.pipelining's.
+"""A stage's backward in two, I and W, with activation checkpointing and without.
 
-On one and the same stage, in turn; beside them the backward as a whole, which recomputes each layer once.
-Writes bench/results/recompute.json.
+Ours and that of torch.distributed.pipelining on one stage, in turn; beside them its backward as a whole, which
+computes each layer again once. Writes bench/results/recompute.json.
 """
 
 import argparse
@@ -29,7 +29,8 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, recomputed: bool) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.recomputed = recomputed
         self.forwards = 0
 
@@ -102,11 +103,9 @@ def main() -> None:
             rows.append(row)
             print(f"width {width}, {'checkpointed' if recomputed else 'plain'}")
             for name, times in row["milliseconds"].items():
-                print(
-                    "  {:30} {min:8.2f} {median:8.2f} {max:8.2f} ms, computes a layer again {again:g} times".format(
-                        name, again=row["recomputations_of_a_layer"][name], **times
-                    )
-                )
+                again = row["recomputations_of_a_layer"][name]
+                print("  {:30} {min:8.2f} {median:8.2f} {max:8.2f} ms".format(name, **times), end="")
+                print(f", computes a layer again {again:g} times")
     write_results("recompute", quiet=quiet, layers=LAYERS, rows_of_a_batch=ROWS, rows=rows)
 
 

@@ -105,7 +105,10 @@ def test_equal_to_plain_autograd_whatever_the_order_and_the_mode(make, order, op
         assert not check(model, x, y, order(stages, 4), loss_fn, stages, steps=5, **options)
 
 
-@pytest.mark.parametrize("options", [{"pack": 2}, {"pack": "all", "pack_forward": 3}, {"pack": 3, "overlap": True}])
+PACKS = [{"pack": 2}, {"pack": "all", "pack_forward": 3}, {"pack": 3, "overlap": True}]
+
+
+@pytest.mark.parametrize("options", PACKS, ids=str)
 @pytest.mark.parametrize("order", [late, some_whole])
 @pytest.mark.parametrize("make", [chain, tree], ids=["chain", "tree"])
 def test_input_gradients_travel_in_packs(make, order, options):
@@ -129,7 +132,8 @@ def test_other_types_on_the_wire_give_what_they_give_with_whole_backwards():
 def test_several_stages_on_a_rank():
     model, x, y, loss_fn = case(chain)
     first, second, third, fourth = late(4, 4)
-    assert not check(model, x, y, [[*first[:4], *third, *first[4:]], [*second[:4], *fourth, *second[4:]]], loss_fn, 4)
+    order = [[*first[:4], *third, *first[4:]], [*second[:4], *fourth, *second[4:]]]
+    assert not check(model, x, y, order, loss_fn, 4)
 
 
 LAYERS = {
