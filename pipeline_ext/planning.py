@@ -7,8 +7,11 @@ from pathlib import Path
 from . import _C, arguments
 from .errors import InvalidSchedule
 from .policy import Policy
+from .simulation import Costs
 
 ScheduleLike = str | os.PathLike | Policy | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
+
+AUTO = "auto"  # in place of a schedule's name: one that suits the costs
 
 
 def schedule_names() -> list[str]:
@@ -28,6 +31,7 @@ def build_plan(
     packs_forward: Sequence[int] = (),
     in_flight: int | Sequence[int] | None = None,
     room: Sequence[int] = (),
+    memory: Costs | None = None,
 ) -> _C.Plan:
     """The plan of one step.
 
@@ -47,6 +51,8 @@ def build_plan(
             many as it takes.
         room: how many microbatches each stage may hold at least, by stage, where ``in_flight`` allows it;
             empty: no more than it takes.
+        memory: costs whose ``memory_limit`` the plan keeps wherever it runs, None: none. An order that exceeds it
+            is refused; ranks that react start their F in the planned order, each when it fits.
 
     Raises:
         InvalidArgument: for numbers that cannot be used.
@@ -72,21 +78,24 @@ def build_plan(
         "in_flight": arguments.in_flight(in_flight, num_stages),
         "room": arguments.numbers("room", room, num_stages, by_stage),
     }
+
+    def limits(num_ranks: int) -> _C.Memory | None:
+        if memory is None or memory.memory_limit is None:
+            return None
+        return memory.by_stage(num_stages, num_ranks).memory(num_stages)
+
     path = _csv_path(schedule)
     if isinstance(schedule, str | Policy) and path is None and num_ranks is None:
         num_ranks = default_ranks(schedule, num_stages)
     if isinstance(schedule, Policy):
-        plan = schedule.plan(num_stages, num_ranks, microbatches, mode)
+        plan = schedule.plan(num_stages, num_ranks, microbatches, {**mode, "memory": limits(num_ranks)})
     elif isinstance(schedule, str) and path is None:
-        return _C.make_plan(schedule, num_stages, num_ranks, microbatches, **mode)
-    elif path is not None:
-        try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidSchedule(f"the schedule {str(path)!r} cannot be read: {error}") from error
-        plan = _C.plan_of_cells(_C.cells_of_csv(text), **mode)
+        return _C.make_plan(
+            schedule, num_stages, num_ranks, microbatches, **mode, memory=limits(num_ranks)
+        )
     else:
-        plan = _C.plan_of_cells(_cells(schedule), **mode)
+        cells = _cells(schedule) if path is None else _C.cells_of_csv(_text(path))
+        plan = _C.plan_of_cells(cells, **mode, memory=limits(len(cells)))
     for what, given, found in (
         ("num_stages", num_stages, plan.num_stages),
         ("microbatches", microbatches, plan.num_microbatches),
@@ -105,13 +114,7 @@ def check_trainable(plan: _C.Plan) -> None:
             "not run; 'dualpipev' is the same idea with one copy"
         )
     if not plan.has_backward:
-        raise InvalidSchedule("the schedule has no backward action (B), so it would train nothing")
-    split = {"I", "W"} & set(plan.kinds())
-    if split:
-        raise InvalidSchedule(
-            f"the schedule splits the backward into {' and '.join(sorted(split))}; stages run it whole, "
-            "so list B for each microbatch instead"
-        )
+        raise InvalidSchedule("the schedule has no backward action (B, or I and W), so it would train nothing")
 
 
 def default_ranks(schedule: str | Policy, num_stages: int) -> int:
@@ -135,6 +138,13 @@ def _csv_path(schedule: ScheduleLike) -> Path | None:
     if isinstance(schedule, str) and schedule.endswith(".csv"):
         return Path(schedule)
     return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSchedule(f"the schedule {str(path)!r} cannot be read: {error}") from error
 
 
 def _cells(schedule: object) -> list[list[str]]:

@@ -1,11 +1,12 @@
 """What a plan would take: the scheduler under a virtual clock."""
 
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from . import _C
-from .errors import InvalidSchedule
+from . import _C, costs_file
+from .errors import InvalidArgument, InvalidSchedule
 
 PerStage = float | Sequence[float]
 
@@ -51,12 +52,23 @@ class Costs:
     mem_w: PerStage | None = None
     memory_limit: PerStage | None = None
 
-    def by_stage(self, num_stages: int, num_ranks: int) -> _C.CostsByStage:
-        """Each of the costs as a list, by stage, boundary or rank.
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Costs":
+        """The costs in a JSON file: one object of the attributes above, each a number or a list.
 
-        Raises InvalidSchedule for bandwidths, bytes and memory that cannot be.
+        Raises InvalidArgument, naming the key, for what is no cost.
         """
-        forward = _spread(self.forward, num_stages)
+        return cls(**costs_file.read(path))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the file that ``load`` reads, and ``pipeline-ext plan --costs``.
+
+        Raises PipelineError where it cannot be written.
+        """
+        costs_file.write(path, asdict(self))
+
+    def times(self, num_stages: int) -> dict[str, list[float]]:
+        """Of F, B, I and W, by stage."""
         backward = _spread(self.backward, num_stages)
         if self.input_grad is None:
             input_grad = [b / 2 for b in backward]
@@ -66,32 +78,16 @@ class Costs:
             weight_grad = [b - i for b, i in zip(backward, input_grad)]
         else:
             weight_grad = _spread(self.weight_grad, num_stages)
-        boundaries = num_stages - 1
-        nbytes = _spread(self.message_bytes, boundaries)
-        bandwidth = _spread(self.bandwidth, boundaries)
-        if min(bandwidth, default=1.0) <= 0:
-            raise InvalidSchedule(f"bandwidth holds {min(bandwidth):g}; it is bytes in a unit of time, above 0")
-        if min(nbytes, default=0.0) < 0:
-            raise InvalidSchedule(f"message_bytes holds {min(nbytes):g}; it is not negative")
-        return _C.CostsByStage(
-            forward=forward,
-            backward=backward,
-            input_grad=input_grad,
-            weight_grad=weight_grad,
-            latency=_spread(self.latency, boundaries),
-            overhead=_spread(self.overhead, boundaries),
-            transfer=[n / b for n, b in zip(nbytes, bandwidth)],
-            contention=float(self.contention),
-            pair=float(self.pair),
-            taken=_spread(self.act_memory, num_stages),
-            freed_by_input_grad=self._freed_by_input_grad(num_stages),
-            memory_limit=[] if self.memory_limit is None else _spread(self.memory_limit, num_ranks),
-        )
+        return {"F": _spread(self.forward, num_stages), "B": backward, "I": input_grad, "W": weight_grad}
 
-    def _freed_by_input_grad(self, num_stages: int) -> list[float]:
-        if self.mem_i is None and self.mem_w is None:
-            return [0.0] * num_stages
+    def memory(self, num_stages: int) -> tuple[list[float], list[float]]:
+        """Of one microbatch, by stage: what F takes, and what I frees of it.
+
+        Raises InvalidSchedule where more is freed than taken.
+        """
         taken = _spread(self.act_memory, num_stages)
+        if self.mem_i is None and self.mem_w is None:
+            return taken, [0.0] * num_stages
         by_w = None if self.mem_w is None else _spread(self.mem_w, num_stages)
         by_i = [a - w for a, w in zip(taken, by_w)] if self.mem_i is None else _spread(self.mem_i, num_stages)
         for a, i, w in zip(taken, by_i, by_w or [0.0] * num_stages):
@@ -100,7 +96,36 @@ class Costs:
                     f"mem_i {i:g} and mem_w {w:g} free more than the act_memory {a:g} that F takes; together they "
                     "are at most as much"
                 )
-        return by_i
+        return taken, by_i
+
+    def by_stage(self, num_stages: int, num_ranks: int) -> _C.CostsByStage:
+        """Each of the costs as a list, by stage, boundary or rank.
+
+        Raises InvalidSchedule for bandwidths, bytes and memory that cannot be.
+        """
+        times = self.times(num_stages)
+        taken, freed_by_input_grad = self.memory(num_stages)
+        boundaries = num_stages - 1
+        nbytes = _spread(self.message_bytes, boundaries)
+        bandwidth = _spread(self.bandwidth, boundaries)
+        if min(bandwidth, default=1.0) <= 0:
+            raise InvalidSchedule(f"bandwidth holds {min(bandwidth):g}; it is bytes in a unit of time, above 0")
+        if min(nbytes, default=0.0) < 0:
+            raise InvalidSchedule(f"message_bytes holds {min(nbytes):g}; it is not negative")
+        return _C.CostsByStage(
+            forward=times["F"],
+            backward=times["B"],
+            input_grad=times["I"],
+            weight_grad=times["W"],
+            latency=_spread(self.latency, boundaries),
+            overhead=_spread(self.overhead, boundaries),
+            transfer=[n / b for n, b in zip(nbytes, bandwidth)],
+            contention=float(self.contention),
+            pair=float(self.pair),
+            taken=taken,
+            freed_by_input_grad=freed_by_input_grad,
+            memory_limit=[] if self.memory_limit is None else _spread(self.memory_limit, num_ranks),
+        )
 
 
 class Simulation:
@@ -111,8 +136,14 @@ class Simulation:
         makespan: from the first task's begin to the last one's end.
         bubble: share of the makespan in which a rank runs nothing, mean over ranks.
         bubble_by_rank: the same for each rank.
+        bubble_latest: of the rank that finishes last, share of the makespan.
+        bubble_from_first_start: of the rank with the longest span from its own first task's begin to its last
+            one's end, the share of that span in which it runs nothing.
+        first_start: when a rank's first task begins, by rank.
+        finish: when its last task ends, by rank.
         peak_in_flight: most microbatches alive at once, by rank.
         peak_in_flight_of_stage: the same by stage.
+        peak_memory: the most that microbatches take at once, by rank, in the unit of the costs.
         working_bytes: memory the simulation took beside the plan.
     """
 
@@ -123,8 +154,13 @@ class Simulation:
         self.makespan: float = times.makespan
         self.bubble: float = times.bubble
         self.bubble_by_rank = [times.bubble_of(rank) for rank in range(plan.num_ranks)]
+        self.bubble_latest: float = times.bubble_latest
+        self.bubble_from_first_start: float = times.bubble_from_first_start
+        self.first_start: list[float] = times.first_start
+        self.finish: list[float] = times.finish
         self.peak_in_flight: list[int] = times.peak_in_flight
         self.peak_in_flight_of_stage: list[int] = times.peak_in_flight_of_stage
+        self.peak_memory: list[float] = times.peak_memory
         self.working_bytes: int = times.working_bytes
         self._costs = costs
         self._times = times
@@ -147,12 +183,24 @@ class Simulation:
         return dict(enumerate(_C.simulated_order(self.plan, self._times)))
 
 
-def simulate(plan: _C.Plan, costs: Costs = Costs()) -> Simulation:
+def simulate(
+    plan: _C.Plan, costs: Costs = Costs(), *, noise: float = 0.0, seed: int = 0
+) -> Simulation:
     """Runs ``plan`` under a virtual clock.
 
-    Raises InvalidSchedule if the costs do not fit the plan.
+    Args:
+        plan: what to run. One whose ranks react keeps ``costs.memory_limit`` as it goes: they start their F in the
+            planned order, each when it fits.
+        costs: of tasks, links and memory.
+        noise: coefficient of variation of a random factor of mean 1, log-normal, on the time of each task.
+        seed: of those factors, at least 0; the same action gets the same one in every mode.
+
+    Raises InvalidSchedule if the costs do not fit the plan, or its order exceeds a limit of memory, and
+    InvalidArgument for another seed.
     """
-    by_stage = costs.by_stage(plan.num_stages, plan.num_ranks)
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise InvalidArgument(f"seed is {seed!r}; give a whole number from 0 on")
+    by_stage = costs.by_stage(plan.num_stages, plan.num_ranks).with_noise(noise, seed)
     return Simulation(plan, by_stage, _C.simulate(plan, by_stage))
 
 

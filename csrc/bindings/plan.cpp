@@ -1,5 +1,7 @@
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "bindings/module.hpp"
 #include "plan/plan.hpp"
 #include "schedule/schedule.hpp"
@@ -127,6 +129,8 @@ matplotlib or where the file cannot be written.)")
                std::to_string(p.num_microbatches()) + " microbatches>";
       });
 
+  py::class_<Memory>(m, "Memory", "What microbatches take of ranks, and by rank what they may.");
+
   m.def("schedule_names", [] {
     std::vector<std::string> names;
     for (const auto& schedule : schedules()) names.push_back(schedule.name);
@@ -136,24 +140,26 @@ matplotlib or where the file cannot be written.)")
       "layout_of", [](const std::string& name) { return std::string(layout_name(find_schedule(name).layout)); },
       py::arg("schedule"), "How the schedule places stages: linear, looped, v or bidirectional.");
   const auto options = [](bool overlap, bool reactive, std::vector<int> packs,
-                          std::vector<int> packs_forward) {
-    return PlanOptions{overlap, reactive, {std::move(packs_forward), std::move(packs)}};
+                          std::vector<int> packs_forward, const std::optional<Memory>& memory) {
+    return PlanOptions{overlap, reactive, {std::move(packs_forward), std::move(packs)},
+                       memory.value_or(Memory{})};
   };
   m.def(
       "make_plan",
       [options](const std::string& name, int num_stages, int num_ranks, int microbatches,
                 bool overlap, bool reactive, std::vector<int> packs,
                 std::vector<int> packs_forward, std::vector<int> in_flight,
-                std::vector<int> room) {
+                std::vector<int> room, const std::optional<Memory>& memory) {
         return make_shared_plan([&] {
           return make_plan(find_schedule(name), num_stages, num_ranks, microbatches,
-                           options(overlap, reactive, packs, packs_forward), Slots{in_flight, room});
+                           options(overlap, reactive, packs, packs_forward, memory), Slots{in_flight, room});
         });
       },
       py::arg("schedule"), py::arg("num_stages"), py::arg("num_ranks"), py::arg("microbatches"),
       py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
       py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
-      py::arg("in_flight") = py::list(), py::arg("room") = py::list());
+      py::arg("in_flight") = py::list(), py::arg("room") = py::list(),
+      py::arg("memory") = py::none());
   m.def(
       "rank_of_stage",
       [](const std::string& layout, int num_stages, int num_ranks) {
@@ -165,33 +171,35 @@ matplotlib or where the file cannot be written.)")
       [options](const std::string& layout, const std::vector<std::string>& preference,
                 const std::vector<int>& limits, int num_ranks, int microbatches, bool overlap,
                 bool reactive, std::vector<int> packs, std::vector<int> packs_forward,
-                std::vector<int> in_flight, std::vector<int> room) {
+                std::vector<int> in_flight, std::vector<int> room,
+                const std::optional<Memory>& memory) {
         return make_shared_plan([&] {
           Rule rule{{}, [&](const Placement&, int stage, int m) { return std::min(limits[stage], m); }};
           for (const std::string& kind : preference) rule.preference.push_back(kind_of(kind));
           const int num_stages = static_cast<int>(limits.size());
           return make_plan({layout, layout_of_name(layout), rule}, num_stages, num_ranks, microbatches,
-                           options(overlap, reactive, packs, packs_forward), Slots{in_flight, room});
+                           options(overlap, reactive, packs, packs_forward, memory), Slots{in_flight, room});
         });
       },
       py::arg("placement"), py::arg("preference"), py::arg("limits"), py::arg("num_ranks"),
       py::arg("microbatches"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
       py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
-      py::arg("in_flight") = py::list(), py::arg("room") = py::list(),
+      py::arg("in_flight") = py::list(), py::arg("room") = py::list(), py::arg("memory") = py::none(),
       "The plan of a rule, whose limits are slots by stage.");
   m.def(
       "plan_of_cells",
       [options](const Cells& cells, bool overlap, bool reactive, std::vector<int> packs,
                 std::vector<int> packs_forward, std::vector<int> in_flight,
-                std::vector<int> room) {
+                std::vector<int> room, const std::optional<Memory>& memory) {
         return make_shared_plan([&] {
-          return make_plan(parse_order(cells), options(overlap, reactive, packs, packs_forward),
+          return make_plan(parse_order(cells), options(overlap, reactive, packs, packs_forward, memory),
                            Slots{in_flight, room});
         });
       },
       py::arg("cells"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
       py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
-      py::arg("in_flight") = py::list(), py::arg("room") = py::list());
+      py::arg("in_flight") = py::list(), py::arg("room") = py::list(),
+      py::arg("memory") = py::none());
   m.def(
       "cells_of_csv", [](const std::string& text) { return to_cells(order_from_csv(text)); },
       py::arg("text"), "The cells of a CSV file, by rank, without empty ones.");

@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/module.hpp"
+#include "simulate/lower_bound.hpp"
 #include "simulate/simulator.hpp"
 
 namespace py = pybind11;
@@ -20,6 +21,11 @@ Costs make_costs(std::vector<double> forward, std::vector<double> backward,
           std::move(freed_by_input_grad), std::move(memory_limit)};
 }
 
+Costs with_noise(Costs costs, double cv, std::uint64_t seed) {
+  costs.noise = {cv, seed};
+  return costs;
+}
+
 }  // namespace
 
 void bind_simulate(py::module_& m) {
@@ -27,7 +33,9 @@ void bind_simulate(py::module_& m) {
       .def(py::init(&make_costs), py::kw_only(), py::arg("forward"), py::arg("backward"),
            py::arg("input_grad"), py::arg("weight_grad"), py::arg("latency"),
            py::arg("overhead"), py::arg("transfer"), py::arg("contention"), py::arg("pair"),
-           py::arg("taken"), py::arg("freed_by_input_grad"), py::arg("memory_limit"));
+           py::arg("taken"), py::arg("freed_by_input_grad"), py::arg("memory_limit"))
+      .def("memory", &Costs::memory, py::arg("num_stages"))
+      .def("with_noise", &with_noise, py::arg("cv"), py::arg("seed"));
 
   py::class_<Simulation, std::shared_ptr<Simulation>>(m, "SimulatedTimes")
       .def_readonly("makespan", &Simulation::makespan)
@@ -35,11 +43,24 @@ void bind_simulate(py::module_& m) {
       .def_readonly("peak_in_flight", &Simulation::peak_in_flight)
       .def_readonly("peak_in_flight_of_stage", &Simulation::peak_in_flight_of_stage)
       .def_readonly("working_bytes", &Simulation::working_bytes)
+      .def_readonly("peak_memory", &Simulation::peak_memory)
+      .def_readonly("first_start", &Simulation::first_start)
+      .def_readonly("finish", &Simulation::finish)
       .def_property_readonly("bubble", &Simulation::bubble)
+      .def_property_readonly("bubble_latest", &Simulation::bubble_latest)
+      .def_property_readonly("bubble_from_first_start", &Simulation::bubble_from_first_start)
       .def("bubble_of", &Simulation::bubble_of, py::arg("rank"));
 
-  m.def("simulate", &simulate, py::arg("plan"), py::arg("costs"),
+  m.def("simulate", &simulate, py::arg("plan"), py::arg("costs"), py::arg("by_events") = false,
         py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "lower_bound",
+      [](const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs) {
+        const LowerBound bound = lower_bound(rank_of_stage, num_ranks, microbatches, costs);
+        return py::make_tuple(bound.makespan, bound.span);
+      },
+      py::arg("rank_of_stage"), py::arg("num_ranks"), py::arg("microbatches"), py::arg("costs"),
+      "(makespan, span) that no order of a training step beats on ranks that run one task at a time.");
   m.def("end_times", &end_times, py::arg("plan"), py::arg("costs"), py::arg("times"));
   m.def(
       "simulated_order",

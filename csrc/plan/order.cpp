@@ -249,6 +249,10 @@ Shape validate(const Order& order) {
   return shape;
 }
 
+void refuse_action(const Order& order, int rank, int position, const std::string& why) {
+  refuse(order, {rank, position}, why);
+}
+
 std::string to_table(const Order& order, int marked_rank, int marked_cell) {
   const Cells cells = to_cells(order);
   std::size_t rows = 0;

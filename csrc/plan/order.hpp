@@ -44,6 +44,9 @@ struct Shape {
 // with its receive. Throws PlanError naming rank and cell, with a table that marks it.
 Shape validate(const Order& order);
 
+// Throws PlanError: says of one of a rank's actions why it cannot be, with a table that marks its cell.
+[[noreturn]] void refuse_action(const Order& order, int rank, int position, const std::string& why);
+
 // A grid of cells, one column a rank; the marked cell (if any) carries "<-- ERROR HERE".
 std::string to_table(const Order& order, int marked_rank = -1, int marked_cell = -1);
 

@@ -1,151 +1,63 @@
 #include "plan/plan.hpp"
 
 #include <algorithm>
-#include <array>
-#include <string>
+#include <atomic>
+#include <functional>
+#include <mutex>
 #include <utility>
 
 namespace pe {
-namespace {
 
-// Finds the task of (stage, kind, microbatch); whole-stage actions are found at microbatch 0.
-class TaskIndex {
- public:
-  TaskIndex(const std::vector<Action>& actions, const Shape& shape, const Packs& packs)
-      : shape_(shape) {
-    first_row_.fill(-1);
-    int rows = 0;
-    for (const Action& a : actions) {
-      int& row = first_row_[static_cast<int>(a.kind)];
-      if (row < 0) row = std::exchange(rows, rows + shape.num_stages);
-    }
-    tasks_.assign(static_cast<std::size_t>(rows) * shape.num_microbatches, kNoTask);
-    for (TaskId t = 0; t < actions.size(); ++t) tasks_[slot(actions[t])] = t;
-    if (packs.any()) find_last_of_groups(packs);
-  }
-
-  TaskId find(int stage, Kind kind, int microbatch) const {
-    if (stage < 0 || stage >= shape_.num_stages) return kNoTask;
-    if (first_row_[static_cast<int>(kind)] < 0) return kNoTask;
-    return tasks_[slot({stage, microbatch, kind})];
-  }
-
-  // The task whose end lets the result of (stage, kind, microbatch) go to a neighbouring stage.
-  TaskId find_sender(int stage, Kind kind, int microbatch) const {
-    const TaskId task = find(stage, kind, microbatch);
-    return task == kNoTask || senders_.empty() ? task : senders_[slot({stage, microbatch, kind})];
-  }
-
- private:
-  // A group's results leave with the one its stage runs last; of one stage, later tasks have higher numbers.
-  void find_last_of_groups(const Packs& packs) {
-    senders_ = tasks_;
-    for (const Kind kind : {Kind::F, Kind::B, Kind::I}) {
-      if (first_row_[static_cast<int>(kind)] < 0) continue;
-      for (int stage = 0; stage < shape_.num_stages; ++stage) {
-        const int next = kind == Kind::F ? stage + 1 : stage - 1;
-        if (next < 0 || next == shape_.num_stages) continue;
-        const int k = packs.of(kind, std::min(stage, next));
-        for (int first = 0, end; first < shape_.num_microbatches; first = end) {
-          end = std::min(first + k, shape_.num_microbatches);
-          if (!shape_.on_copy(first)) end = std::min(end, shape_.first_of_copy);
-          if (shape_.rank_of(stage, first) == shape_.rank_of(next, first)) continue;
-          const auto begin_slot = senders_.begin() + slot({stage, first, kind});
-          const auto end_slot = begin_slot + (end - first);
-          if (std::find(begin_slot, end_slot, kNoTask) != end_slot) continue;
-          std::fill(begin_slot, end_slot, *std::max_element(begin_slot, end_slot));
-        }
-      }
-    }
-  }
-
-  std::size_t slot(const Action& a) const {
-    const std::size_t row = first_row_[static_cast<int>(a.kind)] + a.stage;
-    return row * shape_.num_microbatches + std::max(a.microbatch, 0);
-  }
-
-  const Shape& shape_;
-  std::array<int, kNumKinds> first_row_;
-  std::vector<TaskId> tasks_;
-  std::vector<TaskId> senders_;  // empty where nothing is packed
-};
-
-// Calls emit(task) for each task that must be done before `a` may start.
-template <class Emit>
-void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& shape, Emit&& emit) {
-  const auto add_task = [&](TaskId task) {
-    if (task != kNoTask) emit(task);
-    return task != kNoTask;
-  };
-  const auto add = [&](int stage, Kind kind) {
-    return add_task(index.find(stage, kind, a.microbatch));
-  };
-  const auto add_sender = [&](int stage, Kind kind) {
-    return add_task(index.find_sender(stage, kind, a.microbatch));
-  };
-  switch (a.kind) {
-    case Kind::F:
-      if (!add(a.stage, Kind::RecvF)) add_sender(a.stage - 1, Kind::F);
-      break;
-    case Kind::B:
-    case Kind::I:
-      add(a.stage, Kind::F);
-      if (!add(a.stage, Kind::RecvB) && !add_sender(a.stage + 1, Kind::B)) {
-        add_sender(a.stage + 1, Kind::I);
-      }
-      break;
-    case Kind::W:
-      add(a.stage, Kind::I);
-      break;
-    case Kind::SendF:
-      add(a.stage, Kind::F);
-      break;
-    case Kind::RecvF:
-      add(a.stage - 1, Kind::SendF);
-      break;
-    case Kind::SendB:
-      if (!add(a.stage, Kind::B)) add(a.stage, Kind::I);
-      break;
-    case Kind::RecvB:
-      add(a.stage + 1, Kind::SendB);
-      break;
-    case Kind::ReduceGrad:
-      for (int m = 0; m < shape.num_microbatches; ++m) {
-        for (const Kind kind : {Kind::B, Kind::W}) {
-          const TaskId task = index.find(a.stage, kind, m);
-          if (task != kNoTask) emit(task);
-        }
-      }
-      break;
-    case Kind::Unshard:
-    case Kind::Reshard:
-      break;
-  }
-}
-
-}  // namespace
-
-std::vector<int> peak_in_flight(const Order& order, const Shape& shape) {
+InFlight peak_in_flight(const Order& order, const Shape& shape) {
+  InFlight peak{std::vector<int>(shape.num_stages, 0), {}};
   std::vector<int> now(shape.num_stages, 0);
-  std::vector<int> peak(shape.num_stages, 0);
   for (const auto& actions : order) {
-    for (const Action& a : actions) {
-      if (a.kind == Kind::F) peak[a.stage] = std::max(peak[a.stage], ++now[a.stage]);
-      if (a.kind == Kind::B || a.kind == Kind::W || (a.kind == Kind::F && !shape.has_backward)) {
-        --now[a.stage];
+    int now_of_rank = 0;
+    int& peak_of_rank = peak.of_rank.emplace_back(0);
+    for (auto cell = actions.begin(); cell != actions.end();) {
+      auto end = cell;
+      while (end++->joins_next) {
+      }
+      // What joined actions free is free when all of them end.
+      for (auto a = cell; a != end; ++a) {
+        if (a->kind != Kind::F) continue;
+        peak.of_stage[a->stage] = std::max(peak.of_stage[a->stage], ++now[a->stage]);
+        peak_of_rank = std::max(peak_of_rank, ++now_of_rank);
+      }
+      for (; cell != end; ++cell) {
+        if (!frees_slot(cell->kind, shape)) continue;
+        --now[cell->stage];
+        --now_of_rank;
       }
     }
   }
   return peak;
 }
 
+struct Plan::LazyLinks {
+  std::once_flag once;
+  std::unique_ptr<const Links> links;
+  std::atomic<const Links*> made{nullptr};
+};
+
 Plan::Plan(const Order& order, const Shape& shape, PlanOptions options, std::vector<int> limits,
            const std::vector<Kind>& preference)
-    : shape_(shape), options_(options), limits_(std::move(limits)) {
-  if (limits_.empty()) limits_ = peak_in_flight(order, shape);
+    : shape_(shape),
+      options_(std::move(options)),
+      limits_(std::move(limits)),
+      lazy_(std::make_shared<LazyLinks>()) {
+  planned_peaks_ = peak_in_flight(order, shape);
+  const std::vector<int>& peaks = planned_peaks_.of_stage;
+  if (limits_.empty()) limits_ = peaks;
+  const bool has_slots = std::equal(peaks.begin(), peaks.end(), limits_.begin(), std::less_equal{});
   number_tasks(order);
-  link_tasks();
+  computes_alone_ = !options_.packs.any() && std::all_of(actions_.begin(), actions_.end(), [](const Action& a) {
+    return is_compute(a.kind);
+  });
+  in_order_ = computes_alone_ && has_slots && !options_.overlap && !options_.reactive;
+  if (!computes_alone_) links();  // refuses what it cannot hold
   fill_queues(preference);
+  if (options_.memory.limited()) peak_memory(*this, options_.memory);
 }
 
 void Plan::number_tasks(const Order& order) {
@@ -159,39 +71,33 @@ void Plan::number_tasks(const Order& order) {
     actions_.insert(actions_.end(), actions.begin(), actions.end());
     rank_begin_.push_back(size());
   }
+  has_pairs_ = std::any_of(actions_.begin(), actions_.end(), [](const Action& a) { return a.joins_next; });
 }
 
-void Plan::link_tasks() {
-  const TaskIndex index(actions_, shape_, options_.packs);
-  num_dependencies_.assign(size(), 0);
-  successors_begin_.assign(size() + 1, 0);
-  for (TaskId t = 0; t < size(); ++t) {
-    int count = 0;
-    for_each_dependency(actions_[t], index, shape_, [&](TaskId before) {
-      ++count;
-      ++successors_begin_[before + 1];
-    });
-    if (count > kMaxDependencies) {
-      throw PlanError(to_text(actions_[t]) + " waits for more than " +
-                      std::to_string(kMaxDependencies) + " tasks");
-    }
-    num_dependencies_[t] = static_cast<std::uint16_t>(count);
-  }
-  for (TaskId t = 0; t < size(); ++t) successors_begin_[t + 1] += successors_begin_[t];
-  successors_.resize(successors_begin_.back());
-  std::vector<TaskId> next(successors_begin_.begin(), successors_begin_.end() - 1);
-  for (TaskId t = 0; t < size(); ++t) {
-    for_each_dependency(actions_[t], index, shape_,
-                        [&](TaskId before) { successors_[next[before]++] = t; });
-  }
-  for (TaskId t = 0; t < size(); ++t) num_messages_ += num_sent(t) > 0;
+const Links& Plan::links() const {
+  std::call_once(lazy_->once, [&] {
+    lazy_->links = std::make_unique<const Links>(actions_, shape_, options_.packs);
+    lazy_->made = lazy_->links.get();
+  });
+  return *lazy_->links;
 }
 
 int Plan::num_sent(TaskId task) const {
+  if (computes_alone_) {
+    const Action& a = actions_[task];
+    const int next = stage_after(a);
+    return next != kNoStage && shape_.rank_of(next, a.microbatch) != rank_of(task) ? 1 : 0;
+  }
   const auto after = successors(task);
   return static_cast<int>(std::count_if(after.begin(), after.end(), [&](TaskId t) {
     return rank_of(t) != rank_of(task);
   }));
+}
+
+int Plan::num_messages() const {
+  int messages = 0;
+  for (TaskId t = 0; t < size(); ++t) messages += num_sent(t) > 0;
+  return messages;
 }
 
 void Plan::fill_queues(const std::vector<Kind>& preference) {
@@ -203,9 +109,18 @@ void Plan::fill_queues(const std::vector<Kind>& preference) {
     queues_begin_.push_back(num_ranks());
     return;
   }
+  // Where a stage lists B for some microbatches, and I and W for others, all of them keep their order:
+  // gradients leave, and are added, in it.
+  std::vector<bool> lists_b(num_stages(), false);
+  for (const Action& a : actions_) {
+    if (a.kind == Kind::B) lists_b[a.stage] = true;
+  }
   // What tells a worker's queues apart.
   const auto key_of = [&](const Action& a) {
-    return options_.reactive ? a.stage * kNumKinds + static_cast<int>(a.kind) : 0;
+    if (!options_.reactive) return 0;
+    const bool is_part = a.kind == Kind::I || a.kind == Kind::W;
+    const Kind kind = is_part && lists_b[a.stage] ? Kind::B : a.kind;
+    return a.stage * kNumKinds + static_cast<int>(kind);
   };
   queued_.reserve(size());
   for (int worker = 0; worker < num_workers(); ++worker) {
@@ -237,9 +152,9 @@ void Plan::fill_queues(const std::vector<Kind>& preference) {
 
 std::size_t Plan::nbytes() const {
   const auto of = [](const auto& values) { return values.size() * sizeof(values[0]); };
-  return sizeof(Plan) + of(actions_) + of(rank_begin_) + of(successors_begin_) + of(successors_) +
-         of(num_dependencies_) + of(queued_) + of(queues_) + of(queues_begin_) + of(limits_) +
-         of(shape_.rank_of_stage) + of(shape_.rank_of_copy);
+  const Links* links = lazy_->made;
+  return sizeof(Plan) + of(actions_) + of(rank_begin_) + of(queued_) + of(queues_) + of(queues_begin_) +
+         of(limits_) + of(shape_.rank_of_stage) + of(shape_.rank_of_copy) + (links ? links->nbytes() : 0);
 }
 
 Order Plan::order() const {

@@ -2,20 +2,17 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
+#include <memory>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "plan/action.hpp"
+#include "plan/links.hpp"
+#include "plan/memory.hpp"
 #include "plan/order.hpp"
 #include "plan/packs.hpp"
 
 namespace pe {
-
-using TaskId = std::uint32_t;
-inline constexpr TaskId kNoTask = ~TaskId{0};
-inline constexpr int kMaxDependencies = 65534;  // of one task
 
 // A worker takes the tasks of a queue strictly from its head. In order, a worker has one queue;
 // reactive, one for each stage and kind, so that only what the microbatches of one stage and kind
@@ -30,12 +27,27 @@ struct PlanOptions {
   bool overlap = false;   // a rank's forward and backward stream may run at the same time
   bool reactive = false;  // a rank whose next planned task is not ready takes another that is
   Packs packs{};          // between stages of different ranks; others hand over each result alone
+  Memory memory{};        // that ranks may not exceed, whatever they run first
 };
+
+// The most microbatches in flight at once.
+struct InFlight {
+  std::vector<int> of_stage;  // of either copy of one that has two
+  std::vector<int> of_rank;
+};
+
+inline constexpr int kNoStage = -1;
+
+// Whether a microbatch leaves its slot of a stage when `kind` ends.
+inline bool frees_slot(Kind kind, const Shape& shape) {
+  return kind == Kind::B || kind == Kind::W || (kind == Kind::F && !shape.has_backward);
+}
 
 class Plan {
  public:
   // `limits` are slots by stage; empty: the most that `order` itself ever has in flight. `preference`
   // ranks kinds for a reactive plan, first before later; empty: the planned order alone decides.
+  // Throws PlanError, naming the cell, where the order exceeds a limit of memory.
   Plan(const Order& order, const Shape& shape, PlanOptions options, std::vector<int> limits = {},
        const std::vector<Kind>& preference = {});
 
@@ -66,11 +78,28 @@ class Plan {
   TaskId end_of_rank(int rank) const { return rank_begin_[rank + 1]; }
   Order order() const;
 
-  std::uint16_t num_dependencies(TaskId task) const { return num_dependencies_[task]; }
-  std::span<const TaskId> successors(TaskId task) const {
-    return {successors_.data() + successors_begin_[task],
-            successors_.data() + successors_begin_[task + 1]};
+  // Where the overlapped pair that begins with `task` ends; after `task` itself if it begins none.
+  TaskId end_of_cell(TaskId task) const {
+    while (actions_[task].joins_next) ++task;
+    return task + 1;
   }
+  // Whether a virtual clock runs the parts of an overlapped pair as one: where a rank takes its cells in
+  // order. Elsewhere, and for those who execute them, they are tasks like others.
+  bool joins_pairs() const { return has_pairs_ && !options_.overlap && !options_.reactive; }
+  // The stage that waits for the result of an action that computes, or kNoStage.
+  int stage_after(const Action& a) const {
+    if (a.kind == Kind::W) return kNoStage;
+    if (a.kind == Kind::F) return a.stage + 1 < num_stages() ? a.stage + 1 : kNoStage;
+    return a.stage - 1;
+  }
+  // Whether all tasks compute, each result leaves alone, and a rank runs one task at a time as planned: then
+  // what a task waits for follows from its action, and nothing is ever chosen.
+  bool runs_in_order() const { return in_order_; }
+
+  // Made when first asked for: where ranks run in order nobody may ever ask.
+  const Links& links() const;
+  std::uint16_t num_dependencies(TaskId task) const { return links().num_dependencies(task); }
+  std::span<const TaskId> successors(TaskId task) const { return links().successors(task); }
   std::vector<TaskId> dependencies(TaskId task) const;  // slow: for messages
 
   std::span<const Queue> queues_of(int worker) const {
@@ -82,43 +111,42 @@ class Plan {
 
   // A microbatch occupies one slot of a stage from its F until its last task there.
   bool takes_slot(TaskId task) const { return actions_[task].kind == Kind::F; }
-  bool frees_slot(TaskId task) const {
-    const Kind kind = actions_[task].kind;
-    return kind == Kind::B || kind == Kind::W || (kind == Kind::F && !shape_.has_backward);
-  }
+  bool frees_slot(TaskId task) const { return pe::frees_slot(actions_[task].kind, shape_); }
   // Slots of a stage, of each of its copies where there are two.
   int limit(int stage) const { return limits_[stage]; }
   const std::vector<int>& limits() const { return limits_; }
+  // When every rank runs its cells as planned.
+  const InFlight& planned_peaks() const { return planned_peaks_; }
 
   std::size_t nbytes() const;
 
   // What travels between ranks in one step: a group of results is one message.
-  int num_messages() const { return num_messages_; }
+  int num_messages() const;  // looks at all tasks
   // How many results `task` sends to another rank when it ends: those of its whole group, if it is the last.
   int num_sent(TaskId task) const;
 
  private:
   int workers_per_rank() const { return options_.overlap ? 2 : 1; }
   void number_tasks(const Order& order);
-  void link_tasks();
   void fill_queues(const std::vector<Kind>& preference);
 
   Shape shape_;
   PlanOptions options_;
   std::vector<Action> actions_;
   std::vector<TaskId> rank_begin_;
-  std::vector<TaskId> successors_begin_;
-  std::vector<TaskId> successors_;
-  std::vector<std::uint16_t> num_dependencies_;
   std::vector<TaskId> queued_;  // empty where each worker's one queue holds its rank's tasks in order
   std::vector<Queue> queues_;
   std::vector<int> queues_begin_;
   std::vector<int> limits_;
-  int num_messages_ = 0;
+  InFlight planned_peaks_;
+  bool has_pairs_ = false;
+  bool computes_alone_ = false;  // nothing but F, B, I and W, and nothing packed
+  bool in_order_ = false;
+  struct LazyLinks;
+  std::shared_ptr<LazyLinks> lazy_;  // of copies alike
 };
 
-// The most microbatches that each stage, or a copy of it, has in flight when every rank runs its list from
-// first to last.
-std::vector<int> peak_in_flight(const Order& order, const Shape& shape);
+// When every rank runs its list from first to last.
+InFlight peak_in_flight(const Order& order, const Shape& shape);
 
 }  // namespace pe

@@ -1,11 +1,15 @@
 #include "schedule/list_scheduler.hpp"
 
 #include <algorithm>
+#include <utility>
+
+#include "schedule/in_order.hpp"
 
 namespace pe {
 
 ListScheduler::ListScheduler(const Plan& plan)
     : plan_(plan),
+      links_(plan.links()),
       missing_(plan.size()),
       head_(plan.num_queues()),
       in_flight_(plan.num_stages() * plan.shape().num_copies(), 0),
@@ -13,11 +17,35 @@ ListScheduler::ListScheduler(const Plan& plan)
       in_flight_of_rank_(plan.num_ranks(), 0),
       peak_of_rank_(plan.num_ranks(), 0),
       unfinished_(plan.size()) {
-  for (TaskId t = 0; t < plan.size(); ++t) missing_[t] = plan.num_dependencies(t);
+  if (plan.options().memory.limited()) memory_.emplace(plan, plan.options().memory);
+  for (TaskId t = 0; t < plan.size(); ++t) missing_[t] = links_.num_dependencies(t);
   for (int worker = 0; worker < plan.num_workers(); ++worker) {
     int queue = plan.first_queue_of(worker);
     for (const Queue& q : plan.queues_of(worker)) head_[queue++] = q.begin;
   }
+}
+
+ListScheduler::ListScheduler(const Plan& plan, Memory memory) : ListScheduler(plan) {
+  memory_.emplace(plan, std::move(memory));
+}
+
+TaskId ListScheduler::next_forward(int worker) const {
+  TaskId next = kNoTask;
+  int queue = plan_.first_queue_of(worker);
+  for (const Queue& q : plan_.queues_of(worker)) {
+    const int at = queue++;
+    if (head_[at] == q.end) continue;
+    const TaskId task = plan_.queued(head_[at]);
+    if (plan_.takes_slot(task)) next = std::min(next, task);
+  }
+  return next;
+}
+
+TaskId ListScheduler::take_joined(int worker) {
+  const TaskId task = plan_.queued(head_[plan_.first_queue_of(worker)]++);
+  if (plan_.takes_slot(task)) occupy_slot(task);
+  if (memory_) memory_->begin(task);
+  return task;
 }
 
 void ListScheduler::occupy_slot(TaskId task) {
@@ -52,10 +80,15 @@ std::string ListScheduler::waiting() const {
       separator = ", ";
     }
     if (missing_[first] == 0) {
-      text += has_slot(first) ? " its rank's running task"
-                              : " a slot of stage " + std::to_string(plan_.action(first).stage) +
-                                    " (" + std::to_string(plan_.limit(plan_.action(first).stage)) +
-                                    " in flight at most)";
+      if (!has_slot(first)) {
+        const int stage = plan_.action(first).stage;
+        text += " a slot of stage " + std::to_string(stage) + " (" + std::to_string(plan_.limit(stage)) +
+                " in flight at most)";
+      } else if (memory_ && !memory_->fits(first)) {
+        text += " memory of its rank";
+      } else {
+        text += " its rank's running task";
+      }
     }
     text += "\n";
   }
@@ -81,12 +114,14 @@ void run_without_time(ListScheduler& scheduler, const Plan& plan) {
 }  // namespace
 
 bool ends(const Plan& plan) {
+  if (plan.runs_in_order() && run_in_order(plan, NoClock{})) return true;
   ListScheduler scheduler(plan);
   run_without_time(scheduler, plan);
   return scheduler.done();
 }
 
 void check_ends(const Plan& plan) {
+  if (plan.runs_in_order() && run_in_order(plan, NoClock{})) return;
   ListScheduler scheduler(plan);
   run_without_time(scheduler, plan);
   if (!scheduler.done()) {

@@ -4,16 +4,25 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "plan/plan.hpp"
+#include "schedule/memory_use.hpp"
 
 namespace pe {
 
+// Under a limit of memory a rank starts its F as planned, each when it fits, while what frees memory goes as
+// soon as it can. That cannot deadlock if the plan run in order does not: take the first task, in such a run,
+// that has not begun. What it waits for is done. If it is an F, all that its rank holds the plan's own run holds
+// at that moment too, so it fits.
 class ListScheduler {
  public:
+  // Keeps the plan's own limits of memory, if it has any.
   explicit ListScheduler(const Plan& plan);
+  // Keeps those of `memory`, and accounts for what is taken.
+  ListScheduler(const Plan& plan, Memory memory);
 
   // The task `worker` starts now, or kNoTask. Occupies a slot if the task takes one. A task that waits
   // for nothing more is still passed over while is_here(task) is false: a clock that knows when its
@@ -23,6 +32,10 @@ class ListScheduler {
   TaskId take(int worker) {
     return take(worker, [](TaskId) { return true; });
   }
+
+  // The next task of a worker that has one queue: it runs joined to the one just taken, as it waits for
+  // nothing that is not.
+  TaskId take_joined(int worker);
 
   // `task` has ended: its slot, if it frees one, is free. Its results are not yet anywhere else.
   // Calls wake(worker) for a worker that may now find a task.
@@ -34,11 +47,14 @@ class ListScheduler {
   void arrive(TaskId task, Wake&& wake);
 
   bool done() const { return unfinished_ == 0; }
+  int missing(TaskId task) const { return missing_[task]; }  // dependencies that are not done
   bool finished(TaskId task) const { return missing_[task] == kFinished; }
 
   // The most microbatches that were in flight at once.
   const std::vector<int>& peak_by_stage() const { return peak_of_stage_; }
   const std::vector<int>& peak_by_rank() const { return peak_of_rank_; }
+  // The most that was held at once, by rank; only where memory is accounted for.
+  const std::vector<double>& peak_memory() const { return memory_->peak(); }
 
   // For each worker with tasks left, its foremost one and what that waits for, a line each.
   std::string waiting() const;
@@ -59,11 +75,15 @@ class ListScheduler {
     return a.stage + (plan_.shape().on_copy(a.microbatch) ? plan_.num_stages() : 0);
   }
   void occupy_slot(TaskId task);
+  // The first F of the worker's rank, as planned, that has not begun.
+  TaskId next_forward(int worker) const;
   TaskId frees_slot_for(TaskId task) const;
 
   static constexpr std::uint16_t kFinished = kMaxDependencies + 1;
 
   const Plan& plan_;
+  const Links& links_;
+  std::optional<MemoryUse> memory_;
   std::vector<std::uint16_t> missing_;  // dependencies that are not done, by task; or kFinished
   std::vector<TaskId> head_;  // position in Plan::queued, by queue
   std::vector<int> in_flight_;  // by slots_of
@@ -81,12 +101,15 @@ TaskId ListScheduler::take(int worker, IsHere&& is_here) {
   TaskId best = kNoTask;
   int best_queue = -1;
   int best_priority = 0;
+  const bool limited = memory_ && memory_->limited();
+  const TaskId forward = limited ? next_forward(worker) : kNoTask;
   int queue = plan_.first_queue_of(worker);
   for (const Queue& q : plan_.queues_of(worker)) {
     const int at = queue++;
     if (head_[at] == q.end) continue;
     const TaskId task = plan_.queued(head_[at]);
     if (missing_[task] != 0 || !has_slot(task) || !is_here(task)) continue;
+    if (limited && plan_.takes_slot(task) && (task != forward || !memory_->fits(task))) continue;
     if (best == kNoTask || q.priority < best_priority ||
         (q.priority == best_priority && task < best)) {
       best = task;
@@ -97,6 +120,7 @@ TaskId ListScheduler::take(int worker, IsHere&& is_here) {
   if (best == kNoTask) return kNoTask;
   ++head_[best_queue];
   if (plan_.takes_slot(best)) occupy_slot(best);
+  if (memory_) memory_->begin(best);
   return best;
 }
 
@@ -104,10 +128,14 @@ template <class Wake>
 void ListScheduler::finish(TaskId task, Wake&& wake) {
   missing_[task] = kFinished;
   --unfinished_;
-  if (plan_.frees_slot(task)) {
-    const int rank = plan_.rank_of(task);
+  const int rank = plan_.rank_of(task);
+  const bool frees_slot = plan_.frees_slot(task);
+  if (memory_) memory_->end(task);
+  if (frees_slot) {
     --in_flight_[slots_of(task)];
     --in_flight_of_rank_[rank];
+  }
+  if (frees_slot || (memory_ && memory_->limited())) {
     wake(plan_.options().overlap ? 2 * rank : rank);  // the worker that runs the rank's F
   }
 }

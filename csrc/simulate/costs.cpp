@@ -14,33 +14,25 @@ Costs Costs::uniform(int num_stages) {
   return costs;
 }
 
+Memory Costs::memory(int num_stages) const {
+  return {taken.empty() ? std::vector<double>(num_stages, 1.0) : taken, freed_by_input_grad, memory_limit};
+}
+
 void Costs::validate(int num_stages, int num_ranks) const {
-  const auto check = [](const char* what, const std::vector<double>& values, int expected,
-                        const char* of_what) {
-    if (static_cast<int>(values.size()) != expected) {
-      throw PlanError(std::string(what) + " has " + std::to_string(values.size()) +
-                      " entries; give one number, or one for each of the " +
-                      std::to_string(expected) + " " + of_what);
-    }
-    for (const double value : values) {
-      if (!std::isfinite(value) || value < 0) {
-        throw PlanError(std::string(what) + " holds " + std::to_string(value) +
-                        "; what is charged is finite and not negative");
-      }
-    }
-  };
-  check("forward", forward, num_stages, "stages");
-  check("backward", backward, num_stages, "stages");
-  check("input_grad", input_grad, num_stages, "stages");
-  check("weight_grad", weight_grad, num_stages, "stages");
-  check("latency", latency, num_stages - 1, "boundaries");
-  if (!overhead.empty()) check("overhead", overhead, num_stages - 1, "boundaries");
-  if (!transfer.empty()) check("transfer", transfer, num_stages - 1, "boundaries");
-  if (!taken.empty()) check("act_memory", taken, num_stages, "stages");
-  if (!freed_by_input_grad.empty()) check("mem_i", freed_by_input_grad, num_stages, "stages");
-  if (!memory_limit.empty()) check("memory_limit", memory_limit, num_ranks, "ranks");
+  check_charges("forward", forward, num_stages, "stages");
+  check_charges("backward", backward, num_stages, "stages");
+  check_charges("input_grad", input_grad, num_stages, "stages");
+  check_charges("weight_grad", weight_grad, num_stages, "stages");
+  check_charges("latency", latency, num_stages - 1, "boundaries");
+  if (!overhead.empty()) check_charges("overhead", overhead, num_stages - 1, "boundaries");
+  if (!transfer.empty()) check_charges("transfer", transfer, num_stages - 1, "boundaries");
+  memory(num_stages).validate(num_stages, num_ranks);
   if (!std::isfinite(pair) || pair <= 0) {
     throw PlanError("pair is " + std::to_string(pair) + "; it is a factor above 0");
+  }
+  if (!std::isfinite(noise.cv) || noise.cv < 0) {
+    throw PlanError("noise is " + std::to_string(noise.cv) +
+                    "; it is a coefficient of variation, 0 or above");
   }
   if (!std::isfinite(contention) || contention < 1.0) {
     throw PlanError("contention is " + std::to_string(contention) +

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "plan/plan.hpp"
+#include "simulate/noise.hpp"
 
 namespace pe {
 
@@ -25,12 +26,16 @@ struct Costs {
   std::vector<double> taken;         // by stage, by F; empty: 1
   std::vector<double> freed_by_input_grad;  // by stage; empty: none, W frees it all
   std::vector<double> memory_limit;  // by rank; empty: none
+  Noise noise{};  // of the times of tasks
 
   // F = 1 and B = 2 at every stage, I and W half of B, no latency.
   static Costs uniform(int num_stages);
 
   // Throws PlanError unless there is one finite, non-negative number for each stage, boundary and rank.
   void validate(int num_stages, int num_ranks) const;
+
+  // What microbatches take of ranks, of which they took 1 each where nothing is said.
+  Memory memory(int num_stages) const;
 
   double of(const Action& action) const {
     switch (action.kind) {
@@ -50,9 +55,26 @@ struct Costs {
   // How long `task` keeps its worker, with sending its results.
   double duration(const Plan& plan, TaskId task) const {
     const Action& action = plan.action(task);
-    const double alone = of(action);
+    const double alone = noise.cv > 0 ? of(action) * noise.factor(action) : of(action);
     if (overhead.empty() || plan.num_sent(task) == 0) return alone;
     return alone + overhead[boundary_sent_over(action)];
+  }
+
+  // How long the cell that `task` begins keeps its rank, where that runs the parts of a pair as one.
+  double duration_of_cell(const Plan& plan, TaskId task) const {
+    const TaskId end = plan.end_of_cell(task);
+    double sum = duration(plan, task);
+    if (end == task + 1) return sum;
+    while (++task < end) sum += duration(plan, task);
+    return pair * sum;
+  }
+
+  // Each boundary has a link in each direction, and each copy of the stages has links of its own.
+  int num_links(const Shape& shape) const { return 2 * static_cast<int>(latency.size()) * shape.num_copies(); }
+  int link(const Shape& shape, const Action& action) const {
+    const int boundary = boundary_sent_over(action) +
+                         (shape.on_copy(action.microbatch) ? static_cast<int>(latency.size()) : 0);
+    return 2 * boundary + static_cast<int>(stream_of(action.kind));
   }
 
   // The boundary across which the results of `action` go to another stage.

@@ -60,7 +60,7 @@ Draft draft_of(const Rule& rule, const Placement& placement, const Shape& shape)
 }
 
 Draft draft_of(const Order& order, const Shape& shape) {
-  return {order, shape, peak_in_flight(order, shape), {}};
+  return {order, shape, peak_in_flight(order, shape).of_stage, {}};
 }
 
 Order order_of(const Schedule& schedule, const Placement& placement, int microbatches) {
@@ -122,6 +122,7 @@ Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int micr
   const Shape shape = shape_of(placement, microbatches);
   check(options.packs, shape);
   check(slots, shape);
+  if (options.memory.limited()) options.memory.validate(num_stages, num_ranks);
   if (const Rule* rule = std::get_if<Rule>(&schedule.policy)) {
     const Draft draft = draft_of(*rule, placement, shape);
     Settled settled = settle(draft, options.packs, slots);
@@ -143,6 +144,7 @@ Plan make_plan(const Order& order, PlanOptions options, const Slots& slots) {
   const Shape shape = validate(order);
   check(options.packs, shape);
   check(slots, shape);
+  if (options.memory.limited()) options.memory.validate(shape.num_stages, static_cast<int>(order.size()));
   if (options.packs.any() && sends_explicitly(order)) {
     throw PlanError("the schedule lists its sends, one for each result, so that none leave together; leave "
                     "out SEND and RECV, or pack=1");

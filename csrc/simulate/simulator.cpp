@@ -1,176 +1,29 @@
 #include "simulate/simulator.hpp"
 
 #include <algorithm>
-#include <limits>
 #include <numeric>
+#include <utility>
 
-#include "schedule/list_scheduler.hpp"
-#include "simulate/event_heap.hpp"
+#include "schedule/in_order.hpp"
+#include "simulate/event_clock.hpp"
+#include "simulate/in_order_clock.hpp"
 
 namespace pe {
 namespace {
 
-constexpr std::uint32_t kLookAgain = ~std::uint32_t{0};
-
-class VirtualClock {
- public:
-  VirtualClock(const Plan& plan, const Costs& costs, Simulation& result)
-      : plan_(plan),
-        costs_(costs),
-        result_(result),
-        scheduler_(plan),
-        workers_(plan.num_workers()),
-        may_contend_(plan.options().overlap && costs.contention > 1.0) {
-    result_.begin.resize(plan.size());
-    if (may_contend_) result_.stretched_end.resize(plan.size());
-    if (!costs.transfer.empty()) link_free_.assign(2 * costs.transfer.size(), 0.0);
-  }
-
-  void run() {
-    for (int worker = 0; worker < plan_.num_workers(); ++worker) wake(worker);
-    dispatch();
-    while (!events_.empty()) {
-      now_ = events_.top().time;
-      // All that happens at one moment happens before anyone chooses.
-      while (!events_.empty() && events_.top().time == now_) {
-        const Event event = events_.top();
-        events_.pop();
-        handle(event);
-      }
-      dispatch();
-    }
-    if (!scheduler_.done()) {
-      throw PlanError("this schedule never ends: these tasks wait for one another\n" +
-                      scheduler_.waiting());
-    }
-    result_.makespan = now_;
-    result_.peak_in_flight = scheduler_.peak_by_rank();
-    result_.peak_in_flight_of_stage = scheduler_.peak_by_stage();
-    result_.working_bytes = sizeof(double) * (result_.begin.size() + result_.stretched_end.size()) +
-                            scheduler_.nbytes() + events_.nbytes() +
-                            workers_.size() * sizeof(Worker);
-  }
-
- private:
-  struct Worker {
-    TaskId task = kNoTask;         // running
-    std::uint32_t generation = 0;  // of its latest event; an earlier one's end is stale
-    double work_left = 0;          // at `since`; kept only where tasks may contend
-    double since = 0;
-    bool awake = false;
-  };
-
-  // Until a task begins, its place in the result holds when the last of its inputs so far arrives.
-  double& arrival(TaskId task) { return result_.begin[task]; }
-
-  void push_end(int index, double time) {
-    events_.push({time, static_cast<std::uint32_t>(index), ++workers_[index].generation});
-  }
-
-  void wake(int index) {
-    if (workers_[index].awake) return;
-    workers_[index].awake = true;
-    awake_.push_back(index);
-  }
-
-  void handle(const Event& event) {
-    const int index = static_cast<int>(event.worker);
-    Worker& worker = workers_[index];
-    wake(index);
-    if (event.generation != worker.generation || worker.task == kNoTask) return;
-    const TaskId task = worker.task;
-    worker.task = kNoTask;
-    if (may_contend_) {
-      result_.stretched_end[task] = now_;
-      retime(index ^ 1, costs_.contention);
-    }
-    const auto waker = [this](int idle) { wake(idle); };
-    scheduler_.finish(task, waker);
-    double delivered = -1.0;
-    for (const TaskId after : plan_.successors(task)) {
-      double here = now_;
-      if (plan_.rank_of(after) != plan_.rank_of(task)) {
-        if (delivered < 0) delivered = deliver(task);
-        here = delivered;
-      }
-      arrival(after) = std::max(arrival(after), here);
-      scheduler_.arrive(after, waker);
-    }
-  }
-
-  // Sends the message of `task`, which has ended; returns when it arrives.
-  double deliver(TaskId task) {
-    const Action& action = plan_.action(task);
-    const int boundary = Costs::boundary_sent_over(action);
-    if (costs_.transfer.empty()) return now_ + costs_.latency[boundary];
-    double& free = link_free_[2 * boundary + static_cast<int>(stream_of(action.kind))];
-    free = std::max(free, now_) + plan_.num_sent(task) * costs_.transfer[boundary];
-    return free + costs_.latency[boundary];
-  }
-
-  void dispatch() {
-    // In any order: what one worker takes leaves the others' choice as it was.
-    for (const int index : awake_) {
-      Worker& worker = workers_[index];
-      worker.awake = false;
-      if (worker.task != kNoTask) continue;
-      double soonest = std::numeric_limits<double>::infinity();
-      worker.task = scheduler_.take(index, [&](TaskId task) {
-        if (arrival(task) <= now_) return true;
-        soonest = std::min(soonest, arrival(task));
-        return false;
-      });
-      if (worker.task == kNoTask) {
-        if (soonest < std::numeric_limits<double>::infinity()) {
-          events_.push({soonest, static_cast<std::uint32_t>(index), kLookAgain});
-        }
-        continue;
-      }
-      result_.begin[worker.task] = now_;
-      worker.work_left = costs_.duration(plan_, worker.task);
-      worker.since = now_;
-      push_end(index, now_ + worker.work_left * (may_contend_ ? stretch(index) : 1.0));
-      if (may_contend_) retime(index ^ 1, 1.0);
-    }
-    awake_.clear();
-  }
-
-  // The rank's other stream has become busy or idle: what `index` runs, so far stretched by `pace`, ends
-  // at another time.
-  void retime(int index, double pace) {
-    Worker& worker = workers_[index];
-    if (worker.task == kNoTask) return;
-    worker.work_left = std::max(0.0, worker.work_left - (now_ - worker.since) / pace);
-    worker.since = now_;
-    push_end(index, now_ + worker.work_left * stretch(index));
-  }
-
-  double stretch(int index) const {
-    return workers_[index ^ 1].task != kNoTask ? costs_.contention : 1.0;
-  }
-
-  const Plan& plan_;
-  const Costs& costs_;
-  Simulation& result_;
-  ListScheduler scheduler_;
-  std::vector<Worker> workers_;
-  EventHeap events_;
-  std::vector<int> awake_;
-  std::vector<double> link_free_;  // by boundary and direction
-  const bool may_contend_;
-  double now_ = 0;
-};
-
 // Time in which at least one task of the rank runs.
-double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulation, int rank) {
+double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulation,
+                 const std::vector<double>& ends, int rank) {
   const TaskId first = plan.first_of_rank(rank);
   const TaskId end = plan.end_of_rank(rank);
   double busy = 0;
   if (!plan.options().overlap) {
-    for (TaskId t = first; t < end; ++t) busy += costs.duration(plan, t);
+    for (TaskId t = first; t < end;) {
+      busy += plan.joins_pairs() ? costs.duration_of_cell(plan, t) : costs.duration(plan, t);
+      t = plan.joins_pairs() ? plan.end_of_cell(t) : t + 1;
+    }
     return busy;
   }
-  const std::vector<double> ends = end_times(plan, costs, simulation);
   std::vector<TaskId> tasks(end - first);
   std::iota(tasks.begin(), tasks.end(), first);
   std::sort(tasks.begin(), tasks.end(),
@@ -183,6 +36,22 @@ double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulat
   return busy;
 }
 
+// By rank, when it starts and finishes and how long it is busy.
+void note_ranks(const Plan& plan, const Costs& costs, Simulation& result) {
+  const std::vector<double> ends = end_times(plan, costs, result);
+  for (int rank = 0; rank < plan.num_ranks(); ++rank) {
+    double start = plan.first_of_rank(rank) < plan.end_of_rank(rank) ? result.makespan : 0.0;
+    double finish = 0;
+    for (TaskId t = plan.first_of_rank(rank); t < plan.end_of_rank(rank); ++t) {
+      start = std::min(start, result.begin[t]);
+      finish = std::max(finish, ends[t]);
+    }
+    result.first_start.push_back(start);
+    result.finish.push_back(finish);
+    result.busy.push_back(busy_time(plan, costs, result, ends, rank));
+  }
+}
+
 }  // namespace
 
 double Simulation::bubble() const {
@@ -191,19 +60,48 @@ double Simulation::bubble() const {
   return busy.empty() ? 0.0 : sum / static_cast<double>(busy.size());
 }
 
-Simulation simulate(const Plan& plan, const Costs& costs) {
-  costs.validate(plan.num_stages(), plan.num_ranks());
-  Simulation result;
-  VirtualClock(plan, costs, result).run();
-  for (int rank = 0; rank < plan.num_ranks(); ++rank) {
-    result.busy.push_back(busy_time(plan, costs, result, rank));
+double Simulation::bubble_from_first_start() const {
+  int longest = 0;
+  const auto span = [&](int rank) { return finish[rank] - first_start[rank]; };
+  for (int rank = 1; rank < static_cast<int>(finish.size()); ++rank) {
+    if (span(rank) > span(longest)) longest = rank;
   }
+  return span(longest) > 0 ? 1.0 - busy[longest] / span(longest) : 0.0;
+}
+
+double Simulation::bubble_latest() const {
+  return bubble_of(static_cast<int>(std::max_element(finish.begin(), finish.end()) - finish.begin()));
+}
+
+Simulation simulate(const Plan& plan, const Costs& costs, bool by_events) {
+  costs.validate(plan.num_stages(), plan.num_ranks());
+  const Memory memory = costs.memory(plan.num_stages());
+  const bool in_order = plan.runs_in_order() && !by_events;
+  std::vector<double> planned;
+  if (in_order || memory.limited()) planned = peak_memory(plan, memory);
+  if (in_order) {
+    Simulation result;
+    if (simulate_in_order(plan, costs, result)) {
+      result.peak_memory = std::move(planned);
+      return result;
+    }
+  }
+  Simulation result;
+  simulate_events(plan, costs, result);
+  note_ranks(plan, costs, result);
   return result;
 }
 
 std::vector<double> end_times(const Plan& plan, const Costs& costs, const Simulation& simulation) {
   if (!simulation.stretched_end.empty()) return simulation.stretched_end;
   std::vector<double> ends = simulation.begin;
+  if (plan.joins_pairs()) {
+    for (TaskId t = 0; t < plan.size();) {
+      const double end = ends[t] + costs.duration_of_cell(plan, t);
+      for (const TaskId next = plan.end_of_cell(t); t < next; ++t) ends[t] = end;
+    }
+    return ends;
+  }
   for (TaskId t = 0; t < plan.size(); ++t) ends[t] += costs.duration(plan, t);
   return ends;
 }

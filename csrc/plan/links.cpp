@@ -1,0 +1,169 @@
+#include "plan/links.hpp"
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <utility>
+
+namespace pe {
+namespace {
+
+// Finds the task of (stage, kind, microbatch); whole-stage actions are found at microbatch 0.
+class TaskIndex {
+ public:
+  TaskIndex(const std::vector<Action>& actions, const Shape& shape, const Packs& packs)
+      : shape_(shape) {
+    first_row_.fill(-1);
+    int rows = 0;
+    for (const Action& a : actions) {
+      int& row = first_row_[static_cast<int>(a.kind)];
+      if (row < 0) row = std::exchange(rows, rows + shape.num_stages);
+    }
+    tasks_.assign(static_cast<std::size_t>(rows) * shape.num_microbatches, kNoTask);
+    for (TaskId t = 0; t < actions.size(); ++t) tasks_[slot(actions[t])] = t;
+    if (packs.any()) find_last_of_groups(packs);
+  }
+
+  TaskId find(int stage, Kind kind, int microbatch) const {
+    if (stage < 0 || stage >= shape_.num_stages) return kNoTask;
+    if (first_row_[static_cast<int>(kind)] < 0) return kNoTask;
+    return tasks_[slot({stage, microbatch, kind})];
+  }
+
+  // The task whose end lets the result of (stage, kind, microbatch) go to a neighbouring stage.
+  TaskId find_sender(int stage, Kind kind, int microbatch) const {
+    const TaskId task = find(stage, kind, microbatch);
+    return task == kNoTask || senders_.empty() ? task : senders_[slot({stage, microbatch, kind})];
+  }
+
+ private:
+  // A group's results leave with the one its stage runs last; of one stage, later tasks have higher numbers.
+  void find_last_of_groups(const Packs& packs) {
+    senders_ = tasks_;
+    for (const Kind kind : {Kind::F, Kind::B, Kind::I}) {
+      if (first_row_[static_cast<int>(kind)] < 0) continue;
+      for (int stage = 0; stage < shape_.num_stages; ++stage) {
+        const int next = kind == Kind::F ? stage + 1 : stage - 1;
+        if (next < 0 || next == shape_.num_stages) continue;
+        const int k = packs.of(kind, std::min(stage, next));
+        for (int first = 0, end; first < shape_.num_microbatches; first = end) {
+          end = std::min(first + k, shape_.num_microbatches);
+          if (!shape_.on_copy(first)) end = std::min(end, shape_.first_of_copy);
+          if (shape_.rank_of(stage, first) == shape_.rank_of(next, first)) continue;
+          const TaskId last = find_last(stage, kind, first, end);
+          if (last != kNoTask) std::fill_n(senders_.begin() + slot({stage, first, kind}), end - first, last);
+        }
+      }
+    }
+  }
+
+  // Of the tasks that send gradients, or activations, of these microbatches; none if one does not.
+  TaskId find_last(int stage, Kind kind, int first, int end) const {
+    const Kind other = kind == Kind::F ? Kind::F : kind == Kind::B ? Kind::I : Kind::B;
+    TaskId last = 0;
+    for (int m = first; m < end; ++m) {
+      const TaskId task = find(stage, kind, m);
+      const TaskId sends = task == kNoTask ? find(stage, other, m) : task;
+      if (sends == kNoTask) return kNoTask;
+      last = std::max(last, sends);
+    }
+    return last;
+  }
+
+  std::size_t slot(const Action& a) const {
+    const std::size_t row = first_row_[static_cast<int>(a.kind)] + a.stage;
+    return row * shape_.num_microbatches + std::max(a.microbatch, 0);
+  }
+
+  const Shape& shape_;
+  std::array<int, kNumKinds> first_row_;
+  std::vector<TaskId> tasks_;
+  std::vector<TaskId> senders_;  // empty where nothing is packed
+};
+
+// Calls emit(task) for each task that must be done before `a` may start.
+template <class Emit>
+void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& shape, Emit&& emit) {
+  const auto add_task = [&](TaskId task) {
+    if (task != kNoTask) emit(task);
+    return task != kNoTask;
+  };
+  const auto add = [&](int stage, Kind kind) {
+    return add_task(index.find(stage, kind, a.microbatch));
+  };
+  const auto add_sender = [&](int stage, Kind kind) {
+    return add_task(index.find_sender(stage, kind, a.microbatch));
+  };
+  switch (a.kind) {
+    case Kind::F:
+      if (!add(a.stage, Kind::RecvF)) add_sender(a.stage - 1, Kind::F);
+      break;
+    case Kind::B:
+    case Kind::I:
+      add(a.stage, Kind::F);
+      if (!add(a.stage, Kind::RecvB) && !add_sender(a.stage + 1, Kind::B)) {
+        add_sender(a.stage + 1, Kind::I);
+      }
+      break;
+    case Kind::W:
+      add(a.stage, Kind::I);
+      break;
+    case Kind::SendF:
+      add(a.stage, Kind::F);
+      break;
+    case Kind::RecvF:
+      add(a.stage - 1, Kind::SendF);
+      break;
+    case Kind::SendB:
+      if (!add(a.stage, Kind::B)) add(a.stage, Kind::I);
+      break;
+    case Kind::RecvB:
+      add(a.stage + 1, Kind::SendB);
+      break;
+    case Kind::ReduceGrad:
+      for (int m = 0; m < shape.num_microbatches; ++m) {
+        for (const Kind kind : {Kind::B, Kind::W}) {
+          const TaskId task = index.find(a.stage, kind, m);
+          if (task != kNoTask) emit(task);
+        }
+      }
+      break;
+    case Kind::Unshard:
+    case Kind::Reshard:
+      break;
+  }
+}
+
+}  // namespace
+
+Links::Links(const std::vector<Action>& actions, const Shape& shape, const Packs& packs)
+    : successors_begin_(actions.size() + 1, 0), num_dependencies_(actions.size(), 0) {
+  const TaskIndex index(actions, shape, packs);
+  const TaskId size = static_cast<TaskId>(actions.size());
+  for (TaskId t = 0; t < size; ++t) {
+    int count = 0;
+    for_each_dependency(actions[t], index, shape, [&](TaskId before) {
+      ++count;
+      ++successors_begin_[before + 1];
+    });
+    if (count > kMaxDependencies) {
+      throw PlanError(to_text(actions[t]) + " waits for more than " +
+                      std::to_string(kMaxDependencies) + " tasks");
+    }
+    num_dependencies_[t] = static_cast<std::uint16_t>(count);
+  }
+  for (TaskId t = 0; t < size; ++t) successors_begin_[t + 1] += successors_begin_[t];
+  successors_.resize(successors_begin_.back());
+  std::vector<TaskId> next(successors_begin_.begin(), successors_begin_.end() - 1);
+  for (TaskId t = 0; t < size; ++t) {
+    for_each_dependency(actions[t], index, shape,
+                        [&](TaskId before) { successors_[next[before]++] = t; });
+  }
+}
+
+std::size_t Links::nbytes() const {
+  return sizeof(TaskId) * (successors_begin_.size() + successors_.size()) +
+         sizeof(std::uint16_t) * num_dependencies_.size();
+}
+
+}  // namespace pe

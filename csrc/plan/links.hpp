@@ -1,0 +1,36 @@
+// What each task of a plan waits for, and what waits for it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "plan/order.hpp"
+#include "plan/packs.hpp"
+
+namespace pe {
+
+using TaskId = std::uint32_t;
+inline constexpr TaskId kNoTask = ~TaskId{0};
+inline constexpr int kMaxDependencies = 65534;  // of one task
+
+class Links {
+ public:
+  // Throws PlanError where a task waits for more than kMaxDependencies.
+  Links(const std::vector<Action>& actions, const Shape& shape, const Packs& packs);
+
+  std::uint16_t num_dependencies(TaskId task) const { return num_dependencies_[task]; }
+  std::span<const TaskId> successors(TaskId task) const {
+    return {successors_.data() + successors_begin_[task],
+            successors_.data() + successors_begin_[task + 1]};
+  }
+  std::size_t nbytes() const;
+
+ private:
+  std::vector<TaskId> successors_begin_;
+  std::vector<TaskId> successors_;
+  std::vector<std::uint16_t> num_dependencies_;
+};
+
+}  // namespace pe

@@ -1,0 +1,207 @@
+#include "simulate/event_clock.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "schedule/list_scheduler.hpp"
+#include "simulate/event_heap.hpp"
+
+namespace pe {
+namespace {
+
+constexpr std::uint32_t kLookAgain = ~std::uint32_t{0};
+constexpr double kNever = std::numeric_limits<double>::infinity();
+
+class EventClock {
+ public:
+  EventClock(const Plan& plan, const Costs& costs, Simulation& result)
+      : plan_(plan),
+        costs_(costs),
+        result_(result),
+        links_(plan.links()),
+        scheduler_(plan, costs.memory(plan.num_stages())),
+        workers_(plan.num_workers()),
+        may_contend_(plan.options().overlap && costs.contention > 1.0),
+        joins_pairs_(plan.joins_pairs()) {
+    result_.begin.resize(plan.size());
+    if (may_contend_) result_.stretched_end.resize(plan.size());
+    if (!costs.transfer.empty()) link_free_.assign(costs.num_links(plan.shape()), 0.0);
+  }
+
+  void run() {
+    for (int worker = 0; worker < plan_.num_workers(); ++worker) wake(worker);
+    dispatch();
+    while (!events_.empty()) {
+      now_ = events_.top().time;
+      // All that happens at one moment happens before anyone chooses.
+      while (!events_.empty() && events_.top().time == now_) {
+        const Event event = events_.top();
+        events_.pop();
+        handle(event);
+      }
+      dispatch();
+    }
+    if (!scheduler_.done()) {
+      throw PlanError("this schedule never ends" +
+                      std::string(joins_pairs_ ? " where the parts of an overlapped pair run as one" : "") +
+                      ": these tasks wait for one another\n" + scheduler_.waiting());
+    }
+    result_.makespan = now_;
+    result_.peak_in_flight = scheduler_.peak_by_rank();
+    result_.peak_in_flight_of_stage = scheduler_.peak_by_stage();
+    result_.peak_memory = scheduler_.peak_memory();
+    result_.working_bytes = sizeof(double) * (result_.begin.size() + result_.stretched_end.size()) +
+                            scheduler_.nbytes() + events_.nbytes() +
+                            workers_.size() * sizeof(Worker);
+  }
+
+ private:
+  struct Worker {
+    TaskId task = kNoTask;         // running; of a pair that runs as one, its first part
+    std::uint32_t generation = 0;  // of its latest event; an earlier one's end is stale
+    double work_left = 0;          // at `since`; kept only where tasks may contend
+    double since = 0;
+    bool awake = false;
+  };
+
+  // Until a task begins, its place in the result holds when the last of its inputs so far arrives.
+  double& arrival(TaskId task) { return result_.begin[task]; }
+
+  void push_end(int index, double time) {
+    events_.push({time, static_cast<std::uint32_t>(index), ++workers_[index].generation});
+  }
+
+  void wake(int index) {
+    if (workers_[index].awake) return;
+    workers_[index].awake = true;
+    awake_.push_back(index);
+  }
+
+  void handle(const Event& event) {
+    const int index = static_cast<int>(event.worker);
+    Worker& worker = workers_[index];
+    wake(index);
+    if (event.generation != worker.generation || worker.task == kNoTask) return;
+    const TaskId task = worker.task;
+    worker.task = kNoTask;
+    if (may_contend_) {
+      result_.stretched_end[task] = now_;
+      retime(index ^ 1, costs_.contention);
+    }
+    const TaskId end = joins_pairs_ ? plan_.end_of_cell(task) : task + 1;
+    for (TaskId part = task; part < end; ++part) finish(part);
+  }
+
+  void finish(TaskId task) {
+    const auto waker = [this](int idle) { wake(idle); };
+    scheduler_.finish(task, waker);
+    double delivered = -1.0;
+    for (const TaskId after : links_.successors(task)) {
+      double here = now_;
+      if (plan_.rank_of(after) != plan_.rank_of(task)) {
+        if (delivered < 0) delivered = deliver(task);
+        here = delivered;
+      }
+      arrival(after) = std::max(arrival(after), here);
+      scheduler_.arrive(after, waker);
+    }
+  }
+
+  // Sends the message of `task`, which has ended; returns when it arrives.
+  double deliver(TaskId task) {
+    const Action& action = plan_.action(task);
+    const int boundary = Costs::boundary_sent_over(action);
+    if (costs_.transfer.empty()) return now_ + costs_.latency[boundary];
+    double& free = link_free_[costs_.link(plan_.shape(), action)];
+    free = std::max(free, now_) + plan_.num_sent(task) * costs_.transfer[boundary];
+    return free + costs_.latency[boundary];
+  }
+
+  void dispatch() {
+    // In any order: what one worker takes leaves the others' choice as it was.
+    for (const int index : awake_) {
+      Worker& worker = workers_[index];
+      worker.awake = false;
+      if (worker.task != kNoTask) continue;
+      double soonest = kNever;
+      worker.task = scheduler_.take(index, [&](TaskId task) {
+        const double here = joins_pairs_ ? arrival_of_cell(task) : arrival(task);
+        if (here <= now_) return true;
+        soonest = std::min(soonest, here);
+        return false;
+      });
+      if (worker.task == kNoTask) {
+        if (soonest < kNever) {
+          events_.push({soonest, static_cast<std::uint32_t>(index), kLookAgain});
+        }
+        continue;
+      }
+      result_.begin[worker.task] = now_;
+      if (joins_pairs_) {
+        const TaskId end = plan_.end_of_cell(worker.task);
+        for (TaskId part = worker.task + 1; part < end; ++part) {
+          result_.begin[scheduler_.take_joined(index)] = now_;
+        }
+        worker.work_left = costs_.duration_of_cell(plan_, worker.task);
+      } else {
+        worker.work_left = costs_.duration(plan_, worker.task);
+      }
+      worker.since = now_;
+      push_end(index, now_ + worker.work_left * (may_contend_ ? stretch(index) : 1.0));
+      if (may_contend_) retime(index ^ 1, 1.0);
+    }
+    awake_.clear();
+  }
+
+  // When all parts of the cell that `first` begins may begin: one that needs another runs behind it.
+  double arrival_of_cell(TaskId first) {
+    const TaskId end = plan_.end_of_cell(first);
+    double last = arrival(first);
+    for (TaskId part = first + 1; part < end; ++part) {
+      int joined = 0;
+      for (TaskId before = first; before < part; ++before) {
+        const auto after = links_.successors(before);
+        joined += static_cast<int>(std::count(after.begin(), after.end(), part));
+      }
+      if (scheduler_.missing(part) > joined) return kNever;
+      last = std::max(last, arrival(part));
+    }
+    return last;
+  }
+
+  // The rank's other stream has become busy or idle: what `index` runs, so far stretched by `pace`, ends
+  // at another time.
+  void retime(int index, double pace) {
+    Worker& worker = workers_[index];
+    if (worker.task == kNoTask) return;
+    worker.work_left = std::max(0.0, worker.work_left - (now_ - worker.since) / pace);
+    worker.since = now_;
+    push_end(index, now_ + worker.work_left * stretch(index));
+  }
+
+  double stretch(int index) const {
+    return workers_[index ^ 1].task != kNoTask ? costs_.contention : 1.0;
+  }
+
+  const Plan& plan_;
+  const Costs& costs_;
+  Simulation& result_;
+  const Links& links_;
+  ListScheduler scheduler_;
+  std::vector<Worker> workers_;
+  EventHeap events_;
+  std::vector<int> awake_;
+  std::vector<double> link_free_;  // by Costs::link
+  const bool may_contend_;
+  const bool joins_pairs_;
+  double now_ = 0;
+};
+
+}  // namespace
+
+void simulate_events(const Plan& plan, const Costs& costs, Simulation& result) {
+  EventClock(plan, costs, result).run();
+}
+
+}  // namespace pe
