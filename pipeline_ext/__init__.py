@@ -19,6 +19,7 @@ from .profile import Profile
 from .reduction import GradientReduction, LocalGroup
 from .report.records import ReductionRecord, TaskRecord
 from .report.trace import Trace
+from .schedule_choice import ScheduleChoice
 from .simulation import Costs, Simulation, simulate
 from .stage import WithLoss
 from .step_graphs import GraphReport
@@ -43,6 +44,7 @@ __all__ = [
     "Profile",
     "ReductionError",
     "ReductionRecord",
+    "ScheduleChoice",
     "Simulation",
     "StageError",
     "StepTimeout",

@@ -26,12 +26,13 @@ class Received:
         self._version = leaf._version
 
     def gradient(self) -> Tensor | None:
-        """The gradient, in memory of its own.
+        """The gradient, in memory of its own; to be asked for once.
 
         Autograd may let it share memory with a parameter's gradient, to which the stage's next microbatch
         is added while the stage before still reads this one.
         """
         grad = self.leaf.grad if self.grad is None else self.grad
+        self.grad = self.leaf.grad = None  # a graph that still has to find gradients of weights holds this
         if grad is None or grad.layout is not torch.strided:
             return grad
         return _copy(grad) if is_shared(grad) else grad

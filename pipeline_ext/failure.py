@@ -8,7 +8,7 @@ NO_GRADIENTS = (
     "every .grad of the model is None; buffers and random state may have advanced"
 )
 
-_KINDS = {"F": "forward", "B": "backward"}
+_KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 
 def step_error(

@@ -52,10 +52,15 @@ class HostEngine:
         bodies = {}
         for stage in stages:
             backward = self._guard.watch(stage.backward)
+            weight_gradient = self._guard.watch(stage.weight_gradient)
             if self._reduction is not None:
                 backward = self._reduction.watch(stage.index, backward)
+                weight_gradient = self._reduction.watch(stage.index, weight_gradient)
             bodies[stage.index, "F"] = self._shared.watch(stage.index, stage.forward)
             bodies[stage.index, "B"] = backward
+            input_gradient = functools.partial(stage.input_gradient, tied=self._shared.parameters)
+            bodies[stage.index, "I"] = self._guard.watch(input_gradient)
+            bodies[stage.index, "W"] = weight_gradient
         return bodies
 
     def route(self, plan: _C.Plan, bodies: Bodies) -> HostRoute:

@@ -2,17 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Protocol
 
 from . import _C
 from .errors import InvalidSchedule
+from .first_steps import MEASURED_STEPS, FirstSteps
 from .profile import Profile, fastest
 from .simulation import simulate
 
-MEASURED_STEPS = 3
 _WORTH = 0.98  # of the time, at most, that a larger K must leave
 _SECONDS = 2.0  # for the search
 
@@ -63,58 +63,23 @@ class PackChoice:
         )
 
 
-class AutoPack:
-    """Watches the first steps, in which each result leaves alone; then it can choose.
+def first_steps(
+    plan_of: PlanOfPacks,
+    packs: list[int] | None,
+    packs_forward: list[int] | None,
+    boundaries: int,
+) -> FirstSteps:
+    """Those of a pipeline in which each result leaves alone where that is to be chosen.
 
-    Attributes:
-        choice: what the pipeline follows; None until it does.
+    ``packs`` and ``packs_forward`` are None there.
     """
-
-    def __init__(
-        self,
-        plan_of: PlanOfPacks,
-        packs: list[int] | None,
-        packs_forward: list[int] | None,
-        boundaries: int,
-    ) -> None:
-        """``packs`` and ``packs_forward`` are None where they are to be chosen."""
-        self.choice: PackChoice | None = None
-        self._plan_of = plan_of
-        self._given = (packs, packs_forward)
-        self._boundaries = boundaries
-        self._profiles: list[Callable[[], Profile]] = []
-
-    def plan(self) -> _C.Plan:
-        """The plan to begin with."""
-        packs, packs_forward = (p or [1] * self._boundaries for p in self._given)
-        return self._plan_of(packs, packs_forward)
-
-    @property
-    def chooses(self) -> bool:
-        """Whether there is something to choose."""
-        return None in self._given and self._boundaries > 0
-
-    @property
-    def measures(self) -> bool:
-        """Whether it wants to see another step."""
-        return self.chooses and self.choice is None and len(self._profiles) < MEASURED_STEPS
-
-    def observe(self, profile: Callable[[], Profile]) -> None:
-        """Takes in a step, which is profiled once that is needed."""
-        self._profiles.append(profile)
-
-    def choose(self, follow: Callable[[_C.Plan], None]) -> None:
-        """After enough steps chooses once, has the plan followed and says so.
-
-        If that is interrupted nothing has been chosen, and it can be called again.
-        """
-        if self.choice is not None or len(self._profiles) < MEASURED_STEPS:
-            return
-        choice = choose(self._plan_of, fastest([profile() for profile in self._profiles]), *self._given)
-        follow(choice.plan)
-        self.choice = choice
-        self._profiles.clear()
-        print(choice)
+    given = (packs, packs_forward)
+    plan = plan_of(*(p or [1] * boundaries for p in given))
+    if None not in given or boundaries == 0:
+        return FirstSteps([plan])
+    return FirstSteps(
+        [plan] * MEASURED_STEPS, lambda profiles: choose(plan_of, fastest(profiles), *given)
+    )
 
 
 def choose(

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C, arguments, microbatch, partition, planning
+from . import _C, arguments, auto, microbatch, partition, planning
 from . import devices as device_choice
 from .engine_choice import make_engine
 from .errors import InvalidArgument, PipelineError
 from .lifetime import Lifetime
-from .pack_choice import AutoPack, PackChoice
+from .pack_choice import PackChoice
 from .profile import Profile
 from .reduction import GradientReduction
 from .report.trace import Trace
 from .routes import Routes
+from .schedule_choice import ScheduleChoice
 from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
 from .stage import Stage
@@ -47,7 +48,10 @@ class Pipeline:
         num_stages: into how many stages to cut; may be left out where ``model`` or ``cuts`` say it.
         microbatches: M, into how many parts ``step`` cuts a batch along dimension 0.
         schedule: a name (``schedule_names()`` lists them), the path of a CSV file in the action text of
-            torch.distributed.pipelining, or each rank's actions as text, by rank.
+            torch.distributed.pipelining, or each rank's actions as text, by rank. ``"auto"`` measures the first
+            three steps; as the fourth begins it simulates and searches for two seconds, and prints what it takes:
+            of the orders that leave stages on their ranks, and hold no more microbatches than ``in_flight`` says,
+            or without it than a rank does in the first steps.
         loss_fn: called as ``loss_fn(output, target)``, or ``loss_fn(output)`` for a step without target;
             returns a tensor without dimensions. If it is a module, its parameters are trained too.
         devices: one entry for each rank, CPUs or CUDA devices; several ranks may share one. None: as many ranks
@@ -136,22 +140,23 @@ class Pipeline:
         self._model = model if isinstance(model, nn.Module) else nn.Sequential(*model)
         self.microbatches = microbatches
         boundaries = len(modules) - 1
-        self._auto_pack = AutoPack(
-            lambda packs, packs_forward, room=(): planning.build_plan(
-                schedule,
+        self._first_steps = auto.first_steps(
+            schedule,
+            functools.partial(
+                planning.build_plan,
                 num_stages=len(modules),
                 microbatches=microbatches,
                 num_ranks=None if given is None else len(given),
                 overlap=bool(overlap),
                 reactive=bool(reactive),
-                packs=packs,
-                packs_forward=packs_forward,
                 in_flight=in_flight,
-                room=room,
             ),
-            arguments.packs("pack", pack, boundaries, microbatches),
-            arguments.packs("pack_forward", pack_forward, boundaries, microbatches),
-            boundaries,
+            num_stages=len(modules),
+            num_ranks=len(modules) if given is None else len(given),
+            packs=arguments.packs("pack", pack, boundaries, microbatches),
+            packs_forward=arguments.packs("pack_forward", pack_forward, boundaries, microbatches),
+            in_flight=arguments.in_flight(in_flight, len(modules)),
+            graphs=graphs,
         )
         exchange_of = functools.partial(
             Exchange,
@@ -159,7 +164,8 @@ class Pipeline:
             wire_forward=arguments.wires("wire_forward", wire_forward, boundaries),
             link=link,
         )
-        plan = self._auto_pack.plan()
+        plan = self._first_steps.plan
+        chooses_pack = self._first_steps.chooses and schedule != planning.AUTO
         planning.check_trainable(plan)
         self._stages = [
             Stage(
@@ -175,7 +181,7 @@ class Pipeline:
         self._devices = device_choice.of_ranks(given, plan.num_ranks)
         shared = SharedParameters([stage.modules() for stage in self._stages])
         self._engine = make_engine(
-            self._devices, plan, self._stages, exchange_of, shared, reduction, self._auto_pack.chooses
+            self._devices, plan, self._stages, exchange_of, shared, reduction, chooses_pack
         )
         if reduction is not None:
             try:
@@ -190,7 +196,7 @@ class Pipeline:
             self._engine,
             self._routes,
             shared,
-            self._auto_pack,
+            self._first_steps,
             reduction,
             optimizer,
             microbatches=microbatches,
@@ -246,7 +252,7 @@ class Pipeline:
         size, count = microbatch.batch_size(args, kwargs), self.microbatches
         arguments.check_rows(size, count)
         with self._lifetime.one_at_a_time("step was called"):
-            self._auto_pack.choose(self._routes.follow)
+            self._first_steps.prepare(self._routes.follow)
             batch = Batch(
                 *self._engine.arrive((args, kwargs), 0),
                 target=self._engine.arrive(target, self.num_stages - 1),
@@ -303,13 +309,20 @@ class Pipeline:
 
     @property
     def plan(self) -> _C.Plan:
-        """The plan of a step. ``pack="auto"`` takes another one as the fourth begins."""
+        """The plan of a step. ``pack="auto"`` and ``schedule="auto"`` take another one as the fourth begins."""
         return self._routes.train.plan
 
     @property
     def pack_choice(self) -> PackChoice | None:
         """What ``pack="auto"`` has chosen; None until it has."""
-        return self._auto_pack.choice
+        choice = self._first_steps.choice
+        return choice if isinstance(choice, PackChoice) else None
+
+    @property
+    def schedule_choice(self) -> ScheduleChoice | None:
+        """What ``schedule="auto"`` has chosen; None until it has."""
+        choice = self._first_steps.choice
+        return choice if isinstance(choice, ScheduleChoice) else None
 
     @property
     def devices(self) -> list[torch.device]:
@@ -325,6 +338,14 @@ class Pipeline:
     def num_stages(self) -> int:
         """Number of stages."""
         return len(self._stages)
+
+    @property
+    def unsplit_stages(self) -> dict[int, str]:
+        """Stages that ran a backward whole at I in the last ``step``, with the reason.
+
+        Their W only adds the gradients that I has put by.
+        """
+        return {stage.index: stage.unsplit for stage in self._stages if stage.unsplit}
 
     @property
     def stage_modules(self) -> list[nn.Module]:
@@ -343,7 +364,7 @@ class Pipeline:
         return self._stepper.trace
 
     def profile(self) -> Profile:
-        """Seconds of F, B and messages of one microbatch, measured in the last ``step``."""
+        """Seconds of F, B, or I and W, and messages of one microbatch, measured in the last ``step``."""
         return self.trace.profile()
 
     def simulate(self, costs: Costs | None = None) -> Simulation:

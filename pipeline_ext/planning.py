@@ -11,6 +11,8 @@ from .simulation import Costs
 
 ScheduleLike = str | os.PathLike | Policy | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
 
+AUTO = "auto"  # in place of a schedule's name: one that suits the costs
+
 
 def schedule_names() -> list[str]:
     """The schedules known by name."""
@@ -112,13 +114,7 @@ def check_trainable(plan: _C.Plan) -> None:
             "not run; 'dualpipev' is the same idea with one copy"
         )
     if not plan.has_backward:
-        raise InvalidSchedule("the schedule has no backward action (B), so it would train nothing")
-    split = {"I", "W"} & set(plan.kinds())
-    if split:
-        raise InvalidSchedule(
-            f"the schedule splits the backward into {' and '.join(sorted(split))}; stages run it whole, "
-            "so list B for each microbatch instead"
-        )
+        raise InvalidSchedule("the schedule has no backward action (B, or I and W), so it would train nothing")
 
 
 def default_ranks(schedule: str | Policy, num_stages: int) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ class Profile:
     """Seconds that one microbatch takes at each stage, and what its results cost on their way.
 
     Attributes:
-        forward, backward: of F and B, without what the link took; by stage, medians over the step.
+        forward, backward: of F and B, without what the link took; by stage, medians over the step. Where a
+            stage ran I and W instead, B is their sum.
+        input_grad, weight_grad: the same of I and W; of a stage that ran B, half of it. None where all did.
         latency: from the end of a task to the begin of one on another rank that waited for it; median, by
             boundary, of both directions.
         overhead: that the sender spends on a message, by boundary.
@@ -37,23 +40,41 @@ class Profile:
     bandwidth: list[float]
     result_bytes: list[int]
     packed: list[bool]
+    input_grad: list[float] | None = None
+    weight_grad: list[float] | None = None
 
-    def costs(self, plan: _C.Plan) -> Costs:
-        """What ``plan`` would cost. Where it packs what the step handed over, that is measured now."""
+    def costs(self, plan: _C.Plan | None = None) -> Costs:
+        """What ``plan`` would cost; None: one that packs nothing.
+
+        Where it packs what the step handed over, that is measured now.
+        """
         forward, backward = list(self.forward), list(self.backward)
+        input_grad = None if self.input_grad is None else list(self.input_grad)
         for b, (nbytes, packed) in enumerate(zip(self.result_bytes, self.packed)):
-            if plan.packs_forward[b] > 1 and not packed:
+            if packed or plan is None:
+                continue
+            if plan.packs_forward[b] > 1:
                 forward[b] += packing_time(nbytes)
-            if plan.packs[b] > 1 and not packed:
-                backward[b + 1] += packing_time(nbytes)
+            if plan.packs[b] > 1:
+                for gradient in filter(None, (backward, input_grad)):
+                    gradient[b + 1] += packing_time(nbytes)
         return Costs(
             forward=forward,
             backward=backward,
+            input_grad=input_grad,
+            weight_grad=self.weight_grad,
             latency=self.latency,
             overhead=self.overhead,
             bandwidth=self.bandwidth,
             message_bytes=self.result_bytes,
         )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the costs of a plan that packs nothing, in seconds, for ``Costs.load``.
+
+        ``pipeline-ext plan --costs`` takes the file too. Raises PipelineError where it cannot be written.
+        """
+        self.costs().save(path)
 
 
 def profile(plan: _C.Plan, tasks: Sequence[TaskRecord], messages: Sequence[Messages]) -> Profile:
@@ -73,14 +94,23 @@ def profile(plan: _C.Plan, tasks: Sequence[TaskRecord], messages: Sequence[Messa
         return max(0.0, statistics.median(times)) if times else 0.0
 
     stages = range(plan.num_stages)
+    backward, input_grad, weight_grad = ([median(kind, s) for s in stages] for kind in "BIW")
+    split = {task.stage for task in tasks if task.kind == "I"}
+    for s in stages:
+        if s not in split:
+            input_grad[s] = weight_grad[s] = backward[s] / 2
+        elif backward[s] == 0:
+            backward[s] = input_grad[s] + weight_grad[s]
     return Profile(
         forward=[median("F", s) for s in stages],
-        backward=[median("B", s) for s in stages],
+        backward=backward,
         latency=_latencies(plan, tasks),
         overhead=overhead,
         bandwidth=[math.inf] * len(boundaries),
         result_bytes=result_bytes,
         packed=[any(m.packed_nbytes > 0 for m in by_boundary[b]) for b in boundaries],
+        input_grad=input_grad if split else None,
+        weight_grad=weight_grad if split else None,
     )
 
 
@@ -90,6 +120,7 @@ def fastest(profiles: Sequence[Profile]) -> Profile:
     def least(name: str) -> list[float]:
         return [min(column) for column in zip(*(getattr(p, name) for p in profiles))]
 
+    split = all(p.input_grad is not None for p in profiles)
     return Profile(
         forward=least("forward"),
         backward=least("backward"),
@@ -98,6 +129,8 @@ def fastest(profiles: Sequence[Profile]) -> Profile:
         bandwidth=profiles[0].bandwidth,
         result_bytes=profiles[0].result_bytes,
         packed=profiles[0].packed,
+        input_grad=least("input_grad") if split else None,
+        weight_grad=least("weight_grad") if split else None,
     )
 
 

@@ -1,10 +1,11 @@
 """What a plan would take: the scheduler under a virtual clock."""
 
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from . import _C
+from . import _C, costs_file
 from .errors import InvalidArgument, InvalidSchedule
 
 PerStage = float | Sequence[float]
@@ -51,12 +52,23 @@ class Costs:
     mem_w: PerStage | None = None
     memory_limit: PerStage | None = None
 
-    def by_stage(self, num_stages: int, num_ranks: int) -> _C.CostsByStage:
-        """Each of the costs as a list, by stage, boundary or rank.
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Costs":
+        """The costs in a JSON file: one object of the attributes above, each a number or a list.
 
-        Raises InvalidSchedule for bandwidths, bytes and memory that cannot be.
+        Raises InvalidArgument, naming the key, for what is no cost.
         """
-        forward = _spread(self.forward, num_stages)
+        return cls(**costs_file.read(path))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the file that ``load`` reads, and ``pipeline-ext plan --costs``.
+
+        Raises PipelineError where it cannot be written.
+        """
+        costs_file.write(path, asdict(self))
+
+    def times(self, num_stages: int) -> dict[str, list[float]]:
+        """Of F, B, I and W, by stage."""
         backward = _spread(self.backward, num_stages)
         if self.input_grad is None:
             input_grad = [b / 2 for b in backward]
@@ -66,32 +78,16 @@ class Costs:
             weight_grad = [b - i for b, i in zip(backward, input_grad)]
         else:
             weight_grad = _spread(self.weight_grad, num_stages)
-        boundaries = num_stages - 1
-        nbytes = _spread(self.message_bytes, boundaries)
-        bandwidth = _spread(self.bandwidth, boundaries)
-        if min(bandwidth, default=1.0) <= 0:
-            raise InvalidSchedule(f"bandwidth holds {min(bandwidth):g}; it is bytes in a unit of time, above 0")
-        if min(nbytes, default=0.0) < 0:
-            raise InvalidSchedule(f"message_bytes holds {min(nbytes):g}; it is not negative")
-        return _C.CostsByStage(
-            forward=forward,
-            backward=backward,
-            input_grad=input_grad,
-            weight_grad=weight_grad,
-            latency=_spread(self.latency, boundaries),
-            overhead=_spread(self.overhead, boundaries),
-            transfer=[n / b for n, b in zip(nbytes, bandwidth)],
-            contention=float(self.contention),
-            pair=float(self.pair),
-            taken=_spread(self.act_memory, num_stages),
-            freed_by_input_grad=self._freed_by_input_grad(num_stages),
-            memory_limit=[] if self.memory_limit is None else _spread(self.memory_limit, num_ranks),
-        )
+        return {"F": _spread(self.forward, num_stages), "B": backward, "I": input_grad, "W": weight_grad}
 
-    def _freed_by_input_grad(self, num_stages: int) -> list[float]:
-        if self.mem_i is None and self.mem_w is None:
-            return [0.0] * num_stages
+    def memory(self, num_stages: int) -> tuple[list[float], list[float]]:
+        """Of one microbatch, by stage: what F takes, and what I frees of it.
+
+        Raises InvalidSchedule where more is freed than taken.
+        """
         taken = _spread(self.act_memory, num_stages)
+        if self.mem_i is None and self.mem_w is None:
+            return taken, [0.0] * num_stages
         by_w = None if self.mem_w is None else _spread(self.mem_w, num_stages)
         by_i = [a - w for a, w in zip(taken, by_w)] if self.mem_i is None else _spread(self.mem_i, num_stages)
         for a, i, w in zip(taken, by_i, by_w or [0.0] * num_stages):
@@ -100,7 +96,36 @@ class Costs:
                     f"mem_i {i:g} and mem_w {w:g} free more than the act_memory {a:g} that F takes; together they "
                     "are at most as much"
                 )
-        return by_i
+        return taken, by_i
+
+    def by_stage(self, num_stages: int, num_ranks: int) -> _C.CostsByStage:
+        """Each of the costs as a list, by stage, boundary or rank.
+
+        Raises InvalidSchedule for bandwidths, bytes and memory that cannot be.
+        """
+        times = self.times(num_stages)
+        taken, freed_by_input_grad = self.memory(num_stages)
+        boundaries = num_stages - 1
+        nbytes = _spread(self.message_bytes, boundaries)
+        bandwidth = _spread(self.bandwidth, boundaries)
+        if min(bandwidth, default=1.0) <= 0:
+            raise InvalidSchedule(f"bandwidth holds {min(bandwidth):g}; it is bytes in a unit of time, above 0")
+        if min(nbytes, default=0.0) < 0:
+            raise InvalidSchedule(f"message_bytes holds {min(nbytes):g}; it is not negative")
+        return _C.CostsByStage(
+            forward=times["F"],
+            backward=times["B"],
+            input_grad=times["I"],
+            weight_grad=times["W"],
+            latency=_spread(self.latency, boundaries),
+            overhead=_spread(self.overhead, boundaries),
+            transfer=[n / b for n, b in zip(nbytes, bandwidth)],
+            contention=float(self.contention),
+            pair=float(self.pair),
+            taken=taken,
+            freed_by_input_grad=freed_by_input_grad,
+            memory_limit=[] if self.memory_limit is None else _spread(self.memory_limit, num_ranks),
+        )
 
 
 class Simulation:

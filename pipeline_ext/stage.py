@@ -1,6 +1,6 @@
-"""A module as a stage: forward and backward of one microbatch."""
+"""A module as a stage: forward and backward of one microbatch, the backward whole or in two."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from . import boundary
 from .abandoned import this_thread
-from .errors import InvalidArgument
+from .errors import DeadPipeline, InvalidArgument
+from .split_backward import WeightGradients, find_input_gradients, run_backward
 from .step import Step
 
 Arguments = tuple[tuple, dict[str, Any]]
@@ -36,9 +37,15 @@ class _InFlight(NamedTuple):
 
 
 class Stage:
-    """One slice of the model. ``forward``, ``backward`` and ``evaluate`` are the bodies of tasks.
+    """One slice of the model.
 
-    ``loss_fn`` is given to the last stage alone. If it is a module, its parameters are trained too.
+    ``forward``, ``backward``, ``input_gradient``, ``weight_gradient`` and ``evaluate`` are the bodies of tasks:
+    F, B, I, W, and F of an evaluation. ``loss_fn`` is given to the last stage alone. If it is a module, its
+    parameters are trained too.
+
+    Attributes:
+        thread: what stands for the thread that runs a backward of this stage.
+        unsplit: why the last I of the step ran the backward whole; empty where none did.
     """
 
     def __init__(
@@ -51,12 +58,14 @@ class Stage:
     ) -> None:
         self.index = index
         self.module = module
-        self.thread: object | None = None  # that runs a backward of this stage
+        self.thread: object | None = None
+        self.unsplit = ""
         self._is_last = is_last
         self._loss_fn = loss_fn
         self._step: Step | None = None
         self._entrance = boundary.Entrance()
         self._in_flight: dict[int, _InFlight] = {}
+        self._weight_grads: dict[int, WeightGradients] = {}  # between a microbatch's I and its W
 
     def modules(self) -> list[nn.Module]:
         """The stage's module, and its loss function where that is one."""
@@ -69,13 +78,16 @@ class Stage:
     def begin(self, step: Step) -> None:
         """Prepares for a step."""
         self._step = step
+        self.unsplit = ""
         self._entrance.begin()
         self._in_flight = {}
+        self._weight_grads = {}
 
     def end(self) -> None:
         """Lets go of everything that belongs to the step."""
         self._step = None
         self._in_flight = {}
+        self._weight_grads = {}
 
     def forward(self, m: int) -> None:
         """Runs microbatch ``m``, hands the result on, and keeps what its backward needs."""
@@ -111,11 +123,43 @@ class Stage:
         self.thread = this_thread()
         step = self._step
         step.context.apply()
-        grads_in = self._find_gradients(step, m)
-        if self.index == 0:
-            step.input_grads[m] = grads_in
-        else:
-            step.exchange.send_gradients(self.index, m, grads_in)
+        outputs, grads, received = self._begin_backward(step, m)
+        if outputs:
+            run_backward(outputs, grads)
+        self._send_back(step, m, received)
+        step.exchange.release(self.index, m)
+        self.thread = None
+
+    def input_gradient(self, m: int, tied: Callable[[], Collection[nn.Parameter]] = tuple) -> None:
+        """Of microbatch ``m``'s backward, runs what leads to its input; sends the gradients back.
+
+        ``tied()`` are parameters that other stages, on other threads, hold too.
+        """
+        self.thread = this_thread()
+        step = self._step
+        step.context.apply()
+        outputs, grads, received = self._begin_backward(step, m)
+        if outputs:
+            leaves = [tensor.leaf for tensor in received]
+            found = find_input_gradients(
+                outputs,
+                grads,
+                leaves,
+                weights=lambda: [p for p in self.parameters() if p not in tied()],
+                check=lambda: self._check_current(step),
+            )
+            self._weight_grads[m] = found
+            self.unsplit = found.whole or self.unsplit
+        self._send_back(step, m, received)
+        self.thread = None
+
+    def weight_gradient(self, m: int) -> None:
+        """Runs the rest of microbatch ``m``'s backward: adds its parameters' gradients to ``.grad``."""
+        self.thread = this_thread()
+        step = self._step
+        step.context.apply()
+        if m in self._weight_grads:
+            self._weight_grads.pop(m).add()
         step.exchange.release(self.index, m)
         self.thread = None
 
@@ -126,7 +170,10 @@ class Stage:
         self._evaluate(step, m)
         step.exchange.release(self.index, m)
 
-    def _find_gradients(self, step: Step, m: int) -> list[Tensor | None]:
+    def _begin_backward(
+        self, step: Step, m: int
+    ) -> tuple[list[Tensor], list[Tensor], list[boundary.Received]]:
+        """Where microbatch ``m``'s backward begins, with which gradients, and what it is to find those of."""
         received, sent, losses = self._in_flight.pop(m)
         outputs = [loss for loss in losses if loss.requires_grad]
         grads_out = [step.weight_like(loss, m) for loss in outputs]
@@ -136,9 +183,19 @@ class Stage:
                 grads_out.append(grad)
         if outputs:
             step.has_trained = True
-            _run_backward(outputs, grads_out)
+        return outputs, grads_out, received
+
+    def _send_back(self, step: Step, m: int, received: list[boundary.Received]) -> None:
         self._entrance.returned(received)
-        return [tensor.gradient() for tensor in received]
+        grads_in = [tensor.gradient() for tensor in received]
+        if self.index == 0:
+            step.input_grads[m] = grads_in
+        else:
+            step.exchange.send_gradients(self.index, m, grads_in)
+
+    def _check_current(self, step: Step) -> None:
+        if self._step is not step:
+            raise DeadPipeline("this backward belongs to a step that was given up")
 
     def _evaluate(self, step: Step, m: int) -> None:
         with torch.no_grad(), step.context.forward():
@@ -199,12 +256,3 @@ def _checked(loss: Any, what: str) -> Tensor:
         )
     return loss
 
-
-def _run_backward(outputs: list[Tensor], grads: list[Tensor]) -> None:
-    """``torch.autograd.backward`` without its checks in Python, which take as long as a small backward.
-
-    The engine itself checks that the gradients fit.
-    """
-    torch.autograd.graph._engine_run_backward(
-        tuple(outputs), tuple(grads), False, False, (), allow_unreachable=True, accumulate_grad=True
-    )

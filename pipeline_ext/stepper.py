@@ -10,7 +10,7 @@ from .context import CallerContext
 from .engine import Engine, Route, StepResult
 from .errors import PipelineError
 from .failure import NO_GRADIENTS, step_error
-from .pack_choice import AutoPack
+from .first_steps import FirstSteps
 from .reduction import GradientReduction
 from .report.trace import Trace
 from .routes import Routes
@@ -32,7 +32,7 @@ class Stepper:
         engine: Engine,
         routes: Routes,
         shared: SharedParameters,
-        auto_pack: AutoPack,
+        first_steps: FirstSteps,
         reduction: GradientReduction | None,
         optimizer: torch.optim.Optimizer | None,
         *,
@@ -46,7 +46,7 @@ class Stepper:
         self._engine = engine
         self._routes = routes
         self._shared = shared
-        self._auto_pack = auto_pack
+        self._first_steps = first_steps
         self._reduction = reduction
         self._optimizer = optimizer
         self._microbatches = microbatches
@@ -123,11 +123,11 @@ class Stepper:
 
     def _trace_of(self, result: StepResult) -> Trace:
         route = self._routes.train
-        return Trace(route.plan, result, route.exchange.messages(), self._auto_pack.choice)
+        return Trace(route.plan, result, route.exchange.messages(), self._first_steps.choice)
 
     def _run(self, route: Route, step: Step, record: bool = False) -> StepResult:
         training = route.plan.has_backward
-        measures = training and self._auto_pack.measures
+        measures = training and self._first_steps.measures
         route.exchange.begin()
         for stage in self._stages:
             stage.begin(step)
@@ -151,5 +151,5 @@ class Stepper:
         if training:
             self.keep_trace(result, record)
         if measures:
-            self._auto_pack.observe((self.trace or self._trace_of(result)).profile)
+            self._first_steps.observe((self.trace or self._trace_of(result)).profile)
         return result

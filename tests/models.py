@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Residual(nn.Module):
@@ -54,3 +55,115 @@ def tree_batch(rows, width=6):
     x = (torch.randn(rows, width), torch.randint(5, (rows,)))
     y = {"h": torch.randn(rows, width), "scale": torch.randn(rows, width)}
     return x, y
+
+
+class Repeated(nn.Module):
+    """One layer, used several times."""
+
+    def __init__(self, times, width=12):
+        super().__init__()
+        self.times = times
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.layer(x).tanh()
+        return x
+
+
+class Slices(nn.Module):
+    """Writes to parts of a tensor in place, some of them made of a parameter alone."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+        self.scale, self.parts = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(2))
+
+    def forward(self, x):
+        y = self.layer(x).clone()
+        y[:, 2:4] *= self.parts
+        y[:, 0] = self.scale[0] * x[:, 1]
+        y[:, 1] = self.parts[1]
+        return y * self.scale
+
+
+class Attention(nn.Module):
+    """Three linear layers whose weights are parts of one parameter."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(width, 2)
+
+    def forward(self, x):
+        return self.inner(x, x * 2, x.tanh())[0]
+
+
+class Images(nn.Module):
+    """Convolutions, batch norm, and a layer that works in place."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.inner = nn.Sequential(
+            nn.Conv1d(1, 3, 3, padding=1), nn.BatchNorm1d(3), nn.ReLU(inplace=True), nn.Conv1d(3, 1, 1)
+        )
+
+    def forward(self, x):
+        return x + self.inner(x.unsqueeze(1)).squeeze(1)
+
+
+class Constant(nn.Module):
+    """Hands on a parameter beside its input."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        if isinstance(x, tuple):
+            x = x[0] * x[1]
+        return x.sin(), self.bias
+
+
+class ScaledProduct(torch.autograd.Function):
+    """A backward in Python that computes all gradients at once."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad * weight, (grad * x).sum(0)
+
+
+class AtOnce(nn.Module):
+    """A layer whose backward finds both gradients at once, between two that are plain."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.weight = nn.Parameter(torch.randn(width))
+        self.last = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.last(ScaledProduct.apply(self.first(x), self.weight))
+
+
+class Recomputed(nn.Module):
+    """Two layers, the first of which activation checkpointing recomputes. Counts its forwards."""
+
+    def __init__(self, reentrant, width=12):
+        super().__init__()
+        self.reentrant = reentrant
+        self.inner = Residual(width)
+        self.last = nn.Linear(width, width)
+        self.forwards = 0
+
+    def counted(self, x):
+        self.forwards += 1
+        return self.inner(x)
+
+    def forward(self, x):
+        return self.last(checkpoint(self.counted, x, use_reentrant=self.reentrant))

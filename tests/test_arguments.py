@@ -32,10 +32,6 @@ def model():
         ({"schedule": [["0F0", "0B0", "0F1", "0B1"]]}, "num_stages is 2, but the schedule given has 1"),
         ({"schedule": [["0F0", "0B0"], ["1F0", "1B0"]]}, "microbatches is 2, but the schedule given has 1"),
         ({"schedule": [["0F0", "0F1"], ["1F0", "1F1"]]}, "no backward action"),
-        (
-            {"schedule": [["0F0", "0F1", "0B0", "0B1"], ["1F0", "1F1", "1I0", "1I1", "1W0", "1W1"]]},
-            "splits the backward into I and W",
-        ),
         ({"devices": ["cuda:0", "cpu"]}, "devices holds cpu and cuda; give all ranks devices of one type"),
         ({"devices": ["gpu"]}, "'gpu', which is no device"),
         ({"devices": "cpu"}, "give a list with one entry for each rank"),

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import chain, tree, tree_batch, tree_loss
+from models import AtOnce, chain, tree, tree_batch, tree_loss
 from reference import assert_same_gradients, gradients, reference_step, twin
 from torch import nn
 
@@ -21,6 +21,22 @@ CASES = [
     ("1f1b", 2, None, {"pack": 2, "pack_forward": 3}),
     ("1f1b", 4, ["cuda:0"] * 4, {"pack": "all"}),
     ("gpipe", 2, ["cuda:0"] * 2, {"pack": 2, "reactive": False}),
+]
+
+
+# Each W after the I of the next microbatch, but for a stage that lists B.
+SPLIT = [
+    ["0F0", "0F1", "0F2", "0F3", "0I0", "0I1", "0W0", "0I2", "0W1", "0I3", "0W2", "0W3"],
+    ["1F0", "1F1", "1I0", "1F2", "1I1", "1W0", "1F3", "1I2", "1W1", "1I3", "1W2", "1W3"],
+    ["2F0", "2B0", "2F1", "2I1", "2W1", "2F2", "2B2", "2F3", "2I3", "2W3"],
+]
+SPLIT_CASES = [
+    (["cuda:0"] * 3, {}),
+    (["cuda:0"] * 3, {"overlap": False}),
+    (["cuda:0"] * 3, {"reactive": False}),
+    (["cuda:0", "cuda:1", "cuda:0"], {}),
+    (["cuda:0", "cuda:1", "cuda:0"], {"pack": 2, "pack_forward": 2}),
+    (["cuda:0"] * 3, {"pack": "all"}),
 ]
 
 
@@ -50,6 +66,29 @@ def test_equal_to_plain_autograd(gpus, make, schedule, stages, devices, options)
                 assert torch.equal(pipe.step(x, target=y, losses=losses), expected_loss)
                 assert_same_gradients(model, gradients(plain))
                 assert len(losses) == microbatches
+
+
+@pytest.mark.parametrize("devices, options", SPLIT_CASES, ids=str)
+@pytest.mark.parametrize("make", [chain, tree, AtOnce], ids=["chain", "tree", "at once"])
+def test_backwards_in_two_parts_are_equal_too(gpus, make, devices, options):
+    model, x, y, loss_fn = case(chain if make is AtOnce else make, 4)
+    if make is AtOnce:
+        model = nn.Sequential(*(AtOnce() for _ in range(3)))
+    plain = twin(model)
+    with pe.Pipeline(model, 3, 4, SPLIT, loss_fn, devices=devices, **options) as pipe:
+        for _ in range(3):
+            expected = reference_step(plain, x, y, 4, loss_fn)
+            assert torch.equal(pipe.step(x, target=y), expected)
+            assert_same_gradients(model, gradients(plain))
+        assert pipe.unsplit_stages.keys() == ({1, 2} if make is AtOnce else set())
+
+
+def test_weight_gradients_of_large_stages_are_added_as_they_come(gpus, monkeypatch):
+    from pipeline_ext.cuda import parameters
+
+    monkeypatch.setattr(parameters, "_LARGE", 0)
+    for make in (chain, AtOnce):
+        test_backwards_in_two_parts_are_equal_too(gpus, make, ["cuda:0"] * 3, {})
 
 
 def test_gradients_add_up_over_steps(gpus):

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 import pipeline_ext as pe
+from pipeline_ext.cli import main
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+PLANNING = (ROOT / "docs" / "planner.md").read_text()
 ERRORS = (ROOT / "docs" / "errors.md").read_text()
 BEGINNING = re.search(r"```python\n(.*?)```", ERRORS, re.S)[1]
 EXAMPLES = re.findall(r"## ([^\n]+)\n(?:(?!## ).)*?```python\n(.*?)```\n\n```text\n(.*?)```", ERRORS, re.S)
@@ -48,6 +50,17 @@ def test_the_example_that_readme_opens_with_runs(tmp_path, monkeypatch):
     assert (tmp_path / "timeline.png").stat().st_size > 0
 
 
+def test_the_policies_of_the_scheduler_page_run(capsys):
+    text = (ROOT / "docs" / "scheduler.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], {})
+    assert capsys.readouterr().out.count("<Simulation: makespan") == 3
+
+
+def test_the_scheduler_page_lists_every_schedule():
+    text = (ROOT / "docs" / "scheduler.md").read_text()
+    assert re.findall(r"^\| `([a-z0-9-]+)` \|", text, re.M) == pe.schedule_names()
+
+
 def test_the_examples_of_packing_run(capsys):
     names = {
         "pe": pe,
@@ -64,6 +77,32 @@ def test_the_examples_of_packing_run(capsys):
     assert "0 backward 2 " in printed
     assert "allow 4 in flight at each stage, or pack fewer" in printed
     assert [view.dtype for view in names["received"]] == [torch.bfloat16, torch.int64, torch.bfloat16]
+
+
+def test_the_examples_of_planning_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "pe": pe,
+        "model": nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))),
+        "loss_fn": nn.functional.mse_loss,
+        "x": torch.randn(16, 4),
+        "y": torch.randn(16, 4),
+    }
+    for example in re.findall(r"```python\n(.*?)```", PLANNING, re.S):
+        exec(example, names)
+    assert capsys.readouterr().out.count('schedule="auto": ') == 2  # as it chooses, and as the example prints
+    assert names["costs"].weight_grad is not None
+    assert (tmp_path / "timeline.png").stat().st_size > 0
+
+
+def test_the_table_of_planning_is_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = re.search(r"    pipeline-ext (plan .*)", PLANNING)[1]
+    assert main(command.split()) == 0
+    printed = re.findall(r"[^│┃\n]*[^│┃━─\s][^│┃\n]*", capsys.readouterr().out)
+    shown = re.search(r"```text\n(.*?)```", PLANNING, re.S)[1]
+    assert " ".join(printed).split() == shown.split()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plans.html", "plans.png"]
 
 
 def test_the_example_of_replicas_leaves_them_equal():

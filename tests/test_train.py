@@ -76,9 +76,25 @@ def test_every_schedule_learns_the_same(tmp_path, text):
     assert losses[0] == losses[1] == losses[2]
 
 
+def test_a_schedule_that_is_chosen_is_named_with_its_times(tmp_path, text):
+    out = tmp_path / "auto.json"
+    result = train(tmp_path, *SMALL, "--data", text, "--json", str(out), "--schedule", "auto", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert 'schedule="auto": ' in result.stdout and "chosen by auto" in result.stdout
+    summary = json.loads(out.read_text())
+    assert summary["schedule"] == "auto"
+    assert summary["schedule_chosen"] in result.stdout
+    assert summary["pipeline_ms_predicted"] > 0 and summary["pipeline_ms_measured"] > 0
+    plain = tmp_path / "plain.json"
+    assert train(tmp_path, *SMALL, "--data", text, "--json", str(plain)).returncode == 0
+    assert json.loads(plain.read_text())["loss_last"] == summary["loss_last"]
+    assert json.loads(plain.read_text())["schedule_chosen"] is None
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
+        (["--schedule", "auto", "--pack", "auto"], 'schedule="auto" and pack="auto" would both choose'),
         (["--data", "nowhere"], "there is no file or folder 'nowhere' to train on"),
         (["--data", "tiny"], "'tiny' holds"),
         (["--schedule", "2f2b"], "there is no schedule '2f2b'"),

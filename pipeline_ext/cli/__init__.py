@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import PipelineError
-from . import doctor, train
+from . import doctor, plan, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train.add_parser(commands)
+    plan.add_parser(commands)
     doctor.add_parser(commands)
     options = parser.parse_args(argv)
     try:

@@ -98,6 +98,7 @@ class Display:
                 f"{_number(s.bubble_simulated, '.1%')} simulated from measured times, "
                 f"{_number(s.bubble_measured, '.1%')} measured",
             ),
+            ("schedule", _schedule(s)),
             ("messages per step", str(s.messages_per_step)),
             ("microbatches in flight, by rank", ", ".join(map(str, s.peak_in_flight))),
             ("files written", "\n".join(map(str, written))),
@@ -109,6 +110,15 @@ class Display:
 def _figures(m: StepMetrics) -> str:
     return (
         f"loss {m.loss:.3f}  {m.bits_per_byte:.3f} bits per byte  {m.tokens_per_second:,.0f} tokens/s"
+    )
+
+
+def _schedule(summary: Summary) -> str:
+    if summary.schedule_choice is None:
+        return summary.schedule
+    return (
+        f"{summary.schedule_choice.schedule}, chosen by {summary.schedule}; a pipeline's step "
+        f"{summary.pipeline_ms_predicted:.1f} ms predicted, {_number(summary.pipeline_ms_measured, '.1f')} ms measured"
     )
 
 

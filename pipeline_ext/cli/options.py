@@ -1,7 +1,6 @@
 """The options of a training run: defaults, arguments, and what a resumed run takes over."""
 
 import argparse
-import math
 import os
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,7 +12,8 @@ import torch
 from ..errors import InvalidArgument
 from ..lm import checkpoint
 from ..lm.checkpoint import Checkpoint
-from ..planning import build_plan, schedule_names
+from ..planning import AUTO, build_plan, schedule_names
+from .numbers import count, count_or_zero, positive
 from .presets import PRESETS
 
 _FIXED = ("preset", "batch", "context", "width", "layers", "heads", "seed")  # for all of a run
@@ -57,13 +57,17 @@ class Options:
         """Where and how the stages are to run, as ``Pipeline`` takes it; what it may choose is left out."""
         settings: dict[str, Any] = {}
         if self.device not in ("auto", "cuda"):
-            plan = build_plan(self.schedule, num_stages=self.stages, microbatches=self.microbatches)
-            settings["devices"] = [self.device] * plan.num_ranks
+            settings["devices"] = [self.device] * self._ranks()
         if self.overlap is not None:
             settings["overlap"] = self.overlap
         if self.graphs:
             settings["graphs"] = True
         return settings
+
+    def _ranks(self) -> int:
+        if self.schedule == AUTO:
+            return self.stages
+        return build_plan(self.schedule, num_stages=self.stages, microbatches=self.microbatches).num_ranks
 
     def messages(self) -> dict[str, Any]:
         """How results are to leave the stages, as ``Pipeline`` takes it."""
@@ -107,12 +111,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, help=help + shown, default=argparse.SUPPRESS, **settings)
 
     add("--data", "file or folder to learn; none: Python's standard library", metavar="PATH")
-    add("--steps", "training steps; the learning rate falls over all of them", type=_count)
-    add("--batch", "rows of a batch", type=_count)
-    add("--context", "bytes the model sees at once", type=_count)
-    add("--stages", "stages to cut the model into", type=_count)
-    add("--microbatches", "parts a batch is cut into", type=_count)
-    add("--schedule", f"{', '.join(schedule_names())}, or a CSV file")
+    add("--steps", "training steps; the learning rate falls over all of them", type=count)
+    add("--batch", "rows of a batch", type=count)
+    add("--context", "bytes the model sees at once", type=count)
+    add("--stages", "stages to cut the model into", type=count)
+    add("--microbatches", "parts a batch is cut into", type=count)
+    add("--schedule", f"{', '.join(schedule_names())}, a CSV file, or {AUTO}: measured and chosen")
     add("--device", "auto: all GPUs, else the CPU; cpu; cuda: all GPUs; cuda:0, cuda:1, ...: one", type=_device)
     add(
         "--overlap",
@@ -130,17 +134,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pack-forward", "the same for activations", type=_pack, metavar="K")
     add("--wire", "type that gradients travel as", choices=WIRES)
     add("--wire-forward", "type that activations travel as", choices=WIRES)
-    add("--width", "width of the model", type=_count)
-    add("--layers", "blocks of the model", type=_count)
-    add("--heads", "attention heads; must divide the width", type=_count)
-    add("--learning-rate", "the highest learning rate", type=_positive)
-    add("--threads", "intra-op threads of each rank; none: cores / ranks", type=_count)
-    add("--seed", "of the initial weights and the batches", type=_count_or_zero)
+    add("--width", "width of the model", type=count)
+    add("--layers", "blocks of the model", type=count)
+    add("--heads", "attention heads; must divide the width", type=count)
+    add("--learning-rate", "the highest learning rate", type=positive)
+    add("--threads", "intra-op threads of each rank; none: cores / ranks", type=count)
+    add("--seed", "of the initial weights and the batches", type=count_or_zero)
     add(
         "--checkpoint-every",
         "steps between checkpoints; 0: only at the end and at Ctrl-C",
         metavar="STEPS",
-        type=_count_or_zero,
+        type=count_or_zero,
     )
     add(
         "--resume",
@@ -224,16 +228,6 @@ def _has_type(default: object, value: object) -> bool:
     return type(value) is type(default)
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
 def _device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d*))?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:0, cuda:1, ...")
@@ -241,22 +235,4 @@ def _device(text: str) -> str:
 
 
 def _pack(text: str) -> str:
-    return text if text in ("all", "auto") else str(_count(text))
-
-
-def _count(text: str) -> int:
-    return _whole_number(text, 1)
-
-
-def _count_or_zero(text: str) -> int:
-    return _whole_number(text, 0)
-
-
-def _whole_number(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if not least <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return value
+    return text if text in ("all", "auto") else str(count(text))

@@ -69,6 +69,8 @@ class DeviceEngine:
         for stage in stages:
             bodies[stage.index, "F"] = stage.forward
             bodies[stage.index, "B"] = self._guard.watch(stage.backward)
+            bodies[stage.index, "I"] = self._guard.watch(stage.input_gradient)
+            bodies[stage.index, "W"] = self._guard.watch(stage.weight_gradient)
         return bodies
 
     def route(self, plan: _C.Plan, bodies: Bodies) -> DeviceRoute:
@@ -154,6 +156,7 @@ class DeviceEngine:
     ) -> Body:
         """``body`` on its stream."""
         parameters = self._parameters
+        adds = kind in ("B", "W")
 
         def run(m: int) -> None:
             step, stream = layout.place(kind, stage, m)
@@ -167,15 +170,15 @@ class DeviceEngine:
             custody.let_go(step)
             parameters.enter(stage, lane)
             try:
-                if kind == "B":
+                if adds:
                     parameters.before_backward(stage, lane)
                 body(m)
             finally:
                 parameters.leave(stage)
-            if kind == "B":
+            if adds:
                 parameters.after_backward(stage, lane)
 
-        trains = layout.plan.has_backward and kind in ("F", "B")
+        trains = layout.plan.has_backward and kind in ("F", "B", "I", "W")
         enqueue = train if trains else run
         return _with_range(enqueue, layout.plan, stage, kind) if torch_side.a_profiler_listens() else enqueue
 
@@ -183,7 +186,7 @@ class DeviceEngine:
 def _with_range(enqueue: Body, plan: _C.Plan, stage: int, kind: str) -> Body:
     """Shown in a profiler: kind, stage and microbatch, and how many results leave with this one."""
     packs = plan.packs_forward[stage:] if kind in ("F", "SEND_F") else plan.packs[max(stage - 1, 0) : stage]
-    pack = packs[0] if packs else 1
+    pack = packs[0] if packs and kind != "W" else 1
 
     def run(m: int) -> None:
         ends_group = pack > 1 and ((m + 1) % pack == 0 or m + 1 == plan.num_microbatches)

@@ -35,9 +35,9 @@ class Passage:
         sender, receiver = (boundary, boundary + 1) if way == "F" else (boundary + 1, boundary)
         self._from, self._to = devices[sender], devices[receiver]
         self.stays = self._from == self._to
-        self._made = (way, sender)
-        # An activation is used until the receiver's backward has run.
-        self._used = ("B" if layout.plan.has_backward else "F", receiver)
+        self._made = ("F" if way == "F" else "BI", sender)
+        # What a stage was given is used until its backward has run.
+        self._used = ("BW" if layout.plan.has_backward else "F", receiver)
         self._sent = (f"SEND_{way}", sender)
 
     def handed_over(self, m: int, value: Any) -> None:
@@ -55,7 +55,7 @@ class Passage:
     def carry(self, results: Sequence[int], buffer: Tensor, nbytes: int) -> Tensor:
         """As ``transport.channel.Passage``; the current stream is that of the copy."""
         packed = max(self._place(self._made, m) for m in results)
-        sent = max(self._place(self._sent, m) for m in results if self._is_sent(m))
+        sent = max(self._layout.place(*self._sent, m) for m in results if self._layout.has(*self._sent, m))
         copied = torch_side.empty(buffer.numel(), self._to)
         self._executor.copy(
             to=copied.data_ptr(),
@@ -77,12 +77,8 @@ class Passage:
         """It is in custody until its stream may reuse it."""
 
     def _place(self, of: tuple[str, int], m: int) -> Place:
-        kind, stage = of
-        return self._layout.place(kind, stage, m)
-
-    def _is_sent(self, m: int) -> bool:
-        kind, stage = self._sent
-        return self._layout.has(kind, stage, m)
+        kinds, stage = of  # of which the plan has one
+        return next(self._layout.place(kind, stage, m) for kind in kinds if self._layout.has(kind, stage, m))
 
     def _last_use(self, results: Sequence[int] | dict[int, Any]) -> Place:
         # The receiver's tasks of one kind run one after another, so that the last one ends last.

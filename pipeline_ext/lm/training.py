@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import InvalidArgument
 from ..files import whole_file
 from ..pipeline import Pipeline
+from ..schedule_choice import ScheduleChoice
 from . import interrupt
 from .checkpoint import Checkpoint
 from .corpus import Corpus
@@ -57,12 +58,17 @@ class Summary:
     steps: list[StepMetrics] = field(default_factory=list)
     peak_in_flight: list[int] = field(default_factory=list)  # by rank
     bubble_simulated: float = math.nan  # from the stage times measured in the last step
+    schedule_choice: ScheduleChoice | None = None  # of --schedule auto, once it is made
+    seconds_since_choice: list[float] = field(default_factory=list)  # of the pipeline's steps
 
     def as_json(self) -> dict:
         """Plain values, None for what was not measured."""
         ms = [s.step_ms for s in self.steps]
         values = {
             "schedule": self.schedule,
+            "schedule_chosen": self.schedule_choice and self.schedule_choice.schedule,
+            "pipeline_ms_predicted": self.pipeline_ms_predicted,
+            "pipeline_ms_measured": self.pipeline_ms_measured,
             "stages": self.stages,
             "microbatches": self.microbatches,
             "resumed_after": self.resumed_after,
@@ -85,6 +91,16 @@ class Summary:
             key: None if isinstance(value, float) and math.isnan(value) else value
             for key, value in values.items()
         }
+
+    @property
+    def pipeline_ms_predicted(self) -> float:
+        """Of a step with the schedule chosen, as it was chosen."""
+        return math.nan if self.schedule_choice is None else self.schedule_choice.predicted * 1e3
+
+    @property
+    def pipeline_ms_measured(self) -> float:
+        """Median over the steps with the schedule chosen, without the optimizer's."""
+        return statistics.median(self.seconds_since_choice) * 1e3 if self.seconds_since_choice else math.nan
 
     @property
     def bubble_measured(self) -> float:
@@ -261,7 +277,11 @@ class Training:
 
     def _add_to_summary(self, metrics: StepMetrics) -> None:
         self.summary.steps.append(metrics)
+        self.summary.messages_per_step = self.pipe.plan.num_messages
+        self.summary.schedule_choice = self.pipe.schedule_choice
         if metrics.bubble is not None:
+            if self.pipe.schedule_choice is not None:
+                self.summary.seconds_since_choice.append(self.pipe.trace.step_time)
             peaks = zip(self.summary.peak_in_flight, self.pipe.trace.peak_in_flight)
             self.summary.peak_in_flight = [max(pair) for pair in peaks]
 

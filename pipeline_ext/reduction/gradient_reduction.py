@@ -29,9 +29,10 @@ Body = Callable[[int], None]
 class GradientReduction:
     """Gives every replica the mean of the replicas' gradients; for ``Pipeline(reduction=...)``.
 
-    When the last backward of a stage ends, its gradients leave in flat buffers, while the stages before it
-    still compute; ``step`` returns when all hold the mean. ``.grad`` is a view of such a buffer from step to
-    step: clone what is to be kept. Example, for replica 0 of two, each of which a thread of its own steps::
+    When a stage and those after it have ended their last backwards, its gradients leave in flat buffers, while
+    the stages before it still compute; ``step`` returns when all hold the mean. ``.grad`` is a view of such a
+    buffer from step to step: clone what is to be kept. Example, for replica 0 of two, each of which a thread of
+    its own steps::
 
         group = pe.LocalGroup(2)
         pipe = pe.Pipeline(model, 2, 8, loss_fn=loss_fn, reduction=pe.GradientReduction(group.member(0)))
@@ -59,6 +60,8 @@ class GradientReduction:
         self._shared: SharedParameters | None = None
         self._microbatches = 0
         self._left: list[int] = []  # backwards that each stage has yet to run
+        self._unsent = 0  # stages whose gradients have not left
+        self._sending = threading.Lock()
         self._built_for: list[list[tuple]] | None = None
         self._buckets: list[list[Bucket]] = []  # by stage; last, of what several stages hold
         self._in_step = False
@@ -90,15 +93,13 @@ class GradientReduction:
         self._stages, self._shared, self._microbatches = stages, shared, microbatches
 
     def watch(self, stage: int, backward: Body) -> Body:
-        """``backward`` of a stage; the last one of a step sends the stage's gradients."""
+        """``backward`` of a stage, B or W; the last one of a step sends the stage's gradients."""
 
-        # Every backward of a stage waits for that of the next stage, so that in every schedule stages end in
-        # descending order: all replicas send in the same one.
         def watched(m: int) -> None:
             backward(m)
             self._left[stage] -= 1
             if self._left[stage] == 0:
-                self._send(stage)
+                self._send_ended()
 
         return watched
 
@@ -119,6 +120,7 @@ class GradientReduction:
         for bucket in self._all():
             bucket.bind()
         self._left = [self._microbatches] * len(self._stages)
+        self._unsent = len(self._stages)
         self._in_step = True
         try:
             yield
@@ -156,6 +158,13 @@ class GradientReduction:
 
     def _all(self) -> Iterator[Bucket]:
         return itertools.chain.from_iterable(self._buckets)
+
+    def _send_ended(self) -> None:
+        """Sends in descending order, whichever stage ends first: all replicas are to send in the same one."""
+        with self._sending:
+            while self._unsent > 0 and self._left[self._unsent - 1] == 0:
+                self._unsent -= 1
+                self._send(self._unsent)
 
     def _send(self, stage: int) -> None:
         for bucket in self._buckets[stage]:

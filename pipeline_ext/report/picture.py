@@ -18,14 +18,12 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .. import _C
+from .colors import COLORS, NAMES
 from .records import TaskRecord
-from .timeline import Panel
+from .timeline import Panel, percent
 
 Color = tuple[float, float, float]
 
-# After Okabe and Ito, for the colour-blind; in grey print F is darkest, then W, B and I.
-COLORS = {"F": "#0A5A94", "B": "#E69F00", "I": "#F7D06B", "W": "#009E73"}
-NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 BUBBLE = "#EBEBEB"
 INK = "#262626"
 FAINT = "#6E6E6E"
@@ -73,36 +71,37 @@ def style() -> AbstractContextManager[None]:
     return matplotlib.style.context(STYLE, after_reset=True)
 
 
-def figure(plan: _C.Plan, panels: Sequence[Panel], unit: str, units: float = 1.0) -> Figure:
+def figure(panels: Sequence[Panel], unit: str, units: float = 1.0) -> Figure:
     """The picture; arguments as of ``timeline.save_picture``."""
-    rows = plan.num_ranks * min(0.30, max(0.14, 3.2 / plan.num_ranks))
-    left = MARGIN + _text_width(f"rank {plan.num_ranks - 1}", LABEL_SIZE) / 72 + 0.06
-    by_rank = any(len({_percent(b) for b in panel.bubble_by_rank}) > 1 for panel in panels)
+    most = max(panel.plan.num_ranks for panel in panels)
+    row = min(0.30, max(0.14, 3.2 / most))
+    left = MARGIN + _text_width(f"rank {most - 1}", LABEL_SIZE) / 72 + 0.06
+    by_rank = any(len({percent(b) for b in panel.bubble_by_rank}) > 1 for panel in panels)
     width = WIDTH - left - (BUBBLES if by_rank else 2 * MARGIN)
-    height = HEADLINE + len(panels) * (TITLE + rows) + AXIS
+    height = HEADLINE + sum(TITLE + row * panel.plan.num_ranks for panel in panels) + AXIS
     makespan = max(panel.makespan for panel in panels) or 1.0  # costs may all be zero
 
     picture = Figure(figsize=(WIDTH, height))
     middle = 1 - HEADLINE / 2 / height
-    picture.text(
-        left / WIDTH, middle, _headline(plan), size=HEADLINE_SIZE, weight="bold", va="center"
-    )
-    _add_legend(picture, plan, panels, ((left + width) / WIDTH, middle))
+    headline = _headline([panel.plan for panel in panels])
+    picture.text(left / WIDTH, middle, headline, size=HEADLINE_SIZE, weight="bold", va="center")
+    _add_legend(picture, panels, ((left + width) / WIDTH, middle))
     ax = None
     bottom = height - HEADLINE
     for panel in panels:
+        rows = row * panel.plan.num_ranks
         bottom -= TITLE + rows
         place = left / WIDTH, bottom / height, width / WIDTH, rows / height
         ax = picture.add_axes(place, sharex=ax)
         ax.set_xlim(0, makespan)
         ax.tick_params(labelbottom=panel is panels[-1])
-        _draw(ax, plan, panel, across=width * 72 / makespan, down=rows * 72 / plan.num_ranks)
+        _draw(ax, panel, across=width * 72 / makespan, down=row * 72)
         if by_rank:
             _add_bubbles(ax, panel)
     ax.set_xlabel(f"time ({unit})", labelpad=2)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda time, _: f"{time * units:g}"))
-    if plan.num_stages > plan.num_ranks:
+    if any(panel.plan.num_stages > panel.plan.num_ranks for panel in panels):
         picture.text(
             (left + width) / WIDTH,
             MARGIN / height,
@@ -115,14 +114,17 @@ def figure(plan: _C.Plan, panels: Sequence[Panel], unit: str, units: float = 1.0
     return picture
 
 
-def _headline(plan: _C.Plan) -> str:
-    def count(number: int, one: str, more: str) -> str:
-        return f"{number} {one if number == 1 else more}"
+def _headline(plans: Sequence[_C.Plan]) -> str:
+    """What the plans have in common."""
 
-    return (
-        f"{count(plan.num_stages, 'stage', 'stages')} on {count(plan.num_ranks, 'rank', 'ranks')}, "
-        f"{count(plan.num_microbatches, 'microbatch', 'microbatches')}"
-    )
+    def count(numbers: set[int], one: str, more: str) -> str:
+        return f"{max(numbers)} {one if max(numbers) == 1 else more}" if len(numbers) == 1 else ""
+
+    stages = count({plan.num_stages for plan in plans}, "stage", "stages")
+    ranks = count({plan.num_ranks for plan in plans}, "rank", "ranks")
+    microbatches = count({plan.num_microbatches for plan in plans}, "microbatch", "microbatches")
+    placed = " on ".join(filter(None, (stages, ranks)))
+    return ", ".join(filter(None, (placed, microbatches)))
 
 
 class Box(NamedTuple):
@@ -137,17 +139,15 @@ class Box(NamedTuple):
     color: Color
 
 
-def _draw(ax: Axes, plan: _C.Plan, panel: Panel, across: float, down: float) -> None:
+def _draw(ax: Axes, panel: Panel, across: float, down: float) -> None:
     """Draws one panel; points of a unit of time ``across``, and from rank to rank ``down``."""
-    ranks = range(plan.num_ranks)
-    ax.set_ylim(plan.num_ranks - 0.5, -0.5)
+    ranks = range(panel.plan.num_ranks)
+    ax.set_ylim(panel.plan.num_ranks - 0.5, -0.5)
     ax.set_yticks(ranks, [f"rank {rank}" for rank in ranks])
-    ax.set_title(
-        f"{panel.title}: bubble {_percent(panel.bubble)}", loc="left", size=TITLE_SIZE, pad=4
-    )
+    ax.set_title(panel.title, loc="left", size=TITLE_SIZE, pad=4)
     ax.barh(ranks, panel.makespan, height=ROW, color=BUBBLE)
 
-    boxes = _boxes(plan, panel.tasks)
+    boxes = _boxes(panel.plan, panel.tasks)
     median = statistics.median(box.end - box.begin for box in boxes) * across
     rectangles = PolyCollection(
         [[(b.begin, b.top), (b.end, b.top), (b.end, b.bottom), (b.begin, b.bottom)] for b in boxes],
@@ -210,7 +210,7 @@ def _add_bubbles(ax: Axes, panel: Panel) -> None:
     look = {"size": SMALL_SIZE, "color": FAINT}
     ax.annotate("bubble", (1, -0.5), (4, 4), **beside, **look)
     for rank, bubble in enumerate(panel.bubble_by_rank):
-        ax.annotate(_percent(bubble), (1, rank), (4, 0), va="center_baseline", **beside, **look)
+        ax.annotate(percent(bubble), (1, rank), (4, 0), va="center_baseline", **beside, **look)
 
 
 def _shades(plan: _C.Plan) -> dict[tuple[str, int], Color]:
@@ -232,12 +232,11 @@ def _lightness(color: Color) -> float:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def _add_legend(
-    picture: Figure, plan: _C.Plan, panels: Sequence[Panel], right: tuple[float, float]
-) -> None:
+def _add_legend(picture: Figure, panels: Sequence[Panel], right: tuple[float, float]) -> None:
     """Names the kinds that occur, in the shades of the rank with the most stages."""
     present = {record.kind for panel in panels for record in panel.tasks}
     kinds = [kind for kind in COLORS if kind in present]
+    plan = max((panel.plan for panel in panels), key=lambda plan: plan.num_stages)
     shades = _shades(plan)
     fullest = statistics.mode(plan.rank_of_stage)
     stages = [stage for stage, rank in enumerate(plan.rank_of_stage) if rank == fullest]
@@ -264,6 +263,3 @@ def _text_width(text: str, size: float) -> float:
     """In points."""
     return text_to_path.get_text_width_height_descent(text, FontProperties(size=size), False)[0]
 
-
-def _percent(share: float) -> str:
-    return f"{100 * max(0.0, share):.1f} %"  # rounding may leave a little less than nothing

@@ -1,7 +1,6 @@
 """The timeline picture of a plan: what it promises and, below it, what a step did."""
 
 import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +19,22 @@ class Panel:
     """One timeline of a picture. Times are in one unit; ``makespan`` counts from zero too."""
 
     title: str
+    plan: _C.Plan  # what the tasks belong to
     tasks: Sequence[TaskRecord]
     makespan: float
     bubble_by_rank: Sequence[float]
 
-    @property
-    def bubble(self) -> float:
-        """Mean over the ranks."""
-        return statistics.fmean(self.bubble_by_rank)
-
 
 def simulated_panel(title: str, simulation: Simulation) -> Panel:
     """The panel of a simulated plan."""
-    tasks = task_records(simulation.plan, simulation.begin, simulation.end)
-    return Panel(title, tasks, simulation.makespan, simulation.bubble_by_rank)
+    plan = simulation.plan
+    tasks = task_records(plan, simulation.begin, simulation.end)
+    return Panel(title, plan, tasks, simulation.makespan, simulation.bubble_by_rank)
+
+
+def percent(share: float) -> str:
+    """As bubbles are written."""
+    return f"{100 * max(0.0, share):.1f} %"  # rounding may leave a little less than nothing
 
 
 def draw_plan(plan: _C.Plan, path: str | os.PathLike, costs: Costs | None = None) -> None:
@@ -42,9 +43,14 @@ def draw_plan(plan: _C.Plan, path: str | os.PathLike, costs: Costs | None = None
     costs = Costs() if costs is None else costs
     if not isinstance(costs, Costs):
         raise InvalidArgument(f"costs is {costs!r}; give pipeline_ext.Costs(forward=..., backward=...)")
-    panel = simulated_panel("Plan, simulated", simulate(plan, costs))
-    unit = "F = 1" if isinstance(costs.forward, (int, float)) and costs.forward == 1 else "unit of the costs"
-    save_picture(path, plan, [panel], unit)
+    simulation = simulate(plan, costs)
+    panel = simulated_panel(f"Plan, simulated: bubble {percent(simulation.bubble)}", simulation)
+    save_picture(path, [panel], unit_of(costs))
+
+
+def unit_of(costs: Costs) -> str:
+    """What a time axis counts in, as far as the costs tell."""
+    return "F = 1" if isinstance(costs.forward, (int, float)) and costs.forward == 1 else "unit of the costs"
 
 
 def accepted_path(path: str | os.PathLike, suffixes: Sequence[str]) -> Path:
@@ -61,13 +67,12 @@ def accepted_path(path: str | os.PathLike, suffixes: Sequence[str]) -> Path:
 
 
 def save_picture(
-    path: Path, plan: _C.Plan, panels: Sequence[Panel], unit: str, units: float = 1.0
+    path: Path, panels: Sequence[Panel], unit: str, units: float = 1.0
 ) -> None:
     """Draws the panels above one another, on one time axis.
 
     Args:
         path: where to; ends in one of ``SUFFIXES``.
-        plan: what the panels' tasks belong to.
         panels: one or more.
         unit: what the axis counts in.
         units: how many of it make up one of the panels' times.
@@ -83,6 +88,6 @@ def save_picture(
     from . import picture
 
     with picture.style():
-        figure = picture.figure(plan, panels, unit, units)
+        figure = picture.figure(panels, unit, units)
         with whole_file(path) as file:
             figure.savefig(file, format=path.suffix.lower()[1:], dpi=200)

@@ -8,14 +8,16 @@ from functools import cached_property
 
 from .. import _C
 from ..files import whole_file
+from ..first_steps import Choice
 from ..pack_choice import PackChoice
 from ..profile import Profile, profile
+from ..schedule_choice import ScheduleChoice
 from ..simulation import simulate
 from ..step import StepRecord
 from ..transport.exchange import Messages
 from .perfetto import chrome_trace
 from .records import ReductionRecord, TaskRecord, task_records
-from .timeline import SUFFIXES, Panel, accepted_path, save_picture, simulated_panel
+from .timeline import SUFFIXES, Panel, accepted_path, percent, save_picture, simulated_panel
 
 
 class Trace:
@@ -28,6 +30,7 @@ class Trace:
         messages: what crossed each boundary between ranks, by direction.
         reductions: records of the gradients averaged between replicas, in the order in which they went out.
         pack_choice: what ``pack="auto"`` chose, once it has.
+        schedule_choice: what ``schedule="auto"`` chose, once it has.
     """
 
     def __init__(
@@ -35,11 +38,12 @@ class Trace:
         plan: _C.Plan,
         result: StepRecord,
         messages: Sequence[Messages] = (),
-        pack_choice: PackChoice | None = None,
+        choice: Choice | None = None,
     ) -> None:
         self.plan = plan
         self.messages = list(messages)
-        self.pack_choice = pack_choice
+        self.pack_choice = choice if isinstance(choice, PackChoice) else None
+        self.schedule_choice = choice if isinstance(choice, ScheduleChoice) else None
         self.peak_in_flight: list[int] = result.peak_by_rank
         self.peak_in_flight_of_stage: list[int] = result.peak_by_stage
         self.reductions: list[ReductionRecord] = []
@@ -115,15 +119,24 @@ class Trace:
         """
         path = accepted_path(path, (".json", *SUFFIXES))
         if path.suffix.lower() == ".json":
-            notes = {} if self.pack_choice is None else {"pack_choice": str(self.pack_choice)}
+            choices = {"pack_choice": self.pack_choice, "schedule_choice": self.schedule_choice}
+            notes = {name: str(choice) for name, choice in choices.items() if choice is not None}
             with whole_file(path) as file:
                 contents = chrome_trace(self.plan, self.tasks, self.reductions, notes)
                 file.write(json.dumps(contents).encode())
             return
         planned = simulate(self.plan, self.profile().costs(self.plan))
         panels = [
-            simulated_panel("Plan, simulated with the times measured below", planned),
-            Panel("Measured step", self.tasks, self.step_time, self.bubble_by_rank),
+            simulated_panel(
+                f"Plan, simulated with the times measured below: bubble {percent(planned.bubble)}", planned
+            ),
+            Panel(
+                f"Measured step: bubble {percent(self.bubble)}",
+                self.plan,
+                self.tasks,
+                self.step_time,
+                self.bubble_by_rank,
+            ),
         ]
         unit, units = ("s", 1.0) if self.step_time >= 10 else ("ms", 1e3)
-        save_picture(path, self.plan, panels, unit, units)
+        save_picture(path, panels, unit, units)

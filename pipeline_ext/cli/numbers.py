@@ -1,0 +1,68 @@
+"""Numbers as options give them. Each function is a ``type=`` of argparse."""
+
+import math
+import re
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+
+_SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0}
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    return _whole_number(text, 1)
+
+
+def count_or_zero(text: str) -> int:
+    """A whole number of at least 0."""
+    return _whole_number(text, 0)
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A time such as 500ms, 5s or 1m; a number alone is seconds."""
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(ms|s|m|)", text)
+    if not found or not float(found[1]):
+        raise ArgumentTypeError(f"{text!r} is not a time; write it as in 500ms, 5s or 1m")
+    return float(found[1]) * _SECONDS[found[2] or "s"]
+
+
+def cost(text: str) -> float | list[float]:
+    """A finite number of at least 0, or several with commas between them."""
+    return _one_or_more(text, lambda number: 0 <= number < math.inf, "a number of at least 0")
+
+
+def speed(text: str) -> float | list[float]:
+    """A number above 0 or inf, or several with commas between them."""
+    return _one_or_more(text, lambda number: number > 0, "a number above 0")
+
+
+def _one_or_more(text: str, is_right: Callable[[float], bool], what: str) -> float | list[float]:
+    numbers = [_number(part) for part in text.split(",")]
+    if not all(map(is_right, numbers)):
+        raise ArgumentTypeError(f"{text!r} is not {what}, or several with commas between them")
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _whole_number(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if not least <= value < 2**63:
+        raise ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return value

@@ -1,0 +1,174 @@
+"""``pipeline-ext plan``: what schedules would take, and which is best."""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from .. import _C
+from ..comparison import Planned, planned, recut, simulated, stages_of
+from ..errors import InvalidArgument, InvalidSchedule
+from ..files import whole_file
+from ..planning import AUTO
+from ..report.page import save_page
+from ..report.timeline import SUFFIXES, accepted_path, percent, save_picture, simulated_panel, unit_of
+from ..search import SearchResult, search
+from ..simulation import Costs
+from .plan_options import add_arguments, costs_of
+from .plan_table import show
+
+_SECONDS = 5.0  # for a search, where nothing else bounds it
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds the command and its options."""
+    parser = commands.add_parser(
+        "plan",
+        help="simulate schedules, compare them, search for a better one",
+        description="Simulates schedules at given costs and shows what they would take. Exit status 0 if at least "
+        "one of them can be, 1 if none, 2 for options that cannot be used.",
+    )
+    parser.set_defaults(run=run)
+    add_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status."""
+    names = options.schedule or ([] if options.from_csv else [AUTO])
+    _check(options, names)
+    results, found = _plan(options, names)
+    show(results, found, Console(highlight=False, stderr=options.json == "-"))
+    _write(options, results)
+    return 0 if any(result.simulation for result in results) else 1
+
+
+def _check(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises InvalidArgument for options that do not go together, before anything is planned."""
+    for name in names:
+        if name != AUTO:
+            _C.layout_of(name)
+    for flag in ("ranks", "microbatches"):
+        if names and getattr(options, flag) is None:
+            raise InvalidArgument(f"--{flag} is missing, which {', '.join(names)} needs; give a whole number")
+    if options.csv and len(names) + len(options.from_csv) > 1:
+        raise InvalidArgument("--csv holds one schedule, and several are given; give one, or leave --csv out")
+    if options.png:
+        accepted_path(options.png, SUFFIXES)
+    if AUTO not in names and (options.budget or options.trials):
+        raise InvalidArgument(f"--budget and --trials bound a search; give --schedule {AUTO}, or leave them out")
+
+
+def _plan(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[Planned], SearchResult | None]:
+    """What each schedule would take, and what the search came to, where there is one."""
+    read = [(str(path), _read(path, options.overlap)) for path in options.from_csv]
+    plans = {file: plan for file, plan in read if isinstance(plan, _C.Plan)}
+    broken = [
+        Planned(file, options.ranks, None, options.microbatches, Costs(), reason=reason)
+        for file, reason in read
+        if isinstance(reason, str)
+    ]
+    ranks = _ranks(options, plans.values())
+    if ranks is None:
+        return broken, None
+    own = {name: stages_of(name, ranks, options.chunks or 0) for name in names if name != AUTO}
+    stages = _stages_of_costs(options, ranks, {*own.values(), *(plan.num_stages for plan in plans.values())})
+    costs = costs_of(options, stages, ranks)
+    results = [
+        planned(
+            name,
+            num_stages=own[name],
+            num_ranks=ranks,
+            microbatches=options.microbatches,
+            costs=recut(costs, stages, own[name]),
+            overlap=options.overlap,
+        )
+        for name in own
+    ]
+    results += [simulated(file, plan, recut(costs, stages, plan.num_stages)) for file, plan in plans.items()]
+    found = None
+    if AUTO in names:
+        best, found = _search(options, costs)
+        results.append(best)
+    return results + broken, found
+
+
+def _read(path: Path, overlap: bool) -> _C.Plan | str:
+    """The plan in a file, or why there is none."""
+    text = path.read_text(errors="replace")
+    try:
+        return _C.plan_of_cells(_C.cells_of_csv(text), overlap=overlap)
+    except InvalidSchedule as error:
+        return str(error)
+
+
+def _ranks(options: argparse.Namespace, plans: Iterable[_C.Plan]) -> int | None:
+    """Of all schedules; None if there is none. Raises InvalidArgument where they differ."""
+    found = sorted({plan.num_ranks for plan in plans} | ({options.ranks} - {None}))
+    if len(found) > 1:
+        raise InvalidArgument(f"the schedules have {' and '.join(map(str, found))} ranks; compare those of one number")
+    return found[0] if found else None
+
+
+def _stages_of_costs(options: argparse.Namespace, ranks: int, counts: set[int]) -> int:
+    """How many stages the costs are of; ``counts`` are those that the schedules have."""
+    if options.chunks:
+        return ranks * options.chunks
+    return counts.pop() if len(counts) == 1 and AUTO not in (options.schedule or ()) else ranks
+
+
+def _search(options: argparse.Namespace, costs: Costs) -> tuple[Planned, SearchResult | None]:
+    """The best schedule; why there is none where all are refused."""
+    bounded = options.budget or options.trials
+    try:
+        found = search(
+            costs,
+            num_ranks=options.ranks,
+            chunks=(options.chunks,) if options.chunks else (1, 2),
+            microbatches=options.microbatches,
+            budget=options.budget if bounded else _SECONDS,
+            trials=options.trials,
+            seed=options.seed,
+        )
+    except InvalidSchedule as error:
+        return Planned(AUTO, options.ranks, None, options.microbatches, costs, reason=str(error)), None
+    best = found.best
+    cut = recut(costs, options.ranks * (options.chunks or 1), best.plan.num_stages)
+    result = Planned(
+        best.schedule, options.ranks, best.chunks, best.microbatches, cut, best.simulation, chosen=True
+    )
+    return result, found
+
+
+def _write(options: argparse.Namespace, results: Sequence[Planned]) -> None:
+    """Writes the files asked for; --json - to standard output."""
+    feasible = [result for result in results if result.simulation is not None]
+    if options.json:
+        values = [result.as_json() for result in results]
+        text = json.dumps(values[0] if len(values) == 1 else values) + "\n"
+        if options.json == "-":
+            print(text, end="")
+        else:
+            _save(Path(options.json), text)
+    if not feasible:
+        return
+    if options.csv:
+        _save(options.csv, feasible[0].simulation.plan.to_csv())
+    unit = unit_of(feasible[0].costs)
+    if options.html:
+        save_page(options.html, results, unit)
+    if options.png:
+        panels = [
+            simulated_panel(
+                f"{result.title}: bubble {percent(result.bubble)}, peak memory {max(result.simulation.peak_memory):.6g}",
+                result.simulation,
+            )
+            for result in feasible
+        ]
+        save_picture(options.png, panels, unit)
+
+
+def _save(path: Path, text: str) -> None:
+    with whole_file(path) as file:
+        file.write(text.encode())

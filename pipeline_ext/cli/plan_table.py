@@ -1,0 +1,88 @@
+"""What a person sees of a plan: figures of each schedule, and of each rank where there is one schedule."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from ..comparison import Planned
+from ..report.timeline import percent
+from ..search import SearchResult
+
+_WIDTH = 112  # where there is no terminal
+
+
+def show(results: Sequence[Planned], found: SearchResult | None, console: Console) -> None:
+    """Prints the table, what the search came to, and why schedules cannot be."""
+    if not console.is_terminal:
+        console.width = _WIDTH
+    feasible = [result for result in results if result.simulation is not None]
+    if feasible:
+        console.print(_schedules(feasible))
+    if len(feasible) == len(results) == 1:
+        console.print(_ranks(feasible[0]))
+    if found is not None:
+        console.print(_searched(found), markup=False)
+    for result in results:
+        if result.reason is not None:
+            console.print(f"{result.title} cannot be: {result.reason}", markup=False)
+
+
+def _schedules(results: Sequence[Planned]) -> Table:
+    table = _table(
+        "schedule", "chunks", "M", "makespan", "not below", "bubble", "from first start", "in flight", "memory",
+        "messages",
+    )  # fmt: skip
+    for result in results:
+        simulation = result.simulation
+        table.add_row(
+            result.title,
+            str(result.chunks),
+            str(result.microbatches),
+            _figure(simulation.makespan),
+            "-" if result.lower_bound is None else _figure(result.lower_bound),
+            percent(result.bubble),
+            percent(simulation.bubble_from_first_start),
+            str(max(simulation.peak_in_flight)),
+            _figure(max(simulation.peak_memory)),
+            str(simulation.plan.num_messages),
+        )
+    return table
+
+
+def _ranks(result: Planned) -> Table:
+    table = _table("rank", "stages", "bubble", "in flight", "memory")
+    simulation = result.simulation
+    plan = simulation.plan
+    for rank in range(plan.num_ranks):
+        stages = [s for of in (plan.rank_of_stage, plan.rank_of_copy) for s, r in enumerate(of) if r == rank]
+        table.add_row(
+            str(rank),
+            ", ".join(map(str, stages)),
+            percent(simulation.bubble_by_rank[rank]),
+            str(simulation.peak_in_flight[rank]),
+            _figure(simulation.peak_memory[rank]),
+        )
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table()
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _searched(found: SearchResult) -> str:
+    best = found.best
+    above = best.simulation.makespan / found.lower_bound - 1.0 if found.lower_bound > 0 else 0.0
+    stopped = ", until it was stopped" if found.interrupted else ""
+    return (
+        f"auto: {best.schedule} is the best of {found.simulations} simulated plans in {found.seconds:.1f} s{stopped}; "
+        f"none can be shorter than {_figure(found.lower_bound)}, and it is {percent(above)} above"
+    )
+
+
+def _figure(number: float) -> str:
+    return f"{number:.6g}"

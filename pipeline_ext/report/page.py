@@ -1,0 +1,106 @@
+"""Timelines as a web page that stands alone: zoom, hover, and nothing to load."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from importlib import resources
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from ..comparison import Planned
+from ..files import whole_file
+from ..simulation import Costs
+from .colors import COLORS, NAMES
+from .records import TaskRecord, task_records
+from .timeline import percent
+
+
+def save_page(path: Path, results: Sequence[Planned], unit: str) -> None:
+    """Writes the page: the schedules below one another on one time axis, which counts in ``unit``.
+
+    Raises PipelineError where the file cannot be written.
+    """
+    schedules = [_schedule(result) for result in results]
+    kinds = {task[0] for schedule in schedules for task in schedule.get("tasks", ())}
+    memory = [amount for s in schedules for curve in s.get("memory", ()) for _, amount in curve]
+    data = {
+        "unit": unit,
+        "colors": COLORS,
+        "names": {kind: name for kind, name in NAMES.items() if kind in kinds},
+        "most": max(memory, default=0.0),
+        "schedules": schedules,
+    }
+    page = resources.files(__package__).joinpath("page.html").read_text()
+    title = ", ".join(result.title for result in results)
+    text = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")  # nothing in it ends the script
+    with whole_file(path) as file:
+        file.write(page.replace("TITLE", _escaped(title)).replace("DATA", text).encode())
+
+
+def memory_curve(tasks: Sequence[TaskRecord], costs: Costs, num_stages: int) -> dict[int, list[tuple[float, float]]]:
+    """Rank -> when what its microbatches take changes, and to what.
+
+    ``tasks`` are of a plan with so many stages.
+    """
+    taken, freed = costs.memory(num_stages)
+    split = {(task.stage, task.microbatch) for task in tasks if task.kind == "I"}
+    changes: dict[int, Counter[float]] = {task.rank: Counter() for task in tasks}
+    for task in tasks:
+        if task.kind == "F":
+            changes[task.rank][task.begin] += taken[task.stage]
+        elif task.kind == "I":
+            changes[task.rank][task.end] -= freed[task.stage]
+        elif task.kind in ("B", "W"):
+            by_i = freed[task.stage] if (task.stage, task.microbatch) in split else 0.0
+            changes[task.rank][task.end] -= taken[task.stage] - by_i
+    return {
+        rank: list(zip(times := sorted(of_rank), accumulate(of_rank[time] for time in times)))
+        for rank, of_rank in changes.items()
+    }
+
+
+def _schedule(result: Planned) -> dict[str, Any]:
+    if result.simulation is None:
+        return {"title": result.title, "figures": result.reason}
+    simulation = result.simulation
+    plan = simulation.plan
+    tasks = [t for t in task_records(plan, simulation.begin, simulation.end) if t.kind in COLORS]
+    bound = "" if result.lower_bound is None else f", not below {result.lower_bound:.6g}"
+    curves = memory_curve(tasks, result.costs, plan.num_stages)
+    return {
+        "title": result.title,
+        "figures": (
+            f"makespan {simulation.makespan:.6g}{bound}; bubble {percent(result.bubble)}; "
+            f"up to {max(simulation.peak_in_flight)} microbatches in flight, memory "
+            f"{max(simulation.peak_memory):.6g}; {plan.num_messages} messages"
+        ),
+        "ranks": plan.num_ranks,
+        "overlap": plan.overlap,
+        "makespan": simulation.makespan,
+        "shade": _shade(plan.rank_of_stage),
+        "tasks": [
+            (t.kind, t.stage, t.microbatch, t.rank, int(t.stream == "backward"), _short(t.begin), _short(t.end))
+            for t in tasks
+        ],
+        "memory": [
+            [(_short(time), _short(amount)) for time, amount in curves.get(rank, ())]
+            for rank in range(plan.num_ranks)
+        ],
+    }
+
+
+def _shade(rank_of_stage: Sequence[int]) -> list[float]:
+    """Of each stage, from 0 for a rank's first to 1 for its last."""
+    return [
+        rank_of_stage[:stage].count(rank) / max(1, rank_of_stage.count(rank) - 1)
+        for stage, rank in enumerate(rank_of_stage)
+    ]
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.9g}")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
