@@ -37,9 +37,8 @@ def profile(stages, forward=1.0, backward=2.0, input_grad=1.0, weight_grad=1.0, 
 
 def plans(stages, microbatches, num_ranks=None, **settings):
     def plan_of(schedule):
-        return pe.build_plan(
-            schedule, num_stages=stages, microbatches=microbatches, num_ranks=num_ranks, reactive=True, **settings
-        )
+        shape = {"num_stages": stages, "microbatches": microbatches, "num_ranks": num_ranks}
+        return pe.build_plan(schedule, **shape, reactive=True, **settings)
 
     return plan_of
 
