@@ -152,6 +152,20 @@ def lower_bound(
 ) -> tuple[float, float]: ...
 def end_times(plan: Plan, costs: CostsByStage, times: SimulatedTimes) -> list[float]: ...
 def simulated_order(plan: Plan, times: SimulatedTimes) -> list[list[str]]: ...
+def search_zero_bubble(
+    rank_of_stage: Sequence[int],
+    num_ranks: int,
+    microbatches: int,
+    costs: CostsByStage,
+    *,
+    span: bool,
+    templates: Sequence[Sequence[Sequence[str]]],
+    work: int,
+    seconds: float,
+    seed: int,
+    threads: int,
+    good_enough: float = 0.0,
+) -> tuple[list[list[str]], float, int, bool]: ...
 def keep_freed_memory() -> bool: ...
 
 class Program:

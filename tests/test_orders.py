@@ -1,7 +1,4 @@
-"""Simulated and executed orders against published ones, and published bubbles."""
-
-import csv
-from pathlib import Path
+"""Simulated and executed orders against published ones."""
 
 import pytest
 import textbook
@@ -9,8 +6,6 @@ import torch
 from torch import nn
 
 import pipeline_ext as pe
-
-TABLES = Path(__file__).parent / "tables"
 
 
 def simple(name, stages, microbatches):
@@ -87,28 +82,6 @@ def test_interleaved_agrees_with_torch_where_the_groups_are_uneven_but_equal():
             shape = Shape(rank, ranks, chunks, microbatches)
             theirs = shape._calculate_single_rank_operations(rank)
             assert plan.order()[rank] == [str(a) for a in theirs if a is not None]
-
-
-def published_rows():
-    with (TABLES / "zb_iclr24_table5_6.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.mark.parametrize("row", published_rows(), ids=lambda r: f"{r['model']}-m{r['m']}")
-def test_bubbles_match_the_published_table(row):
-    ranks, microbatches, chunks = int(row["p"]), int(row["m"]), int(row["vpp_chunks"])
-    f, b, w, c = (float(row[f"T_{x}_ms"]) for x in ("F", "B", "W", "comm"))
-
-    def bubble(schedule, chunks):
-        plan = pe.build_plan(
-            schedule, num_stages=ranks * chunks, num_ranks=ranks, microbatches=microbatches
-        )
-        costs = pe.Costs(forward=f / chunks, backward=(b + w) / chunks, latency=c)
-        return pe.simulate(plan, costs).bubble
-
-    assert f"{bubble('1f1b', 1):.4f}" == row["bubble_1F1B"]
-    published = row["bubble_1F1B-I_all_wraparound_edges"]
-    assert f"{bubble('interleaved-1f1b', chunks):.4f}" == published
 
 
 def identity_stages(count):

@@ -22,6 +22,7 @@ void translate(const char* name) {
 
 void bind_plan(pybind11::module_& m);
 void bind_simulate(pybind11::module_& m);
+void bind_search(pybind11::module_& m);
 void bind_runtime(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
 void bind_packing(pybind11::module_& m);

@@ -126,7 +126,7 @@ void check_ends(const Plan& plan) {
   run_without_time(scheduler, plan);
   if (!scheduler.done()) {
     throw PlanError("this schedule never ends: these tasks wait for one another\n" + scheduler.cycle() +
-                    "so that of each rank\n" + scheduler.waiting());
+                    "by rank:\n" + scheduler.waiting());
   }
 }
 

@@ -8,6 +8,7 @@
 #include "check.hpp"
 #include "runtime/host_executor.hpp"
 #include "simulate/make_plan.hpp"
+#include "simulate/simulator.hpp"
 #include "sizes.hpp"
 
 using namespace pe;
@@ -89,6 +90,35 @@ TEST(random_steps_keep_the_rules) {
       CHECK(result.peak_by_stage[stage] <= plan->limit(stage));
     }
   }
+}
+
+TEST(a_reactive_step_keeps_its_limit_of_memory) {
+  const Schedule& schedule = find_schedule("interleaved-1f1b");
+  PlanOptions options{.reactive = true};
+  Costs costs = Costs::uniform(6);
+  costs.forward.assign(6, 0.2);
+  const std::vector<double> planned = simulate(make_plan(schedule, 6, 3, 8, {}), costs).peak_memory;
+  // With F so short, ranks that may take more do.
+  CHECK(simulate(make_plan(schedule, 6, 3, 8, options), costs).peak_memory > planned);
+  options.memory = {std::vector<double>(6, 1.0), {}, planned};
+  const auto plan = shared_plan(make_plan(schedule, 6, 3, 8, options));
+  std::mutex mutex;
+  std::vector<double> held(3, 0.0);
+  const auto program = program_of(plan, [&](const Action& action) {
+    const int rank = plan->rank_of_stage(action.stage);
+    const bool forward = action.kind == Kind::F;
+    if (forward) {
+      std::lock_guard lock(mutex);
+      CHECK(++held[rank] <= planned[rank]);
+    }
+    std::this_thread::sleep_for(forward ? 20us : 200us);
+    if (!forward) {
+      std::lock_guard lock(mutex);
+      --held[rank];
+    }
+  });
+  Pool pool(plan->num_workers());
+  CHECK(pool.run(program, with_timeout(10)).outcome == Outcome::Done);
 }
 
 TEST(forward_and_backward_of_a_rank_meet_when_they_may_overlap) {

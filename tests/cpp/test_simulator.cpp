@@ -66,6 +66,51 @@ TEST(a_part_of_a_pair_that_needs_the_other_runs_behind_it) {
   CHECK_EQ(simulate(make_plan(order, {}), Costs::uniform(1)).makespan, 6.0);
 }
 
+TEST(memory_is_taken_by_f_and_freed_in_parts) {
+  Costs costs = Costs::uniform(1);
+  costs.taken = {3.0};
+  costs.freed_by_input_grad = {2.0};
+  const auto peak = [&](const char* cells) {
+    return simulate(make_plan(order_from_csv(cells), {}), costs).peak_memory[0];
+  };
+  CHECK_EQ(peak("0F0,0B0,0F1,0B1"), 3.0);
+  CHECK_EQ(peak("0F0,0F1,0B0,0B1"), 6.0);
+  CHECK_EQ(peak("0F0,0I0,0F1,0I1,0W0,0W1"), 4.0);
+  CHECK_EQ(peak("0F0,(0F1;0B0)OVERLAP_F_B,0B1"), 6.0);
+  CHECK_EQ(peak("0F0,0F1"), 3.0);
+}
+
+TEST(an_order_that_exceeds_a_limit_of_memory_is_refused_with_its_cell) {
+  const Order order = order_from_csv("0F0,0F1,0B0,0B1\n1F0,(1F1;1B0)OVERLAP_F_B,1B1");
+  Costs costs = Costs::uniform(2);
+  costs.memory_limit = {2.0, 1.5};
+  const char* why = "rank 1, cell 1 '1F1': the rank would hold 2 of memory, its limit is 1.5";
+  CHECK_THROWS(simulate(make_plan(order, {}), costs), PlanError, why);
+  CHECK_THROWS(make_plan(order, {.reactive = true, .memory = costs.memory(2)}), PlanError, why);
+  CHECK_THROWS(make_plan(order, {.memory = costs.memory(2)}), PlanError, "<-- ERROR HERE (rank 1)");
+  costs.memory_limit = {1.0};
+  CHECK_THROWS(make_plan(order, {.memory = costs.memory(2)}), PlanError, "memory_limit has 1 entries");
+}
+
+TEST(noise_has_mean_1_and_its_coefficient_of_variation) {
+  const Noise noise{0.3, 5};
+  const int count = 200000;
+  double sum = 0;
+  double squares = 0;
+  for (int i = 0; i < count; ++i) {
+    const double factor = noise.factor({i % 7, i / 7, i % 2 == 0 ? Kind::F : Kind::B});
+    CHECK(factor > 0);
+    sum += factor;
+    squares += factor * factor;
+  }
+  const double mean = sum / count;
+  CHECK(std::abs(mean - 1.0) < 0.005);
+  CHECK(std::abs(std::sqrt(squares / count - mean * mean) - 0.3) < 0.01);
+  CHECK_EQ(noise.factor({1, 2, Kind::F}), noise.factor({1, 2, Kind::F}));
+  const Noise other{0.3, 6};
+  CHECK(noise.factor({1, 2, Kind::F}) != other.factor({1, 2, Kind::F}));
+}
+
 TEST(costs_that_do_not_fit_are_refused) {
   const Plan plan = make_plan(find_schedule("gpipe"), 2, 2, 1, {});
   Costs costs = Costs::uniform(3);

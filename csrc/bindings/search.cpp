@@ -1,0 +1,82 @@
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <chrono>
+#include <future>
+#include <limits>
+#include <optional>
+
+#include "bindings/module.hpp"
+#include "bindings/poll.hpp"
+#include "search/zero_bubble_search.hpp"
+
+namespace py = pybind11;
+
+namespace pe {
+namespace {
+
+constexpr auto kPollPeriod = std::chrono::milliseconds(20);
+
+Placement placement_of(std::vector<int> rank_of_stage, int num_ranks) {
+  for (const int rank : rank_of_stage) {
+    if (rank < 0 || rank >= num_ranks) {
+      throw PlanError("a stage is placed on rank " + std::to_string(rank) + "; there are ranks 0 to " +
+                      std::to_string(num_ranks - 1));
+    }
+  }
+  return {num_ranks, std::move(rank_of_stage)};
+}
+
+// Until the search is over, or time or the user's patience is: then it ends with the best so far.
+Found search_until(const Problem& problem, const std::vector<Order>& templates, Effort effort, double seconds,
+                   bool& interrupted, SignalPoll& poll) {
+  std::atomic<bool> stop{false};
+  effort.stop = &stop;
+  const auto begin = std::chrono::steady_clock::now();
+  auto found = std::async(std::launch::async, [&] { return search_zero_bubble(problem, templates, effort); });
+  while (found.wait_for(kPollPeriod) != std::future_status::ready) {
+    const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begin;
+    interrupted = interrupted || poll();
+    if (interrupted || passed.count() > seconds) stop = true;
+  }
+  return found.get();
+}
+
+py::tuple search(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs,
+                 bool span, const std::vector<Cells>& templates, long work, double seconds, std::uint64_t seed,
+                 int threads, double good_enough) {
+  SignalPoll poll;
+  bool interrupted = false;
+  std::optional<Found> found;
+  Cells cells;
+  {
+    py::gil_scoped_release release;
+    const Problem problem(placement_of(rank_of_stage, num_ranks), microbatches, costs,
+                          span ? Objective::Span : Objective::Makespan);
+    std::vector<Order> orders;
+    for (const Cells& given : templates) orders.push_back(parse_order(given));
+    Effort effort;
+    effort.work = work;
+    effort.seed = seed;
+    effort.threads = threads;
+    effort.good_enough = std::max(good_enough, problem.work() * (1 + 1e-12));
+    found = search_until(problem, orders, effort, seconds, interrupted, poll);
+    cells = to_cells(problem.to_order(found->tokens));
+  }
+  return py::make_tuple(cells, found->score.time, found->trials, interrupted);
+}
+
+}  // namespace
+
+void bind_search(py::module_& m) {
+  m.def("search_zero_bubble", &search, py::arg("rank_of_stage"), py::arg("num_ranks"), py::arg("microbatches"),
+        py::arg("costs"), py::kw_only(), py::arg("span"), py::arg("templates"), py::arg("work"),
+        py::arg("seconds"), py::arg("seed"), py::arg("threads"), py::arg("good_enough") = 0.0,
+        R"(Searches for an order of F, I and W; returns (cells by rank, time, trials, interrupted).
+
+``span``: minimise the largest over ranks of the time from a rank's own first begin, instead of the latest end.
+``work`` bounds the search in tasks placed; one that only that ends gives the same order for the same seed.
+``seconds`` and Ctrl-C end it with the best so far.)");
+}
+
+}  // namespace pe

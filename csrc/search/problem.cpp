@@ -1,0 +1,102 @@
+#include "search/problem.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+namespace pe {
+namespace {
+
+constexpr double kRounding = 1e-9;  // of sums of memory
+
+}  // namespace
+
+Problem::Problem(const Placement& placement, int microbatches, const Costs& costs, Objective objective)
+    : microbatches_(microbatches),
+      objective_(objective),
+      rank_of_(placement.rank_of_stage),
+      chunk_of_(placement.rank_of_stage.size()),
+      stages_of_(placement.num_ranks),
+      times_{costs.forward, costs.input_grad, costs.weight_grad},
+      taken_(costs.taken),
+      freed_by_input_(costs.freed_by_input_grad),
+      limit_(costs.memory_limit),
+      latency_(costs.latency),
+      transfer_(costs.transfer) {
+  costs.validate(num_stages(), placement.num_ranks);
+  if (taken_.empty()) taken_.assign(num_stages(), 1.0);
+  if (freed_by_input_.empty()) freed_by_input_.assign(num_stages(), 0.0);
+  if (limit_.empty()) limit_.assign(placement.num_ranks, std::numeric_limits<double>::infinity());
+  if (transfer_.empty()) transfer_.assign(num_stages(), 0.0);
+  for (int s = 0; s < num_stages(); ++s) {
+    std::vector<int>& stages = stages_of_[rank_of_[s]];
+    chunk_of_[s] = static_cast<int>(stages.size());
+    stages.push_back(s);
+    if (costs.overhead.empty()) continue;
+    if (s + 1 < num_stages() && crosses(s)) times_[static_cast<int>(Step::F)][s] += costs.overhead[s];
+    if (s > 0 && crosses(s - 1)) times_[static_cast<int>(Step::I)][s] += costs.overhead[s - 1];
+  }
+  for (int rank = 0; rank < num_ranks(); ++rank) {
+    if (stages_of_[rank].empty()) throw PlanError("rank " + std::to_string(rank) + " holds no stage");
+    double needed = 0, work = 0;
+    for (const int s : stages_of_[rank]) {
+      needed += taken_[s];
+      for (const Step step : {Step::F, Step::I, Step::W}) work += microbatches_ * time(step, s);
+    }
+    limit_[rank] *= 1 + kRounding;
+    if (!fits(rank, needed)) {
+      throw PlanError("rank " + std::to_string(rank) + " may hold " + std::to_string(costs.memory_limit[rank]) +
+                      ", and one microbatch at each of its stages takes " + std::to_string(needed) +
+                      "; raise memory_limit, or cut the model or the batch into more parts");
+    }
+    work_ = std::max(work_, work);
+  }
+}
+
+Problem Problem::with(int microbatches) const {
+  Problem other = *this;
+  other.work_ *= static_cast<double>(microbatches) / microbatches_;
+  other.microbatches_ = microbatches;
+  return other;
+}
+
+Score Problem::score(const std::vector<double>& begin, const std::vector<double>& end) const {
+  Score score;
+  for (int rank = 0; rank < num_ranks(); ++rank) {
+    const double time = share(begin[rank], end[rank]);
+    score.time = std::max(score.time, time);
+    score.mean += time / num_ranks();
+  }
+  return score;
+}
+
+Order Problem::to_order(const Tokens& tokens) const {
+  constexpr Kind kKinds[kNumSteps] = {Kind::F, Kind::I, Kind::W};
+  Order order;
+  std::vector<int> next(kNumSteps * num_stages(), 0);
+  for (const auto& of_rank : tokens) {
+    auto& actions = order.emplace_back();
+    actions.reserve(of_rank.size());
+    for (const Token& token : of_rank) {
+      const int step = static_cast<int>(token.step);
+      actions.push_back({token.stage, next[kNumSteps * token.stage + step]++, kKinds[step]});
+    }
+  }
+  return order;
+}
+
+Tokens Problem::to_tokens(const Order& order) const {
+  Tokens tokens;
+  for (const auto& actions : order) {
+    auto& of_rank = tokens.emplace_back();
+    for (const Action& a : actions) {
+      const auto stage = static_cast<std::int16_t>(a.stage);
+      if (a.kind == Kind::F) of_rank.push_back({stage, Step::F});
+      if (a.kind == Kind::I || a.kind == Kind::B) of_rank.push_back({stage, Step::I});
+      if (a.kind == Kind::W || a.kind == Kind::B) of_rank.push_back({stage, Step::W});
+    }
+  }
+  return tokens;
+}
+
+}  // namespace pe

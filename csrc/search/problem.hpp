@@ -1,0 +1,112 @@
+// What a search for a zero-bubble order weighs: the stages on their ranks, what tasks and messages cost, and what
+// memory there is.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "schedule/placement.hpp"
+#include "simulate/costs.hpp"
+
+namespace pe {
+
+enum class Step : std::uint8_t { F, I, W };  // the backward is always split
+inline constexpr int kNumSteps = 3;
+
+// One place in a rank's order. Which microbatch it runs follows from how often (stage, step) came before.
+struct Token {
+  std::int16_t stage = 0;
+  Step step = Step::F;
+
+  friend bool operator==(const Token&, const Token&) = default;
+};
+using Tokens = std::vector<std::vector<Token>>;  // by rank
+
+enum class Objective {
+  Makespan,  // the latest end of any rank
+  Span,      // the largest over ranks of the time from its own first begin to its end
+};
+
+struct Score {
+  double time = 0;  // the objective
+  double mean = 0;  // over ranks, of what the objective takes the largest of
+
+  // One number to minimise: ranks other than the slowest count a little.
+  double cost(double share_of_mean) const { return time + share_of_mean * mean; }
+};
+
+class Problem {
+ public:
+  // Throws PlanError for costs that do not fit, a rank without stages, or a limit too small for one microbatch at
+  // each of a rank's stages.
+  Problem(const Placement& placement, int microbatches, const Costs& costs, Objective objective);
+
+  // The same with another number of microbatches.
+  Problem with(int microbatches) const;
+
+  int num_ranks() const { return static_cast<int>(stages_of_.size()); }
+  int num_stages() const { return static_cast<int>(rank_of_.size()); }
+  int microbatches() const { return microbatches_; }
+  int rank_of(int stage) const { return rank_of_[stage]; }
+  int chunk_of(int stage) const { return chunk_of_[stage]; }  // its place among its rank's stages
+  const std::vector<int>& stages_of(int rank) const { return stages_of_[rank]; }  // ascending
+  int num_tasks() const { return kNumSteps * num_stages() * microbatches_; }
+
+  // How long a task keeps its rank, with sending its result.
+  double time(Step step, int stage) const { return times_[static_cast<int>(step)][stage]; }
+  double taken(int stage) const { return taken_[stage]; }                    // by F
+  double freed_by_input(int stage) const { return freed_by_input_[stage]; }  // by I
+  double freed_by_weight(int stage) const { return taken_[stage] - freed_by_input_[stage]; }
+  bool fits(int rank, double memory) const { return memory <= limit_[rank]; }
+
+  bool crosses(int boundary) const { return rank_of_[boundary] != rank_of_[boundary + 1]; }
+  double latency(int boundary) const { return latency_[boundary]; }
+  double transfer(int boundary) const { return transfer_[boundary]; }  // how long a result occupies the link
+
+  // A rank's part in the objective.
+  double share(double begin, double end) const {
+    return objective_ == Objective::Span ? end - begin : end;
+  }
+  // From when each rank first begins and last ends.
+  Score score(const std::vector<double>& begin, const std::vector<double>& end) const;
+  // No order can do in less: the largest of the ranks' own work.
+  double work() const { return work_; }
+
+  Order to_order(const Tokens& tokens) const;
+  // The F, I and W of an order; a B counts as its I, directly followed by its W.
+  Tokens to_tokens(const Order& order) const;
+
+ private:
+  int microbatches_;
+  Objective objective_;
+  std::vector<int> rank_of_, chunk_of_;
+  std::vector<std::vector<int>> stages_of_;
+  std::vector<double> times_[kNumSteps];
+  std::vector<double> taken_, freed_by_input_;
+  std::vector<double> limit_;
+  std::vector<double> latency_, transfer_;
+  double work_ = 0;
+};
+
+// When results arrive that travel over links, each of which carries one at a time in each direction.
+class Wires {
+ public:
+  explicit Wires(const Problem& problem) : problem_(problem), free_(2 * problem.num_stages(), 0.0) {}
+
+  void reset() { free_.assign(free_.size(), 0.0); }
+
+  // Of the result that `stage` sends at `time` to the next stage, or to the one before.
+  double arrival(int stage, bool forward, double time) {
+    const int boundary = forward ? stage : stage - 1;
+    if (!problem_.crosses(boundary)) return time;
+    double& free = free_[2 * boundary + (forward ? 1 : 0)];
+    free = (free > time ? free : time) + problem_.transfer(boundary);
+    return free + problem_.latency(boundary);
+  }
+
+ private:
+  const Problem& problem_;
+  std::vector<double> free_;
+};
+
+}  // namespace pe

@@ -1,0 +1,125 @@
+#include "search/sequence.hpp"
+
+#include <algorithm>
+
+namespace pe {
+namespace {
+
+constexpr double kUnknown = -1.0;
+
+}  // namespace
+
+Filler::Filler(const Problem& problem)
+    : problem_(problem),
+      wires_(problem),
+      waits_(problem.num_ranks()),
+      begin_(problem.num_ranks()),
+      end_(problem.num_ranks()) {}
+
+std::optional<Score> Filler::run(const Sequence& sequence, Tokens* tokens) {
+  const int stages = problem_.num_stages();
+  wires_.reset();
+  forward_arrival_.assign(at(stages, 0), kUnknown);
+  input_arrival_.assign(at(stages, 0), kUnknown);
+  std::fill_n(forward_arrival_.begin(), problem_.microbatches(), 0.0);
+  forwards_.assign(stages, 0);
+  inputs_.assign(stages, 0);
+  pending_.assign(stages, 0);
+  ranks_.assign(problem_.num_ranks(), Rank{0, 0, -1, 0, 0, true});
+  if (tokens) tokens->assign(problem_.num_ranks(), {});
+  ready_.clear();
+  for (int rank = problem_.num_ranks() - 1; rank >= 0; --rank) {
+    waits_[rank].resize(sequence.tokens[rank].size());
+    ready_.push_back(rank);
+  }
+  while (!ready_.empty()) {
+    const int rank = ready_.back();
+    ready_.pop_back();
+    ranks_[rank].is_listed = false;
+    if (!advance(sequence, rank, tokens)) return std::nullopt;
+  }
+  for (int rank = 0; rank < problem_.num_ranks(); ++rank) {
+    Rank& state = ranks_[rank];
+    if (state.next < sequence.tokens[rank].size()) return std::nullopt;
+    while (state.num_pending > 0) run_weights(rank, tokens);
+    begin_[rank] = state.begin;
+    end_[rank] = state.now;
+  }
+  return problem_.score(begin_, end_);
+}
+
+// Runs the rank until what its next token needs is not known yet. False where that cannot be.
+bool Filler::advance(const Sequence& sequence, int rank, Tokens* tokens) {
+  Rank& state = ranks_[rank];
+  const std::vector<Token>& mine = sequence.tokens[rank];
+  for (; state.next < mine.size(); ++state.next) {
+    const auto [stage, step] = mine[state.next];
+    const bool forward = step == Step::F;
+    const int m = forward ? forwards_[stage] : inputs_[stage];
+    if (!forward && m >= forwards_[stage]) return false;
+    const double arrival = (forward ? forward_arrival_ : input_arrival_)[at(stage, m)];
+    if (arrival < 0) return true;
+    const auto lacks_memory = [&] {
+      return forward && !problem_.fits(rank, state.memory + problem_.taken(stage));
+    };
+    while (state.num_pending > 0) {
+      const double room = arrival - state.now;
+      const auto& stages = problem_.stages_of(rank);
+      const int next = *std::find_if(stages.rbegin(), stages.rend(), [&](int s) { return pending_[s] > 0; });
+      if (!lacks_memory() && (1 - sequence.slack[rank]) * problem_.time(Step::W, next) > room) break;
+      run_weights(rank, tokens);
+    }
+    if (lacks_memory()) return false;
+    const double begin = std::max(state.now, arrival);
+    waits_[rank][state.next] = begin - state.now;
+    if (state.begin < 0) state.begin = begin;
+    state.now = begin + problem_.time(step, stage);
+    if (tokens) (*tokens)[rank].push_back({stage, step});
+    if (forward) {
+      ++forwards_[stage];
+      state.memory += problem_.taken(stage);
+      if (stage + 1 < problem_.num_stages()) {
+        hand_over(stage, stage + 1, forward_arrival_, m, state.now);
+      } else {
+        input_arrival_[at(stage, m)] = state.now;
+      }
+    } else {
+      ++inputs_[stage];
+      ++pending_[stage];
+      ++state.num_pending;
+      state.memory -= problem_.freed_by_input(stage);
+      if (stage > 0) hand_over(stage, stage - 1, input_arrival_, m, state.now);
+    }
+  }
+  return true;
+}
+
+// One of them, of the latest stage that has any: what follows it in the backward is done first.
+void Filler::run_weights(int rank, Tokens* tokens) {
+  Rank& state = ranks_[rank];
+  const auto& stages = problem_.stages_of(rank);
+  const int stage = *std::find_if(stages.rbegin(), stages.rend(), [&](int s) { return pending_[s] > 0; });
+  --pending_[stage];
+  --state.num_pending;
+  state.now += problem_.time(Step::W, stage);
+  state.memory -= problem_.freed_by_weight(stage);
+  if (tokens) (*tokens)[rank].push_back({static_cast<std::int16_t>(stage), Step::W});
+}
+
+void Filler::hand_over(int from, int to, std::vector<double>& arrivals, int m, double time) {
+  arrivals[at(to, m)] = wires_.arrival(from, to > from, time);
+  const int rank = problem_.rank_of(to);
+  if (rank == problem_.rank_of(from) || ranks_[rank].is_listed) return;
+  ranks_[rank].is_listed = true;
+  ready_.push_back(rank);
+}
+
+int Filler::slowest_rank() const {
+  int slowest = 0;
+  for (int rank = 1; rank < problem_.num_ranks(); ++rank) {
+    if (problem_.share(begin_[rank], end_[rank]) > problem_.share(begin_[slowest], end_[slowest])) slowest = rank;
+  }
+  return slowest;
+}
+
+}  // namespace pe

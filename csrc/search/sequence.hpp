@@ -1,0 +1,57 @@
+// An order made from the sequences in which each rank takes its forwards and input gradients: the weight gradients
+// are put where the rank would wait, or where memory demands it.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "search/problem.hpp"
+
+namespace pe {
+
+struct Sequence {
+  Tokens tokens;              // of F and I only
+  std::vector<double> slack;  // by rank: a W may make what follows late by so much of its own time
+};
+
+class Filler {
+ public:
+  explicit Filler(const Problem& problem);
+
+  // Nothing where the sequence cannot end, or does not fit the memory.
+  std::optional<Score> run(const Sequence& sequence) { return run(sequence, nullptr); }
+  // The order too, with its W.
+  std::optional<Score> run(const Sequence& sequence, Tokens& tokens) { return run(sequence, &tokens); }
+
+  // Of the last run that ended: how long each rank waited for each of its tokens, and its share of the objective.
+  const std::vector<std::vector<double>>& waits() const { return waits_; }
+  int slowest_rank() const;
+
+ private:
+  struct Rank {
+    std::size_t next;  // token
+    double now, begin, memory;
+    int num_pending;  // weight gradients
+    bool is_listed;   // among those that may go on
+  };
+
+  std::optional<Score> run(const Sequence& sequence, Tokens* tokens);
+  bool advance(const Sequence& sequence, int rank, Tokens* tokens);
+  void run_weights(int rank, Tokens* tokens);
+  void hand_over(int from, int to, std::vector<double>& arrivals, int m, double time);
+
+  std::size_t at(int stage, int m) const {
+    return static_cast<std::size_t>(stage) * problem_.microbatches() + m;
+  }
+
+  const Problem& problem_;
+  Wires wires_;
+  std::vector<double> forward_arrival_, input_arrival_;  // by stage and microbatch; negative: not known yet
+  std::vector<int> forwards_, inputs_, pending_;         // by stage
+  std::vector<Rank> ranks_;
+  std::vector<int> ready_;  // ranks that may go on
+  std::vector<std::vector<double>> waits_;
+  std::vector<double> begin_, end_;
+};
+
+}  // namespace pe

@@ -1,0 +1,167 @@
+#include "search/zero_bubble_search.hpp"
+
+#include <algorithm>
+#include <functional>
+#include <mutex>
+#include <thread>
+
+#include "search/policy_annealing.hpp"
+#include "search/sequence_annealing.hpp"
+
+namespace pe {
+namespace {
+
+constexpr int kPolicies = 4;    // that are varied
+constexpr int kShortStep = 3;   // microbatches a rank, of the step on which they are varied first
+constexpr int kSequences = 2;   // that are varied for long
+constexpr long kFewest = 64;    // trials in a part of the search
+constexpr double kCheaper = 8;  // a trial of a sequence than one of a policy
+
+constexpr Score kNothing{1e300, 0};
+
+// Shares of the work.
+constexpr double kDrawing = 0.15;
+constexpr double kShortAnnealing = 0.35;  // of policies, on a short step
+constexpr double kPolicyAnnealing = 0.15;
+constexpr double kTastingSequences = 0.1;
+constexpr double kSequenceAnnealing = 0.25;
+
+// Runs body(i) for i = 0 ... n - 1.
+void for_each(int n, int threads, const std::function<void(int)>& body) {
+  std::atomic<int> next{0};
+  const auto work = [&] {
+    for (int i; (i = next++) < n;) body(i);
+  };
+  std::vector<std::jthread> helpers;
+  for (int t = 1; t < std::min(threads, n); ++t) helpers.emplace_back(work);
+  work();
+}
+
+class Search {
+ public:
+  Search(const Problem& problem, const Effort& effort) : problem_(problem), effort_(effort) {}
+
+  Found run(const std::vector<Order>& templates) {
+    // What is good for a short step is good, or nearly, for a long one.
+    const int few = std::min(problem_.microbatches(), kShortStep * problem_.num_ranks());
+    const Problem small = problem_.with(few);
+    std::vector<RatedPolicy> policies = draw(small);
+    vary(small, policies, kShortAnnealing, 0);
+    if (few < problem_.microbatches()) {
+      std::vector<RatedPolicy> longer;
+      for (RatedPolicy& policy : policies) {
+        if (auto rated = rate(problem_, std::move(policy.policy))) longer.push_back(std::move(*rated));
+      }
+      policies = std::move(longer);
+    }
+    vary(problem_, policies, kPolicyAnnealing, 100);
+    std::vector<Tokens> beginnings(policies.size());
+    for (std::size_t i = 0; i < policies.size(); ++i) {
+      Greedy greedy(problem_);
+      offer(*greedy.run(policies[i].policy, beginnings[i]), beginnings[i]);
+    }
+    for (const Order& order : templates) beginnings.push_back(problem_.to_tokens(order));
+    vary(beginnings);
+    if (found_.tokens.empty()) {
+      throw PlanError("no order was found that ends within memory_limit; raise it, or search longer");
+    }
+    found_.trials = trials_;
+    return std::move(found_);
+  }
+
+ private:
+  static long trials(const Problem& problem, double share, double cheaper, long work) {
+    const double tasks = problem.num_tasks();
+    return std::max(kFewest, static_cast<long>(share * cheaper * static_cast<double>(work) / tasks));
+  }
+
+  Random random(int part) const {
+    return Random(effort_.seed * 1000003u + static_cast<std::uint64_t>(part) + 1);
+  }
+
+  // Asked before each trial.
+  bool is_over(const Score& score, const Problem& problem) {
+    ++trials_;
+    const double good_enough = effort_.good_enough * problem.work() / problem_.work();
+    return score.time <= good_enough || (effort_.stop && effort_.stop->load(std::memory_order_relaxed));
+  }
+  bool is_over(const Score& score) { return is_over(score, problem_); }
+
+  void offer(const Score& score, const Tokens& tokens) {
+    if (!found_.tokens.empty() && score.cost(1e-6) >= found_.score.cost(1e-6)) return;
+    found_.score = score;
+    found_.tokens = tokens;
+  }
+
+  // The best of some policies drawn at random, no two that come to the same.
+  std::vector<RatedPolicy> draw(const Problem& problem) {
+    const int n = static_cast<int>(std::min(trials(problem, kDrawing, 1.0, effort_.work), 3000L));
+    std::vector<std::optional<RatedPolicy>> drawn(n);
+    constexpr int kSlice = 16;
+    for_each((n + kSlice - 1) / kSlice, effort_.threads, [&](int slice) {
+      Greedy greedy(problem);
+      Random numbers = random(1000 + slice);
+      for (int i = slice * kSlice; i < std::min(n, (slice + 1) * kSlice); ++i) {
+        Policy policy = random_policy(problem, numbers);
+        if (slice > 0 && is_over(kNothing)) break;
+        if (const auto score = greedy.run(policy)) drawn[i] = {std::move(policy), *score};
+      }
+    });
+    std::vector<RatedPolicy> rated;
+    for (auto& policy : drawn) {
+      if (policy) rated.push_back(std::move(*policy));
+    }
+    std::stable_sort(rated.begin(), rated.end(),
+                     [](const auto& a, const auto& b) { return a.score.time < b.score.time; });
+    const auto same = [](const auto& a, const auto& b) { return a.score.time == b.score.time; };
+    rated.erase(std::unique(rated.begin(), rated.end(), same), rated.end());
+    rated.resize(std::min<std::size_t>(rated.size(), kPolicies));
+    return rated;
+  }
+
+  void vary(const Problem& problem, std::vector<RatedPolicy>& policies, double share, int seed) {
+    const long rounds = trials(problem, share, 1.0, effort_.work) / kPolicies;
+    for_each(static_cast<int>(policies.size()), effort_.threads, [&](int i) {
+      policies[i] = anneal(problem, std::move(policies[i]), rounds, random(seed + i),
+                           [&](const Score& score) { return is_over(score, problem); });
+    });
+  }
+
+  void vary(const std::vector<Tokens>& beginnings) {
+    std::vector<std::optional<RatedSequence>> sequences(beginnings.size());
+    const auto ends = [this](const Score& score) { return is_over(score); };
+    const auto vary_each = [&](double share, int seed) {
+      if (is_over(found_.tokens.empty() ? kNothing : found_.score)) return;
+      const long rounds = trials(problem_, share, kCheaper, effort_.work) / static_cast<long>(sequences.size());
+      for_each(static_cast<int>(sequences.size()), effort_.threads, [&](int i) {
+        if (sequences[i]) sequences[i] = anneal(problem_, std::move(*sequences[i]), rounds, random(seed + i), ends);
+      });
+    };
+    for (std::size_t i = 0; i < beginnings.size(); ++i) sequences[i] = sequence_of(problem_, beginnings[i]);
+    std::erase_if(sequences, [](const auto& sequence) { return !sequence.has_value(); });
+    if (sequences.empty()) return;
+    vary_each(kTastingSequences, 2000);
+    std::stable_sort(sequences.begin(), sequences.end(),
+                     [](const auto& a, const auto& b) { return a->score.time < b->score.time; });
+    sequences.resize(std::min<std::size_t>(sequences.size(), kSequences));
+    vary_each(kSequenceAnnealing, 3000);
+    for (const auto& sequence : sequences) {
+      Tokens tokens;
+      const auto score = Filler(problem_).run(sequence->sequence, tokens);
+      offer(*score, tokens);
+    }
+  }
+
+  const Problem& problem_;
+  const Effort& effort_;
+  Found found_;
+  std::atomic<long> trials_{0};
+};
+
+}  // namespace
+
+Found search_zero_bubble(const Problem& problem, const std::vector<Order>& templates, const Effort& effort) {
+  return Search(problem, effort).run(templates);
+}
+
+}  // namespace pe
