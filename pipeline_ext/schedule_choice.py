@@ -26,9 +26,9 @@ _FIRST = {
 
 
 class PlanOf(Protocol):
-    """Makes a plan of a schedule."""
+    """Makes a plan of a schedule, which keeps the limit of ``memory``."""
 
-    def __call__(self, schedule: ScheduleLike) -> _C.Plan: ...
+    def __call__(self, schedule: ScheduleLike, *, memory: Costs | None = None) -> _C.Plan: ...
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def choose(
     for name, schedule, tried in _candidates(first, plan, costs(plan)):
         simulated += tried
         try:
-            other = plan_of(schedule)
+            other = plan_of(schedule, memory=costs(plan))
             predicted = simulate(other, costs(other)).makespan
         except InvalidSchedule:
             continue
