@@ -364,7 +364,7 @@ class Pipeline:
         return self._stepper.trace
 
     def profile(self) -> Profile:
-        """Seconds of F, B and messages of one microbatch, measured in the last ``step``."""
+        """Seconds of F, B, or I and W, and messages of one microbatch, measured in the last ``step``."""
         return self.trace.profile()
 
     def simulate(self, costs: Costs | None = None) -> Simulation:

@@ -4,8 +4,8 @@ That a graph comes apart where the ways to inputs and to weights part is an idea
 al., Zero Bubble Pipeline Parallelism, ICLR 2024), which torch.distributed.pipelining (2.13, ``_backward.py``)
 carries out for modules in general. There each group of weights takes a backward of its own, which looks through
 the graph down to the inputs again. Here the nodes at which the ways part, the forks, are run once more and
-nothing else of the graph is: autograd's engine tells a node which of its gradients are needed, and is asked
-for what lies beyond the forks, towards weights alone.
+nothing else on the way to inputs is. What makes that possible is that autograd's engine tells a node which of
+its gradients are asked for: those that lead to weights.
 """
 
 import functools
@@ -18,16 +18,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 
-Edge = tuple[Node, int]  # a node, and which of its gradients
-
-_MOST_USES = 2  # of a weight by several forks: the sum of so many does not depend on their order
+# Of a weight, by several forks. In which order so many gradients are added up does not change the sum.
+_MOST_USES = 2
 
 
 class WeightGradients(Protocol):
     """What is left of a backward once the gradients of the inputs are there.
 
     Attributes:
-        whole: why nothing is left to compute but only to add; empty where the backward came apart.
+        whole: why all of it has run and only the adding is left; empty where it came apart.
     """
 
     whole: str
@@ -36,12 +35,25 @@ class WeightGradients(Protocol):
         """Adds the gradients of the weights to their ``.grad``, and lets go of all they are made from."""
 
 
-def run_backward(outputs: Sequence[Any], grads: Sequence[Tensor]) -> None:
+def run_backward(
+    outputs: Sequence[Tensor | GradientEdge],
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor] = (),
+    keep_graph: bool = False,
+) -> None:
     """``torch.autograd.backward`` without its checks in Python, which take as long as a small backward.
 
     The engine itself checks that the gradients fit.
     """
-    _run(outputs, grads)
+    torch.autograd.graph._engine_run_backward(
+        tuple(outputs),
+        tuple(grads),
+        keep_graph,
+        False,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
 
 
 def find_input_gradients(
@@ -53,32 +65,31 @@ def find_input_gradients(
 ) -> WeightGradients:
     """Adds the gradients of leaves ``inputs`` to their ``.grad``; what is returned does so for the weights.
 
-    The backward runs whole at once where it does not come apart: then the weights' gradients are put by. For
-    that, ``weights`` lists those whose gradients the graph itself does not show, and ``check`` raises an error
-    where the caller has been given up, whom no ``.grad`` concerns any more.
+    A backward that does not come apart runs whole, and the weights' gradients are put by. For that ``weights``
+    lists those that the graph itself may not show; ``check`` raises an error where the caller has been given up
+    meanwhile and may touch no ``.grad`` any more.
     """
     roots = [get_gradient_edge(tensor) for tensor in outputs]
     if not inputs:
-        return _Apart([], set(), roots, list(grads))
+        return _Apart([], set(), list(zip(roots, grads)))
     graph = _Graph(roots, [get_gradient_edge(tensor).node for tensor in inputs])
-    through = [graph.leads_to_inputs[root.node] for root in roots]
-    beside = [root for root, leads in zip(roots, through) if not leads]
+    above = [pair for pair in zip(roots, grads) if graph.leads_to_inputs[pair[0].node]]
+    beside = [pair for pair in zip(roots, grads) if not graph.leads_to_inputs[pair[0].node]]
     forks = graph.forks()
-    together, uses = _that_meet(forks, beside)
+    meeting, uses = _that_meet(forks, [root for root, _ in beside])
     whole = graph.hides_weights() or _not_twice(forks)
-    if together and uses > _MOST_USES:
+    if meeting and uses > _MOST_USES:
         whole = whole or "a weight is used more than twice, and the sum of its gradients depends on their order"
     if whole:
         leaves = dict.fromkeys([*weights(), *graph.leaves()])
         return _run_whole(roots, grads, leaves, check, whole)
     for fork in forks:
         fork.keep_grads()
-    if any(through):
-        upper, upper_grads = zip(*(pair for pair, leads in zip(zip(roots, grads), through) if leads))
-        _run(upper, upper_grads, inputs=inputs, keep_graph=bool(forks))
+    if above:
+        run_backward(*zip(*above), inputs=inputs, keep_graph=bool(forks))
     if forks:
         graph.release(forks)
-    return _Apart(forks, together, beside, [grad for grad, leads in zip(grads, through) if not leads])
+    return _Apart(forks, meeting, beside)
 
 
 class _Fork:
@@ -121,7 +132,7 @@ class _Graph:
     def __init__(self, roots: Iterable[GradientEdge], inputs: Iterable[Node]) -> None:
         self._inputs = set(inputs)
         self.leads_to_inputs: dict[Node, bool] = dict.fromkeys(self._inputs, True)
-        self._children: dict[Node, tuple[Edge, ...]] = {}
+        self._children: dict[Node, tuple[tuple[Node | None, int], ...]] = {}
         stack = [root.node for root in roots]
         while stack:
             node = stack[-1]
@@ -180,36 +191,34 @@ class _Graph:
 
 
 class _Apart:
-    """The forks, and the outputs that lead to weights alone; see ``WeightGradients``."""
+    """Forks, and outputs that lead to weights alone; see ``WeightGradients``."""
 
     whole = ""
 
     def __init__(
-        self, forks: list[_Fork], together: set[_Fork], roots: list[GradientEdge], grads: list[Tensor]
+        self, forks: list[_Fork], meeting: set[_Fork], beside: list[tuple[GradientEdge, Tensor]]
     ) -> None:
-        """What forks ``together`` find is added up before it goes on, as what goes on from ``roots``."""
+        """What the forks ``meeting`` find goes on together, with the gradients of the outputs ``beside``."""
         self._forks = forks
-        self._together = together
-        self._roots = roots
-        self._grads = grads
+        self._meeting = meeting
+        self._together = beside
 
     def add(self) -> None:
-        def descend(_: Tensor) -> None:
-            while self._forks:
-                fork = self._forks.pop()
-                found = fork.run()
-                if fork in self._together:
-                    self._roots += [edge for edge, _ in found]
-                    self._grads += [grad for _, grad in found]
-                elif found:
-                    # At once: the gradients of all weights are never all there.
-                    run_backward(*zip(*found))
-
         if self._forks:
-            _asked_for([edge for fork in self._forks for _, edge in fork.ways], descend)
-        if self._roots:
-            run_backward(self._roots, self._grads)
-        self._together, self._roots, self._grads = set(), [], []
+            _asked_for([edge for fork in self._forks for _, edge in fork.ways], self._run_forks)
+        together, self._together = self._together, []
+        if together:
+            run_backward(*zip(*together))
+
+    def _run_forks(self, _: Tensor) -> None:
+        while self._forks:
+            fork = self._forks.pop()
+            found = fork.run()
+            if fork in self._meeting:
+                self._together += found
+            elif found:
+                run_backward(*zip(*found))  # at once: the gradients of all weights are never all there
+        self._meeting = set()
 
 
 class _PutBy(NamedTuple):
@@ -261,7 +270,7 @@ def _not_twice(forks: Iterable[_Fork]) -> str:
 def _that_meet(forks: Sequence[_Fork], roots: Sequence[GradientEdge]) -> tuple[set[_Fork], int]:
     """The forks whose ways lead to a node that others' do, too; and how many edges lead to the same at most."""
     found: set[_Fork] = set()
-    uses: Counter[Edge] = Counter()
+    uses: Counter[tuple[Node, int]] = Counter()
     owners: dict[Node, _Fork | None] = {}
     ways = [(None, [(root.node, root.output_nr) for root in roots])]
     ways += [(fork, [(edge.node, edge.output_nr) for _, edge in fork.ways]) for fork in forks]
@@ -285,17 +294,13 @@ def _asked_for(edges: Sequence[GradientEdge], call: Callable[[Tensor], None]) ->
     start = torch.zeros((), device="cpu", requires_grad=True)
     start.register_hook(call)
     torch.autograd.graph._engine_run_backward(
-        (start,), (torch.zeros((), device="cpu"),), False, False, (start, *edges),
-        allow_unreachable=True, accumulate_grad=False,
-    )
-
-
-def _run(
-    outputs: Sequence[Any], grads: Sequence[Tensor], inputs: Sequence[Tensor] = (), keep_graph: bool = False
-) -> None:
-    torch.autograd.graph._engine_run_backward(
-        tuple(outputs), tuple(grads), keep_graph, False, tuple(inputs),
-        allow_unreachable=True, accumulate_grad=True,
+        (start,),
+        (torch.zeros((), device="cpu"),),
+        False,
+        False,
+        (start, *edges),
+        allow_unreachable=True,
+        accumulate_grad=False,
     )
 
 

@@ -133,6 +133,39 @@ def test_a_microbatch_stays_on_its_lane(gpus, standin):
                 assert order.streams[number["F", stage, m]] == order.streams[number["B", stage, m]]
 
 
+def test_both_parts_of_a_backward_stay_on_their_microbatchs_lane_and_wait_for_what_they_need(gpus, standin):
+    orders = [[f"{s}{kind}{m}" for kind in "FIW" for m in range(6)] for s in range(3)]
+    for ordinals in ((0, 0, 0), (0, 1, 1)):
+        devices = [f"cuda:{ordinal}" for ordinal in ordinals]
+        with pipeline(3, schedule=orders, devices=devices) as pipe:
+            order = step(pipe, standin)
+            check(pipe, order)
+            _, _, number = laid_out(pipe)
+            for stage in range(3):
+                for m in range(6):
+                    assert len({order.streams[number[kind, stage, m]] for kind in "FIW"}) == 1
+            copies = [call for call in standin.log() if call.name == "cuMemcpyPeerAsync"]
+            assert len(copies) == 12 * len(set(ordinals) - {0})
+
+
+def test_what_a_stage_was_given_is_held_until_both_parts_of_its_backward_have_run(gpus):
+    orders = [[f"{s}{kind}{m}" for kind in "FIW" for m in range(4)] for s in range(2)]
+    with pipeline(2, 4, schedule=orders, devices=["cuda:0"] * 2) as pipe:
+        route, held = pipe._routes.train, []
+        keep = route.custody.keep
+
+        def noted(value, made, used):
+            held.append((made, used))
+            keep(value, made, used)
+
+        route.custody.keep = noted
+        pipe.step(torch.randn(8, 4), target=torch.randn(8, 4))
+        place = route.layout.place
+        activations = [(place("F", 0, m), place("W", 1, m)) for m in range(4)]
+        gradients = [(place("I", 1, m), place("W", 0, m)) for m in range(4)]
+        assert sorted(held) == sorted(activations + gradients)
+
+
 def test_an_evaluation_waits_for_what_it_needs_too(gpus, standin):
     with pipeline(devices=["cuda:0", "cuda:0", "cuda:1", "cuda:1"]) as pipe:
         pipe.eval(torch.randn(12, 4))

@@ -49,6 +49,19 @@ def test_two_steps_run_eagerly_and_the_third_is_a_graph(gpu, standin):
     assert standin.live()["graph"] == before
 
 
+def test_a_step_of_backwards_in_two_parts_is_a_graph_too(gpu):
+    orders = [[f"{s}{kind}{m}" for kind in "FIW" for m in range(4)] for s in range(2)]
+    model, pipe = make(schedule=orders)
+    with pipe:
+        for _ in range(5):
+            x, y = batch()
+            plain = twin(model)
+            model.zero_grad()
+            assert torch.equal(pipe.step(x, target=y), reference_step(plain, x, y, 4, F.mse_loss))
+            assert_same_gradients(model, gradients(plain))
+        assert pipe.graph.captured == 1 and gpu.launches == 3
+
+
 def test_what_a_step_gave_back_is_not_written_by_the_next(gpu):
     model, pipe = make()
     with pipe:

@@ -1,6 +1,8 @@
 """I and W as tasks of their own: the gradients of B, bit for bit, and nothing computed or kept for longer."""
 
 import gc
+import threading
+import time
 import weakref
 from collections import Counter
 
@@ -103,11 +105,15 @@ def test_equal_to_plain_autograd_whatever_the_order_and_the_mode(make, order, op
         assert not check(model, x, y, order(stages, 4), loss_fn, stages, steps=5, **options)
 
 
-@pytest.mark.parametrize("options", [{"pack": 2}, {"pack": "all", "pack_forward": 3}, {"pack": 3, "overlap": True}])
+PACKS = [{"pack": 2}, {"pack": "all", "pack_forward": 3}, {"pack": 3, "overlap": True}]
+
+
+@pytest.mark.parametrize("options", PACKS, ids=str)
+@pytest.mark.parametrize("order", [late, some_whole])
 @pytest.mark.parametrize("make", [chain, tree], ids=["chain", "tree"])
-def test_input_gradients_travel_in_packs(make, options):
+def test_input_gradients_travel_in_packs(make, order, options):
     model, x, y, loss_fn = case(make)
-    assert not check(model, x, y, late(4, 5), loss_fn, 4, 5, **options)
+    assert not check(model, x, y, order(4, 5), loss_fn, 4, 5, **options)
 
 
 def test_other_types_on_the_wire_give_what_they_give_with_whole_backwards():
@@ -126,7 +132,8 @@ def test_other_types_on_the_wire_give_what_they_give_with_whole_backwards():
 def test_several_stages_on_a_rank():
     model, x, y, loss_fn = case(chain)
     first, second, third, fourth = late(4, 4)
-    assert not check(model, x, y, [[*first[:4], *third, *first[4:]], [*second[:4], *fourth, *second[4:]]], loss_fn, 4)
+    order = [[*first[:4], *third, *first[4:]], [*second[:4], *fourth, *second[4:]]]
+    assert not check(model, x, y, order, loss_fn, 4)
 
 
 LAYERS = {
@@ -493,6 +500,25 @@ def test_an_error_names_the_task_and_the_next_step_works(task, kind):
         assert all(p.grad is None for p in model.parameters())
         pipe.step(x, target=y)
         assert_same_gradients(model, gradients(plain))
+
+
+def test_a_whole_backward_that_was_given_up_leaves_no_gradient():
+    class Hangs(AtOnce):
+        def forward(self, x):
+            x.register_hook(lambda grad: (let_go.wait(30), ended.set())[2:] or None)  # the last to be called
+            return super().forward(x)
+
+    let_go, ended = threading.Event(), threading.Event()
+    model = nn.Sequential(nn.Linear(12, 12), Hangs())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    pipe = pe.Pipeline(model, 2, 1, late(2, 1), F.mse_loss, timeout=0.2)
+    with pytest.raises(pe.StepTimeout, match="1I0"):
+        pipe.step(torch.randn(2, 12), target=torch.randn(2, 12))
+    let_go.set()
+    assert ended.wait(10)
+    time.sleep(0.2)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_profile_and_trace_know_both_parts():

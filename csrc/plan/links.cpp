@@ -50,13 +50,24 @@ class TaskIndex {
           end = std::min(first + k, shape_.num_microbatches);
           if (!shape_.on_copy(first)) end = std::min(end, shape_.first_of_copy);
           if (shape_.rank_of(stage, first) == shape_.rank_of(next, first)) continue;
-          const auto begin_slot = senders_.begin() + slot({stage, first, kind});
-          const auto end_slot = begin_slot + (end - first);
-          if (std::find(begin_slot, end_slot, kNoTask) != end_slot) continue;
-          std::fill(begin_slot, end_slot, *std::max_element(begin_slot, end_slot));
+          const TaskId last = find_last(stage, kind, first, end);
+          if (last != kNoTask) std::fill_n(senders_.begin() + slot({stage, first, kind}), end - first, last);
         }
       }
     }
+  }
+
+  // Of the tasks that send gradients, or activations, of these microbatches; none if one does not.
+  TaskId find_last(int stage, Kind kind, int first, int end) const {
+    const Kind other = kind == Kind::F ? Kind::F : kind == Kind::B ? Kind::I : Kind::B;
+    TaskId last = 0;
+    for (int m = first; m < end; ++m) {
+      const TaskId task = find(stage, kind, m);
+      const TaskId sends = task == kNoTask ? find(stage, other, m) : task;
+      if (sends == kNoTask) return kNoTask;
+      last = std::max(last, sends);
+    }
+    return last;
   }
 
   std::size_t slot(const Action& a) const {

@@ -109,9 +109,18 @@ void Plan::fill_queues(const std::vector<Kind>& preference) {
     queues_begin_.push_back(num_ranks());
     return;
   }
+  // Where a stage lists B for some microbatches, and I and W for others, all of them keep their order:
+  // gradients leave, and are added, in it.
+  std::vector<bool> lists_b(num_stages(), false);
+  for (const Action& a : actions_) {
+    if (a.kind == Kind::B) lists_b[a.stage] = true;
+  }
   // What tells a worker's queues apart.
   const auto key_of = [&](const Action& a) {
-    return options_.reactive ? a.stage * kNumKinds + static_cast<int>(a.kind) : 0;
+    if (!options_.reactive) return 0;
+    const bool is_part = a.kind == Kind::I || a.kind == Kind::W;
+    const Kind kind = is_part && lists_b[a.stage] ? Kind::B : a.kind;
+    return a.stage * kNumKinds + static_cast<int>(kind);
   };
   queued_.reserve(size());
   for (int worker = 0; worker < num_workers(); ++worker) {

@@ -29,9 +29,10 @@ Body = Callable[[int], None]
 class GradientReduction:
     """Gives every replica the mean of the replicas' gradients; for ``Pipeline(reduction=...)``.
 
-    When the last backward of a stage, and of those after it, has ended, its gradients leave in flat buffers,
-    while the stages before it still compute; ``step`` returns when all hold the mean. ``.grad`` is a view of such a buffer from step to
-    step: clone what is to be kept. Example, for replica 0 of two, each of which a thread of its own steps::
+    When a stage and those after it have ended their last backwards, its gradients leave in flat buffers, while
+    the stages before it still compute; ``step`` returns when all hold the mean. ``.grad`` is a view of such a
+    buffer from step to step: clone what is to be kept. Example, for replica 0 of two, each of which a thread of
+    its own steps::
 
         group = pe.LocalGroup(2)
         pipe = pe.Pipeline(model, 2, 8, loss_fn=loss_fn, reduction=pe.GradientReduction(group.member(0)))

@@ -93,6 +93,17 @@ TEST(a_group_of_results_waits_for_its_last) {
   CHECK_EQ(plan.num_messages(), 5 + 3);
 }
 
+TEST(a_stage_that_mixes_whole_backwards_and_split_ones_keeps_their_order) {
+  const Order order = parse_order({{"0F0", "0F1", "0B0", "0B1"}, {"1F0", "1B0", "1F1", "1I1", "1W1"}});
+  PlanOptions options{.reactive = true};
+  CHECK_EQ(make_plan(order, options).queues_of(1).size(), 2u);
+  options.packs.backward = {2};
+  const Plan plan = make_plan(order, options);
+  CHECK((dependencies(plan, "0B0") == std::set<std::string>{"0F0", "1I1"}));
+  CHECK((dependencies(plan, "0B1") == std::set<std::string>{"0F1", "1I1"}));
+  CHECK_EQ(plan.num_messages(), 2 + 1);
+}
+
 TEST(packing_raises_the_limits_by_what_it_needs) {
   PlanOptions options;
   options.packs.backward = {2, 2, 2};

@@ -23,6 +23,7 @@ LANES = {"devices": ["cuda:0"] * 4}
 GRAPHS = {"devices": ["cuda:0"] * 4, "graphs": True}
 MODES = pytest.mark.parametrize("mode", [SINGLE, LANES, GRAPHS], ids=["single stream", "lanes", "graphs"])
 STEPS = 5  # the third is captured
+SPLIT = [[f"{s}{kind}{m}" for kind in "FIW" for m in range(8)] for s in range(4)]
 
 
 class Checkpointed(nn.Module):
@@ -75,7 +76,10 @@ def test_gradients_are_the_cpus_within_rounding(mode):
         assert_near(found, gradients(plain))
 
 
-@pytest.mark.parametrize("options", [{}, {"pack": 4, "pack_forward": 2}, {"schedule": "gpipe"}], ids=str)
+OPTIONS = [{}, {"pack": 4, "pack_forward": 2}, {"schedule": "gpipe"}, {"schedule": SPLIT}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["1f1b", "packed", "gpipe", "in two parts"])
 def test_lanes_and_graphs_give_the_bits_of_a_single_stream(options):
     model, (x, y) = blocks(), batch()
     (_, expected), *_ = train(copy.deepcopy(model), SINGLE, x, y)
