@@ -12,11 +12,12 @@ namespace pe {
 namespace {
 
 constexpr int kPolicies = 4;    // that are varied
-constexpr int kShortStep = 3;   // microbatches a rank, of the step on which they are varied first
+constexpr int kShortStep = 4;   // microbatches a rank, of the step on which they are varied first
 constexpr int kSequences = 2;   // that are varied for long
 constexpr long kFewest = 64;    // trials in a part of the search
 constexpr double kCheaper = 8;  // a trial of a sequence than one of a policy
 
+constexpr double kRounding = 1e-9;  // of sums of times
 constexpr Score kNothing{1e300, 0};
 
 // Shares of the work.
@@ -82,8 +83,7 @@ class Search {
   // Asked before each trial.
   bool is_over(const Score& score, const Problem& problem) {
     ++trials_;
-    const double good_enough = effort_.good_enough * problem.work() / problem_.work();
-    return score.time <= good_enough || (effort_.stop && effort_.stop->load(std::memory_order_relaxed));
+    return score.time <= (1 + kRounding) * problem.lower_bound() || (effort_.stop && effort_.stop->load(std::memory_order_relaxed));
   }
   bool is_over(const Score& score) { return is_over(score, problem_); }
 
