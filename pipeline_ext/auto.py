@@ -1,5 +1,6 @@
 """What ``"auto"`` stands for in a pipeline's arguments: which first steps it takes to choose."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 from . import _C, pack_choice, schedule_choice
@@ -30,7 +31,7 @@ def first_steps(
     if schedule == AUTO:
         schedule_choice.check(packs, packs_forward, graphs)
         return schedule_choice.first_steps(
-            lambda name: plan_of(name, packs=packs, packs_forward=packs_forward),
+            functools.partial(plan_of, packs=packs, packs_forward=packs_forward),
             num_stages,
             num_ranks,
             in_flight,

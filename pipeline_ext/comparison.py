@@ -45,7 +45,7 @@ class Planned:
 
     @cached_property
     def ideal(self) -> float:
-        """What the busiest rank computes: its microbatches' F + I + W, less where they run in pairs or at once."""
+        """What the busiest rank computes: F + I + W of its microbatches, less where they run at once."""
         simulation = self._feasible()
         plan = simulation.plan
         times = self.costs.times(plan.num_stages)
@@ -161,8 +161,8 @@ def recut(costs: Costs, num_stages: int, wanted: int) -> Costs:
             cut[name] = _recut(cost, num_stages, wanted)
         elif place == BOUNDARY and not isinstance(cost, (int, float)):
             raise InvalidSchedule(
-                f"{name} is given for each boundary between {num_stages} stages, and there are {wanted} here; give "
-                "one number for all"
+                f"{name} is given for each boundary between {num_stages} stages, and there are {wanted} "
+                "here; give one number for all"
             )
     return replace(costs, **cut)
 

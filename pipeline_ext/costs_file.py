@@ -76,8 +76,9 @@ def _checked(key: str, value: Any, file: str) -> float | list[float] | None:
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
         if not is_number or not (number > 0 if key in _ABOVE_ZERO else least <= number < math.inf):
             accepted = "a number above 0" if key in _ABOVE_ZERO else f"a finite number of at least {least:g}"
+            verb = "holds" if isinstance(value, list) and PLACES[key] else "is"
             raise InvalidArgument(
-                f"{key!r} in {file} {'holds' if numbers is value else 'is'} {json.dumps(number)}; give {accepted}"
+                f"{key!r} in {file} {verb} {json.dumps(number)}; give {accepted}"
                 + (f", or a list of {PLACES[key]}" if PLACES[key] else "")
             )
     return [float(number) for number in numbers] if isinstance(value, list) else float(value)

@@ -1,5 +1,6 @@
 """A pipeline's first steps: measured, where it is to choose the plan of those to come."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -50,7 +51,7 @@ class FirstSteps:
 
     def observe(self, profile: Callable[[], Profile]) -> None:
         """Takes in a step, which is profiled once that is needed."""
-        self._profiles.append(profile)
+        self._profiles.append(functools.cache(profile))
 
     def prepare(self, follow: Callable[[_C.Plan], None]) -> None:
         """Before a step, has its plan followed; after enough steps chooses that once, and says so.
@@ -68,5 +69,6 @@ class FirstSteps:
 
     def _follow(self, plan: _C.Plan, follow: Callable[[_C.Plan], None]) -> None:
         if plan is not self._following:
+            self._profiles[-1]()  # a GPU may still run the step; this waits for its end
             follow(plan)
             self._following = plan

@@ -49,9 +49,9 @@ class Pipeline:
         microbatches: M, into how many parts ``step`` cuts a batch along dimension 0.
         schedule: a name (``schedule_names()`` lists them), the path of a CSV file in the action text of
             torch.distributed.pipelining, or each rank's actions as text, by rank. ``"auto"`` measures the first
-            three steps; as the fourth begins it simulates and searches for two seconds, and prints what it takes:
-            of the orders that leave stages on their ranks, and hold no more microbatches than ``in_flight`` says,
-            or without it than a rank does in the first steps.
+            three steps; as the fourth begins it simulates and searches for two seconds, and prints what it
+            takes: of the orders that leave stages on their ranks, and hold no more microbatches than
+            ``in_flight`` says, or without it than a rank does in the first steps.
         loss_fn: called as ``loss_fn(output, target)``, or ``loss_fn(output)`` for a step without target;
             returns a tensor without dimensions. If it is a module, its parameters are trained too.
         devices: one entry for each rank, CPUs or CUDA devices; several ranks may share one. None: as many ranks

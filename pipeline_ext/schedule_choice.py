@@ -26,9 +26,9 @@ _FIRST = {
 
 
 class PlanOf(Protocol):
-    """Makes a plan of a schedule."""
+    """Makes a plan of a schedule, which keeps the limit of ``memory``."""
 
-    def __call__(self, schedule: ScheduleLike) -> _C.Plan: ...
+    def __call__(self, schedule: ScheduleLike, *, memory: Costs | None = None) -> _C.Plan: ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class ScheduleChoice:
         than = f"{self.gain:.1%} less than the {self.predicted_first * 1e3:.2f} ms with {self.first}"
         if self.schedule == self.first:
             than = f"and none of {self.simulated} plans takes much less"
-        return f'schedule="auto": {self.schedule}; a step is predicted to take {self.predicted * 1e3:.2f} ms, {than}'
+        predicted = f"a step is predicted to take {self.predicted * 1e3:.2f} ms"
+        return f'schedule="auto": {self.schedule}; {predicted}, {than}'
 
 
 def check(packs: Sequence[int] | None, packs_forward: Sequence[int] | None, graphs: bool) -> None:
@@ -72,8 +73,8 @@ def check(packs: Sequence[int] | None, packs_forward: Sequence[int] | None, grap
         )
     if graphs:
         raise InvalidArgument(
-            'schedule="auto" takes another plan as the fourth step begins, and graphs=True has captured the third; '
-            "leave out one, or name the schedule that a run without graphs has chosen"
+            'schedule="auto" takes another plan as the fourth step begins, and graphs=True has captured the '
+            "third; leave out one, or name the schedule that a run without graphs has chosen"
         )
 
 
@@ -129,11 +130,12 @@ def choose(
     for name, schedule, tried in _candidates(first, plan, costs(plan)):
         simulated += tried
         try:
-            other = plan_of(schedule)
+            other = plan_of(schedule, memory=costs(plan))
             predicted = simulate(other, costs(other)).makespan
         except InvalidSchedule:
             continue
-        if other.rank_of_stage == plan.rank_of_stage and predicted < min(best.predicted, _WORTH * by_first.makespan):
+        stays = other.rank_of_stage == plan.rank_of_stage
+        if stays and predicted < min(best.predicted, _WORTH * by_first.makespan):
             best = replace(best, plan=other, schedule=name, predicted=predicted)
     return replace(best, simulated=simulated)
 

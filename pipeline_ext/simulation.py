@@ -93,8 +93,8 @@ class Costs:
         for a, i, w in zip(taken, by_i, by_w or [0.0] * num_stages):
             if i < 0 or i + w > a * (1 + 1e-6):
                 raise InvalidSchedule(
-                    f"mem_i {i:g} and mem_w {w:g} free more than the act_memory {a:g} that F takes; together they "
-                    "are at most as much"
+                    f"mem_i {i:g} and mem_w {w:g} free more than the act_memory {a:g} that F takes; together "
+                    "they are at most as much"
                 )
         return taken, by_i
 

@@ -36,10 +36,9 @@ def profile(stages, forward=1.0, backward=2.0, input_grad=1.0, weight_grad=1.0, 
 
 
 def plans(stages, microbatches, num_ranks=None, **settings):
-    def plan_of(schedule):
-        return pe.build_plan(
-            schedule, num_stages=stages, microbatches=microbatches, num_ranks=num_ranks, reactive=True, **settings
-        )
+    def plan_of(schedule, memory=None):
+        shape = {"num_stages": stages, "microbatches": microbatches, "num_ranks": num_ranks}
+        return pe.build_plan(schedule, **shape, reactive=True, memory=memory, **settings)
 
     return plan_of
 
@@ -202,3 +201,18 @@ def test_the_choice_is_in_the_saved_trace_and_drawn_below_its_plan(tmp_path, mon
 def test_what_auto_does_not_go_with_is_refused(settings, said):
     with pytest.raises(pe.InvalidArgument, match=said):
         pipeline(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), num_stages=2, **settings)
+
+
+def test_on_gpus_too(gpus, monkeypatch):
+    monkeypatch.setattr(schedule_choice, "_WORTH", math.inf)
+    model = nn.Sequential(*(Residual(8) for _ in range(4)))
+    plain = twin(model)
+    with pipeline(model, num_stages=4, devices=["cuda:0", "cuda:1"]) as pipe:
+        for _ in range(5):
+            x, y = torch.randn(2, 13, 8)
+            model.zero_grad()
+            plain.zero_grad()
+            expected = reference_step(plain, x, y, 6, F.mse_loss)
+            assert torch.equal(pipe.step(x, target=y), expected)
+            assert_same_gradients(model, gradients(plain))
+        assert pipe.plan is pipe.schedule_choice.plan

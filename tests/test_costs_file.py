@@ -28,7 +28,8 @@ def load(tmp_path, text):
 )
 def test_what_is_saved_is_loaded(tmp_path, costs):
     costs.save(tmp_path / "costs.json")
-    json.loads((tmp_path / "costs.json").read_text(), parse_constant=pytest.fail)  # no Infinity: any reader's JSON
+    text = (tmp_path / "costs.json").read_text()
+    json.loads(text, parse_constant=pytest.fail)  # no Infinity, which not every reader knows
     assert pe.Costs.load(tmp_path / "costs.json") == costs
 
 

@@ -340,7 +340,10 @@ def allocations(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved-1f1b"])
+IN_TWO_PARTS = [[f"{s}{kind}{m}" for kind in "FIW" for m in range(12)] for s in range(4)]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved-1f1b", IN_TWO_PARTS])
 @pytest.mark.parametrize("wire", [None, torch.bfloat16, torch.float8_e4m3fn])
 def test_buffers_are_used_again(schedule, wire, allocations):
     with pe.Pipeline(

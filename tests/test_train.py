@@ -78,7 +78,8 @@ def test_every_schedule_learns_the_same(tmp_path, text):
 
 def test_a_schedule_that_is_chosen_is_named_with_its_times(tmp_path, text):
     out = tmp_path / "auto.json"
-    result = train(tmp_path, *SMALL, "--data", text, "--json", str(out), "--schedule", "auto", "--device", "cpu")
+    auto = ["--schedule", "auto", "--device", "cpu"]
+    result = train(tmp_path, *SMALL, "--data", text, "--json", str(out), *auto)
     assert result.returncode == 0, result.stderr
     assert 'schedule="auto": ' in result.stdout and "chosen by auto" in result.stdout
     summary = json.loads(out.read_text())

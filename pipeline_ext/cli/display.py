@@ -116,9 +116,10 @@ def _figures(m: StepMetrics) -> str:
 def _schedule(summary: Summary) -> str:
     if summary.schedule_choice is None:
         return summary.schedule
+    predicted, measured = summary.pipeline_ms_predicted, summary.pipeline_ms_measured
     return (
         f"{summary.schedule_choice.schedule}, chosen by {summary.schedule}; a pipeline's step "
-        f"{summary.pipeline_ms_predicted:.1f} ms predicted, {_number(summary.pipeline_ms_measured, '.1f')} ms measured"
+        f"{predicted:.1f} ms predicted, {_number(measured, '.1f')} ms measured"
     )
 
 

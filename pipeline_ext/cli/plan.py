@@ -13,7 +13,15 @@ from ..errors import InvalidArgument, InvalidSchedule
 from ..files import whole_file
 from ..planning import AUTO
 from ..report.page import save_page
-from ..report.timeline import SUFFIXES, accepted_path, percent, save_picture, simulated_panel, unit_of
+from ..report.timeline import (
+    SUFFIXES,
+    Panel,
+    accepted_path,
+    percent,
+    save_picture,
+    simulated_panel,
+    unit_of,
+)
 from ..search import SearchResult, search
 from ..simulation import Costs
 from .plan_options import add_arguments, costs_of
@@ -27,8 +35,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "plan",
         help="simulate schedules, compare them, search for a better one",
-        description="Simulates schedules at given costs and shows what they would take. Exit status 0 if at least "
-        "one of them can be, 1 if none, 2 for options that cannot be used.",
+        description="Simulates schedules at given costs and shows what they would take. Exit status 0 if at "
+        "least one of them can be, 1 if none, 2 for options that cannot be used.",
     )
     parser.set_defaults(run=run)
     add_arguments(parser)
@@ -57,7 +65,9 @@ def _check(options: argparse.Namespace, names: Sequence[str]) -> None:
     if options.png:
         accepted_path(options.png, SUFFIXES)
     if AUTO not in names and (options.budget or options.trials):
-        raise InvalidArgument(f"--budget and --trials bound a search; give --schedule {AUTO}, or leave them out")
+        raise InvalidArgument(
+            f"--budget and --trials bound a search; give --schedule {AUTO}, or leave them out"
+        )
 
 
 def _plan(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[Planned], SearchResult | None]:
@@ -107,7 +117,8 @@ def _ranks(options: argparse.Namespace, plans: Iterable[_C.Plan]) -> int | None:
     """Of all schedules; None if there is none. Raises InvalidArgument where they differ."""
     found = sorted({plan.num_ranks for plan in plans} | ({options.ranks} - {None}))
     if len(found) > 1:
-        raise InvalidArgument(f"the schedules have {' and '.join(map(str, found))} ranks; compare those of one number")
+        counts = " and ".join(map(str, found))
+        raise InvalidArgument(f"the schedules have {counts} ranks; compare those of one number")
     return found[0] if found else None
 
 
@@ -159,14 +170,14 @@ def _write(options: argparse.Namespace, results: Sequence[Planned]) -> None:
     if options.html:
         save_page(options.html, results, unit)
     if options.png:
-        panels = [
-            simulated_panel(
-                f"{result.title}: bubble {percent(result.bubble)}, peak memory {max(result.simulation.peak_memory):.6g}",
-                result.simulation,
-            )
-            for result in feasible
-        ]
-        save_picture(options.png, panels, unit)
+        save_picture(options.png, [_panel(result) for result in feasible], unit)
+
+
+def _panel(result: Planned) -> Panel:
+    memory = max(result.simulation.peak_memory)
+    return simulated_panel(
+        f"{result.title}: bubble {percent(result.bubble)}, peak memory {memory:.6g}", result.simulation
+    )
 
 
 def _save(path: Path, text: str) -> None:

@@ -29,16 +29,16 @@ _TYPES = {"pair": positive, "bandwidth": speed}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds all of them."""
-    what = parser.add_argument_group("what to plan")
-    what.add_argument(
+    add = parser.add_argument_group("what to plan").add_argument
+    add(
         "--schedule",
         metavar="NAME,...",
         type=lambda text: text.split(","),
         action="extend",
-        help=f"{AUTO}: the best that a search finds (the default); or of {', '.join(schedule_names())}. Several, "
-        "with commas or by several --schedule, are compared",
+        help=f"{AUTO}, the default: the best that a search finds; or one of {', '.join(schedule_names())}. "
+        "Several, with commas or by several --schedule, are compared",
     )
-    what.add_argument(
+    add(
         "--from-csv",
         metavar="FILE",
         type=Path,
@@ -46,46 +46,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a schedule in the action text of torch.distributed.pipelining; a line for each rank",
     )
-    what.add_argument("--ranks", metavar="N", type=count, help="ranks; a CSV file has its own")
-    what.add_argument(
+    add("--ranks", metavar="N", type=count, help="ranks; a CSV file has its own")
+    add(
         "--chunks",
         metavar="N",
         type=count,
-        help="stages on each rank, whose times and memory the costs are. Not given: what the schedules take, 1 "
-        "where they differ. A schedule that takes another number has its ranks' shares cut accordingly",
+        help="stages on each rank, whose times and memory the costs are. Not given: what the schedules take, "
+        "1 where they differ. A schedule that takes another number has its ranks' shares cut accordingly",
     )
-    what.add_argument("--microbatches", metavar="N", type=count, help="microbatches of a step; a CSV file has its own")
-    what.add_argument("--overlap", action="store_true", help="let a rank run forward and backward at once")
+    add("--microbatches", metavar="N", type=count, help="microbatches of a step; a CSV file has its own")
+    add("--overlap", action="store_true", help="let a rank run forward and backward at once")
 
-    costs = parser.add_argument_group(
+    add = parser.add_argument_group(
         "costs",
-        "Times, bytes and memory in any one unit each. A number, or a list as in 1,2,1: one for each stage, boundary "
-        "between stages (--latency to --message-bytes) or rank (--memory-limit).",
-    )
+        "Times, bytes and memory in any one unit each. A number, or a list as in 1,2,1: one for each stage, "
+        "boundary between stages (--latency to --message-bytes) or rank (--memory-limit).",
+    ).add_argument
     for field, (flag, help) in _COSTS.items():
-        costs.add_argument(flag, dest=field, metavar="X", type=_TYPES.get(field, cost), help=help)
-    costs.add_argument(
+        add(flag, dest=field, metavar="X", type=_TYPES.get(field, cost), help=help)
+    add(
         "--costs",
         metavar="FILE",
         help="JSON file of costs, as pipe.profile().save(FILE) writes it; options given beside it win",
     )
 
-    search = parser.add_argument_group(f"search, with --schedule {AUTO}")
-    search.add_argument(
-        "--budget", metavar="TIME", type=seconds, help="time for it: 500ms, 5s, 1m (default: 5s, without --trials)"
-    )
-    search.add_argument(
-        "--trials", metavar="N", type=count, help="plans to try; the same ones each time for a seed, without --budget"
-    )
-    search.add_argument("--seed", metavar="N", type=count_or_zero, default=0, help="of its choices (default: 0)")
+    add = parser.add_argument_group(f"search, with --schedule {AUTO}").add_argument
+    add("--budget", metavar="TIME", type=seconds, help="500ms, 5s, 1m (default: 5s, without --trials)")
+    add("--trials", metavar="N", type=count, help="plans to try; without --budget the same ones for a seed")
+    add("--seed", metavar="N", type=count_or_zero, default=0, help="of its choices (default: 0)")
 
-    outputs = parser.add_argument_group("outputs, besides the table")
-    outputs.add_argument(
-        "--json", metavar="FILE", help="figures and orders; -: to standard output, and the table to standard error"
-    )
-    outputs.add_argument("--csv", metavar="FILE", type=Path, help="the order of one schedule, a line for each rank")
-    outputs.add_argument("--png", metavar="FILE", type=Path, help="timelines; also .svg or .pdf. Needs matplotlib")
-    outputs.add_argument("--html", metavar="FILE", type=Path, help="timelines to zoom into: a page that needs nothing else")
+    add = parser.add_argument_group("outputs, besides the table").add_argument
+    add("--json", metavar="FILE", help="figures and orders; -: to standard output, the table to standard error")
+    add("--csv", metavar="FILE", type=Path, help="the order of one schedule, a line for each rank")
+    add("--png", metavar="FILE", type=Path, help="timelines; also .svg or .pdf. Needs matplotlib")
+    add("--html", metavar="FILE", type=Path, help="timelines to zoom into, a page that loads nothing")
 
 
 def costs_of(options: argparse.Namespace, num_stages: int, num_ranks: int) -> Costs:
@@ -102,8 +96,8 @@ def costs_of(options: argparse.Namespace, num_stages: int, num_ranks: int) -> Co
         if isinstance(value, list) and len(value) != expected:
             name = _COSTS[field][0] if field in given else f"{field!r} in {options.costs!r}"
             raise InvalidArgument(
-                f"{name} has {len(value)} entries; give one number, or {place}: {expected} with {num_stages} stages "
-                f"on {num_ranks} ranks"
+                f"{name} has {len(value)} entries; give one number, or {place}: {expected} with {num_stages} "
+                f"stages on {num_ranks} ranks"
             )
     if "input_grad" in given or "weight_grad" in given:
         times = costs.times(num_stages)

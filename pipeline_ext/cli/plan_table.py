@@ -70,7 +70,7 @@ def _table(first: str, *others: str) -> Table:
     table = Table()
     table.add_column(first, overflow="fold")
     for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     return table
 
 
@@ -79,8 +79,8 @@ def _searched(found: SearchResult) -> str:
     above = best.simulation.makespan / found.lower_bound - 1.0 if found.lower_bound > 0 else 0.0
     stopped = ", until it was stopped" if found.interrupted else ""
     return (
-        f"auto: {best.schedule} is the best of {found.simulations} simulated plans in {found.seconds:.1f} s{stopped}; "
-        f"none can be shorter than {_figure(found.lower_bound)}, and it is {percent(above)} above"
+        f"auto: {best.schedule} is the best of {found.simulations} simulated plans in {found.seconds:.1f} s"
+        f"{stopped}; none can be shorter than {_figure(found.lower_bound)}, and it is {percent(above)} above"
     )
 
 

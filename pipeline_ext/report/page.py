@@ -38,7 +38,9 @@ def save_page(path: Path, results: Sequence[Planned], unit: str) -> None:
         file.write(page.replace("TITLE", _escaped(title)).replace("DATA", text).encode())
 
 
-def memory_curve(tasks: Sequence[TaskRecord], costs: Costs, num_stages: int) -> dict[int, list[tuple[float, float]]]:
+def memory_curve(
+    tasks: Sequence[TaskRecord], costs: Costs, num_stages: int
+) -> dict[int, list[tuple[float, float]]]:
     """Rank -> when what its microbatches take changes, and to what.
 
     ``tasks`` are of a plan with so many stages.
