@@ -71,8 +71,9 @@ def simulate(results: dict) -> list[str]:
     ]
     for row in results["peers"]:
         lines.append(
-            f"| {row['schedule']} | {row['ranks']} | {row['tasks']:,} | {_spread(row['torch_seconds'], '.3f')} | "
-            f"{_spread(row['faster_by'], '.0f')} | {_spread(row['plan_faster_by'], '.0f')} |"
+            f"| {row['schedule']} | {row['ranks']} | {row['tasks']:,} | "
+            f"{_spread(row['torch_seconds'], '.3f')} | {_spread(row['faster_by'], '.0f')} | "
+            f"{_spread(row['plan_faster_by'], '.0f')} |"
         )
     return lines
 

@@ -44,7 +44,7 @@ def cell_of_task(plan):
 
 
 def peaks(plan, simulation, costs):
-    """The most that each rank holds, by its events in time: at one moment memory is freed before it is taken."""
+    """The most that each rank holds, by its events in time: what is freed at a moment may be taken in it."""
     ends = simulation.end
     events = defaultdict(list)
     for t, ((stage, kind, _), rank, _) in enumerate(tasks_of(plan)):

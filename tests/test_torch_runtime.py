@@ -1,4 +1,4 @@
-"""Exported orders load in torch.distributed.pipelining's schedule runtime, which adds its own messages, and run."""
+"""Exported orders load in torch.distributed.pipelining's schedule runtime, which adds messages, and run."""
 
 import pytest
 import torch
