@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..comparison import Planned
@@ -22,10 +23,10 @@ def show(results: Sequence[Planned], found: SearchResult | None, console: Consol
     if len(feasible) == len(results) == 1:
         console.print(_ranks(feasible[0]))
     if found is not None:
-        console.print(_searched(found), markup=False)
+        console.print(_searched(found), markup=False, soft_wrap=True)
     for result in results:
         if result.reason is not None:
-            console.print(f"{result.title} cannot be: {result.reason}", markup=False)
+            console.print(f"{result.title} cannot be: {result.reason}", markup=False, soft_wrap=True)
 
 
 def _schedules(results: Sequence[Planned]) -> Table:
@@ -36,7 +37,7 @@ def _schedules(results: Sequence[Planned]) -> Table:
     for result in results:
         simulation = result.simulation
         table.add_row(
-            result.title,
+            escape(result.title),
             str(result.chunks),
             str(result.microbatches),
             _figure(simulation.makespan),
