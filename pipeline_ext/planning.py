@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import _C, arguments
+from . import _C, arguments, zero_bubble
 from .errors import InvalidSchedule
 from .policy import Policy
 from .simulation import Costs
@@ -16,7 +16,14 @@ AUTO = "auto"  # in place of a schedule's name: one that suits the costs
 
 def schedule_names() -> list[str]:
     """The schedules known by name."""
-    return _C.schedule_names()
+    return [*_C.schedule_names(), zero_bubble.NAME]
+
+
+def layout_of(schedule: str, num_stages: int, num_ranks: int) -> str:
+    """How a named schedule places stages: linear, looped, v or bidirectional. Raises InvalidSchedule."""
+    if schedule == zero_bubble.NAME:
+        return zero_bubble.layout(num_stages, num_ranks)
+    return _C.layout_of(schedule)
 
 
 def build_plan(
@@ -32,6 +39,7 @@ def build_plan(
     in_flight: int | Sequence[int] | None = None,
     room: Sequence[int] = (),
     memory: Costs | None = None,
+    costs: Costs | None = None,
 ) -> _C.Plan:
     """The plan of one step.
 
@@ -53,6 +61,7 @@ def build_plan(
             empty: no more than it takes.
         memory: costs whose ``memory_limit`` the plan keeps wherever it runs, None: none. An order that exceeds it
             is refused; ranks that react start their F in the planned order, each when it fits.
+        costs: what ``"zb-auto"`` is searched for, under their ``memory_limit``; None: F = I = W = 1 at each stage.
 
     Raises:
         InvalidArgument: for numbers that cannot be used.
@@ -89,6 +98,13 @@ def build_plan(
         num_ranks = default_ranks(schedule, num_stages)
     if isinstance(schedule, Policy):
         plan = schedule.plan(num_stages, num_ranks, microbatches, {**mode, "memory": limits(num_ranks)})
+    elif schedule == zero_bubble.NAME:
+        found = zero_bubble.find_order(
+            costs or Costs(), num_stages=num_stages, num_ranks=num_ranks, microbatches=microbatches, span=True
+        )
+        if found.interrupted:
+            raise KeyboardInterrupt
+        return _C.plan_of_cells(found.cells, **mode, memory=limits(num_ranks))
     elif isinstance(schedule, str) and path is None:
         return _C.make_plan(
             schedule, num_stages, num_ranks, microbatches, **mode, memory=limits(num_ranks)
@@ -119,6 +135,8 @@ def check_trainable(plan: _C.Plan) -> None:
 
 def default_ranks(schedule: str | Policy, num_stages: int) -> int:
     """Ranks that a schedule takes for a number of stages where none are given."""
+    if schedule == zero_bubble.NAME:
+        return num_stages
     layout = schedule.placement if isinstance(schedule, Policy) else _C.layout_of(schedule)
     if layout in ("linear", "bidirectional") or (layout == "looped" and num_stages == 1):
         return num_stages

@@ -123,10 +123,7 @@ class Stage:
         self.thread = this_thread()
         step = self._step
         step.context.apply()
-        outputs, grads, received = self._begin_backward(step, m)
-        if outputs:
-            run_backward(outputs, grads)
-        self._send_back(step, m, received)
+        self._run_backward(step, m)
         step.exchange.release(self.index, m)
         self.thread = None
 
@@ -169,6 +166,12 @@ class Stage:
         step.context.apply()
         self._evaluate(step, m)
         step.exchange.release(self.index, m)
+
+    def _run_backward(self, step: Step, m: int) -> None:
+        outputs, grads, received = self._begin_backward(step, m)
+        if outputs:
+            run_backward(outputs, grads)
+        self._send_back(step, m, received)
 
     def _begin_backward(
         self, step: Step, m: int

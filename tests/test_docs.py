@@ -50,6 +50,17 @@ def test_the_example_that_readme_opens_with_runs(tmp_path, monkeypatch):
     assert (tmp_path / "timeline.png").stat().st_size > 0
 
 
+def test_the_policies_of_the_scheduler_page_run(capsys):
+    text = (ROOT / "docs" / "scheduler.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], {})
+    assert capsys.readouterr().out.count("<Simulation: makespan") == 3
+
+
+def test_the_scheduler_page_lists_every_schedule():
+    text = (ROOT / "docs" / "scheduler.md").read_text()
+    assert re.findall(r"^\| `([a-z0-9-]+)` \|", text, re.M) == pe.schedule_names()
+
+
 def test_the_examples_of_packing_run(capsys):
     names = {
         "pe": pe,

@@ -59,7 +59,7 @@ def test_dear_messages_leave_together():
         for k in (1, 2, 4, 8, 64)
     }
     assert by_k[4] == min(by_k.values()) < 0.98 * by_k[1]
-    assert choice.predicted <= by_k[4]
+    assert choice.predicted <= 1.01 * by_k[4]  # a smaller K is taken where it hardly matters
     assert choice.gain == pytest.approx(1 - choice.predicted / choice.predicted_at_1)
 
 

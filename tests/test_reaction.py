@@ -5,24 +5,35 @@ import statistics
 import pytest
 
 import pipeline_ext as pe
+from pipeline_ext import _C
 
 
-def means(schedule, ranks, microbatches, seeds):
-    """Mean makespan, static and reactive, of the same random times."""
-    chunks = 2 if schedule in ("interleaved-1f1b", "zbv") else 1
-    size = {"num_stages": ranks * chunks, "num_ranks": ranks, "microbatches": microbatches}
-    plans = [pe.build_plan(schedule, **size, reactive=reactive) for reactive in (False, True)]
+def means(schedule, ranks, slots=1, seeds=20):
+    """Mean makespan of the same random times: static, and reactive with ``slots`` times the slots it plans."""
+    chunks = {"looped": 2, "v": 2}.get(_C.layout_of(schedule), 1)
+    size = {"num_stages": ranks * chunks, "num_ranks": ranks, "microbatches": 4 * ranks}
+    costs = pe.Costs(forward=1 / chunks, backward=2 / chunks)
+    static = pe.build_plan(schedule, **size)
+    room = [min(slots * limit, 4 * ranks) for limit in static.limits] if slots > 1 else ()
+    reactive = pe.build_plan(schedule, **size, reactive=True, room=room)
     return [
-        statistics.mean(pe.simulate(plan, noise=0.3, seed=seed).makespan for seed in range(seeds))
-        for plan in plans
+        statistics.mean(pe.simulate(plan, costs, noise=0.3, seed=seed).makespan for seed in range(seeds))
+        for plan in (static, reactive)
     ]
 
 
 @pytest.mark.parametrize("ranks", [4, 8, 32])
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-h2", "zbv"])
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved-1f1b", "zb-h1", "zb-h2", "zbv", "v-half"])
 def test_reactive_ranks_take_less_time_on_average_where_times_vary(schedule, ranks):
-    static, reactive = means(schedule, ranks, microbatches=2 * ranks, seeds=20)
+    static, reactive = means(schedule, ranks)
     assert reactive < static
+
+
+@pytest.mark.parametrize("ranks", [4, 8, 32])
+def test_reactive_ranks_of_1f1b_take_less_time_where_they_have_free_slots(ranks):
+    # With the slots it plans it has nothing else to do: all are taken, and it has no W.
+    static, reactive = means("1f1b", ranks, slots=2)
+    assert reactive < 0.96 * static
 
 
 def test_noise_is_of_the_action_whatever_the_mode():

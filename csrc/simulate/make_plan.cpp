@@ -131,7 +131,9 @@ Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int micr
       const int most = slots.most.empty() ? microbatches : std::min(slots.most[s], microbatches);
       settled.limits[s] = std::min(settled.limits[s] + 1, std::max(most, settled.limits[s]));
     }
-    return Plan(settled.order, shape, options, settled.limits, rule->preference);
+    // From here on the order decides, also for ranks that react: preferring a kind whatever was planned costs
+    // 1F1B a tenth where times vary.
+    return Plan(settled.order, shape, options, settled.limits);
   }
   const Order order = order_of(schedule, placement, microbatches);
   if (options.packs.any() || slots.given()) return settled_plan(order, shape, options, slots);
