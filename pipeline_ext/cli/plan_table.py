@@ -1,5 +1,6 @@
 """What a person sees of a plan: figures of each schedule, and of each rank where there is one schedule."""
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -23,6 +24,7 @@ def show(results: Sequence[Planned], found: SearchResult | None, console: Consol
     if len(feasible) == len(results) == 1:
         console.print(_ranks(feasible[0]))
     if found is not None:
+        console.print(_tried(found))
         console.print(_searched(found), markup=False, soft_wrap=True)
     for result in results:
         if result.reason is not None:
@@ -72,6 +74,19 @@ def _table(first: str, *others: str) -> Table:
     table.add_column(first, overflow="fold")
     for name in others:
         table.add_column(name, justify="right")
+    return table
+
+
+def _tried(found: SearchResult) -> Table:
+    """The best of each kind of plan, from short to long."""
+    best: dict[tuple[str, int, int], float] = {}
+    for tried in found.tried:
+        kind = tried.what, tried.chunks, tried.microbatches
+        time = math.inf if tried.makespan is None else tried.makespan
+        best[kind] = min(time, best.get(kind, math.inf))
+    table = _table("tried", "chunks", "M", "makespan")
+    for kind, time in sorted(best.items(), key=lambda item: item[1]):
+        table.add_row(*map(str, kind), _figure(time) if time < math.inf else "cannot be")
     return table
 
 
