@@ -3,8 +3,7 @@
 #include <atomic>
 #include <chrono>
 #include <future>
-#include <limits>
-#include <optional>
+#include <tuple>
 
 #include "bindings/module.hpp"
 #include "bindings/poll.hpp"
@@ -16,6 +15,7 @@ namespace pe {
 namespace {
 
 constexpr auto kPollPeriod = std::chrono::milliseconds(20);
+constexpr double kRounding = 1e-12;  // of sums of times
 
 Placement placement_of(std::vector<int> rank_of_stage, int num_ranks) {
   for (const int rank : rank_of_stage) {
@@ -42,28 +42,23 @@ Found search_until(const Problem& problem, const std::vector<Order>& templates, 
   return found.get();
 }
 
-py::tuple search(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs,
+std::tuple<Cells, double, long, bool> search(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs,
                  bool span, const std::vector<Cells>& templates, long work, double seconds, std::uint64_t seed,
                  int threads, double good_enough) {
   SignalPoll poll;
   bool interrupted = false;
-  std::optional<Found> found;
-  Cells cells;
-  {
-    py::gil_scoped_release release;
-    const Problem problem(placement_of(rank_of_stage, num_ranks), microbatches, costs,
-                          span ? Objective::Span : Objective::Makespan);
-    std::vector<Order> orders;
-    for (const Cells& given : templates) orders.push_back(parse_order(given));
-    Effort effort;
-    effort.work = work;
-    effort.seed = seed;
-    effort.threads = threads;
-    effort.good_enough = std::max(good_enough, problem.work() * (1 + 1e-12));
-    found = search_until(problem, orders, effort, seconds, interrupted, poll);
-    cells = to_cells(problem.to_order(found->tokens));
-  }
-  return py::make_tuple(cells, found->score.time, found->trials, interrupted);
+  py::gil_scoped_release release;
+  const Problem problem(placement_of(rank_of_stage, num_ranks), microbatches, costs,
+                        span ? Objective::Span : Objective::Makespan);
+  std::vector<Order> orders;
+  for (const Cells& given : templates) orders.push_back(parse_order(given));
+  Effort effort;
+  effort.work = work;
+  effort.seed = seed;
+  effort.threads = threads;
+  effort.good_enough = std::max(good_enough, problem.work() * (1 + kRounding));
+  const Found found = search_until(problem, orders, effort, seconds, interrupted, poll);
+  return {to_cells(problem.to_order(found.tokens)), found.score.time, found.trials, interrupted};
 }
 
 }  // namespace
