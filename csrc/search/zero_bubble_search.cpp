@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "search/policy_annealing.hpp"
+#include "search/rounds.hpp"
 #include "search/sequence_annealing.hpp"
 
 namespace pe {
@@ -13,6 +14,7 @@ namespace {
 
 constexpr int kPolicies = 4;    // that are varied
 constexpr int kShortStep = 4;   // microbatches a rank, of the step on which they are varied first
+constexpr int kTasted = 8;      // sequences that are varied for a while
 constexpr int kSequences = 2;   // that are varied for long
 constexpr long kFewest = 64;    // trials in a part of the search
 constexpr double kCheaper = 8;  // a trial of a sequence than one of a policy
@@ -64,6 +66,7 @@ class Search {
       offer(*greedy.run(policies[i].policy, beginnings[i]), beginnings[i]);
     }
     for (const Order& order : templates) beginnings.push_back(problem_.to_tokens(order));
+    for (Tokens& tokens : orders_by_rounds(problem_)) beginnings.push_back(std::move(tokens));
     vary(beginnings);
     if (found_.tokens.empty()) {
       throw PlanError("no order was found that ends within memory_limit; raise it, or search longer");
@@ -142,10 +145,14 @@ class Search {
     for (std::size_t i = 0; i < beginnings.size(); ++i) sequences[i] = sequence_of(problem_, beginnings[i]);
     std::erase_if(sequences, [](const auto& sequence) { return !sequence.has_value(); });
     if (sequences.empty()) return;
+    const auto best_first = [&](std::size_t kept) {
+      std::stable_sort(sequences.begin(), sequences.end(),
+                       [](const auto& a, const auto& b) { return a->score.time < b->score.time; });
+      sequences.resize(std::min(sequences.size(), kept));
+    };
+    best_first(kTasted);
     vary_each(kTastingSequences, 2000);
-    std::stable_sort(sequences.begin(), sequences.end(),
-                     [](const auto& a, const auto& b) { return a->score.time < b->score.time; });
-    sequences.resize(std::min<std::size_t>(sequences.size(), kSequences));
+    best_first(kSequences);
     vary_each(kSequenceAnnealing, 3000);
     for (const auto& sequence : sequences) {
       Tokens tokens;
