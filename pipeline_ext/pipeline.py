@@ -341,10 +341,7 @@ class Pipeline:
 
     @property
     def unsplit_stages(self) -> dict[int, str]:
-        """Stages that ran a backward whole at I in the last ``step``, with the reason.
-
-        Their W only adds the gradients that I has put by.
-        """
+        """Stages whose last I ran the backward whole, with the reason; W only adds what that has put by."""
         return {stage.index: stage.unsplit for stage in self._stages if stage.unsplit}
 
     @property

@@ -59,8 +59,8 @@ def build_plan(
             many as it takes.
         room: how many microbatches each stage may hold at least, by stage, where ``in_flight`` allows it;
             empty: no more than it takes.
-        memory: costs whose ``memory_limit`` the plan keeps wherever it runs, None: none. An order that exceeds it
-            is refused; ranks that react start their F in the planned order, each when it fits.
+        memory: costs whose ``memory_limit`` the plan keeps wherever it runs, None: none. An order that
+            exceeds it is refused; ranks that react start their F in the planned order, each when it fits.
         costs: what ``"zb-auto"`` is searched for, under their ``memory_limit``; None: F = I = W = 1 at each stage.
 
     Raises:

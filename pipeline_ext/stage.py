@@ -45,7 +45,7 @@ class Stage:
 
     Attributes:
         thread: what stands for the thread that runs a backward of this stage.
-        unsplit: why the last I of the step ran the backward whole; empty where none did.
+        unsplit: why the last I ran the backward whole; empty where it did not.
     """
 
     def __init__(
@@ -78,7 +78,6 @@ class Stage:
     def begin(self, step: Step) -> None:
         """Prepares for a step."""
         self._step = step
-        self.unsplit = ""
         self._entrance.begin()
         self._in_flight = {}
         self._weight_grads = {}
@@ -146,7 +145,7 @@ class Stage:
                 check=lambda: self._check_current(step),
             )
             self._weight_grads[m] = found
-            self.unsplit = found.whole or self.unsplit
+            self.unsplit = found.whole
         self._send_back(step, m, received)
         self.thread = None
 

@@ -90,6 +90,7 @@ def check(model, x, y, schedule, loss_fn=F.mse_loss, stages=None, microbatches=4
             expected = reference_step(plain, x, y, microbatches, loss_fn)
             assert torch.equal(pipe.step(x, target=y), expected)
             assert_same_gradients(model, gradients(plain))
+        pipe.eval(x)
         return pipe.unsplit_stages
 
 

@@ -3,8 +3,7 @@
 #include <atomic>
 #include <chrono>
 #include <future>
-#include <limits>
-#include <optional>
+#include <tuple>
 
 #include "bindings/module.hpp"
 #include "bindings/poll.hpp"
@@ -42,28 +41,21 @@ Found search_until(const Problem& problem, const std::vector<Order>& templates, 
   return found.get();
 }
 
-py::tuple search(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs,
-                 bool span, const std::vector<Cells>& templates, long work, double seconds, std::uint64_t seed,
-                 int threads, double good_enough) {
+std::tuple<Cells, double, long, bool> search(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs,
+                 bool span, const std::vector<Cells>& templates, long work, double seconds, std::uint64_t seed, int threads) {
   SignalPoll poll;
   bool interrupted = false;
-  std::optional<Found> found;
-  Cells cells;
-  {
-    py::gil_scoped_release release;
-    const Problem problem(placement_of(rank_of_stage, num_ranks), microbatches, costs,
-                          span ? Objective::Span : Objective::Makespan);
-    std::vector<Order> orders;
-    for (const Cells& given : templates) orders.push_back(parse_order(given));
-    Effort effort;
-    effort.work = work;
-    effort.seed = seed;
-    effort.threads = threads;
-    effort.good_enough = std::max(good_enough, problem.work() * (1 + 1e-12));
-    found = search_until(problem, orders, effort, seconds, interrupted, poll);
-    cells = to_cells(problem.to_order(found->tokens));
-  }
-  return py::make_tuple(cells, found->score.time, found->trials, interrupted);
+  py::gil_scoped_release release;
+  const Problem problem(placement_of(rank_of_stage, num_ranks), microbatches, costs,
+                        span ? Objective::Span : Objective::Makespan);
+  std::vector<Order> orders;
+  for (const Cells& given : templates) orders.push_back(parse_order(given));
+  Effort effort;
+  effort.work = work;
+  effort.seed = seed;
+  effort.threads = threads;
+  const Found found = search_until(problem, orders, effort, seconds, interrupted, poll);
+  return {to_cells(problem.to_order(found.tokens)), found.score.time, found.trials, interrupted};
 }
 
 }  // namespace
@@ -71,7 +63,7 @@ py::tuple search(const std::vector<int>& rank_of_stage, int num_ranks, int micro
 void bind_search(py::module_& m) {
   m.def("search_zero_bubble", &search, py::arg("rank_of_stage"), py::arg("num_ranks"), py::arg("microbatches"),
         py::arg("costs"), py::kw_only(), py::arg("span"), py::arg("templates"), py::arg("work"),
-        py::arg("seconds"), py::arg("seed"), py::arg("threads"), py::arg("good_enough") = 0.0,
+        py::arg("seconds"), py::arg("seed"), py::arg("threads"),
         R"(Searches for an order of F, I and W; returns (cells by rank, time, trials, interrupted).
 
 ``span``: minimise the largest over ranks of the time from a rank's own first begin, instead of the latest end.
