@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .. import _C
+from .. import _C, zero_bubble
 from ..comparison import Planned, planned, rebatched, recut, simulated, stages_of
 from ..errors import InvalidArgument, InvalidSchedule
 from ..files import whole_file
@@ -89,23 +89,39 @@ def _plan(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[Plann
     own = {name: stages_of(name, ranks, options.chunks or 0) for name in names if name != AUTO}
     stages = _stages_of_costs(options, ranks, {*own.values(), *(plan.num_stages for plan in plans.values())})
     costs = costs_of(options, stages, ranks)
-    results = [
-        planned(
-            name,
-            num_stages=own[name],
-            num_ranks=ranks,
-            microbatches=options.microbatches[0],
-            costs=recut(costs, stages, own[name]),
-            overlap=options.overlap,
-        )
-        for name in own
-    ]
+    results = [_named(name, own[name], options, costs, stages, ranks) for name in own]
     results += [simulated(file, plan, recut(costs, stages, plan.num_stages)) for file, plan in plans.items()]
     found = None
     if AUTO in names:
         best, found = _search(options, costs)
         results.append(best)
     return results + broken, found
+
+
+def _named(
+    name: str, num_stages: int, options: argparse.Namespace, costs: Costs, stages_of_costs: int, ranks: int
+) -> Planned:
+    """What a named schedule would take; of zb-auto without --chunks, the better of one stage a rank and two."""
+    found: list[Planned] = []
+    for count in [num_stages, 2 * ranks] if name == zero_bubble.NAME and not options.chunks else [num_stages]:
+        try:
+            cut = recut(costs, stages_of_costs, count)
+        except InvalidSchedule:
+            if not found:
+                raise
+            break
+        found.append(
+            planned(
+                name,
+                num_stages=count,
+                num_ranks=ranks,
+                microbatches=options.microbatches[0],
+                costs=cut,
+                overlap=options.overlap,
+            )
+        )
+    feasible = [result for result in found if result.simulation is not None]
+    return min(feasible, key=lambda result: result.simulation.bubble_from_first_start, default=found[0])
 
 
 def _read(path: Path, overlap: bool) -> _C.Plan | str:
