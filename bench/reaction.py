@@ -60,7 +60,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=100)
     options = parser.parse_args()
     rows = []
-    print(f"{'schedule':18} {'slots':>5} {'ranks':>5} {'no noise':>9} {'static':>9} {'reactive':>9} {'ratio':>7}")
+    print(
+        f"{'schedule':18} {'slots':>5} {'ranks':>5} {'no noise':>9} {'static':>9} {'reactive':>9} {'ratio':>7}"
+    )
     for schedule, slots in CASES:
         for ranks in RANKS:
             row = compare(schedule, slots, ranks, options.seeds)

@@ -1,7 +1,7 @@
-"""Speed and memory of planning and simulating, how both scale, and torch's own generation and lowering beside them.
+"""Speed and memory of planning and simulating, how they scale, and torch's generation and lowering beside them.
 
-Links (latency, overhead, bandwidth) and the memory model are on. Each size runs in a process of its own; contenders
-take turns in one. Writes bench/results/simulate.json.
+Links (latency, overhead, bandwidth) and the memory model are on. Each size runs in a process of its own;
+contenders take turns in one. Writes bench/results/simulate.json.
 """
 
 import argparse

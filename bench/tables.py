@@ -1,6 +1,6 @@
-"""Writes the figures of bench/results into README's tables, between the comments that mark them.
+"""Writes the figures of bench/results into the tables of README and docs, between the comments that mark them.
 
-``python bench/tables.py --check`` only tells whether README has them already.
+``python bench/tables.py --check`` only tells whether the pages have them already.
 """
 
 import argparse
@@ -54,15 +54,47 @@ def dispatch(results: dict) -> list[str]:
 
 def simulate(results: dict) -> list[str]:
     lines = [
-        "| plan | ranks | tasks | million tasks/s | bytes a task: plan | simulating |",
-        "|---|---|---|---|---|---|",
+        "| plan | ranks | tasks | planned in, s | simulated in, s | both, ns a task | most memory, GiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
+        name = row["schedule"] + (", reactive" if row["reactive"] else "")
         lines.append(
-            f"| {row['case']} | {row['ranks']} | {row['tasks']:,} | "
-            f"{_spread(row['million_tasks_per_second'], '.1f')} | {row['plan_bytes_per_task']:.0f} | "
-            f"{row['simulation_bytes_per_task']:.0f} |"
+            f"| {name} | {row['ranks']:,} | {row['tasks']:,} | {_spread(row['plan_seconds'], '.3f')} | "
+            f"{_spread(row['simulate_seconds'], '.3f')} | {_spread(row['nanoseconds_per_task'], '.0f')} | "
+            f"{row['peak_rss_gib']:.2f} |"
         )
+    lines += [
+        "",
+        "| | ranks | tasks | torch, s | ours faster by | planning alone faster by |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["peers"]:
+        lines.append(
+            f"| {row['schedule']} | {row['ranks']} | {row['tasks']:,} | "
+            f"{_spread(row['torch_seconds'], '.3f')} | {_spread(row['faster_by'], '.0f')} | "
+            f"{_spread(row['plan_faster_by'], '.0f')} |"
+        )
+    return lines
+
+
+def reaction(results: dict) -> list[str]:
+    by_case: dict[tuple, dict[int, dict]] = {}
+    for row in results["rows"]:
+        by_case.setdefault((row["schedule"], row["slots"]), {})[row["ranks"]] = row
+    columns = list(next(iter(by_case.values())))
+    lines = [
+        f"| schedule | {' | '.join(f'{ranks} ranks' for ranks in columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for (schedule, slots), case in by_case.items():
+        name = schedule if slots == 1 else f"{schedule}, {slots} times its slots"
+        cells = [
+            f"{row['static']:.1f} -> {row['reactive']:.1f}: {row['ratio']:.3f} "
+            f"± {row['ratio_standard_error']:.3f}"
+            for row in case.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -146,24 +178,27 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
     "cpu_step": cpu_step,
     "dispatch": dispatch,
     "simulate": simulate,
+    "reaction": reaction,
     "pack": pack,
     "k_tradeoff": k_tradeoff,
     "gpu_step": gpu_step,
     "gpu_host": gpu_host,
 }
+PAGES = {"README.md": [name for name in TABLES if name != "reaction"], "docs/scheduler.md": ["reaction"]}
 ON_GPUS = ("pack", "gpu_step", "gpu_host")
 
 
-def with_tables(readme: str) -> str:
-    """README's text with its tables made anew."""
-    for name in TABLES:
+def with_tables(page: str) -> str:
+    """The text of a page with its tables made anew."""
+    text = (ROOT / page).read_text()
+    for name in PAGES[page]:
         begin, end = f"<!-- {name}: made by bench/tables.py -->\n", f"<!-- end of {name} -->\n"
-        before, _, rest = readme.partition(begin)
+        before, _, rest = text.partition(begin)
         _, found, after = rest.partition(end)
         if not found:
-            raise SystemExit(f"README.md has no marks for the table {name}")
-        readme = before + begin + "\n".join(["", *_figures(name), ""]) + end + after
-    return readme
+            raise SystemExit(f"{page} has no marks for the table {name}")
+        text = before + begin + "\n".join(["", *_figures(name), ""]) + end + after
+    return text
 
 
 def _figures(name: str) -> list[str]:
@@ -194,12 +229,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if they differ")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    before = path.read_text()
-    after = with_tables(before)
+    pages = {page: with_tables(page) for page in PAGES}
     if options.check:
-        sys.exit(before != after)
-    path.write_text(after)
+        sys.exit(any((ROOT / page).read_text() != text for page, text in pages.items()))
+    for page, text in pages.items():
+        (ROOT / page).write_text(text)
 
 
 if __name__ == "__main__":

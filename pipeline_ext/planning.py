@@ -59,8 +59,8 @@ def build_plan(
             many as it takes.
         room: how many microbatches each stage may hold at least, by stage, where ``in_flight`` allows it;
             empty: no more than it takes.
-        memory: costs whose ``memory_limit`` the plan keeps wherever it runs, None: none. An order that exceeds it
-            is refused; ranks that react start their F in the planned order, each when it fits.
+        memory: costs whose ``memory_limit`` the plan keeps wherever it runs, None: none. An order that
+            exceeds it is refused; ranks that react start their F in the planned order, each when it fits.
         costs: what ``"zb-auto"`` is searched for, under their ``memory_limit``; None: F = I = W = 1 at each stage.
 
     Raises:
@@ -141,11 +141,13 @@ def default_ranks(schedule: str | Policy, num_stages: int) -> int:
     if layout in ("linear", "bidirectional") or (layout == "looped" and num_stages == 1):
         return num_stages
     if num_stages % 2:
+        name = repr(schedule) if isinstance(schedule, str) else f"a policy placed {layout!r}"
         by_default, or_else = (" by default", ". Give devices= to hold another number")
         if layout == "v":
             by_default = or_else = ""
         raise InvalidSchedule(
-            f"{schedule!r} holds two stages on each rank{by_default}, so num_stages is even; got {num_stages}{or_else}"
+            f"{name} holds two stages on each rank{by_default}, so num_stages is even; got "
+            f"{num_stages}{or_else}"
         )
     return num_stages // 2
 
@@ -180,7 +182,7 @@ def _cells(schedule: object) -> list[list[str]]:
         or not all(isinstance(cell, str) for row in rows for cell in row)
     ):
         raise InvalidSchedule(
-            "a schedule is a name, the path of a CSV file, a Policy, or for each rank a list of actions as text, "
-            'as in [["0F0", "0B0"], ["1F0", "1B0"]]'
+            "a schedule is a name, the path of a CSV file, a Policy, or for each rank a list of actions as "
+            'text, as in [["0F0", "0B0"], ["1F0", "1B0"]]'
         )
     return [list(row) for row in rows]

@@ -105,7 +105,8 @@ class Policy:
         return plan
 
     def _limit(self, placement: Placement, stage: int, microbatches: int) -> int:
-        return arguments.count(f"the policy's limit for stage {stage}", self.limit(placement, stage, microbatches))
+        limit = self.limit(placement, stage, microbatches)
+        return arguments.count(f"the policy's limit for stage {stage}", limit)
 
     def _order(self, placement: Placement, rank: int, microbatches: int) -> list[str]:
         actions = self.order(placement, rank, microbatches)
@@ -113,8 +114,8 @@ class Policy:
             actions = [actions]
         if not all(isinstance(action, str) for action in actions):
             raise InvalidSchedule(
-                f"the policy's order for rank {rank} is {actions!r:.200}; return a list of actions as text, as in "
-                '["0F0", "0B0"]'
+                f"the policy's order for rank {rank} is {actions!r:.200}; return a list of actions as text, "
+                'as in ["0F0", "0B0"]'
             )
         return list(actions)
 
@@ -163,8 +164,8 @@ class _Choosing:
             if not running:
                 rank, ready = next(iter(waiting.items()))
                 raise InvalidSchedule(
-                    f"the policy lets all ranks wait, so that nothing ever ends: it chose None for rank {rank} "
-                    f"with {ready} ready"
+                    "the policy lets all ranks wait, so that nothing ever ends: it chose None for rank "
+                    f"{rank} with {ready} ready"
                 )
             now = min(end for end, _ in running.values())
             for rank in [rank for rank, (end, _) in running.items() if end == now]:

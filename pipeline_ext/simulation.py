@@ -189,8 +189,8 @@ def simulate(
     """Runs ``plan`` under a virtual clock.
 
     Args:
-        plan: what to run. One whose ranks react keeps ``costs.memory_limit`` as it goes: they start their F in the
-            planned order, each when it fits.
+        plan: what to run. One whose ranks react keeps ``costs.memory_limit`` as it goes: they start their
+            F in the planned order, each when it fits.
         costs: of tasks, links and memory.
         noise: coefficient of variation of a random factor of mean 1, log-normal, on the time of each task.
         seed: of those factors, at least 0; the same action gets the same one in every mode.

@@ -6,13 +6,15 @@ from itertools import pairwise
 from hypothesis import strategies as st
 
 import pipeline_ext as pe
+from pipeline_ext import _C
 
 Task = tuple[int, str, int]  # stage, kind, microbatch
-NAMED = tuple(name for name in pe.schedule_names() if name != "dualpipe")
+NAMED = tuple(name for name in _C.schedule_names() if name != "dualpipe")
 
 
 def needs(task: Task, stages: int, split: bool) -> list[Task]:
-    """What a task waits for, written down independently of the core."""
+    """What a task waits for, written down independently of the core; ``split``: whether the next stage's
+    backward is."""
     s, kind, m = task
     if kind == "F":
         return [(s - 1, "F", m)] if s else []

@@ -7,14 +7,14 @@ from models import chain, tree, tree_batch, tree_loss
 from reference import assert_same_gradients, gradients, reference_step, twin
 
 import pipeline_ext as pe
-from pipeline_ext import _C
+from pipeline_ext.planning import layout_of
 
 REPEATS = 20  # a race shows as a difference
 
 
 def shapes():
     for schedule in pe.schedule_names():
-        layout = _C.layout_of(schedule)
+        layout = layout_of(schedule, 1, 1)
         if layout == "bidirectional":  # planned and simulated, but not run
             continue
         for stages in (2, 4) if layout == "v" else (1, 2, 3, 4):

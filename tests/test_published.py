@@ -102,7 +102,7 @@ def test_zb_h1_has_its_closed_form(p, more, f, i, w):
 @FEW
 @given(st.integers(1, 12), st.integers(0, 20), TIMES, TIMES, TIMES, st.integers(0, 5))
 def test_zb_h2_has_its_closed_form(p, more, f, i, w, latency):
-    assume(w <= min(f, i))
+    assume(w <= min(f, i) and 2 * latency <= w)
     m = 2 * p + more
     bubble = (p - 1) * (f + i + 2 * latency - 2 * w)
     assert span(simulated("zb-h2", p, 1, m, f, i, w, latency)) == m * (f + i + w) + bubble

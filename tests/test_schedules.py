@@ -1,4 +1,4 @@
-"""Every schedule known by name, at any size that it accepts."""
+"""Every schedule whose order its name alone says, at any size that it accepts."""
 
 import re
 from collections import Counter, defaultdict
@@ -17,7 +17,7 @@ CHUNKS = {"linear": [1], "looped": [1, 2, 3], "v": [2], "bidirectional": [1]}
 @st.composite
 def sizes(draw):
     """A schedule, and how many stages, ranks and microbatches it is given."""
-    schedule = draw(st.sampled_from(pe.schedule_names()))
+    schedule = draw(st.sampled_from(_C.schedule_names()))
     layout = _C.layout_of(schedule)
     ranks = draw(st.sampled_from([2, 4, 6] if layout == "bidirectional" else [1, 2, 3, 4, 5, 8]))
     chunks = draw(st.sampled_from(CHUNKS[layout]))
@@ -31,7 +31,8 @@ def parts(action):
 
 def by_rank(plan):
     """The actions of each rank, overlapped pairs taken apart."""
-    return {r: [parts(a) for a in re.findall(r"\d+[FBIW]\d+", " ".join(row))] for r, row in plan.order().items()}
+    split = re.compile(r"\d+[FBIW]\d+")
+    return {r: [parts(a) for a in split.findall(" ".join(row))] for r, row in plan.order().items()}
 
 
 @settings(max_examples=300, deadline=None)
@@ -69,7 +70,7 @@ def test_a_stage_takes_its_microbatches_in_ascending_order(size):
         assert all(microbatches == sorted(microbatches) for microbatches in by_stage.values())
 
 
-@pytest.mark.parametrize("schedule", pe.schedule_names())
+@pytest.mark.parametrize("schedule", _C.schedule_names())
 def test_one_microbatch_needs_no_more_than_its_own_way(schedule):
     looped = _C.layout_of(schedule) in ("looped", "v")
     plan = pe.build_plan(schedule, num_stages=8 if looped else 4, num_ranks=4, microbatches=1)
@@ -83,7 +84,7 @@ def test_one_microbatch_needs_no_more_than_its_own_way(schedule):
     [
         ("zb-h1", 4, 2, "'zb-h1' holds exactly one stage on each rank, got 4 stages on 2 ranks"),
         ("zbv", 6, 2, "'zbv' holds exactly two stages on each rank, got 6 stages on 2 ranks"),
-        ("looped-bfs", 5, 2, "'looped-bfs' holds the same number of stages on each rank, got 5 stages on 2 ranks"),
+        ("looped-bfs", 5, 2, "'looped-bfs' holds the same number of stages on each rank, got 5 stages"),
         ("dualpipe", 3, 3, "on an even number of ranks, got 3 stages on 3 ranks"),
         ("v-half", 3, None, "'v-half' holds two stages on each rank, so num_stages is even; got 3"),
     ],
@@ -94,7 +95,7 @@ def test_what_a_schedule_cannot_place_is_refused(schedule, stages, ranks, messag
 
 
 def test_by_default_a_rank_holds_as_many_stages_as_the_schedule_is_for():
-    ranks = {name: pe.build_plan(name, num_stages=8, microbatches=4).num_ranks for name in pe.schedule_names()}
+    ranks = {name: pe.build_plan(name, num_stages=8, microbatches=4).num_ranks for name in _C.schedule_names()}
     assert ranks["zbv"] == ranks["v-half"] == ranks["dualpipev"] == ranks["looped-bfs"] == 4
     assert ranks["zb-h1"] == ranks["dualpipe"] == 8
 

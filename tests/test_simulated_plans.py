@@ -44,7 +44,7 @@ def cell_of_task(plan):
 
 
 def peaks(plan, simulation, costs):
-    """The most that each rank holds, by its events in time: at one moment memory is freed before it is taken."""
+    """The most that each rank holds, by its events in time: what is freed at a moment may be taken in it."""
     ends = simulation.end
     events = defaultdict(list)
     for t, ((stage, kind, _), rank, _) in enumerate(tasks_of(plan)):
@@ -74,7 +74,8 @@ def test_a_simulated_plan_respects_dependencies_and_links(schedule, mode, data):
     at = {task: t for t, (task, _, _) in enumerate(tasks)}
     sent = defaultdict(list)  # by link, when a message may leave and when it has arrived
     for task, rank, _ in tasks:
-        for before in needs(task, plan.num_stages, any(kind == "I" for _, kind, _ in at)):
+        split_above = (task[0] + 1, "I", task[2]) in at
+        for before in needs(task, plan.num_stages, split_above):
             boundary = min(task[0], before[0])
             arrived = end[at[before]]
             if tasks[at[before]][1] != rank:

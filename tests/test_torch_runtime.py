@@ -1,4 +1,4 @@
-"""Exported orders load in torch.distributed.pipelining's schedule runtime, which adds its own messages, and run."""
+"""Exported orders load in torch.distributed.pipelining's schedule runtime, which adds messages, and run."""
 
 import pytest
 import torch
@@ -28,7 +28,8 @@ def reference(stages, microbatches):
 @pytest.mark.parametrize("name", [n for n in pe.schedule_names() if n != "dualpipe"])
 @pytest.mark.parametrize("microbatches", [4, 7])
 def test_an_exported_order_gives_the_gradients_in_torch_s_runtime(runtime, name, microbatches):
-    stages = 4 if _C.layout_of(name) in ("looped", "v") else 2
+    looped = name in _C.schedule_names() and _C.layout_of(name) in ("looped", "v")
+    stages = 4 if looped else 2
     plan = pe.build_plan(name, num_stages=stages, num_ranks=2, microbatches=microbatches)
     found = runtime.gradients(plan.to_csv(), plan.rank_of_stage, microbatches)
     torch.testing.assert_close(found, reference(stages, microbatches))

@@ -7,7 +7,7 @@ import pipeline_ext as pe
 from pipeline_ext import _C
 
 schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
-RUN_HERE = [name for name in pe.schedule_names() if _C.layout_of(name) != "bidirectional"]
+RUN_HERE = [name for name in _C.schedule_names() if _C.layout_of(name) != "bidirectional"]
 
 
 def lowered(actions, num_stages, microbatches):

@@ -1,4 +1,4 @@
-"""Ranks of torch.distributed.pipelining's schedule runtime: processes joined by gloo that run what they load."""
+"""Ranks of torch.distributed.pipelining's schedule runtime: processes joined by gloo that run orders."""
 
 import multiprocessing
 from pathlib import Path

@@ -17,7 +17,9 @@ Least least_of(const std::vector<int>& rank_of_stage, const Costs& costs) {
   Least least;
   const double share = std::min(1.0, costs.pair);
   const int stages = static_cast<int>(rank_of_stage.size());
-  const auto crosses = [&](int b) { return b >= 0 && b + 1 < stages && rank_of_stage[b] != rank_of_stage[b + 1]; };
+  const auto crosses = [&](int b) {
+    return b >= 0 && b + 1 < stages && rank_of_stage[b] != rank_of_stage[b + 1];
+  };
   const auto sending = [&](int b) { return crosses(b) && !costs.overhead.empty() ? costs.overhead[b] : 0.0; };
   for (int s = 0; s < stages; ++s) {
     const double whole = costs.backward[s];
@@ -33,7 +35,8 @@ Least least_of(const std::vector<int>& rank_of_stage, const Costs& costs) {
 
 }  // namespace
 
-LowerBound lower_bound(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs) {
+LowerBound lower_bound(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches,
+                       const Costs& costs) {
   const int stages = static_cast<int>(rank_of_stage.size());
   costs.validate(stages, num_ranks);
   const Least least = least_of(rank_of_stage, costs);
@@ -56,8 +59,8 @@ LowerBound lower_bound(const std::vector<int>& rank_of_stage, int num_ranks, int
     const auto found = std::find_if(rank_of_stage.begin(), rank_of_stage.end(), home);
     if (found == rank_of_stage.end()) continue;
     const int first = static_cast<int>(found - rank_of_stage.begin());
-    const int last = stages - 1 - static_cast<int>(std::find_if(rank_of_stage.rbegin(), rank_of_stage.rend(), home) -
-                                                   rank_of_stage.rbegin());
+    const auto rfound = std::find_if(rank_of_stage.rbegin(), rank_of_stage.rend(), home);
+    const int last = stages - 1 - static_cast<int>(rfound - rank_of_stage.rbegin());
     double forwards = 0;
     double gradients = 0;
     double backwards = 0;

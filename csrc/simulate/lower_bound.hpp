@@ -14,6 +14,7 @@ struct LowerBound {
 
 // Of a step with backwards, whole or split, on ranks that run one task at a time and send each result alone.
 // Throws PlanError if the costs do not fit.
-LowerBound lower_bound(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs);
+LowerBound lower_bound(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches,
+                       const Costs& costs);
 
 }  // namespace pe
