@@ -185,6 +185,8 @@ class Pipeline:
         plan = self._first_steps.plan
         chooses_pack = self._first_steps.chooses and schedule != planning.AUTO
         planning.check_trainable(plan)
+        if costs is not None:
+            simulate(plan, costs)  # which refuses costs that do not fit
         self._stages = [
             Stage(
                 index,

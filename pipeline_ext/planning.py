@@ -145,7 +145,7 @@ def searched(
     if schedule != zero_bubble.NAME:
         return schedule
     num_ranks, costs = num_ranks or num_stages, costs or Costs()
-    if len(in_flight) and costs.memory_limit is None:
+    if in_flight and costs.memory_limit is None:
         home = zero_bubble.rank_of_stage(num_stages, num_ranks)
         costs = costs.with_memory_of(Costs(memory_limit=slots_of_ranks(in_flight, home)))
     found = zero_bubble.find_order(
@@ -158,7 +158,10 @@ def searched(
     )
     if found.interrupted:
         raise KeyboardInterrupt
-    return found.cells
+    if not in_flight:
+        return found.cells
+    settled = _C.plan_of_cells(found.cells, reactive=True, in_flight=in_flight)
+    return list(settled.order().values())
 
 
 def slots_of_ranks(in_flight: Sequence[int], rank_of_stage: Sequence[int]) -> list[float]:

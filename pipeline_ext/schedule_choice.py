@@ -83,7 +83,12 @@ def first_steps(
 ) -> FirstSteps:
     """The steps from which the schedule is chosen; ``in_flight`` and ``memory`` as ``choose`` takes them."""
     names = _FIRST[_layout(num_stages, num_ranks)]
-    plans = {name: plan_of(name) for name in names}
+    plans = {names[0]: plan_of(names[0])}
+    for name in names:
+        try:
+            plans.setdefault(name, plan_of(name))
+        except InvalidSchedule:  # not within the memory
+            plans[name] = plans[names[0]]
     return FirstSteps(
         [plans[name] for name in names],
         lambda profiles: choose(plan_of, merged(profiles), names[0], in_flight, memory),

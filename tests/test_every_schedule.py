@@ -1,17 +1,23 @@
 """Every schedule as the engine runs it: the gradients of plain autograd, and what its plan says holds in time."""
 
+import math
+import random
+import time
 from collections import defaultdict
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
-from random_orders import is_sorted, needs, parse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_orders import is_sorted, needs, orders, parse
 from reference import assert_same_gradients, gradients, reference_step, twin
 from torch import nn
 
 import pipeline_ext as pe
-from pipeline_ext import zero_bubble
+from pipeline_ext import _C, schedule_choice, zero_bubble
 from pipeline_ext.planning import layout_of
 
 WIDTH = 8
@@ -81,6 +87,7 @@ POLICIES = {
 }
 SCHEDULES = [name for name in pe.schedule_names() if name != "dualpipe"]
 SCHEDULES += ["zb-auto, v", "csv", *POLICIES]
+GIVEN = [name for name in SCHEDULES if name not in _C.schedule_names() and "rule" not in name]  # orders, listed
 
 
 def stages_of(name, ranks):
@@ -187,6 +194,7 @@ def reference(make, stages, microbatches):
 
 
 MODES = [{"reactive": r, "overlap": o} for r, o in product((False, True), repeat=2)]
+FEW_MODES = [MODES[0], MODES[3]]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -197,7 +205,7 @@ def test_gradients_are_the_reference_s_and_the_order_is_the_planned_one(name, ra
         schedule = schedule_of(name, ranks, microbatches, tmp_path)
         for make in MODELS:
             model, x, y, expected, loss = reference(make, stages, microbatches)
-            for mode in MODES:
+            for mode in MODES if make is perceptron else FEW_MODES:
                 model.zero_grad()
                 with pe.Pipeline(
                     model, stages, microbatches, schedule, F.mse_loss, devices=["cpu"] * ranks, **mode
@@ -207,3 +215,132 @@ def test_gradients_are_the_reference_s_and_the_order_is_the_planned_one(name, ra
                     check_in_time(pipe)
                     if not mode["reactive"]:
                         check_order(pipe)
+
+
+@pytest.mark.parametrize("ranks, chunks", [(1, 1), (2, 1), (4, 1), (2, 2), (2, 3)])
+def test_so_are_those_of_a_schedule_that_is_chosen(ranks, chunks, monkeypatch):
+    monkeypatch.setattr(schedule_choice, "_SECONDS", None)  # the search ends by count
+    monkeypatch.setattr(schedule_choice, "_TRIALS", 50)
+    monkeypatch.setattr(schedule_choice, "_WORTH", math.inf)  # so that it does change
+    for microbatches, mode in zip(counts(ranks), MODES):
+        model, x, y, expected, loss = reference(perceptron, ranks * chunks, microbatches)
+        with pe.Pipeline(
+            model, ranks * chunks, microbatches, "auto", F.mse_loss, devices=["cpu"] * ranks, **mode
+        ) as pipe:
+            for _ in range(5):
+                model.zero_grad()
+                assert torch.equal(pipe.step(x, target=y), loss)
+                assert_same_gradients(model, expected)
+                check_in_time(pipe)
+                if not mode["reactive"]:
+                    check_order(pipe)
+            assert pipe.plan is pipe.schedule_choice.plan
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_results_leave_in_packs_of_any_size(name, tmp_path):
+    ranks, microbatches = 3, 5
+    stages, schedule = stages_of(name, ranks), schedule_of(name, ranks, microbatches, tmp_path)
+    model, x, y, expected, loss = reference(perceptron, stages, microbatches)
+    for reactive, pack, pack_forward in product((False, True), (2, "all"), (1, 2, "all")):
+        model.zero_grad()
+        try:
+            pipe = pe.Pipeline(
+                model, stages, microbatches, schedule, F.mse_loss, devices=["cpu"] * ranks,
+                reactive=reactive, pack=pack, pack_forward=pack_forward,
+            )  # fmt: skip
+        except pe.InvalidSchedule as refused:
+            assert not reactive and name in GIVEN
+            assert "results that leave together wait for one another" in str(refused)
+            continue
+        with pipe:
+            assert torch.equal(pipe.step(x, target=y), loss)
+            assert_same_gradients(model, expected)
+            check_in_time(pipe)
+            if not reactive:
+                check_order(pipe)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_on_gpus_gradients_are_the_reference_s_too(name, gpus, tmp_path):
+    ranks, microbatches = 2, 5
+    stages, schedule = stages_of(name, ranks), schedule_of(name, ranks, microbatches, tmp_path)
+    model, x, y, expected, loss = reference(perceptron, stages, microbatches)
+    for devices, mode in zip((["cuda:0"] * 2, ["cuda:0", "cuda:1"]) * 2, MODES):
+        with pe.Pipeline(
+            model, stages, microbatches, schedule, F.mse_loss, devices=devices, **mode
+        ) as pipe:
+            for _ in range(2):
+                model.zero_grad()
+                assert torch.equal(pipe.step(x, target=y), loss)
+                assert_same_gradients(model, expected)
+
+
+class Delay(torch.autograd.Function):
+    """What goes through takes up to a millisecond on its way back."""
+
+    @staticmethod
+    def forward(ctx, x, chance):
+        ctx.chance = chance
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dawdle(ctx.chance)
+        return grad, None
+
+
+def dawdle(chance):
+    time.sleep(chance.choice((0, 0, 1e-4, 1e-3)))
+
+
+class Dawdling(nn.Module):
+    """A layer of which F, I and W take random times."""
+
+    def __init__(self, chance):
+        super().__init__()
+        self.chance = chance
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        dawdle(self.chance)
+        weight = Delay.apply(self.linear.weight, self.chance)
+        return F.linear(Delay.apply(x, self.chance), weight, self.linear.bias)
+
+
+@st.composite
+def orders_to_run(draw):
+    """Rows of cells, by rank: of a schedule, or at random."""
+    if draw(st.booleans()):
+        return draw(orders(ascending=True))
+    name, ranks = draw(st.sampled_from([name for name in SCHEDULES if name != "csv"])), draw(st.integers(1, 3))
+    plan = pe.build_plan(
+        schedule_of(name, ranks, 0, None),
+        num_stages=stages_of(name, ranks),
+        num_ranks=ranks,
+        microbatches=draw(st.integers(1, 6)),
+    )
+    return list(plan.order().values())
+
+
+@settings(max_examples=100, deadline=None)
+@given(orders_to_run(), st.booleans(), st.booleans(), st.data())
+def test_whatever_the_times_of_tasks_ranks_that_react_keep_all_limits(rows, overlap, limited, data):
+    tasks = [task for row in rows for cell in row for task in parse(cell)]
+    stages, microbatches = (1 + max(task[i] for task in tasks) for i in (0, 2))
+    taken = data.draw(st.lists(st.floats(0.5, 3.0), min_size=stages, max_size=stages))
+    share = data.draw(st.floats(0.0, 1.0))
+    costs = pe.Costs(act_memory=taken, mem_i=[share * t for t in taken])
+    planned = pe.build_plan(rows, num_stages=stages, microbatches=microbatches)
+    costs = replace(costs, memory_limit=pe.simulate(planned, costs).peak_memory) if limited else None
+    chance = random.Random(data.draw(st.integers(0, 2**32)))
+    model, x, y, expected, loss = reference(
+        lambda stages: nn.Sequential(*(Dawdling(chance) for _ in range(stages))), stages, microbatches
+    )
+    with pe.Pipeline(
+        model, stages, microbatches, rows, F.mse_loss, devices=["cpu"] * len(rows), overlap=overlap, costs=costs
+    ) as pipe:
+        assert torch.equal(pipe.step(x, target=y), loss)
+        assert_same_gradients(model, expected)
+        check_in_time(pipe, costs)
+        assert not pipe.unsplit_stages
