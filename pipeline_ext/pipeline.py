@@ -79,8 +79,8 @@ class Pipeline:
         in_flight: the most microbatches that a stage may hold at once, or a list of that by stage; None: as
             many as it takes. What would never end within it is refused.
         costs: what ``"zb-auto"`` is searched for, within their ``memory_limit`` or else ``in_flight``; None:
-            F = I = W = 1 at each stage. Any other schedule keeps the ``memory_limit`` too: an order that exceeds
-            it is refused, and ranks that react begin an F only where it fits.
+            F = I = W = 1 at each stage. Every schedule keeps the ``memory_limit``: an order that exceeds it
+            is refused, and ranks that react begin an F only where it fits.
         link: what messages pass through; a ``LocalLink`` can imitate what a network costs.
         timeout: seconds without a task's begin or end after which a step is given up; on GPUs, seconds that
             ``step`` waits for the step before the last.

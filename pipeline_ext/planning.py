@@ -136,8 +136,8 @@ def searched(
 
     Args:
         num_ranks: None: as many as stages.
-        in_flight: the most microbatches of each stage, or empty. Where ``costs`` have no ``memory_limit``, a rank
-            holds at most what its stages may hold together.
+        in_flight: the most microbatches of each stage, or empty. Where ``costs`` have no ``memory_limit``, the
+            search keeps what a rank's stages may hold together.
         costs: None: F = I = W = 1 at each stage.
 
     Raises InvalidSchedule for costs or ranks that do not fit, and where nothing is found within the memory.

@@ -1,4 +1,4 @@
-"""Every schedule as the engine runs it: the gradients of plain autograd, and what its plan says holds in time."""
+"""Every schedule as the engine runs it: plain autograd's gradients, and what its plan says holds in time."""
 
 import math
 import random
@@ -17,10 +17,11 @@ from reference import assert_same_gradients, gradients, reference_step, twin
 from torch import nn
 
 import pipeline_ext as pe
-from pipeline_ext import _C, schedule_choice, zero_bubble
+from pipeline_ext import _C, schedule_choice
 from pipeline_ext.planning import layout_of
 
 WIDTH = 8
+pytestmark = pytest.mark.usefixtures("short_searches")
 
 
 # -- models, of so many stages
@@ -106,11 +107,6 @@ def schedule_of(name, ranks, microbatches, folder):
         path.write_text("\n".join(rows) + "\n")
         return path
     return POLICIES.get(name, name.removesuffix(", v"))
-
-
-@pytest.fixture(autouse=True)
-def short_searches(monkeypatch):
-    monkeypatch.setattr(zero_bubble, "WORK", 100_000)
 
 
 def counts(ranks):

@@ -9,6 +9,7 @@ from reference import assert_same_gradients, gradients, reference_step, twin
 import pipeline_ext as pe
 from pipeline_ext.planning import layout_of
 
+pytestmark = pytest.mark.usefixtures("short_searches")
 REPEATS = 20  # a race shows as a difference
 
 
