@@ -164,7 +164,6 @@ def search_zero_bubble(
     seconds: float,
     seed: int,
     threads: int,
-    good_enough: float = 0.0,
 ) -> tuple[list[list[str]], float, int, bool]: ...
 def keep_freed_memory() -> bool: ...
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from . import _C
+from . import _C, zero_bubble
 from .costs_file import BOUNDARY, PLACES, STAGE
 from .errors import InvalidSchedule
 from .planning import build_plan
@@ -123,6 +123,7 @@ def planned(
             microbatches=microbatches,
             num_ranks=num_ranks,
             overlap=overlap,
+            costs=costs,
         )
     except InvalidSchedule as error:
         chunks = num_stages // num_ranks
@@ -142,8 +143,9 @@ def simulated(schedule: str, plan: _C.Plan, costs: Costs) -> Planned:
 
 def stages_of(schedule: str, num_ranks: int, chunks: int) -> int:
     """Stages that a named schedule has on so many ranks; on each ``chunks`` where it leaves the choice."""
-    layout = _C.layout_of(schedule)
-    return num_ranks * {"v": 2, "looped": max(2, chunks)}.get(layout, 1)
+    if schedule == zero_bubble.NAME:
+        return num_ranks * max(1, chunks)
+    return num_ranks * {"v": 2, "looped": max(2, chunks)}.get(_C.layout_of(schedule), 1)
 
 
 def recut(costs: Costs, num_stages: int, wanted: int) -> Costs:
@@ -165,6 +167,17 @@ def recut(costs: Costs, num_stages: int, wanted: int) -> Costs:
                 "here; give one number for all"
             )
     return replace(costs, **cut)
+
+
+def rebatched(costs: Costs, factor: float) -> Costs:
+    """The costs of microbatches of ``factor`` times the rows."""
+
+    def times(cost: PerStage) -> PerStage:
+        return cost * factor if isinstance(cost, (int, float)) else [c * factor for c in cost]
+
+    grown = {name: getattr(costs, name) for name, place in PLACES.items() if place == STAGE}
+    grown["message_bytes"] = costs.message_bytes
+    return replace(costs, **{name: times(cost) for name, cost in grown.items() if cost is not None})
 
 
 def _recut(cost: PerStage, num_stages: int, wanted: int) -> PerStage:

@@ -155,8 +155,8 @@ class _Choosing:
                     continue
                 if action not in ready:
                     raise InvalidSchedule(
-                        f"the policy chose {action!r:.100} for rank {rank}; choose one of {list(ready)}, or None "
-                        "to wait"
+                        f"the policy chose {action!r:.100} for rank {rank}; choose one of {list(ready)}, or "
+                        "None to wait"
                     )
                 row.append(action)
                 self._begun[ready[action]] += 1
@@ -164,8 +164,8 @@ class _Choosing:
             if not running:
                 rank, ready = next(iter(waiting.items()))
                 raise InvalidSchedule(
-                    "the policy lets all ranks wait, so that nothing ever ends: it chose None for rank "
-                    f"{rank} with {ready} ready"
+                    "the policy lets all ranks wait, so that nothing ever ends: it chose None for "
+                    f"rank {rank} with {ready} ready"
                 )
             now = min(end for end, _ in running.values())
             for rank in [rank for rank, (end, _) in running.items() if end == now]:

@@ -37,7 +37,7 @@ class ScheduleChoice:
 
     Attributes:
         plan: what the pipeline follows from now on.
-        schedule: its name; of an order that the search found, of the schedule that it began with.
+        schedule: its name; ``"zb-auto"`` of an order that was searched for.
         predicted: seconds that the simulated step takes.
         first: the schedule of the first steps.
         predicted_first: seconds that a step takes with it.

@@ -3,10 +3,10 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from . import _C, arguments, zero_bubble
-from .comparison import recut
+from .comparison import rebatched, recut
 from .errors import InvalidArgument, InvalidSchedule
 from .planning import build_plan
 from .simulation import Costs, Simulation, simulate
@@ -153,7 +153,7 @@ class _Search:
     def costs_of(self, chunks: int, microbatches: int) -> Costs:
         """Of the same model and batch in other parts."""
         costs = recut(self._costs, self._ranks * self._chunks, self._ranks * chunks)
-        return costs if microbatches == self._microbatches else _rebatched(costs, self._microbatches / microbatches)
+        return costs if microbatches == self._microbatches else rebatched(costs, self._microbatches / microbatches)
 
     def try_schedules(self, chunks: int, microbatches: int, names: Sequence[str] | None) -> None:
         """Those that the engine can run with so many stages on a rank."""
@@ -280,15 +280,3 @@ def _with_and_without_whole_backwards(
         whole.append(row)
     if whole != split:
         yield f"{zero_bubble.NAME}, whole backwards where I and W meet", whole
-
-
-def _rebatched(costs: Costs, factor: float) -> Costs:
-    """With microbatches of so many times the rows."""
-
-    def times(cost):
-        if cost is None or isinstance(cost, (int, float)):
-            return None if cost is None else cost * factor
-        return [c * factor for c in cost]
-
-    sized = ("forward", "backward", "input_grad", "weight_grad", "message_bytes", "act_memory", "mem_i", "mem_w")
-    return replace(costs, **{name: times(getattr(costs, name)) for name in sized})

@@ -59,7 +59,7 @@ def test_where_weights_can_wait_the_backward_is_split():
     assert choice.gain == pytest.approx(1 - choice.predicted / at_first)
     assert {"I", "W"} <= set(choice.plan.kinds())
     assert choice.plan.rank_of_stage == [0, 1, 2, 3] and choice.plan.reactive
-    assert choice.simulated > 50 or choice.simulated >= len(pe.schedule_names()) - 5
+    assert choice.simulated > 4  # the first, three more by name, and what the search tried
 
 
 def test_where_splitting_costs_what_it_saves_the_first_schedule_stays():

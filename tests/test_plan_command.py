@@ -74,6 +74,15 @@ def test_a_share_of_the_busiest_rank_is_ideal(figures):
     assert found["bubble"] == pytest.approx(1 - 32 / found["makespan"])
 
 
+def test_an_order_that_is_searched_for_keeps_the_memory_there_is(figures):
+    found = figures("--schedule", "zb-auto", "--ranks", "2", "--microbatches", "4", "--memory-limit", "2")
+    assert found["schedule"] == "zb-auto" and found["chunks"] == 1
+    assert max(found["peak_memory"]) <= 2
+    v = figures("--schedule", "zb-auto", "--ranks", "2", "--microbatches", "4", "--chunks", "2")
+    assert v["chunks"] == 2
+    assert v["order"]["0"][-1][:2] in ("0W", "0B", "3W", "3B")  # stages 0 and 3 lie on rank 0
+
+
 def test_schedules_are_compared_at_equal_work(figures):
     names = ["1f1b", "zbv", "interleaved-1f1b", "dualpipe"]
     found = figures("--schedule", ",".join(names[:2]), "--schedule", ",".join(names[2:]), *SHAPE)
@@ -108,6 +117,25 @@ def test_costs_come_from_a_file_and_options_win(figures, tmp_path):
     found = figures("--schedule", "zb-h1", *SHAPE, "--costs", file, "--latency", "0", "--tw", "2.5")
     costs = pe.Costs(forward=[1.0, 2.0, 1.0, 1.0], backward=4.0, input_grad=1.5, act_memory=4.0, mem_i=1.0)
     assert found["makespan"] == pe.simulate(built, costs).makespan
+
+
+def test_a_search_chooses_among_microbatches_at_equal_work(figures):
+    one = figures("--ranks", "4", "--microbatches", "4", "--trials", "20")
+    found = figures("--ranks", "4", "--microbatches", "4,8", "--trials", "20", "--chunks", "1")
+    assert found["microbatches"] == 8  # smaller parts leave a smaller bubble
+    assert found["chunks"] == 1
+    assert found["ideal"] == pytest.approx(4 * 3.0) == pytest.approx(one["ideal"])
+    assert found["lower_bound"] <= found["makespan"]
+
+
+def test_the_same_trials_and_seed_find_the_same(figures):
+    args = ("--schedule", "auto", *SHAPE, "--trials", "30", "--seed", "3")
+    assert figures(*args) == figures(*args)
+
+
+def test_a_search_is_no_worse_than_the_schedules_it_knows(figures):
+    *known, searched = figures("--schedule", "auto,1f1b,zb-h1", *SHAPE, "--trials", "50", "--chunks", "1")
+    assert searched["makespan"] <= min(one["makespan"] for one in known)
 
 
 def test_what_cannot_be_has_a_reason_beside_what_can(plan):
@@ -154,6 +182,7 @@ def test_a_deadlock_is_named_with_its_cycle(plan, tmp_path):
         (["--schedule", "1f1b,gpipe", *SHAPE, "--csv", "x.csv"], "--csv holds one schedule, and several"),
         (["--schedule", "1f1b", *SHAPE, "--png", "x.txt"], "the path is 'x.txt'; give one that ends in .png"),
         (["--schedule", "1f1b", *SHAPE, "--budget", "5s"], "--budget and --trials bound a search"),
+        (["--schedule", "1f1b", "--ranks", "4", "--microbatches", "4,8"], "several --microbatches are for a"),
         ([*SHAPE, "--budget", "soon"], "'soon' is not a time; write it as in 500ms, 5s or 1m"),
         (["--from-csv", "nowhere.csv"], "No such file or directory: 'nowhere.csv'"),
         (["--schedule", "1f1b", *SHAPE, "--costs", "nowhere.json"], "the costs 'nowhere.json' cannot be read"),

@@ -15,7 +15,6 @@ namespace pe {
 namespace {
 
 constexpr auto kPollPeriod = std::chrono::milliseconds(20);
-constexpr double kRounding = 1e-12;  // of sums of times
 
 Placement placement_of(std::vector<int> rank_of_stage, int num_ranks) {
   for (const int rank : rank_of_stage) {
@@ -43,8 +42,7 @@ Found search_until(const Problem& problem, const std::vector<Order>& templates, 
 }
 
 std::tuple<Cells, double, long, bool> search(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs,
-                 bool span, const std::vector<Cells>& templates, long work, double seconds, std::uint64_t seed,
-                 int threads, double good_enough) {
+                 bool span, const std::vector<Cells>& templates, long work, double seconds, std::uint64_t seed, int threads) {
   SignalPoll poll;
   bool interrupted = false;
   py::gil_scoped_release release;
@@ -56,7 +54,6 @@ std::tuple<Cells, double, long, bool> search(const std::vector<int>& rank_of_sta
   effort.work = work;
   effort.seed = seed;
   effort.threads = threads;
-  effort.good_enough = std::max(good_enough, problem.work() * (1 + kRounding));
   const Found found = search_until(problem, orders, effort, seconds, interrupted, poll);
   return {to_cells(problem.to_order(found.tokens)), found.score.time, found.trials, interrupted};
 }
@@ -66,7 +63,7 @@ std::tuple<Cells, double, long, bool> search(const std::vector<int>& rank_of_sta
 void bind_search(py::module_& m) {
   m.def("search_zero_bubble", &search, py::arg("rank_of_stage"), py::arg("num_ranks"), py::arg("microbatches"),
         py::arg("costs"), py::kw_only(), py::arg("span"), py::arg("templates"), py::arg("work"),
-        py::arg("seconds"), py::arg("seed"), py::arg("threads"), py::arg("good_enough") = 0.0,
+        py::arg("seconds"), py::arg("seed"), py::arg("threads"),
         R"(Searches for an order of F, I and W; returns (cells by rank, time, trials, interrupted).
 
 ``span``: minimise the largest over ranks of the time from a rank's own first begin, instead of the latest end.

@@ -61,7 +61,8 @@ Shape placement_of(const Order& order) {
   for (const auto& [key, place] : homes) {
     const auto [stage, microbatch] = key;
     const auto [it, fresh] = first.try_emplace(stage, place);
-    if (!fresh && it->second.rank != place.rank) shape.first_of_copy = std::min(shape.first_of_copy, microbatch);
+    if (fresh || it->second.rank == place.rank) continue;
+    shape.first_of_copy = std::min(shape.first_of_copy, microbatch);
   }
   for (const auto& [stage, place] : first) {
     if (stage != static_cast<int>(shape.rank_of_stage.size())) {
@@ -87,8 +88,9 @@ Shape placement_of(const Order& order) {
       if (home == rank) continue;
       if (copied) {
         refuse(order, {rank, i},
-               "it belongs on rank " + std::to_string(home) + "; each stage lives on two ranks, of which the second "
-                   "runs all microbatches from " + std::to_string(shape.first_of_copy) + " on and the first all else");
+               "it belongs on rank " + std::to_string(home) +
+                   "; each stage lives on two ranks, of which the second runs all microbatches from " +
+                   std::to_string(shape.first_of_copy) + " on and the first all else");
       }
       refuse(order, {rank, i},
              "stage " + std::to_string(a.stage) + " is already on rank " + std::to_string(home) + " (" +

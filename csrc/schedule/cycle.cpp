@@ -25,7 +25,8 @@ TaskId ListScheduler::frees_slot_for(TaskId task) const {
     if (plan_.takes_slot(t) && of_same_slots(t)) in_flight[plan_.action(t).microbatch] = finished(t);
   }
   for (TaskId t = plan_.first_of_rank(rank); t < plan_.end_of_rank(rank); ++t) {
-    if (plan_.frees_slot(t) && of_same_slots(t) && in_flight[plan_.action(t).microbatch] && !finished(t)) return t;
+    const bool frees = plan_.frees_slot(t) && of_same_slots(t) && !finished(t);
+    if (frees && in_flight[plan_.action(t).microbatch]) return t;
   }
   return kNoTask;
 }

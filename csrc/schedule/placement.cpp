@@ -17,7 +17,8 @@ std::string_view layout_name(Layout layout) { return kNames[static_cast<int>(lay
 Layout layout_of_name(std::string_view name) {
   const auto it = std::find(kNames.begin(), kNames.end(), name);
   if (it == kNames.end()) {
-    throw PlanError("there is no placement '" + std::string(name) + "'; there are linear, looped, v, bidirectional");
+    throw PlanError("there is no placement '" + std::string(name) +
+                    "'; there are linear, looped, v, bidirectional");
   }
   return static_cast<Layout>(it - kNames.begin());
 }

@@ -145,7 +145,9 @@ void Greedy::start(int rank, const Choice& choice, double now) {
     const int to = forward ? s + 1 : s - 1;
     const double arrival = wires_.arrival(s, forward, end);
     (forward ? forward_arrival_ : input_arrival_)[at(to, m)] = arrival;
-    events_.push({arrival, static_cast<std::uint32_t>(problem_.rank_of(to)), 0});
+    const int receiver = problem_.rank_of(to);
+    // One that is busy then will look when it is not.
+    if (ranks_[receiver].free_at < arrival) events_.push({arrival, static_cast<std::uint32_t>(receiver), 0});
   };
   switch (choice.step) {
     case Step::F: {

@@ -7,7 +7,7 @@
 namespace pe {
 namespace {
 
-constexpr double kWarmest = 1e-3;      // of the time
+constexpr double kWarmest = 0.02;      // of what could be gained
 constexpr double kShareOfMean = 2e-3;
 constexpr int kMostChanges = 3;        // in one round
 
@@ -112,7 +112,7 @@ std::optional<RatedPolicy> rate(const Problem& problem, Policy policy) {
 RatedPolicy anneal(const Problem& problem, RatedPolicy start, long rounds, Random random,
                    const std::function<bool(const Score&)>& ends) {
   Greedy greedy(problem);
-  const Cooling cooling(kWarmest * start.score.time, rounds);
+  const Cooling cooling(kWarmest * (start.score.time - problem.lower_bound()), rounds);
   RatedPolicy best = start, now = std::move(start), next;
   for (long round = 0; round < rounds && !ends(best.score); ++round) {
     next.policy = now.policy;

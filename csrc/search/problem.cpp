@@ -4,6 +4,8 @@
 #include <limits>
 #include <string>
 
+#include "simulate/lower_bound.hpp"
+
 namespace pe {
 namespace {
 
@@ -12,7 +14,9 @@ constexpr double kRounding = 1e-9;  // of sums of memory
 }  // namespace
 
 Problem::Problem(const Placement& placement, int microbatches, const Costs& costs, Objective objective)
-    : microbatches_(microbatches),
+    : placement_(placement),
+      costs_(costs),
+      microbatches_(microbatches),
       objective_(objective),
       rank_of_(placement.rank_of_stage),
       chunk_of_(placement.rank_of_stage.size()),
@@ -38,27 +42,22 @@ Problem::Problem(const Placement& placement, int microbatches, const Costs& cost
   }
   for (int rank = 0; rank < num_ranks(); ++rank) {
     if (stages_of_[rank].empty()) throw PlanError("rank " + std::to_string(rank) + " holds no stage");
-    double needed = 0, work = 0;
-    for (const int s : stages_of_[rank]) {
-      needed += taken_[s];
-      for (const Step step : {Step::F, Step::I, Step::W}) work += microbatches_ * time(step, s);
-    }
+    double needed = 0;
+    for (const int s : stages_of_[rank]) needed += taken_[s];
     limit_[rank] *= 1 + kRounding;
     if (!fits(rank, needed)) {
       throw PlanError("rank " + std::to_string(rank) + " may hold " + std::to_string(costs.memory_limit[rank]) +
                       ", and one microbatch at each of its stages takes " + std::to_string(needed) +
                       "; raise memory_limit, or cut the model or the batch into more parts");
     }
-    work_ = std::max(work_, work);
   }
+  // B is not what runs here, whatever it costs.
+  for (int s = 0; s < num_stages(); ++s) costs_.backward[s] = costs.input_grad[s] + costs.weight_grad[s];
+  const LowerBound bound = pe::lower_bound(rank_of_, num_ranks(), microbatches_, costs_);
+  lower_bound_ = objective_ == Objective::Span ? bound.span : bound.makespan;
 }
 
-Problem Problem::with(int microbatches) const {
-  Problem other = *this;
-  other.work_ *= static_cast<double>(microbatches) / microbatches_;
-  other.microbatches_ = microbatches;
-  return other;
-}
+Problem Problem::with(int microbatches) const { return Problem(placement_, microbatches, costs_, objective_); }
 
 Score Problem::score(const std::vector<double>& begin, const std::vector<double>& end) const {
   Score score;

@@ -69,14 +69,16 @@ class Problem {
   }
   // From when each rank first begins and last ends.
   Score score(const std::vector<double>& begin, const std::vector<double>& end) const;
-  // No order can do in less: the largest of the ranks' own work.
-  double work() const { return work_; }
+  // No order can do in less.
+  double lower_bound() const { return lower_bound_; }
 
   Order to_order(const Tokens& tokens) const;
   // The F, I and W of an order; a B counts as its I, directly followed by its W.
   Tokens to_tokens(const Order& order) const;
 
  private:
+  Placement placement_;
+  Costs costs_;
   int microbatches_;
   Objective objective_;
   std::vector<int> rank_of_, chunk_of_;
@@ -85,7 +87,7 @@ class Problem {
   std::vector<double> taken_, freed_by_input_;
   std::vector<double> limit_;
   std::vector<double> latency_, transfer_;
-  double work_ = 0;
+  double lower_bound_ = 0;
 };
 
 // When results arrive that travel over links, each of which carries one at a time in each direction.

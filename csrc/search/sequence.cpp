@@ -41,7 +41,7 @@ std::optional<Score> Filler::run(const Sequence& sequence, Tokens* tokens) {
   for (int rank = 0; rank < problem_.num_ranks(); ++rank) {
     Rank& state = ranks_[rank];
     if (state.next < sequence.tokens[rank].size()) return std::nullopt;
-    while (state.num_pending > 0) run_weights(rank, tokens);
+    while (state.num_pending > 0) run_weight(rank, next_weight(rank), tokens);
     begin_[rank] = state.begin;
     end_[rank] = state.now;
   }
@@ -54,22 +54,25 @@ bool Filler::advance(const Sequence& sequence, int rank, Tokens* tokens) {
   const std::vector<Token>& mine = sequence.tokens[rank];
   for (; state.next < mine.size(); ++state.next) {
     const auto [stage, step] = mine[state.next];
+    if (step == Step::W) {
+      if (pending_[stage] == 0) return false;
+      waits_[rank][state.next] = 0;
+      run_weight(rank, stage, tokens);
+      continue;
+    }
     const bool forward = step == Step::F;
     const int m = forward ? forwards_[stage] : inputs_[stage];
     if (!forward && m >= forwards_[stage]) return false;
     const double arrival = (forward ? forward_arrival_ : input_arrival_)[at(stage, m)];
     if (arrival < 0) return true;
-    const auto lacks_memory = [&] {
-      return forward && !problem_.fits(rank, state.memory + problem_.taken(stage));
-    };
-    while (state.num_pending > 0) {
+    while (!sequence.has_weights && state.num_pending > 0) {
+      const int next = next_weight(rank);
       const double room = arrival - state.now;
-      const auto& stages = problem_.stages_of(rank);
-      const int next = *std::find_if(stages.rbegin(), stages.rend(), [&](int s) { return pending_[s] > 0; });
-      if (!lacks_memory() && (1 - sequence.slack[rank]) * problem_.time(Step::W, next) > room) break;
-      run_weights(rank, tokens);
+      const bool is_late = (1 - sequence.slack[rank]) * problem_.time(Step::W, next) > room;
+      if (is_late && !lacks_memory(rank, mine[state.next])) break;
+      run_weight(rank, next, tokens);
     }
-    if (lacks_memory()) return false;
+    if (lacks_memory(rank, mine[state.next])) return false;
     const double begin = std::max(state.now, arrival);
     waits_[rank][state.next] = begin - state.now;
     if (state.begin < 0) state.begin = begin;
@@ -94,11 +97,18 @@ bool Filler::advance(const Sequence& sequence, int rank, Tokens* tokens) {
   return true;
 }
 
-// One of them, of the latest stage that has any: what follows it in the backward is done first.
-void Filler::run_weights(int rank, Tokens* tokens) {
-  Rank& state = ranks_[rank];
+bool Filler::lacks_memory(int rank, const Token& token) const {
+  return token.step == Step::F && !problem_.fits(rank, ranks_[rank].memory + problem_.taken(token.stage));
+}
+
+// Of the latest stage that has any: what follows it in the backward is done first.
+int Filler::next_weight(int rank) const {
   const auto& stages = problem_.stages_of(rank);
-  const int stage = *std::find_if(stages.rbegin(), stages.rend(), [&](int s) { return pending_[s] > 0; });
+  return *std::find_if(stages.rbegin(), stages.rend(), [&](int s) { return pending_[s] > 0; });
+}
+
+void Filler::run_weight(int rank, int stage, Tokens* tokens) {
+  Rank& state = ranks_[rank];
   --pending_[stage];
   --state.num_pending;
   state.now += problem_.time(Step::W, stage);

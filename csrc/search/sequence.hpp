@@ -1,5 +1,5 @@
 // An order made from the sequences in which each rank takes its forwards and input gradients: the weight gradients
-// are put where the rank would wait, or where memory demands it.
+// are put where the rank would wait, or where memory demands it; or they are part of the sequence.
 #pragma once
 
 #include <optional>
@@ -10,7 +10,8 @@
 namespace pe {
 
 struct Sequence {
-  Tokens tokens;              // of F and I only
+  Tokens tokens;
+  bool has_weights = false;   // tokens of W too; none are put in
   std::vector<double> slack;  // by rank: a W may make what follows late by so much of its own time
 };
 
@@ -37,7 +38,9 @@ class Filler {
 
   std::optional<Score> run(const Sequence& sequence, Tokens* tokens);
   bool advance(const Sequence& sequence, int rank, Tokens* tokens);
-  void run_weights(int rank, Tokens* tokens);
+  void run_weight(int rank, int stage, Tokens* tokens);
+  int next_weight(int rank) const;
+  bool lacks_memory(int rank, const Token& token) const;
   void hand_over(int from, int to, std::vector<double>& arrivals, int m, double time);
 
   std::size_t at(int stage, int m) const {

@@ -65,19 +65,21 @@ void apply(std::vector<Token>& tokens, Move move) {
 
 std::optional<RatedSequence> sequence_of(const Problem& problem, const Tokens& tokens) {
   Filler filler(problem);
-  RatedSequence rated;
+  std::optional<RatedSequence> best;
+  const auto rate = [&](const Sequence& sequence) {
+    const auto score = filler.run(sequence);
+    if (score && (!best || score->time < best->score.time)) best = {sequence, *score};
+  };
+  rate({tokens, true, std::vector<double>(problem.num_ranks(), 0.0)});
+  Sequence without;
   for (const auto& of_rank : tokens) {
-    auto& kept = rated.sequence.tokens.emplace_back();
+    auto& kept = without.tokens.emplace_back();
     std::copy_if(of_rank.begin(), of_rank.end(), std::back_inserter(kept),
                  [](const Token& token) { return token.step != Step::W; });
   }
-  std::optional<RatedSequence> best;
   for (const double slack : {0.0, 0.25, 0.5, 0.75, 1.0}) {
-    rated.sequence.slack.assign(problem.num_ranks(), slack);
-    const auto score = filler.run(rated.sequence);
-    if (!score) continue;
-    rated.score = *score;
-    if (!best || score->time < best->score.time) best = rated;
+    without.slack.assign(problem.num_ranks(), slack);
+    rate(without);
   }
   return best;
 }
@@ -88,7 +90,7 @@ RatedSequence anneal(const Problem& problem, RatedSequence start, long rounds, R
   filler.run(start.sequence);
   auto waits = filler.waits();
   int slowest = filler.slowest_rank();
-  const int ends_at = 6 * problem.num_ranks();
+  const int ends_at = (start.sequence.has_weights ? 9 : 6) * problem.num_ranks();
   const Cooling cooling(kWarmest * start.score.time, rounds);
   RatedSequence best = start, now = std::move(start);
   const auto try_it = [&](long round) {
@@ -104,7 +106,7 @@ RatedSequence anneal(const Problem& problem, RatedSequence start, long rounds, R
   };
   for (long round = 0; round < rounds && !ends(best.score); ++round) {
     const int rank = random.one_in(3) ? slowest : random.below(problem.num_ranks());
-    if (random.one_in(20)) {
+    if (!now.sequence.has_weights && random.one_in(20)) {
       const double slack = std::exchange(now.sequence.slack[rank], random.below(11) / 10.0);
       if (!try_it(round)) now.sequence.slack[rank] = slack;
       continue;

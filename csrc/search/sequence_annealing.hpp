@@ -14,7 +14,7 @@ struct RatedSequence {
   Score score;
 };
 
-// The F and I of `tokens`, with the slack that serves best; nothing if none does.
+// The better of `tokens` as they are, and their F and I with the slack that serves best; nothing if neither ends.
 std::optional<RatedSequence> sequence_of(const Problem& problem, const Tokens& tokens);
 
 // From `start` on; ends early where `ends(best)` says so.

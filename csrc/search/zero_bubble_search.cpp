@@ -6,17 +6,20 @@
 #include <thread>
 
 #include "search/policy_annealing.hpp"
+#include "search/rounds.hpp"
 #include "search/sequence_annealing.hpp"
 
 namespace pe {
 namespace {
 
 constexpr int kPolicies = 4;    // that are varied
-constexpr int kShortStep = 3;   // microbatches a rank, of the step on which they are varied first
+constexpr int kShortStep = 4;   // microbatches a rank, of the step on which they are varied first
+constexpr int kTasted = 8;      // sequences that are varied for a while
 constexpr int kSequences = 2;   // that are varied for long
 constexpr long kFewest = 64;    // trials in a part of the search
 constexpr double kCheaper = 8;  // a trial of a sequence than one of a policy
 
+constexpr double kRounding = 1e-9;  // of sums of times
 constexpr Score kNothing{1e300, 0};
 
 // Shares of the work.
@@ -46,7 +49,7 @@ class Search {
     const int few = std::min(problem_.microbatches(), kShortStep * problem_.num_ranks());
     const Problem small = problem_.with(few);
     std::vector<RatedPolicy> policies = draw(small);
-    vary(small, policies, kShortAnnealing, 0);
+    vary(small, policies, trials(small, kShortAnnealing, 1.0), 0);
     if (few < problem_.microbatches()) {
       std::vector<RatedPolicy> longer;
       for (RatedPolicy& policy : policies) {
@@ -54,13 +57,16 @@ class Search {
       }
       policies = std::move(longer);
     }
-    vary(problem_, policies, kPolicyAnnealing, 100);
+    // With what is left of the work, where the short step has ended early.
+    const double used = static_cast<double>(trials_) * small.num_tasks() / static_cast<double>(effort_.work);
+    vary(problem_, policies, trials(problem_, kDrawing + kShortAnnealing + kPolicyAnnealing - used, 1.0), 100);
     std::vector<Tokens> beginnings(policies.size());
     for (std::size_t i = 0; i < policies.size(); ++i) {
       Greedy greedy(problem_);
       offer(*greedy.run(policies[i].policy, beginnings[i]), beginnings[i]);
     }
     for (const Order& order : templates) beginnings.push_back(problem_.to_tokens(order));
+    for (Tokens& tokens : orders_by_rounds(problem_)) beginnings.push_back(std::move(tokens));
     vary(beginnings);
     if (found_.tokens.empty()) {
       throw PlanError("no order was found that ends within memory_limit; raise it, or search longer");
@@ -70,9 +76,9 @@ class Search {
   }
 
  private:
-  static long trials(const Problem& problem, double share, double cheaper, long work) {
+  long trials(const Problem& problem, double share, double cheaper) const {
     const double tasks = problem.num_tasks();
-    return std::max(kFewest, static_cast<long>(share * cheaper * static_cast<double>(work) / tasks));
+    return std::max(kFewest, static_cast<long>(share * cheaper * static_cast<double>(effort_.work) / tasks));
   }
 
   Random random(int part) const {
@@ -82,8 +88,7 @@ class Search {
   // Asked before each trial.
   bool is_over(const Score& score, const Problem& problem) {
     ++trials_;
-    const double good_enough = effort_.good_enough * problem.work() / problem_.work();
-    return score.time <= good_enough || (effort_.stop && effort_.stop->load(std::memory_order_relaxed));
+    return score.time <= (1 + kRounding) * problem.lower_bound() || (effort_.stop && effort_.stop->load(std::memory_order_relaxed));
   }
   bool is_over(const Score& score) { return is_over(score, problem_); }
 
@@ -95,7 +100,7 @@ class Search {
 
   // The best of some policies drawn at random, no two that come to the same.
   std::vector<RatedPolicy> draw(const Problem& problem) {
-    const int n = static_cast<int>(std::min(trials(problem, kDrawing, 1.0, effort_.work), 3000L));
+    const int n = static_cast<int>(std::min(trials(problem, kDrawing, 1.0), 3000L));
     std::vector<std::optional<RatedPolicy>> drawn(n);
     constexpr int kSlice = 16;
     for_each((n + kSlice - 1) / kSlice, effort_.threads, [&](int slice) {
@@ -119,8 +124,8 @@ class Search {
     return rated;
   }
 
-  void vary(const Problem& problem, std::vector<RatedPolicy>& policies, double share, int seed) {
-    const long rounds = trials(problem, share, 1.0, effort_.work) / kPolicies;
+  void vary(const Problem& problem, std::vector<RatedPolicy>& policies, long together, int seed) {
+    const long rounds = together / kPolicies;
     for_each(static_cast<int>(policies.size()), effort_.threads, [&](int i) {
       policies[i] = anneal(problem, std::move(policies[i]), rounds, random(seed + i),
                            [&](const Score& score) { return is_over(score, problem); });
@@ -132,7 +137,7 @@ class Search {
     const auto ends = [this](const Score& score) { return is_over(score); };
     const auto vary_each = [&](double share, int seed) {
       if (is_over(found_.tokens.empty() ? kNothing : found_.score)) return;
-      const long rounds = trials(problem_, share, kCheaper, effort_.work) / static_cast<long>(sequences.size());
+      const long rounds = trials(problem_, share, kCheaper) / static_cast<long>(sequences.size());
       for_each(static_cast<int>(sequences.size()), effort_.threads, [&](int i) {
         if (sequences[i]) sequences[i] = anneal(problem_, std::move(*sequences[i]), rounds, random(seed + i), ends);
       });
@@ -140,10 +145,14 @@ class Search {
     for (std::size_t i = 0; i < beginnings.size(); ++i) sequences[i] = sequence_of(problem_, beginnings[i]);
     std::erase_if(sequences, [](const auto& sequence) { return !sequence.has_value(); });
     if (sequences.empty()) return;
+    const auto best_first = [&](std::size_t kept) {
+      std::stable_sort(sequences.begin(), sequences.end(),
+                       [](const auto& a, const auto& b) { return a->score.time < b->score.time; });
+      sequences.resize(std::min(sequences.size(), kept));
+    };
+    best_first(kTasted);
     vary_each(kTastingSequences, 2000);
-    std::stable_sort(sequences.begin(), sequences.end(),
-                     [](const auto& a, const auto& b) { return a->score.time < b->score.time; });
-    sequences.resize(std::min<std::size_t>(sequences.size(), kSequences));
+    best_first(kSequences);
     vary_each(kSequenceAnnealing, 3000);
     for (const auto& sequence : sequences) {
       Tokens tokens;

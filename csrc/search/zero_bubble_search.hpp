@@ -2,7 +2,8 @@
 //
 // First policies (greedy.hpp) are drawn at random and the best of them varied; then the sequences that they and the
 // published schedules give (sequence.hpp) are varied token by token. All by simulated annealing, on several threads,
-// with the same result for the same seed and number of trials, whatever the threads.
+// with the same result for the same seed and work, whatever the threads. An order that no other
+// can beat (simulate/lower_bound.hpp) ends the search.
 #pragma once
 
 #include <atomic>
@@ -17,7 +18,6 @@ struct Effort {
   long work = 60'000'000;  // about so many tasks are placed, on all threads together
   std::uint64_t seed = 0;
   int threads = 2;
-  double good_enough = 0;  // a time at which the search ends
   const std::atomic<bool>* stop = nullptr;  // set from outside: end with the best so far
 };
 

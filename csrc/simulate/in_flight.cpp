@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "schedule/list_scheduler.hpp"
 #include "simulate/simulator.hpp"
@@ -61,6 +62,13 @@ int smallest(int last, Holds&& holds) {
   return last;
 }
 
+// Where results leave together or tasks have moved, the parts of a pair might wait for one another.
+void take_pairs_apart(Order& order) {
+  for (auto& actions : order) {
+    for (Action& a : actions) a.joins_next = false;
+  }
+}
+
 [[noreturn]] void refuse(const Draft& draft, const Packs& packs, const std::vector<int>& most) {
   const int num_stages = draft.shape.num_stages;
   const int needed = smallest(draft.shape.num_microbatches, [&](int limit) {
@@ -103,7 +111,9 @@ Settled settle(Draft draft, const Packs& packs, const Slots& slots) {
   for (std::size_t s = 0; s < slots.room.size(); ++s) {
     limits[s] = std::max(limits[s], std::min(slots.room[s], allowed[s]));
   }
-  return {order_of(plan, simulation), limits};
+  Order order = order_of(plan, simulation);
+  if (packs.any() || order != draft.order) take_pairs_apart(order);
+  return {std::move(order), limits};
 }
 
 }  // namespace pe

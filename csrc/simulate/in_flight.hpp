@@ -26,7 +26,8 @@ struct Slots {
 };
 
 struct Settled {
-  Order order;  // as simulated with equal stages, a rank running one task at a time
+  // As simulated with equal stages, a rank running one task at a time; pairs come apart where it changes.
+  Order order;
   std::vector<int> limits;
 };
 

@@ -5,21 +5,20 @@
 namespace pe {
 namespace {
 
-// The least that one microbatch takes at each stage, sending included; pairs may shorten all of it.
-struct Least {
+// What one microbatch takes at each stage at least, sending included; pairs may shorten all of it.
+struct TaskTimes {
   std::vector<double> forward;
   std::vector<double> input_grad;  // until the gradient leaves: by I, or by B
   std::vector<double> backward;    // all of it: B, or I and W
   std::vector<double> way;         // of a message, by boundary
+  std::vector<double> most_forward, most_backward;  // the most that it takes
 };
 
-Least least_of(const std::vector<int>& rank_of_stage, const Costs& costs) {
-  Least least;
+TaskTimes times_of(const std::vector<int>& rank_of_stage, const Costs& costs) {
+  TaskTimes least;
   const double share = std::min(1.0, costs.pair);
   const int stages = static_cast<int>(rank_of_stage.size());
-  const auto crosses = [&](int b) {
-    return b >= 0 && b + 1 < stages && rank_of_stage[b] != rank_of_stage[b + 1];
-  };
+  const auto crosses = [&](int b) { return b >= 0 && b + 1 < stages && rank_of_stage[b] != rank_of_stage[b + 1]; };
   const auto sending = [&](int b) { return crosses(b) && !costs.overhead.empty() ? costs.overhead[b] : 0.0; };
   for (int s = 0; s < stages; ++s) {
     const double whole = costs.backward[s];
@@ -27,58 +26,123 @@ Least least_of(const std::vector<int>& rank_of_stage, const Costs& costs) {
     least.forward.push_back(share * (costs.forward[s] + sending(s)));
     least.input_grad.push_back(share * (std::min(whole, part) + sending(s - 1)));
     least.backward.push_back(share * (std::min(whole, part + costs.weight_grad[s]) + sending(s - 1)));
+    const double stretched = std::max(1.0, costs.pair);
+    least.most_forward.push_back(stretched * (costs.forward[s] + sending(s)));
+    least.most_backward.push_back(stretched * (std::max(whole, part + costs.weight_grad[s]) + sending(s - 1)));
     const double occupied = costs.transfer.empty() || !crosses(s) ? 0.0 : costs.transfer[s];
     if (s + 1 < stages) least.way.push_back(crosses(s) ? costs.latency[s] + occupied : 0.0);
   }
   return least;
 }
 
+// What one rank has to do, and one microbatch's way from its first stage and back.
+struct Part {
+  int first;          // stage; every microbatch passes it before the rank's others, and comes back to it last
+  double forwards = 0, gradients = 0, backwards = 0;
+  double wait = 0;    // from its first begin to the first gradient at its last stage
+  double alone = 0;   // one microbatch's whole way
+  double crowded = 0; // how long the rank idles for want of memory, at least
+};
+
+class Bounds {
+ public:
+  Bounds(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs)
+      : rank_of_stage_(rank_of_stage),
+        microbatches_(microbatches),
+        costs_(costs),
+        times_(times_of(rank_of_stage, costs)),
+        forward_(rank_of_stage.size(), 0.0),
+        backward_(rank_of_stage.size(), 0.0),
+        way_back_(rank_of_stage.size(), 0.0) {
+    const int stages = static_cast<int>(rank_of_stage.size());
+    for (int s = 1; s < stages; ++s) {
+      forward_[s] = forward_[s - 1] + times_.forward[s - 1] + times_.way[s - 1];
+      way_back_[s] = way_back_[s - 1] + times_.input_grad[s - 1] + times_.way[s - 1];
+    }
+    backward_[stages - 1] = forward_[stages - 1] + times_.forward[stages - 1];
+    for (int s = stages - 2; s >= 0; --s) backward_[s] = backward_[s + 1] + times_.input_grad[s + 1] + times_.way[s];
+    for (int rank = 0; rank < num_ranks; ++rank) add_part(rank);
+  }
+
+  LowerBound find() const {
+    LowerBound bound;
+    bound.makespan = backward_[0] + times_.backward[0];
+    for (const Part& mine : parts_) {
+      // No gradient comes before the first microbatch's; the W may all come when the last gradient has left.
+      double span = std::max({mine.forwards + mine.backwards + mine.crowded, mine.wait + mine.backwards, mine.alone});
+      for (const Part& other : parts_) span = std::max(span, by_way_of(other, mine.first));
+      bound.span = std::max(bound.span, span);
+      bound.makespan = std::max({bound.makespan, forward_[mine.first] + span, by_way_of(mine, 0)});
+    }
+    return bound;
+  }
+
+ private:
+  void add_part(int rank) {
+    const auto home = [&](int of) { return of == rank; };
+    const auto found = std::find_if(rank_of_stage_.begin(), rank_of_stage_.end(), home);
+    if (found == rank_of_stage_.end()) return;
+    Part part{static_cast<int>(found - rank_of_stage_.begin())};
+    int last = part.first;
+    for (int s = part.first; s < static_cast<int>(rank_of_stage_.size()); ++s) {
+      if (rank_of_stage_[s] != rank) continue;
+      part.forwards += microbatches_ * times_.forward[s];
+      part.gradients += microbatches_ * times_.input_grad[s];
+      part.backwards += microbatches_ * times_.backward[s];
+      last = s;
+    }
+    part.wait = backward_[last] - forward_[part.first];
+    part.alone = backward_[part.first] + times_.backward[part.first] - forward_[part.first];
+    part.crowded = crowded(rank, part);
+    parts_.push_back(part);
+  }
+
+  // From the begin at stage `from` until the last gradient that has passed `other` is through there, weights included.
+  double by_way_of(const Part& other, int from) const {
+    if (other.first < from) return 0.0;
+    return forward_[other.first] - forward_[from] + std::max(other.forwards, other.wait) + other.gradients +
+           way_back_[other.first] - way_back_[from] + times_.backward[from] - times_.input_grad[from];
+  }
+
+  // Until its first gradient comes a rank has nothing to run but the F that fit its memory; and from when the last F
+  // of its first stage begins until that microbatch is back, only what those in its memory have left to do.
+  double crowded(int rank, const Part& part) const {
+    if (costs_.memory_limit.empty()) return 0.0;
+    const double limit = costs_.memory_limit[rank];
+    const auto taken = [&](int s) { return costs_.taken.empty() ? 1.0 : costs_.taken[s]; };
+    // Otherwise the two times may be one.
+    if (microbatches_ * taken(part.first) <= limit) return 0.0;
+    double fill = 0;   // time of F by memory, at most
+    double drain = 0;  // time of what is left by memory, at most
+    double rest = 0;   // of a microbatch in flight at the first stage alone
+    for (std::size_t s = 0; s < rank_of_stage_.size(); ++s) {
+      if (rank_of_stage_[s] != rank) continue;
+      const int stage = static_cast<int>(s);
+      const double freed_by_weight =
+          taken(stage) - (costs_.freed_by_input_grad.empty() ? 0.0 : costs_.freed_by_input_grad[s]);
+      fill = std::max(fill, times_.most_forward[s] / taken(stage));
+      drain = std::max(drain, std::max(1.0, costs_.pair) * costs_.weight_grad[s] / freed_by_weight);
+      rest += times_.most_forward[s] + times_.most_backward[s];
+    }
+    const double first = times_.most_forward[part.first];
+    drain = std::max(drain, (rest - first) / taken(part.first));
+    return std::max(0.0, part.wait - limit * fill) + std::max(0.0, part.alone - first - limit * drain);
+  }
+
+  const std::vector<int>& rank_of_stage_;
+  const int microbatches_;
+  const Costs& costs_;
+  const TaskTimes times_;
+  std::vector<double> forward_, backward_;  // of one microbatch alone: when its F, its gradients, begin at each stage
+  std::vector<double> way_back_;            // of a gradient that has left a stage, to the begin of the pipeline
+  std::vector<Part> parts_;                 // of the ranks that hold stages
+};
+
 }  // namespace
 
-LowerBound lower_bound(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches,
-                       const Costs& costs) {
-  const int stages = static_cast<int>(rank_of_stage.size());
-  costs.validate(stages, num_ranks);
-  const Least least = least_of(rank_of_stage, costs);
-
-  // Of one microbatch alone: when its F and its gradients begin, and what follows the gradient of a stage.
-  std::vector<double> forward(stages, 0.0);
-  std::vector<double> backward(stages, 0.0);
-  std::vector<double> tail(stages, 0.0);
-  for (int s = 1; s < stages; ++s) forward[s] = forward[s - 1] + least.forward[s - 1] + least.way[s - 1];
-  backward[stages - 1] = forward[stages - 1] + least.forward[stages - 1];
-  for (int s = stages - 2; s >= 0; --s) backward[s] = backward[s + 1] + least.input_grad[s + 1] + least.way[s];
-  tail[0] = least.backward[0] - least.input_grad[0];
-  for (int s = 1; s < stages; ++s) tail[s] = least.way[s - 1] + least.input_grad[s - 1] + tail[s - 1];
-
-  LowerBound bound;
-  bound.makespan = backward[0] + least.backward[0];
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    // Every microbatch passes the rank's first stage before its others, and comes back to it last.
-    const auto home = [&](int of) { return of == rank; };
-    const auto found = std::find_if(rank_of_stage.begin(), rank_of_stage.end(), home);
-    if (found == rank_of_stage.end()) continue;
-    const int first = static_cast<int>(found - rank_of_stage.begin());
-    const auto rfound = std::find_if(rank_of_stage.rbegin(), rank_of_stage.rend(), home);
-    const int last = stages - 1 - static_cast<int>(rfound - rank_of_stage.rbegin());
-    double forwards = 0;
-    double gradients = 0;
-    double backwards = 0;
-    for (int s = first; s <= last; ++s) {
-      if (rank_of_stage[s] != rank) continue;
-      forwards += microbatches * least.forward[s];
-      gradients += microbatches * least.input_grad[s];
-      backwards += microbatches * least.backward[s];
-    }
-    // No gradient comes before the first microbatch's; the W may all come when the last gradient has left.
-    const double wait = backward[last] - forward[first];
-    const double alone = backward[first] + least.backward[first] - forward[first];
-    const double span = std::max({forwards + backwards, wait + backwards, alone});
-    bound.span = std::max(bound.span, span);
-    bound.makespan = std::max({bound.makespan, forward[first] + span,
-                               forward[first] + std::max(forwards, wait) + gradients + tail[first]});
-  }
-  return bound;
+LowerBound lower_bound(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs) {
+  costs.validate(static_cast<int>(rank_of_stage.size()), num_ranks);
+  return Bounds(rank_of_stage, num_ranks, microbatches, costs).find();
 }
 
 }  // namespace pe

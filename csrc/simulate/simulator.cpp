@@ -115,7 +115,10 @@ Order order_of(const Plan& plan, const Simulation& simulation) {
       return simulation.begin[a] < simulation.begin[b];
     });
     auto& actions = order.emplace_back();
-    for (const TaskId t : tasks) actions.push_back(plan.action(t));
+    for (const TaskId t : tasks) {
+      actions.push_back(plan.action(t));
+      actions.back().joins_next &= plan.joins_pairs();
+    }
   }
   return order;
 }

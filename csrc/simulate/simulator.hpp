@@ -34,7 +34,7 @@ Simulation simulate(const Plan& plan, const Costs& costs, bool by_events = false
 // When each task ends.
 std::vector<double> end_times(const Plan& plan, const Costs& costs, const Simulation& simulation);
 
-// Each rank's tasks as they began, ties as planned.
+// Each rank's tasks as they began, ties as planned. Pairs are taken apart where they did not run as one.
 Order order_of(const Plan& plan, const Simulation& simulation);
 
 }  // namespace pe

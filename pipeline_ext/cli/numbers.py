@@ -18,6 +18,11 @@ def count_or_zero(text: str) -> int:
     return _whole_number(text, 0)
 
 
+def counts(text: str) -> list[int]:
+    """A whole number of at least 1, or several with commas between them."""
+    return [count(part) for part in text.split(",")]
+
+
 def positive(text: str) -> float:
     """A finite number above 0."""
     value = _number(text)

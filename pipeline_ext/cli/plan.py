@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from .. import _C
-from ..comparison import Planned, planned, recut, simulated, stages_of
+from ..comparison import Planned, planned, rebatched, recut, simulated, stages_of
 from ..errors import InvalidArgument, InvalidSchedule
 from ..files import whole_file
-from ..planning import AUTO
+from ..planning import AUTO, schedule_names
 from ..report.page import save_page
 from ..report.timeline import (
     SUFFIXES,
@@ -55,8 +55,10 @@ def run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace, names: Sequence[str]) -> None:
     """Raises InvalidArgument for options that do not go together, before anything is planned."""
     for name in names:
-        if name != AUTO:
-            _C.layout_of(name)
+        if name not in (AUTO, *schedule_names()):
+            raise InvalidArgument(
+                f"there is no schedule {name!r}; give {AUTO}, or one of {', '.join(schedule_names())}"
+            )
     for flag in ("ranks", "microbatches"):
         if names and getattr(options, flag) is None:
             raise InvalidArgument(f"--{flag} is missing, which {', '.join(names)} needs; give a whole number")
@@ -64,6 +66,8 @@ def _check(options: argparse.Namespace, names: Sequence[str]) -> None:
         raise InvalidArgument("--csv holds one schedule, and several are given; give one, or leave --csv out")
     if options.png:
         accepted_path(options.png, SUFFIXES)
+    if AUTO not in names and len(options.microbatches or [1]) > 1:
+        raise InvalidArgument(f"several --microbatches are for a search; give one, or --schedule {AUTO}")
     if AUTO not in names and (options.budget or options.trials):
         raise InvalidArgument(
             f"--budget and --trials bound a search; give --schedule {AUTO}, or leave them out"
@@ -75,7 +79,7 @@ def _plan(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[Plann
     read = [(str(path), _read(path, options.overlap)) for path in options.from_csv]
     plans = {file: plan for file, plan in read if isinstance(plan, _C.Plan)}
     broken = [
-        Planned(file, options.ranks, None, options.microbatches, Costs(), reason=reason)
+        Planned(file, options.ranks, None, None, Costs(), reason=reason)
         for file, reason in read
         if isinstance(reason, str)
     ]
@@ -90,7 +94,7 @@ def _plan(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[Plann
             name,
             num_stages=own[name],
             num_ranks=ranks,
-            microbatches=options.microbatches,
+            microbatches=options.microbatches[0],
             costs=recut(costs, stages, own[name]),
             overlap=options.overlap,
         )
@@ -143,9 +147,10 @@ def _search(options: argparse.Namespace, costs: Costs) -> tuple[Planned, SearchR
             seed=options.seed,
         )
     except InvalidSchedule as error:
-        return Planned(AUTO, options.ranks, None, options.microbatches, costs, reason=str(error)), None
+        return Planned(AUTO, options.ranks, None, None, costs, reason=str(error)), None
     best = found.best
     cut = recut(costs, options.ranks * (options.chunks or 1), best.plan.num_stages)
+    cut = rebatched(cut, options.microbatches[0] / best.microbatches)
     result = Planned(
         best.schedule, options.ranks, best.chunks, best.microbatches, cut, best.simulation, chosen=True
     )

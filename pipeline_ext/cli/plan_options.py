@@ -8,7 +8,7 @@ from ..costs_file import BOUNDARY, PLACES, RANK
 from ..errors import InvalidArgument
 from ..planning import AUTO, schedule_names
 from ..simulation import Costs
-from .numbers import cost, count, count_or_zero, positive, seconds, speed
+from .numbers import cost, count, count_or_zero, counts, positive, seconds, speed
 
 _COSTS = {  # by field of Costs
     "forward": ("--tf", "time of F of one stage (default: 1)"),
@@ -54,7 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stages on each rank, whose times and memory the costs are. Not given: what the schedules take, "
         "1 where they differ. A schedule that takes another number has its ranks' shares cut accordingly",
     )
-    add("--microbatches", metavar="N", type=count, help="microbatches of a step; a CSV file has its own")
+    add(
+        "--microbatches",
+        metavar="N,...",
+        type=counts,
+        help="microbatches of a step; a CSV file has its own. Of several, with commas, a search takes the best "
+        "for one batch; the costs are for the first, which all other schedules have",
+    )
     add("--overlap", action="store_true", help="let a rank run forward and backward at once")
 
     add = parser.add_argument_group(

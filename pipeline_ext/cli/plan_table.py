@@ -1,8 +1,10 @@
 """What a person sees of a plan: figures of each schedule, and of each rank where there is one schedule."""
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..comparison import Planned
@@ -22,10 +24,11 @@ def show(results: Sequence[Planned], found: SearchResult | None, console: Consol
     if len(feasible) == len(results) == 1:
         console.print(_ranks(feasible[0]))
     if found is not None:
-        console.print(_searched(found), markup=False)
+        console.print(_tried(found))
+        console.print(_searched(found), markup=False, soft_wrap=True)
     for result in results:
         if result.reason is not None:
-            console.print(f"{result.title} cannot be: {result.reason}", markup=False)
+            console.print(f"{result.title} cannot be: {result.reason}", markup=False, soft_wrap=True)
 
 
 def _schedules(results: Sequence[Planned]) -> Table:
@@ -36,7 +39,7 @@ def _schedules(results: Sequence[Planned]) -> Table:
     for result in results:
         simulation = result.simulation
         table.add_row(
-            result.title,
+            escape(result.title),
             str(result.chunks),
             str(result.microbatches),
             _figure(simulation.makespan),
@@ -71,6 +74,19 @@ def _table(first: str, *others: str) -> Table:
     table.add_column(first, overflow="fold")
     for name in others:
         table.add_column(name, justify="right")
+    return table
+
+
+def _tried(found: SearchResult) -> Table:
+    """The best of each kind of plan, from short to long."""
+    best: dict[tuple[str, int, int], float] = {}
+    for tried in found.tried:
+        kind = tried.what, tried.chunks, tried.microbatches
+        time = math.inf if tried.makespan is None else tried.makespan
+        best[kind] = min(time, best.get(kind, math.inf))
+    table = _table("tried", "chunks", "M", "makespan")
+    for kind, time in sorted(best.items(), key=lambda item: item[1]):
+        table.add_row(*map(str, kind), _figure(time) if time < math.inf else "cannot be")
     return table
 
 

@@ -61,6 +61,15 @@ TEST(an_overlapped_pair_runs_as_one_task_where_a_rank_runs_one_at_a_time) {
   CHECK_EQ(simulate(make_plan(order, {.overlap = true}), costs).begin[1], 1.0);
 }
 
+TEST(the_order_of_ranks_that_react_has_no_pairs) {
+  const Order order = parse_order({{"0F0", "(0F1;0B0)OVERLAP_F_B", "0B1"}, {"1F0", "1B0", "1F1", "1B1"}});
+  for (const bool reactive : {false, true}) {
+    const Plan plan = make_plan(order, {.reactive = reactive});
+    const Order began = order_of(plan, simulate(plan, Costs::uniform(2)));
+    CHECK_EQ(to_cells(began)[0].size(), reactive ? 4u : 3u);
+  }
+}
+
 TEST(a_part_of_a_pair_that_needs_the_other_runs_behind_it) {
   const Order order = parse_order({{"(0F0;0B0)OVERLAP_F_B", "(0F1;0B1)OVERLAP_F_B"}});
   CHECK_EQ(simulate(make_plan(order, {}), Costs::uniform(1)).makespan, 6.0);
