@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from . import _C, pack_choice, schedule_choice
 from .first_steps import FirstSteps
 from .planning import AUTO, ScheduleLike
+from .simulation import Costs
 
 
 def first_steps(
@@ -17,6 +18,7 @@ def first_steps(
     packs: list[int] | None,
     packs_forward: list[int] | None,
     in_flight: Sequence[int],
+    memory: Costs | None,
     graphs: bool,
 ) -> FirstSteps:
     """The first steps of a pipeline, all of one plan where nothing is "auto".
@@ -25,6 +27,7 @@ def first_steps(
         plan_of: as ``build_plan``, with all that is not left to choose.
         packs, packs_forward: None for "auto".
         in_flight: the most microbatches by stage, or empty.
+        memory: costs whose ``memory_limit`` is kept.
 
     Raises InvalidArgument for choices that do not go together.
     """
@@ -35,6 +38,7 @@ def first_steps(
             num_stages,
             num_ranks,
             in_flight,
+            memory,
         )
     return pack_choice.first_steps(
         lambda packs, packs_forward, room=(): plan_of(

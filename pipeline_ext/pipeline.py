@@ -78,6 +78,9 @@ class Pipeline:
         wire_forward: the same for activations, in ``eval`` too.
         in_flight: the most microbatches that a stage may hold at once, or a list of that by stage; None: as
             many as it takes. What would never end within it is refused.
+        costs: what ``"zb-auto"`` is searched for, within their ``memory_limit`` or else ``in_flight``; None:
+            F = I = W = 1 at each stage. Every schedule keeps the ``memory_limit``: an order that exceeds it
+            is refused, and ranks that react begin an F only where it fits.
         link: what messages pass through; a ``LocalLink`` can imitate what a network costs.
         timeout: seconds without a task's begin or end after which a step is given up; on GPUs, seconds that
             ``step`` waits for the step before the last.
@@ -117,6 +120,7 @@ class Pipeline:
         wire: WireLike = None,
         wire_forward: WireLike = None,
         in_flight: int | Sequence[int] | None = None,
+        costs: Costs | None = None,
         link: LocalLink = FREE_LINK,
         timeout: float = 1800.0,
         trace: bool = True,
@@ -128,6 +132,8 @@ class Pipeline:
         microbatches = arguments.count("microbatches", microbatches)
         arguments.check_settings(loss_fn, loss_reduction, timeout)
         arguments.check_type("link", link, LocalLink)
+        if costs is not None:
+            arguments.check_type("costs", costs, Costs)
         if reduction is not None:
             arguments.check_type("reduction", reduction, GradientReduction)
         if optimizer is not None:
@@ -140,22 +146,34 @@ class Pipeline:
         self._model = model if isinstance(model, nn.Module) else nn.Sequential(*model)
         self.microbatches = microbatches
         boundaries = len(modules) - 1
+        num_ranks = None if given is None else len(given)
+        in_flight = arguments.in_flight(in_flight, len(modules))
+        schedule = planning.searched(
+            schedule,
+            num_stages=len(modules),
+            num_ranks=num_ranks,
+            microbatches=microbatches,
+            in_flight=in_flight,
+            costs=costs,
+        )
         self._first_steps = auto.first_steps(
             schedule,
             functools.partial(
                 planning.build_plan,
                 num_stages=len(modules),
                 microbatches=microbatches,
-                num_ranks=None if given is None else len(given),
+                num_ranks=num_ranks,
                 overlap=bool(overlap),
                 reactive=bool(reactive),
                 in_flight=in_flight,
+                memory=costs,
             ),
             num_stages=len(modules),
-            num_ranks=len(modules) if given is None else len(given),
+            num_ranks=num_ranks or len(modules),
             packs=arguments.packs("pack", pack, boundaries, microbatches),
             packs_forward=arguments.packs("pack_forward", pack_forward, boundaries, microbatches),
-            in_flight=arguments.in_flight(in_flight, len(modules)),
+            in_flight=in_flight,
+            memory=costs,
             graphs=graphs,
         )
         exchange_of = functools.partial(
@@ -167,6 +185,8 @@ class Pipeline:
         plan = self._first_steps.plan
         chooses_pack = self._first_steps.chooses and schedule != planning.AUTO
         planning.check_trainable(plan)
+        if costs is not None:
+            simulate(plan, costs)  # which refuses costs that do not fit
         self._stages = [
             Stage(
                 index,

@@ -61,7 +61,7 @@ def build_plan(
             empty: no more than it takes.
         memory: costs whose ``memory_limit`` the plan keeps wherever it runs, None: none. An order that
             exceeds it is refused; ranks that react start their F in the planned order, each when it fits.
-        costs: what ``"zb-auto"`` is searched for, under their ``memory_limit``; None: F = I = W = 1 at each stage.
+        costs: what ``"zb-auto"`` is searched for; see ``searched``.
 
     Raises:
         InvalidArgument: for numbers that cannot be used.
@@ -93,18 +93,19 @@ def build_plan(
             return None
         return memory.by_stage(num_stages, num_ranks).memory(num_stages)
 
+    schedule = searched(
+        schedule,
+        num_stages=num_stages,
+        num_ranks=num_ranks,
+        microbatches=microbatches,
+        in_flight=mode["in_flight"],
+        costs=costs,
+    )
     path = _csv_path(schedule)
     if isinstance(schedule, str | Policy) and path is None and num_ranks is None:
         num_ranks = default_ranks(schedule, num_stages)
     if isinstance(schedule, Policy):
         plan = schedule.plan(num_stages, num_ranks, microbatches, {**mode, "memory": limits(num_ranks)})
-    elif schedule == zero_bubble.NAME:
-        found = zero_bubble.find_order(
-            costs or Costs(), num_stages=num_stages, num_ranks=num_ranks, microbatches=microbatches, span=True
-        )
-        if found.interrupted:
-            raise KeyboardInterrupt
-        return _C.plan_of_cells(found.cells, **mode, memory=limits(num_ranks))
     elif isinstance(schedule, str) and path is None:
         return _C.make_plan(
             schedule, num_stages, num_ranks, microbatches, **mode, memory=limits(num_ranks)
@@ -120,6 +121,55 @@ def build_plan(
         if given is not None and given != found:
             raise InvalidSchedule(f"{what} is {given}, but the schedule given has {found}")
     return plan
+
+
+def searched(
+    schedule: ScheduleLike,
+    *,
+    num_stages: int,
+    num_ranks: int | None,
+    microbatches: int,
+    in_flight: Sequence[int],
+    costs: Costs | None,
+) -> ScheduleLike:
+    """``"zb-auto"`` as the order that a search finds, which takes seconds; any other schedule as it is.
+
+    Args:
+        num_ranks: None: as many as stages.
+        in_flight: the most microbatches of each stage, or empty. Where ``costs`` have no ``memory_limit``, the
+            search keeps what a rank's stages may hold together.
+        costs: None: F = I = W = 1 at each stage.
+
+    Raises InvalidSchedule for costs or ranks that do not fit, and where nothing is found within the memory.
+    """
+    if schedule != zero_bubble.NAME:
+        return schedule
+    num_ranks, costs = num_ranks or num_stages, costs or Costs()
+    if in_flight and costs.memory_limit is None:
+        home = zero_bubble.rank_of_stage(num_stages, num_ranks)
+        costs = costs.with_memory_of(Costs(memory_limit=slots_of_ranks(in_flight, home)))
+    found = zero_bubble.find_order(
+        costs,
+        num_stages=num_stages,
+        num_ranks=num_ranks,
+        microbatches=microbatches,
+        span=True,
+        work=zero_bubble.WORK,
+    )
+    if found.interrupted:
+        raise KeyboardInterrupt
+    if not in_flight:
+        return found.cells
+    settled = _C.plan_of_cells(found.cells, reactive=True, in_flight=in_flight)
+    return list(settled.order().values())
+
+
+def slots_of_ranks(in_flight: Sequence[int], rank_of_stage: Sequence[int]) -> list[float]:
+    """By rank, the microbatches that its stages may hold together; ``in_flight`` is by stage."""
+    slots = [0.0] * (1 + max(rank_of_stage))
+    for rank, most in zip(rank_of_stage, in_flight):
+        slots[rank] += most
+    return slots
 
 
 def check_trainable(plan: _C.Plan) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 from . import _C
 from .errors import InvalidArgument, InvalidSchedule
 from .first_steps import MEASURED_STEPS, FirstSteps
-from .planning import ScheduleLike
+from .planning import ScheduleLike, slots_of_ranks
 from .profile import Profile, fastest
 from .search import search
 from .simulation import Costs, simulate
@@ -79,14 +79,19 @@ def check(packs: Sequence[int] | None, packs_forward: Sequence[int] | None, grap
 
 
 def first_steps(
-    plan_of: PlanOf, num_stages: int, num_ranks: int, in_flight: Sequence[int]
+    plan_of: PlanOf, num_stages: int, num_ranks: int, in_flight: Sequence[int], memory: Costs | None
 ) -> FirstSteps:
-    """The steps from which the schedule is chosen; ``in_flight``: most microbatches by stage, or empty."""
+    """The steps from which the schedule is chosen; ``in_flight`` and ``memory`` as ``choose`` takes them."""
     names = _FIRST[_layout(num_stages, num_ranks)]
-    plans = {name: plan_of(name) for name in names}
+    plans = {names[0]: plan_of(names[0])}
+    for name in names:
+        try:
+            plans.setdefault(name, plan_of(name))
+        except InvalidSchedule:  # not within the memory
+            plans[name] = plans[names[0]]
     return FirstSteps(
         [plans[name] for name in names],
-        lambda profiles: choose(plan_of, merged(profiles), names[0], in_flight),
+        lambda profiles: choose(plan_of, merged(profiles), names[0], in_flight, memory),
     )
 
 
@@ -107,7 +112,11 @@ def merged(profiles: Sequence[Profile]) -> Profile:
 
 
 def choose(
-    plan_of: PlanOf, profile: Profile, first: str, in_flight: Sequence[int] = ()
+    plan_of: PlanOf,
+    profile: Profile,
+    first: str,
+    in_flight: Sequence[int] = (),
+    memory: Costs | None = None,
 ) -> ScheduleChoice:
     """The schedule with which the simulated step is shortest; ``first`` where it hardly matters.
 
@@ -115,15 +124,18 @@ def choose(
 
     Args:
         plan_of: makes a plan of a schedule.
-        in_flight: the most microbatches that each stage may hold; empty: no rank holds more than one does with
-            ``first``.
+        in_flight: the most microbatches that each stage may hold, or empty.
+        memory: costs whose ``memory_limit`` is kept. Without one, nor ``in_flight``, no rank holds more
+            microbatches than one does with ``first``.
     """
     plan = plan_of(first)
     by_first = simulate(plan, profile.costs(plan))
-    limit = _limit(plan, in_flight) if in_flight else float(max(by_first.peak_in_flight))
+    if memory is None or memory.memory_limit is None:
+        slots = slots_of_ranks(in_flight, plan.rank_of_stage) if in_flight else max(by_first.peak_in_flight)
+        memory = Costs(memory_limit=slots)
 
     def costs(of: _C.Plan) -> Costs:
-        return replace(profile.costs(of), act_memory=1.0, memory_limit=limit)
+        return profile.costs(of).with_memory_of(memory)
 
     best = ScheduleChoice(plan, first, by_first.makespan, first, by_first.makespan, simulated=1)
     simulated = 1
@@ -164,14 +176,6 @@ def _candidates(
     if found.interrupted:
         raise KeyboardInterrupt  # the caller's step was stopped, not his search
     yield found.best.schedule, found.best.plan.order(), found.simulations
-
-
-def _limit(plan: _C.Plan, in_flight: Sequence[int]) -> list[float]:
-    """By rank, what its stages may hold together."""
-    limits = [0.0] * plan.num_ranks
-    for rank, slots in zip(plan.rank_of_stage, in_flight):
-        limits[rank] += slots
-    return limits
 
 
 def _layout(num_stages: int, num_ranks: int) -> str:

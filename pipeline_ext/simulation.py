@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from . import _C, costs_file
 from .errors import InvalidArgument, InvalidSchedule
@@ -97,6 +97,16 @@ class Costs:
                     "they are at most as much"
                 )
         return taken, by_i
+
+    def with_memory_of(self, other: "Costs") -> "Costs":
+        """These times, with what ``other`` says of memory."""
+        return replace(
+            self,
+            act_memory=other.act_memory,
+            mem_i=other.mem_i,
+            mem_w=other.mem_w,
+            memory_limit=other.memory_limit,
+        )
 
     def by_stage(self, num_stages: int, num_ranks: int) -> _C.CostsByStage:
         """Each of the costs as a list, by stage, boundary or rank.

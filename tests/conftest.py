@@ -20,6 +20,14 @@ def _deterministic():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def short_searches(monkeypatch):
+    """``"zb-auto"`` takes milliseconds."""
+    from pipeline_ext import zero_bubble
+
+    monkeypatch.setattr(zero_bubble, "WORK", 100_000)
+
+
 @pytest.fixture(scope="session")
 def standin_library(tmp_path_factory):
     """The path of the stand-in for NVIDIA's driver, built once."""

@@ -18,6 +18,7 @@ import pipeline_ext as pe
 from pipeline_ext.planning import layout_of
 from pipeline_ext.transport import buffers
 
+pytestmark = pytest.mark.usefixtures("short_searches")
 PLACES = [("gpipe", 4, None), ("1f1b", 4, None), ("interleaved-1f1b", 4, None), ("interleaved-1f1b", 6, None)]
 
 

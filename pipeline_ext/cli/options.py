@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import zero_bubble
 from ..errors import InvalidArgument
 from ..lm import checkpoint
 from ..lm.checkpoint import Checkpoint
@@ -65,7 +66,7 @@ class Options:
         return settings
 
     def _ranks(self) -> int:
-        if self.schedule == AUTO:
+        if self.schedule in (AUTO, zero_bubble.NAME):
             return self.stages
         return build_plan(self.schedule, num_stages=self.stages, microbatches=self.microbatches).num_ranks
 
