@@ -1,7 +1,7 @@
-"""The schedules, and the orders that the planner finds, beside what is published, and beside what no order can beat.
+"""Schedules, and orders that the planner finds, beside what is published and what no order can beat.
 
-Every row of tests/tables, at its own costs and memory, with the bubble counted as the publication counts it. Writes
-bench/results/planner_quality.json.
+Every row of tests/tables, at its own costs and memory, with the bubble counted as the publication does.
+Writes bench/results/planner_quality.json.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from environment import describe
 
 import pipeline_ext as pe
 from pipeline_ext import _C
-from pipeline_ext.zero_bubble import NAME, rank_of_stage
+from pipeline_ext.zero_bubble import NAME
 
 TABLES = Path(__file__).parent.parent / "tests" / "tables"
 RESULTS = Path(__file__).parent / "results" / "planner_quality.json"
@@ -64,11 +64,12 @@ def zero_bubble_rows() -> Iterator[dict]:
                 ("ZB-V", NAME, 2, ranks, True),
             ):
                 if row.get(f"bubble_{method}"):
+                    costs = costs_of(*times, stages, shape, limit)
                     yield {
                         "case": f"{row['model']}, {ranks} ranks, {row['m']} microbatches",
                         "method": method.partition("_")[0],
                         "published": float(row[f"bubble_{method}"]),
-                        **measure(schedule, ranks, stages, int(row["m"]), costs_of(*times, stages, shape, limit), span),
+                        **measure(schedule, ranks, stages, int(row["m"]), costs, span),
                     }
 
 
@@ -139,9 +140,8 @@ def main() -> None:
         for row in part():
             found.append(row)
             bound = "" if row["lower_bound"] is None else f"{row['lower_bound']:10.6f}"
-            print(
-                f"{row['case']:60} {row['method']:24} {row['published']:10.6f} {row['ours']:10.6f} {bound}", flush=True
-            )
+            figures = f"{row['published']:10.6f} {row['ours']:10.6f} {bound}"
+            print(f"{row['case']:60} {row['method']:24} {figures}", flush=True)
     RESULTS.write_text(json.dumps({"environment": describe(), "rows": found}, indent=2) + "\n")
     print(f"written to {RESULTS}")
 

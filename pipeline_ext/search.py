@@ -1,4 +1,4 @@
-"""The search for the best plan: schedules, placements, orders, microbatch counts and in-flight limits, simulated."""
+"""The search for the best plan: schedules, placements, orders, microbatches and in-flight limits, simulated."""
 
 import math
 import time
@@ -153,7 +153,9 @@ class _Search:
     def costs_of(self, chunks: int, microbatches: int) -> Costs:
         """Of the same model and batch in other parts."""
         costs = recut(self._costs, self._ranks * self._chunks, self._ranks * chunks)
-        return costs if microbatches == self._microbatches else rebatched(costs, self._microbatches / microbatches)
+        if microbatches == self._microbatches:
+            return costs
+        return rebatched(costs, self._microbatches / microbatches)
 
     def try_schedules(self, chunks: int, microbatches: int, names: Sequence[str] | None) -> None:
         """Those that the engine can run with so many stages on a rank."""

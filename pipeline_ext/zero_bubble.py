@@ -1,8 +1,8 @@
 """Orders of F, I and W that leave ranks as little idle as their memory allows, found by a search.
 
-The search draws and varies the policies by which ranks choose under a virtual clock, then the orders themselves, by
-simulated annealing. That weight gradients can fill the time in which a rank would wait is from Qi et al., Zero Bubble
-Pipeline Parallelism, ICLR 2024.
+The search draws and varies the policies by which ranks choose under a virtual clock, then the orders
+themselves, by simulated annealing. That weight gradients can fill the time in which a rank would wait is from
+Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024.
 """
 
 import math
@@ -39,7 +39,8 @@ def layout(num_stages: int, num_ranks: int) -> str:
     """How so many stages are placed: one a rank, two in V shape, more in turn. Raises InvalidSchedule."""
     if num_stages % num_ranks or num_stages < num_ranks:
         raise InvalidSchedule(
-            f"'{NAME}' holds the same number of stages on each rank, got {num_stages} stages on {num_ranks} ranks"
+            f"'{NAME}' holds the same number of stages on each rank, got {num_stages} stages on "
+            f"{num_ranks} ranks"
         )
     return {1: "linear", 2: "v"}.get(num_stages // num_ranks, "looped")
 

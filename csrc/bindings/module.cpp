@@ -1,7 +1,8 @@
 #include "bindings/module.hpp"
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The native core of pipeline_ext: plans, schedules, the simulator, the search, the executors, packing.";
+  m.doc() =
+      "The native core of pipeline_ext: plans, schedules, the simulator, the search, the executors, packing.";
   m.attr("compiler") = "g++ " __VERSION__;
   pe::bind_plan(m);
   pe::bind_simulate(m);

@@ -41,8 +41,10 @@ Found search_until(const Problem& problem, const std::vector<Order>& templates, 
   return found.get();
 }
 
-std::tuple<Cells, double, long, bool> search(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs,
-                 bool span, const std::vector<Cells>& templates, long work, double seconds, std::uint64_t seed, int threads) {
+std::tuple<Cells, double, long, bool> search(const std::vector<int>& rank_of_stage, int num_ranks,
+                                             int microbatches, const Costs& costs, bool span,
+                                             const std::vector<Cells>& templates, long work,
+                                             double seconds, std::uint64_t seed, int threads) {
   SignalPoll poll;
   bool interrupted = false;
   py::gil_scoped_release release;

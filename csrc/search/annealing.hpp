@@ -1,5 +1,5 @@
-// Simulated annealing (Kirkpatrick et al., Optimization by Simulated Annealing, Science 1983), the part that is the
-// same whatever is varied.
+// Simulated annealing (Kirkpatrick et al., Optimization by Simulated Annealing, Science 1983), the part that
+// is the same whatever is varied.
 #pragma once
 
 #include <cmath>

@@ -54,8 +54,8 @@ std::optional<Score> Greedy::run(const Policy& policy, Tokens* tokens) {
   return problem_.score(begin_, end_);
 }
 
-// What one microbatch takes at each later stage of the rank that has none in flight: kept for it, since what is
-// in flight at the earlier stages may end only by way of the later ones.
+// What one microbatch takes at each later stage of the rank that has none in flight: kept for it, since what
+// is in flight at the earlier stages may end only by way of the later ones.
 double Greedy::reserved_after(int stage) const {
   double reserved = 0;
   for (const int later : problem_.stages_of(problem_.rank_of(stage))) {

@@ -1,10 +1,10 @@
-// An order made by a policy: under a virtual clock each rank takes the ready task it likes best, or waits for a
-// better one that is on its way.
+// An order made by a policy: under a virtual clock each rank takes the ready task it likes best, or waits for
+// a better one that is on its way.
 //
 // What a rank knows when it chooses is what will have arrived when: a result's way is known once its task has
 // begun. Weight gradients fill the time in which neither a forward nor an input gradient is there, as in the
-// heuristics of Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024; how eagerly, and what is worth waiting
-// for, is a parameter of each rank, for a search to set.
+// heuristics of Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024; how eagerly, and what is worth
+// waiting for, is a parameter of each rank, for a search to set.
 #pragma once
 
 #include <array>

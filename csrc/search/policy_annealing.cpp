@@ -66,7 +66,8 @@ void change(const Problem& problem, Policy& policy, Random& random) {
   const int phase = random.below(kNumPhases);
   if (what < 12) {
     const auto preference = random_preference(problem, random);
-    return change_ranks(problem, policy, random, [&](RankPolicy& rank) { rank.preference[phase] = preference; });
+    return change_ranks(problem, policy, random,
+                        [&](RankPolicy& rank) { rank.preference[phase] = preference; });
   }
   if (what < 14) {
     const bool alternates = random.one_in(2);
@@ -83,13 +84,16 @@ void change(const Problem& problem, Policy& policy, Random& random) {
 }  // namespace
 
 Policy random_policy(const Problem& problem, Random& random) {
-  // In flight by distance from the last stage, as in 1F1B, but times a factor; fewer once the first I has run.
+  // In flight by distance from the last stage, as in 1F1B, but times a factor; fewer once the first I has
+  // run.
   const double factor = 0.25 * std::exp(3.0 * random.share());
   const double later = random.one_in(2) ? 1.0 : 0.4 + 0.6 * random.share();
   Policy policy;
   for (int s = 0; s < problem.num_stages(); ++s) {
     const int distance = problem.num_stages() - s;
-    const auto limit = [&](double times) { return clamp_limit(problem, static_cast<int>(std::ceil(times * distance))); };
+    const auto limit = [&](double times) {
+      return clamp_limit(problem, static_cast<int>(std::ceil(times * distance)));
+    };
     policy.limits.push_back({limit(factor), limit(factor * later)});
   }
   RankPolicy rank;

@@ -127,7 +127,8 @@ void Filler::hand_over(int from, int to, std::vector<double>& arrivals, int m, d
 int Filler::slowest_rank() const {
   int slowest = 0;
   for (int rank = 1; rank < problem_.num_ranks(); ++rank) {
-    if (problem_.share(begin_[rank], end_[rank]) > problem_.share(begin_[slowest], end_[slowest])) slowest = rank;
+    const double most = problem_.share(begin_[slowest], end_[slowest]);
+    if (problem_.share(begin_[rank], end_[rank]) > most) slowest = rank;
   }
   return slowest;
 }

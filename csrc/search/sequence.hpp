@@ -1,5 +1,5 @@
-// An order made from the sequences in which each rank takes its forwards and input gradients: the weight gradients
-// are put where the rank would wait, or where memory demands it; or they are part of the sequence.
+// An order made from the sequences in which each rank takes its forwards and input gradients: the weight
+// gradients are put where the rank would wait, or where memory demands it; or they are part of the sequence.
 #pragma once
 
 #include <optional>
@@ -24,7 +24,8 @@ class Filler {
   // The order too, with its W.
   std::optional<Score> run(const Sequence& sequence, Tokens& tokens) { return run(sequence, &tokens); }
 
-  // Of the last run that ended: how long each rank waited for each of its tokens, and its share of the objective.
+  // Of the last run that ended: how long each rank waited for each of its tokens, and its share of the
+  // objective.
   const std::vector<std::vector<double>>& waits() const { return waits_; }
   int slowest_rank() const;
 

@@ -14,7 +14,8 @@ struct RatedSequence {
   Score score;
 };
 
-// The better of `tokens` as they are, and their F and I with the slack that serves best; nothing if neither ends.
+// The better of `tokens` as they are, and their F and I with the slack that serves best; nothing if neither
+// ends.
 std::optional<RatedSequence> sequence_of(const Problem& problem, const Tokens& tokens);
 
 // From `start` on; ends early where `ends(best)` says so.

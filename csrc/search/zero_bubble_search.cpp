@@ -88,7 +88,8 @@ class Search {
   // Asked before each trial.
   bool is_over(const Score& score, const Problem& problem) {
     ++trials_;
-    return score.time <= (1 + kRounding) * problem.lower_bound() || (effort_.stop && effort_.stop->load(std::memory_order_relaxed));
+    const bool is_stopped = effort_.stop && effort_.stop->load(std::memory_order_relaxed);
+    return is_stopped || score.time <= (1 + kRounding) * problem.lower_bound();
   }
   bool is_over(const Score& score) { return is_over(score, problem_); }
 
@@ -139,7 +140,7 @@ class Search {
       if (is_over(found_.tokens.empty() ? kNothing : found_.score)) return;
       const long rounds = trials(problem_, share, kCheaper) / static_cast<long>(sequences.size());
       for_each(static_cast<int>(sequences.size()), effort_.threads, [&](int i) {
-        if (sequences[i]) sequences[i] = anneal(problem_, std::move(*sequences[i]), rounds, random(seed + i), ends);
+        sequences[i] = anneal(problem_, std::move(*sequences[i]), rounds, random(seed + i), ends);
       });
     };
     for (std::size_t i = 0; i < beginnings.size(); ++i) sequences[i] = sequence_of(problem_, beginnings[i]);

@@ -1,9 +1,9 @@
 // The search for an order of F, I and W that ends soonest within the memory there is.
 //
-// First policies (greedy.hpp) are drawn at random and the best of them varied; then the sequences that they and the
-// published schedules give (sequence.hpp) are varied token by token. All by simulated annealing, on several threads,
-// with the same result for the same seed and work, whatever the threads. An order that no other
-// can beat (simulate/lower_bound.hpp) ends the search.
+// First policies (greedy.hpp) are drawn at random and the best of them varied; then the sequences that they
+// and the published schedules give (sequence.hpp) are varied token by token. All by simulated annealing, on
+// several threads, with the same result for the same seed and work, whatever the threads. An order that no
+// other can beat (simulate/lower_bound.hpp) ends the search.
 #pragma once
 
 #include <atomic>
@@ -27,7 +27,8 @@ struct Found {
   long trials = 0;
 };
 
-// `templates` are orders to begin from as well. Throws PlanError if nothing that was tried ends within the memory.
+// `templates` are orders to begin from as well. Throws PlanError if nothing that was tried ends within the
+// memory.
 Found search_zero_bubble(const Problem& problem, const std::vector<Order>& templates, const Effort& effort);
 
 }  // namespace pe

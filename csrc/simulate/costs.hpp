@@ -22,7 +22,8 @@ struct Costs {
   std::vector<double> transfer;  // empty: none
   double contention = 1.0;           // how much longer a task takes beside one of its rank's other stream
   double pair = 1.0;                 // time of an overlapped pair, as a share of its actions' one after another
-  // Memory of one microbatch, in one unit throughout; what neither I nor W has freed goes with the last of them.
+  // Memory of one microbatch, in one unit throughout; what neither I nor W has freed goes with the last of
+  // them.
   std::vector<double> taken;         // by stage, by F; empty: 1
   std::vector<double> freed_by_input_grad;  // by stage; empty: none, W frees it all
   std::vector<double> memory_limit;  // by rank; empty: none

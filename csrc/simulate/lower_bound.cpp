@@ -18,7 +18,9 @@ TaskTimes times_of(const std::vector<int>& rank_of_stage, const Costs& costs) {
   TaskTimes least;
   const double share = std::min(1.0, costs.pair);
   const int stages = static_cast<int>(rank_of_stage.size());
-  const auto crosses = [&](int b) { return b >= 0 && b + 1 < stages && rank_of_stage[b] != rank_of_stage[b + 1]; };
+  const auto crosses = [&](int b) {
+    return b >= 0 && b + 1 < stages && rank_of_stage[b] != rank_of_stage[b + 1];
+  };
   const auto sending = [&](int b) { return crosses(b) && !costs.overhead.empty() ? costs.overhead[b] : 0.0; };
   for (int s = 0; s < stages; ++s) {
     const double whole = costs.backward[s];
@@ -60,7 +62,9 @@ class Bounds {
       way_back_[s] = way_back_[s - 1] + times_.input_grad[s - 1] + times_.way[s - 1];
     }
     backward_[stages - 1] = forward_[stages - 1] + times_.forward[stages - 1];
-    for (int s = stages - 2; s >= 0; --s) backward_[s] = backward_[s + 1] + times_.input_grad[s + 1] + times_.way[s];
+    for (int s = stages - 2; s >= 0; --s) {
+      backward_[s] = backward_[s + 1] + times_.input_grad[s + 1] + times_.way[s];
+    }
     for (int rank = 0; rank < num_ranks; ++rank) add_part(rank);
   }
 
@@ -69,7 +73,8 @@ class Bounds {
     bound.makespan = backward_[0] + times_.backward[0];
     for (const Part& mine : parts_) {
       // No gradient comes before the first microbatch's; the W may all come when the last gradient has left.
-      double span = std::max({mine.forwards + mine.backwards + mine.crowded, mine.wait + mine.backwards, mine.alone});
+      double span = std::max({mine.forwards + mine.backwards + mine.crowded,
+                              mine.wait + mine.backwards, mine.alone});
       for (const Part& other : parts_) span = std::max(span, by_way_of(other, mine.first));
       bound.span = std::max(bound.span, span);
       bound.makespan = std::max({bound.makespan, forward_[mine.first] + span, by_way_of(mine, 0)});
@@ -97,15 +102,17 @@ class Bounds {
     parts_.push_back(part);
   }
 
-  // From the begin at stage `from` until the last gradient that has passed `other` is through there, weights included.
+  // From the begin at stage `from` until the last gradient that has passed `other` is through there, weights
+  // included.
   double by_way_of(const Part& other, int from) const {
     if (other.first < from) return 0.0;
     return forward_[other.first] - forward_[from] + std::max(other.forwards, other.wait) + other.gradients +
            way_back_[other.first] - way_back_[from] + times_.backward[from] - times_.input_grad[from];
   }
 
-  // Until its first gradient comes a rank has nothing to run but the F that fit its memory; and from when the last F
-  // of its first stage begins until that microbatch is back, only what those in its memory have left to do.
+  // Until its first gradient comes a rank has nothing to run but the F that fit its memory; and from when the
+  // last F of its first stage begins until that microbatch is back, only what those in its memory have left
+  // to do.
   double crowded(int rank, const Part& part) const {
     if (costs_.memory_limit.empty()) return 0.0;
     const double limit = costs_.memory_limit[rank];
@@ -133,14 +140,16 @@ class Bounds {
   const int microbatches_;
   const Costs& costs_;
   const TaskTimes times_;
-  std::vector<double> forward_, backward_;  // of one microbatch alone: when its F, its gradients, begin at each stage
+  // Of one microbatch alone: when its F, and its gradients, begin at each stage.
+  std::vector<double> forward_, backward_;
   std::vector<double> way_back_;            // of a gradient that has left a stage, to the begin of the pipeline
   std::vector<Part> parts_;                 // of the ranks that hold stages
 };
 
 }  // namespace
 
-LowerBound lower_bound(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs) {
+LowerBound lower_bound(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches,
+                       const Costs& costs) {
   costs.validate(static_cast<int>(rank_of_stage.size()), num_ranks);
   return Bounds(rank_of_stage, num_ranks, microbatches, costs).find();
 }
