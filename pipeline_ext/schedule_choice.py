@@ -16,12 +16,12 @@ _WORTH = 0.98  # of the time, at most, that a change of schedule must leave
 _SECONDS = 2.0  # for the search, or
 _TRIALS = 2000
 
-# By placement, the schedules of the first steps. Where they can, the last one splits the backward, so that
-# I and W are measured too.
+# By placement, the schedules of the first steps and of the last one measured. Where it can, that splits the
+# backward, so that I and W are measured too.
 _FIRST = {
-    "linear": ("1f1b", "1f1b", "zb-h1"),
-    "v": ("zbv", "zbv", "zbv"),
-    "looped": ("interleaved-1f1b",) * MEASURED_STEPS,
+    "linear": ("1f1b", "zb-h1"),
+    "v": ("zbv", "zbv"),
+    "looped": ("interleaved-1f1b", "interleaved-1f1b"),
 }
 
 
@@ -82,16 +82,15 @@ def first_steps(
     plan_of: PlanOf, num_stages: int, num_ranks: int, in_flight: Sequence[int], memory: Costs | None
 ) -> FirstSteps:
     """The steps from which the schedule is chosen; ``in_flight`` and ``memory`` as ``choose`` takes them."""
-    names = _FIRST[_layout(num_stages, num_ranks)]
-    plans = {names[0]: plan_of(names[0])}
-    for name in names:
-        try:
-            plans.setdefault(name, plan_of(name))
-        except InvalidSchedule:  # not within the memory
-            plans[name] = plans[names[0]]
+    first, last = _FIRST[_layout(num_stages, num_ranks)]
+    plan = plan_of(first)
+    try:
+        plan_of_last = plan if last == first else plan_of(last)
+    except InvalidSchedule:  # not within the memory
+        plan_of_last = plan
     return FirstSteps(
-        [plans[name] for name in names],
-        lambda profiles: choose(plan_of, merged(profiles), names[0], in_flight, memory),
+        [plan] * (MEASURED_STEPS - 1) + [plan_of_last],
+        lambda profiles: choose(plan_of, merged(profiles), first, in_flight, memory),
     )
 
 

@@ -117,7 +117,7 @@ def counts(ranks):
 # -- what must hold of a step
 
 
-def events(records, change):
+def most_held(records, change):
     """The most that is held, by what ``change(record)`` takes at its begin and frees at its end."""
     found = []
     for record in records:
@@ -147,11 +147,11 @@ def check_in_time(pipe, costs=None):
         assert all(before.end <= after.begin for before, after in zip(ran, ran[1:]))
     for stage, limit in enumerate(plan.limits):
         of_stage = [r for r in records if r.stage == stage]
-        assert events(of_stage, lambda r: (r.kind == "F", r.kind in "BW")) <= limit
+        assert most_held(of_stage, lambda r: (r.kind == "F", r.kind in "BW")) <= limit
     if costs is not None:
         for rank, limit in enumerate(costs.memory_limit):
             of_rank = [r for r in records if r.rank == rank]
-            assert events(of_rank, lambda r: memory_of(r, costs)) <= limit * (1 + 1e-9)
+            assert most_held(of_rank, lambda r: memory_of(r, costs)) <= limit * (1 + 1e-9)
 
 
 def memory_of(record, costs):
