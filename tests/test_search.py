@@ -217,3 +217,11 @@ def test_ctrl_c_stops_zb_auto():
 def test_what_cannot_be_searched_is_refused(refused, said):
     with pytest.raises(pe.PipelineError, match=said):
         refused()
+
+
+def test_no_plan_of_any_placement_tried_is_below_the_bound():
+    # Of two stages a rank, in a V, the dear ones are both on one rank; in turn each rank has one.
+    costs = pe.Costs(forward=[1.0, 5.0, 5.0, 1.0])
+    found = search(costs, num_ranks=2, microbatches=8, chunks=(2,), trials=1)
+    assert all(tried.makespan >= found.lower_bound for tried in found.tried if tried.makespan is not None)
+    assert any(tried.what == "interleaved-1f1b" for tried in found.tried)
