@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import _C, arguments, zero_bubble
-from .errors import InvalidSchedule
+from .errors import InvalidArgument, InvalidSchedule
 from .policy import Policy
 from .simulation import Costs
 
 ScheduleLike = str | os.PathLike | Policy | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
+
+_MOST_TASKS = 2**32 - 2  # of a plan
 
 AUTO = "auto"  # in place of a schedule's name: one that suits the costs
 
@@ -69,6 +71,7 @@ def build_plan(
     """
     num_stages = arguments.count("num_stages", num_stages)
     microbatches = arguments.count("microbatches", microbatches)
+    check_size(num_stages, microbatches)
 
     def by_boundary(name: str, packs: Sequence[int]) -> list[int]:
         accepted = (
@@ -170,6 +173,15 @@ def slots_of_ranks(in_flight: Sequence[int], rank_of_stage: Sequence[int]) -> li
     for rank, most in zip(rank_of_stage, in_flight):
         slots[rank] += most
     return slots
+
+
+def check_size(num_stages: int, microbatches: int) -> None:
+    """Raises InvalidArgument for more tasks than a plan holds, before memory is asked for them."""
+    if 2 * num_stages * microbatches > _MOST_TASKS:  # F and B
+        raise InvalidArgument(
+            f"{microbatches} microbatches at {num_stages} stages are more tasks than the {_MOST_TASKS} that a "
+            "plan holds; give fewer"
+        )
 
 
 def check_trainable(plan: _C.Plan) -> None:

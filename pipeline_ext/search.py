@@ -124,7 +124,7 @@ def search(
     deadline = math.inf if budget is None else state.begin + budget
     try:
         for chunk, count in cuts:
-            state.try_schedules(chunk, count, schedules)
+            state.try_schedules(chunk, count, schedules, deadline)
         state.search_orders(cuts, deadline, trials, seed)
     except KeyboardInterrupt:
         if state.best is None:
@@ -157,9 +157,13 @@ class _Search:
             return costs
         return rebatched(costs, self._microbatches / microbatches)
 
-    def try_schedules(self, chunks: int, microbatches: int, names: Sequence[str] | None) -> None:
-        """Those that the engine can run with so many stages on a rank."""
+    def try_schedules(
+        self, chunks: int, microbatches: int, names: Sequence[str] | None, deadline: float
+    ) -> None:
+        """Those that the engine can run with so many stages on a rank; past the deadline, until one can be."""
         for name in _C.schedule_names():
+            if self.best is not None and time.perf_counter() > deadline:
+                return
             if names is not None and name not in names or not _fits(_C.layout_of(name), chunks):
                 continue
             plan = self._try(name, chunks, microbatches, None)

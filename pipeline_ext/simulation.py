@@ -205,13 +205,16 @@ def simulate(
         noise: coefficient of variation of a random factor of mean 1, log-normal, on the time of each task.
         seed: of those factors, at least 0; the same action gets the same one in every mode.
 
-    Raises InvalidSchedule if the costs do not fit the plan, or its order exceeds a limit of memory, and
-    InvalidArgument for another seed.
+    Raises InvalidSchedule if the costs do not fit the plan or add up to no finite time, or its order exceeds a
+    limit of memory, and InvalidArgument for another seed.
     """
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise InvalidArgument(f"seed is {seed!r}; give a whole number from 0 on")
     by_stage = costs.by_stage(plan.num_stages, plan.num_ranks).with_noise(noise, seed)
-    return Simulation(plan, by_stage, _C.simulate(plan, by_stage))
+    times = _C.simulate(plan, by_stage)
+    if times.makespan == math.inf:
+        raise InvalidSchedule("the step takes longer than a number can tell; give times in a larger unit")
+    return Simulation(plan, by_stage, times)
 
 
 def _spread(cost: PerStage, count: int) -> list[float]:

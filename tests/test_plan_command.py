@@ -156,6 +156,12 @@ def test_alone_what_cannot_be_ends_with_status_1(plan, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_step_too_long_for_a_number_cannot_be(plan):
+    status, out, _ = plan("--schedule", "1f1b", *SHAPE, "--tf", "1e308")
+    assert status == 1
+    assert "1f1b cannot be: the step takes longer than a number can tell" in out
+
+
 def test_a_deadlock_is_named_with_its_cycle(plan, tmp_path):
     file = tmp_path / "order.csv"
     file.write_text(DEADLOCK)
@@ -184,6 +190,10 @@ def test_a_deadlock_is_named_with_its_cycle(plan, tmp_path):
         (["--schedule", "1f1b", *SHAPE, "--budget", "5s"], "--budget and --trials bound a search"),
         (["--schedule", "1f1b", "--ranks", "4", "--microbatches", "4,8"], "several --microbatches are for a"),
         ([*SHAPE, "--budget", "soon"], "'soon' is not a time; write it as in 500ms, 5s or 1m"),
+        (
+            ["--schedule", "1f1b", "--ranks", "1000000000", "--microbatches", "1000000000"],
+            "1000000000 microbatches at 1000000000 stages are more tasks than",
+        ),
         (["--from-csv", "nowhere.csv"], "No such file or directory: 'nowhere.csv'"),
         (["--schedule", "1f1b", *SHAPE, "--costs", "nowhere.json"], "the costs 'nowhere.json' cannot be read"),
     ],

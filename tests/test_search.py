@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pytest
+
 import pipeline_ext as pe
 from pipeline_ext import _C
 from pipeline_ext.cli import main
@@ -225,3 +227,14 @@ def test_no_plan_of_any_placement_tried_is_below_the_bound():
     found = search(costs, num_ranks=2, microbatches=8, chunks=(2,), trials=1)
     assert all(tried.makespan >= found.lower_bound for tried in found.tried if tried.makespan is not None)
     assert any(tried.what == "interleaved-1f1b" for tried in found.tried)
+
+
+def test_a_spent_budget_leaves_named_schedules_untried():
+    found = search(pe.Costs(latency=0.5), num_ranks=4, microbatches=8, budget=1e-9)
+    assert [tried.what for tried in found.tried] == ["gpipe"]
+    assert found.best.schedule == "gpipe"
+
+
+def test_orders_are_not_searched_for_more_stages_than_can_be_told_apart():
+    with pytest.raises(pe.InvalidSchedule, match="at most 32767 stages, got 32768"):
+        pe.build_plan("zb-auto", num_stages=2**15, microbatches=1)

@@ -28,6 +28,10 @@ Problem::Problem(const Placement& placement, int microbatches, const Costs& cost
       latency_(costs.latency),
       transfer_(costs.transfer) {
   costs.validate(num_stages(), placement.num_ranks);
+  if (constexpr int kMost = std::numeric_limits<decltype(Token::stage)>::max(); num_stages() > kMost) {
+    throw PlanError("an order is searched for at most " + std::to_string(kMost) + " stages, got " +
+                    std::to_string(num_stages()) + "; name another schedule");
+  }
   if (taken_.empty()) taken_.assign(num_stages(), 1.0);
   if (freed_by_input_.empty()) freed_by_input_.assign(num_stages(), 0.0);
   if (limit_.empty()) limit_.assign(placement.num_ranks, std::numeric_limits<double>::infinity());

@@ -37,8 +37,8 @@ struct Score {
 
 class Problem {
  public:
-  // Throws PlanError for costs that do not fit, a rank without stages, or a limit too small for one
-  // microbatch at each of a rank's stages.
+  // Throws PlanError for costs that do not fit, more stages than a Token tells apart, a rank without
+  // stages, or a limit too small for one microbatch at each of a rank's stages.
   Problem(const Placement& placement, int microbatches, const Costs& costs, Objective objective);
 
   // The same with another number of microbatches.

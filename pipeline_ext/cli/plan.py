@@ -11,7 +11,7 @@ from .. import _C, zero_bubble
 from ..comparison import Planned, planned, rebatched, recut, simulated, stages_of
 from ..errors import InvalidArgument, InvalidSchedule
 from ..files import whole_file
-from ..planning import AUTO, schedule_names
+from ..planning import AUTO, check_size, schedule_names
 from ..report.page import save_page
 from ..report.timeline import (
     SUFFIXES,
@@ -62,6 +62,8 @@ def _check(options: argparse.Namespace, names: Sequence[str]) -> None:
     for flag in ("ranks", "microbatches"):
         if names and getattr(options, flag) is None:
             raise InvalidArgument(f"--{flag} is missing, which {', '.join(names)} needs; give a whole number")
+    if names:
+        check_size(options.ranks * (options.chunks or 1), max(options.microbatches))
     if options.csv and len(names) + len(options.from_csv) > 1:
         raise InvalidArgument("--csv holds one schedule, and several are given; give one, or leave --csv out")
     if options.png:
