@@ -12,8 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pytest
-
 import pipeline_ext as pe
 from pipeline_ext import _C
 from pipeline_ext.cli import main
