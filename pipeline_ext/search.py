@@ -259,7 +259,7 @@ class _Search:
     def _lower_bound(self, chunks: int, microbatches: int) -> float:
         stages = self._ranks * chunks
         by_stage = self.costs_of(chunks, microbatches).by_stage(stages, self._ranks)
-        in_turn = [stage % self._ranks for stage in range(stages)]  # as looped schedules have them, the others not
+        in_turn = [stage % self._ranks for stage in range(stages)]  # as looped schedules have them
         homes = in_turn, zero_bubble.rank_of_stage(stages, self._ranks)
         return min(_C.lower_bound(home, self._ranks, microbatches, by_stage)[0] for home in homes)
 
