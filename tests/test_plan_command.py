@@ -188,7 +188,7 @@ def test_a_deadlock_is_named_with_its_cycle(plan, tmp_path):
         (["--schedule", "1f1b,gpipe", *SHAPE, "--csv", "x.csv"], "--csv holds one schedule, and several"),
         (["--schedule", "1f1b", *SHAPE, "--png", "x.txt"], "the path is 'x.txt'; give one that ends in .png"),
         (["--schedule", "1f1b", *SHAPE, "--budget", "5s"], "--budget and --trials bound a search"),
-        ([*SHAPE, "--overlap"], "--overlap is of named schedules, and auto searches for ranks that run one task"),
+        ([*SHAPE, "--overlap"], "--overlap is of named schedules, and auto searches for ranks that run one"),
         (["--schedule", "1f1b", "--ranks", "4", "--microbatches", "4,8"], "several --microbatches are for a"),
         ([*SHAPE, "--budget", "soon"], "'soon' is not a time; write it as in 500ms, 5s or 1m"),
         (

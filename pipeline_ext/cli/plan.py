@@ -70,8 +70,8 @@ def _check(options: argparse.Namespace, names: Sequence[str]) -> None:
         accepted_path(options.png, SUFFIXES)
     if AUTO in names and options.overlap:
         raise InvalidArgument(
-            f"--overlap is of named schedules, and {AUTO} searches for ranks that run one task at a time; leave "
-            "one of them out"
+            f"--overlap is of named schedules, and {AUTO} searches for ranks that run one task at a time; "
+            "leave one of them out"
         )
     if AUTO not in names and len(options.microbatches or [1]) > 1:
         raise InvalidArgument(f"several --microbatches are for a search; give one, or --schedule {AUTO}")
