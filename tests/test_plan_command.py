@@ -190,6 +190,7 @@ def test_a_deadlock_is_named_with_its_cycle(plan, tmp_path):
         (["--schedule", "1f1b,gpipe", *SHAPE, "--csv", "x.csv"], "--csv holds one schedule, and several"),
         (["--schedule", "1f1b", *SHAPE, "--png", "x.txt"], "the path is 'x.txt'; give one that ends in .png"),
         (["--schedule", "1f1b", *SHAPE, "--budget", "5s"], "--budget and --trials bound a search"),
+        ([*SHAPE, "--overlap"], "--overlap is of named schedules, and auto searches for ranks that run one"),
         (["--schedule", "1f1b", "--ranks", "4", "--microbatches", "4,8"], "several --microbatches are for a"),
         ([*SHAPE, "--budget", "soon"], "'soon' is not a time; write it as in 500ms, 5s or 1m"),
         (
@@ -253,11 +254,25 @@ def test_the_page_stands_alone_and_holds_every_task(plan, tmp_path):
         costs = pe.Costs(input_grad=1.0, weight_grad=1.0)
         simulation = pe.simulate(built, costs)
         expected = [
-            [t.kind, t.stage, t.microbatch, t.rank, int(t.stream == "backward"), t.begin, t.end]
+            [t.kind, t.stage, t.microbatch, t.rank, 0, t.begin, t.end]
             for t in task_records(built, simulation.begin, simulation.end)
         ]
         assert shown["tasks"] == expected
         assert [max(amount for _, amount in curve) for curve in shown["memory"]] == simulation.peak_memory
+
+
+def test_the_parts_of_a_pair_lie_above_one_another(plan, tmp_path):
+    file = tmp_path / "page.html"
+    assert plan("--schedule", "dualpipev", *SHAPE, "--html", file)[0] == 0
+    page = Page()
+    page.feed(file.read_text())
+    (shown,) = json.loads(page.data)["schedules"]
+    lanes = {(kind, stage, microbatch): lane for kind, stage, microbatch, _, lane, _, _ in shown["tasks"]}
+    built = pe.build_plan("dualpipev", num_stages=8, microbatches=8)
+    pairs = [cell for cells in built.order().values() for cell in cells if cell.startswith("(")]
+    parts = [part for pair in pairs for part in re.findall(r"(\d+)([FB])(\d+)", pair)]
+    paired = {(kind, int(stage), int(microbatch)): "-FB".index(kind) for stage, kind, microbatch in parts}
+    assert paired and lanes == dict.fromkeys(lanes, 0) | paired
 
 
 def test_the_title_of_a_page_ends_no_script(plan, tmp_path):

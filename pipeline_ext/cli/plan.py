@@ -68,6 +68,11 @@ def _check(options: argparse.Namespace, names: Sequence[str]) -> None:
         raise InvalidArgument("--csv holds one schedule, and several are given; give one, or leave --csv out")
     if options.png:
         accepted_path(options.png, SUFFIXES)
+    if AUTO in names and options.overlap:
+        raise InvalidArgument(
+            f"--overlap is of named schedules, and {AUTO} searches for ranks that run one task at a time; "
+            "leave one of them out"
+        )
     if AUTO not in names and len(options.microbatches or [1]) > 1:
         raise InvalidArgument(f"several --microbatches are for a search; give one, or --schedule {AUTO}")
     if AUTO not in names and (options.budget or options.trials):

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="microbatches of a step; a CSV file has its own. Of several, with commas, a search takes the best "
         "for one batch; the costs are for the first, which all other schedules have",
     )
-    add("--overlap", action="store_true", help="let a rank run forward and backward at once")
+    add("--overlap", action="store_true", help="let a rank run forward and backward at once; not with auto")
 
     add = parser.add_argument_group(
         "costs",

@@ -12,7 +12,7 @@ from ..comparison import Planned
 from ..files import whole_file
 from ..simulation import Costs
 from .colors import COLORS, NAMES
-from .records import TaskRecord, task_records
+from .records import TaskRecord, lanes, task_records
 from .timeline import percent
 
 
@@ -78,12 +78,11 @@ def _schedule(result: Planned) -> dict[str, Any]:
             f"{max(simulation.peak_memory):.6g}; {plan.num_messages} messages"
         ),
         "ranks": plan.num_ranks,
-        "overlap": plan.overlap,
         "makespan": simulation.makespan,
         "shade": _shade(plan.rank_of_stage),
         "tasks": [
-            (t.kind, t.stage, t.microbatch, t.rank, int(t.stream == "backward"), _short(t.begin), _short(t.end))
-            for t in tasks
+            (t.kind, t.stage, t.microbatch, t.rank, lane, _short(t.begin), _short(t.end))
+            for t, lane in zip(tasks, lanes(plan, tasks), strict=True)
         ],
         "memory": [
             [(_short(time), _short(amount)) for time, amount in curves.get(rank, ())]

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .. import _C
 from .colors import COLORS, NAMES
-from .records import TaskRecord
+from .records import TaskRecord, lanes
 from .timeline import Panel, percent
 
 Color = tuple[float, float, float]
@@ -164,15 +164,11 @@ def _draw(ax: Axes, panel: Panel, across: float, down: float) -> None:
 def _boxes(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> list[Box]:
     shades = _shades(plan)
     boxes = []
-    for record in tasks:
+    for record, lane in zip(tasks, lanes(plan, tasks), strict=True):
         if record.kind not in COLORS:
             continue
-        top, bottom = record.rank - ROW / 2, record.rank + ROW / 2
-        # A rank's streams have a row each where they may run together; elsewhere they share one.
-        if plan.overlap and record.stream == "forward":
-            bottom = record.rank
-        elif plan.overlap:
-            top = record.rank
+        top = record.rank if lane == 2 else record.rank - ROW / 2
+        bottom = record.rank if lane == 1 else record.rank + ROW / 2
         color = shades[record.kind, record.stage]
         number = str(record.microbatch)
         boxes.append(Box(record.kind, number, record.begin, record.end, top, bottom, color))

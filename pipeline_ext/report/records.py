@@ -1,5 +1,6 @@
 """When the tasks of a step ran, or would run: what every report is made from."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,3 +37,16 @@ def task_records(plan: _C.Plan, begin: Sequence[float], end: Sequence[float]) ->
         for task, times in enumerate(zip(begin, end, strict=True))
     ]
     return sorted(records, key=lambda record: record.begin)
+
+
+def lanes(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> list[int]:
+    """Where each task lies in its rank's row: 0, all of it; where streams, or the parts of a pair, run together
+    1, the upper half, for the forward one and 2, the lower half, for the backward one."""
+
+    def place(task: TaskRecord) -> tuple[int, float, float]:
+        return task.rank, task.begin, task.end
+
+    there = Counter(place(task) for task in tasks if task.begin < task.end)
+    return [
+        1 + (task.stream == "backward") if plan.overlap or there[place(task)] > 1 else 0 for task in tasks
+    ]
