@@ -1,5 +1,7 @@
 """Schedules beside one another: what each would take, or why it cannot be."""
 
+import math
+import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,6 +16,8 @@ _FIGURES = (
     "makespan", "ideal", "bubble", "bubble_from_first_start", "bubble_by_rank", "peak_in_flight", "peak_memory",
     "messages", "order", "lower_bound",
 )  # fmt: skip
+
+_ROUNDING = 1e-9  # of sums of times
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,51 @@ def planned(
         chunks = num_stages // num_ranks
         return Planned(schedule, num_ranks, chunks, microbatches, costs, reason=str(error))
     return simulated(schedule, plan, costs)
+
+
+def searched(
+    *,
+    num_stages: int,
+    num_ranks: int,
+    microbatches: int,
+    costs: Costs,
+    overlap: bool = False,
+    seconds: float = math.inf,
+    trials: int | None = None,
+    seed: int = 0,
+) -> Planned:
+    """As ``planned`` of ``"zb-auto"``, but within a budget; Ctrl-C ends it with the best so far.
+
+    Args:
+        seconds: after which it ends. Until then it begins again with other random numbers, and keeps the best.
+        trials: orders to simulate; None: as many as ``"zb-auto"`` does, or as the seconds allow.
+    """
+    nowhere = Planned(zero_bubble.NAME, num_ranks, num_stages // num_ranks, microbatches, costs)
+    deadline = time.perf_counter() + seconds
+    work = zero_bubble.WORK if trials is None else trials * 3 * num_stages * microbatches
+    best: zero_bubble.FoundOrder | None = None
+    try:
+        home = zero_bubble.rank_of_stage(num_stages, num_ranks)
+        _, least = _C.lower_bound(home, num_ranks, microbatches, costs.by_stage(num_stages, num_ranks))
+        while best is None or (trials is None and deadline - time.perf_counter() > 0):
+            found = zero_bubble.find_order(
+                costs,
+                num_stages=num_stages,
+                num_ranks=num_ranks,
+                microbatches=microbatches,
+                span=True,
+                work=work,
+                seconds=deadline - time.perf_counter(),
+                seed=seed,
+            )
+            if best is None or found.time < best.time:
+                best = found
+            if found.interrupted or math.isinf(seconds) or found.time <= least * (1 + _ROUNDING):
+                break
+            seed += 1
+    except InvalidSchedule as error:
+        return replace(nowhere, reason=str(error))
+    return simulated(zero_bubble.NAME, _C.plan_of_cells(best.cells, overlap=overlap), costs)
 
 
 def simulated(schedule: str, plan: _C.Plan, costs: Costs) -> Planned:

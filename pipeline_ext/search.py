@@ -175,22 +175,24 @@ class _Search:
     def search_orders(
         self, cuts: Sequence[tuple[int, int]], deadline: float, trials: int | None, seed: int
     ) -> None:
-        """For each way to cut model and batch, in an equal part of what is left."""
-        for i, (chunks, microbatches) in enumerate(cuts):
-            left = deadline - time.perf_counter()
-            if left <= 0 or self.interrupted:
+        """For each way to cut model and batch, in an equal part of what is left after a look at all of them."""
+        work = {
+            cut: math.inf if trials is None else trials * self._num_tasks(cut) / len(cuts) for cut in cuts
+        }
+        speed = dict.fromkeys(cuts, math.inf)  # tasks placed in a second
+        if math.isfinite(deadline):
+            for cut in cuts:
+                first = int(min(work[cut], _FIRST_LOOK))
+                begin = time.perf_counter()
+                if not self._search_order(*cut, first, deadline - begin, seed):
+                    return
+                speed[cut] = first / (time.perf_counter() - begin)
+                work[cut] -= first
+        for i, cut in enumerate(cuts):
+            seconds = (deadline - time.perf_counter()) / (len(cuts) - i)
+            placed = min(work[cut], speed[cut] * seconds)
+            if placed >= self._num_tasks(cut) and not self._search_order(*cut, int(placed), seconds, seed):
                 return
-            seconds = left / (len(cuts) - i)
-            tasks = _STEP_KINDS * self._ranks * chunks * microbatches
-            work = math.inf if trials is None else trials * tasks / len(cuts)
-            begin = time.perf_counter()
-            if math.isfinite(seconds):
-                first = int(min(work, _FIRST_LOOK))
-                self._search_order(chunks, microbatches, first, seconds, seed)
-                speed = first / (time.perf_counter() - begin)
-                work = min(work - first, speed * (begin + seconds - time.perf_counter()))
-            if work >= tasks and not self.interrupted:
-                self._search_order(chunks, microbatches, int(work), begin + seconds - time.perf_counter(), seed)
 
     def result(self, cuts: Sequence[tuple[int, int]]) -> SearchResult:
         """What it came to. Raises InvalidSchedule where nothing can run."""
@@ -220,9 +222,16 @@ class _Search:
             self._note(Tried(what, chunks, microbatches, reason=str(error).partition("\n")[0]))
             return None
 
+    def _num_tasks(self, cut: tuple[int, int]) -> int:
+        chunks, microbatches = cut
+        return _STEP_KINDS * self._ranks * chunks * microbatches
+
     def _search_order(
         self, chunks: int, microbatches: int, work: int, seconds: float, seed: int
-    ) -> None:
+    ) -> bool:
+        """Whether to go on: not where the time is over, or the user's patience."""
+        if seconds <= 0:
+            return False
         costs = self.costs_of(chunks, microbatches)
         try:
             found = zero_bubble.find_order(
@@ -232,16 +241,17 @@ class _Search:
                 microbatches=microbatches,
                 span=False,
                 work=work,
-                seconds=max(0.0, seconds),
+                seconds=seconds,
                 seed=seed,
             )
         except InvalidSchedule as error:
             self._note(Tried(zero_bubble.NAME, chunks, microbatches, reason=str(error)))
-            return
+            return True
         self._simulations += found.trials
         self.interrupted = self.interrupted or found.interrupted
         for what, cells in _with_and_without_whole_backwards(found.cells):
             self._offer(what, zero_bubble.NAME, chunks, None, _C.plan_of_cells(cells))
+        return not self.interrupted
 
     def _offer(
         self, what: str, name: str, chunks: int, in_flight: list[int] | None, plan: _C.Plan

@@ -80,6 +80,9 @@ def test_an_order_that_is_searched_for_keeps_the_memory_there_is(figures):
     assert max(found["peak_memory"]) <= 2
     one = figures("--schedule", "zb-auto", "--ranks", "2", "--microbatches", "4", "--chunks", "1")
     assert one["chunks"] == 1 and one["makespan"] > found["makespan"]
+    tried = ("--trials", "50", "--seed", "3")
+    assert figures("--schedule", "zb-auto", *SHAPE, *tried) == figures("--schedule", "zb-auto", *SHAPE, *tried)
+    assert figures("--schedule", "zb-auto", *SHAPE, "--budget", "200ms")["feasible"]
     v = figures("--schedule", "zb-auto", "--ranks", "2", "--microbatches", "4", "--chunks", "2")
     assert v["chunks"] == 2
     assert v["order"]["0"][-1][:2] in ("0W", "0B", "3W", "3B")  # stages 0 and 3 lie on rank 0

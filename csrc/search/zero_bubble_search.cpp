@@ -62,8 +62,9 @@ class Search {
     vary(problem_, policies, trials(problem_, kDrawing + kShortAnnealing + kPolicyAnnealing - used, 1.0), 100);
     std::vector<Tokens> beginnings(policies.size());
     for (std::size_t i = 0; i < policies.size(); ++i) {
-      Greedy greedy(problem_);
-      offer(*greedy.run(policies[i].policy, beginnings[i]), beginnings[i]);
+      Greedy(problem_).run(policies[i].policy, beginnings[i]);
+      // In its order, a rank need not wait for what was better at the time.
+      if (const auto score = Filler(problem_).run({beginnings[i], true, {}})) offer(*score, beginnings[i]);
     }
     for (const Order& order : templates) beginnings.push_back(problem_.to_tokens(order));
     for (Tokens& tokens : orders_by_rounds(problem_)) beginnings.push_back(std::move(tokens));

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from .. import _C, zero_bubble
-from ..comparison import Planned, planned, rebatched, recut, simulated, stages_of
+from ..comparison import Planned, planned, rebatched, recut, searched, simulated, stages_of
 from ..errors import InvalidArgument, InvalidSchedule
 from ..files import whole_file
 from ..planning import AUTO, check_size, schedule_names
@@ -75,9 +76,10 @@ def _check(options: argparse.Namespace, names: Sequence[str]) -> None:
         )
     if AUTO not in names and len(options.microbatches or [1]) > 1:
         raise InvalidArgument(f"several --microbatches are for a search; give one, or --schedule {AUTO}")
-    if AUTO not in names and (options.budget or options.trials):
+    if not {AUTO, zero_bubble.NAME} & set(names) and (options.budget or options.trials):
         raise InvalidArgument(
-            f"--budget and --trials bound a search; give --schedule {AUTO}, or leave them out"
+            f"--budget and --trials bound a search; give --schedule {AUTO} or {zero_bubble.NAME}, or leave "
+            "them out"
         )
 
 
@@ -109,8 +111,12 @@ def _named(
     name: str, num_stages: int, options: argparse.Namespace, costs: Costs, stages_of_costs: int, ranks: int
 ) -> Planned:
     """What a named schedule would take; of zb-auto without --chunks, the better of one stage a rank and two."""
+    size = {"num_ranks": ranks, "microbatches": options.microbatches[0], "overlap": options.overlap}
+    if name != zero_bubble.NAME:
+        return planned(name, num_stages=num_stages, costs=recut(costs, stages_of_costs, num_stages), **size)
+    counts = [num_stages] if options.chunks else [num_stages, 2 * ranks]
     found: list[Planned] = []
-    for count in [num_stages, 2 * ranks] if name == zero_bubble.NAME and not options.chunks else [num_stages]:
+    for count in counts:
         try:
             cut = recut(costs, stages_of_costs, count)
         except InvalidSchedule:
@@ -118,13 +124,13 @@ def _named(
                 raise
             break
         found.append(
-            planned(
-                name,
+            searched(
                 num_stages=count,
-                num_ranks=ranks,
-                microbatches=options.microbatches[0],
                 costs=cut,
-                overlap=options.overlap,
+                seconds=(options.budget or math.inf) / len(counts),
+                trials=options.trials,
+                seed=options.seed,
+                **size,
             )
         )
     feasible = [result for result in found if result.simulation is not None]

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON file of costs, as pipe.profile().save(FILE) writes it; options given beside it win",
     )
 
-    add = parser.add_argument_group(f"search, with --schedule {AUTO}").add_argument
+    add = parser.add_argument_group(f"search, with --schedule {AUTO} or zb-auto").add_argument
     add("--budget", metavar="TIME", type=seconds, help="500ms, 5s, 1m (default: 5s, without --trials)")
     add("--trials", metavar="N", type=count, help="plans to try; without --budget the same ones for a seed")
     add("--seed", metavar="N", type=count_or_zero, default=0, help="of its choices (default: 0)")
