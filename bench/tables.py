@@ -148,6 +148,24 @@ def k_tradeoff(results: dict) -> list[str]:
     return lines
 
 
+def recompute(results: dict) -> list[str]:
+    peer = "torch.distributed.pipelining"
+    lines = [
+        "| width | checkpointed | a layer is recomputed: ours, torch's | ours, ms | torch's, ms "
+        "| ours faster by |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        times, counts = row["milliseconds"], row["recomputations_of_a_layer"]
+        recomputed = f"{counts['pipeline_ext']:g}, {counts[peer]:g}" if row["recomputed"] else ""
+        lines.append(
+            f"| {row['width']} | {'yes' if row['recomputed'] else 'no'} | {recomputed} | "
+            f"{_spread(times['pipeline_ext'], '.1f')} | {_spread(times[peer], '.1f')} | "
+            f"{_spread(row['ours_is_faster_by'][peer])} |"
+        )
+    return lines
+
+
 def gpu_step(results: dict) -> list[str]:
     names = list(dict.fromkeys(name for row in results["rows"] for name in row["peak_gib"]))
     lines = [
@@ -192,10 +210,15 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
     "planner_quality": planner_quality,
     "pack": pack,
     "k_tradeoff": k_tradeoff,
+    "recompute": recompute,
     "gpu_step": gpu_step,
     "gpu_host": gpu_host,
 }
-IN_DOCS = {"docs/scheduler.md": ["reaction"], "docs/planner_quality.md": ["planner_quality"]}
+IN_DOCS = {
+    "docs/scheduler.md": ["reaction"],
+    "docs/planner_quality.md": ["planner_quality"],
+    "docs/numbers.md": ["recompute"],
+}
 PAGES = {"README.md": [name for name in TABLES if [name] not in IN_DOCS.values()], **IN_DOCS}
 ON_GPUS = ("pack", "gpu_step", "gpu_host")
 
