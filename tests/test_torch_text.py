@@ -65,16 +65,3 @@ def test_an_overlapped_cell_may_hold_any_actions(cell):
     order = [["0F0", "1F0", cell, *rest, "0B0", "1F1", "1B1", "0B1"]]
     assert str(schedules._Action.from_str(cell)) == cell
     assert list(_C.plan_of_cells(order).order().values()) == order
-
-
-@pytest.mark.parametrize("latency", [0.0, 0.25])
-@pytest.mark.parametrize("name", ["LoopedBFS", "Interleaved1F1B", "ZBVZeroBubble"])
-def test_messages_that_are_listed_take_as_long_as_those_that_are_not(name, latency):
-    # Receives are posted ahead of what they are for, as torch's runtime does; they hold nothing up.
-    computed = rank_operations(f"Schedule{name}", 4, 2, 8)
-    costs = pe.Costs(latency=latency)
-    makespans = [
-        pe.simulate(_C.plan_of_cells(list(texts(actions).values())), costs).makespan
-        for actions in (computed, lowered(computed, 8, 8))
-    ]
-    assert makespans[1] == pytest.approx(makespans[0])

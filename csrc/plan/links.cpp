@@ -94,18 +94,14 @@ void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& s
   const auto add_sender = [&](int stage, Kind kind) {
     return add_task(index.find_sender(stage, kind, a.microbatch));
   };
-  // A receive is posted, and holds nothing up; what needs the result waits for the sending too.
-  const auto add_received = [&](Kind receive, int sender, Kind send) {
-    return add(a.stage, receive) && add(sender, send);
-  };
   switch (a.kind) {
     case Kind::F:
-      if (!add_received(Kind::RecvF, a.stage - 1, Kind::SendF)) add_sender(a.stage - 1, Kind::F);
+      if (!add(a.stage, Kind::RecvF)) add_sender(a.stage - 1, Kind::F);
       break;
     case Kind::B:
     case Kind::I:
       add(a.stage, Kind::F);
-      if (!add_received(Kind::RecvB, a.stage + 1, Kind::SendB) && !add_sender(a.stage + 1, Kind::B)) {
+      if (!add(a.stage, Kind::RecvB) && !add_sender(a.stage + 1, Kind::B)) {
         add_sender(a.stage + 1, Kind::I);
       }
       break;
@@ -115,8 +111,14 @@ void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& s
     case Kind::SendF:
       add(a.stage, Kind::F);
       break;
+    case Kind::RecvF:
+      add(a.stage - 1, Kind::SendF);
+      break;
     case Kind::SendB:
       if (!add(a.stage, Kind::B)) add(a.stage, Kind::I);
+      break;
+    case Kind::RecvB:
+      add(a.stage + 1, Kind::SendB);
       break;
     case Kind::ReduceGrad:
       for (int m = 0; m < shape.num_microbatches; ++m) {
@@ -126,8 +128,6 @@ void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& s
         }
       }
       break;
-    case Kind::RecvF:
-    case Kind::RecvB:
     case Kind::Unshard:
     case Kind::Reshard:
       break;
