@@ -154,7 +154,9 @@ def searched(
     """
     nowhere = Planned(zero_bubble.NAME, num_ranks, num_stages // num_ranks, microbatches, costs)
     deadline = time.perf_counter() + seconds
-    work = zero_bubble.WORK if trials is None else trials * 3 * num_stages * microbatches
+    work = zero_bubble.WORK
+    if trials is not None:
+        work = trials * zero_bubble.num_tasks(num_stages, microbatches)
     best: zero_bubble.FoundOrder | None = None
     try:
         home = zero_bubble.rank_of_stage(num_stages, num_ranks)

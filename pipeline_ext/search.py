@@ -13,7 +13,6 @@ from .simulation import Costs, Simulation, simulate
 
 _WIDER = (1.25, 1.5, 2.0)  # times the microbatches in flight that a rule asks for
 _FIRST_LOOK = 2_000_000  # tasks placed in the first search for an order, by whose speed the time is shared out
-_STEP_KINDS = 3  # F, I, W
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ class _Search:
 
     def _num_tasks(self, cut: tuple[int, int]) -> int:
         chunks, microbatches = cut
-        return _STEP_KINDS * self._ranks * chunks * microbatches
+        return zero_bubble.num_tasks(self._ranks * chunks, microbatches)
 
     def _search_order(
         self, chunks: int, microbatches: int, work: int, seconds: float, seed: int

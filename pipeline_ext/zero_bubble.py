@@ -35,6 +35,11 @@ class FoundOrder(NamedTuple):
     interrupted: bool
 
 
+def num_tasks(num_stages: int, microbatches: int) -> int:
+    """F, I and W of a step: the work of one trial."""
+    return 3 * num_stages * microbatches
+
+
 def layout(num_stages: int, num_ranks: int) -> str:
     """How so many stages are placed: one a rank, two in V shape, more in turn. Raises InvalidSchedule."""
     if num_stages % num_ranks or num_stages < num_ranks:
