@@ -26,8 +26,11 @@ Nanoseconds now() {
 }  // namespace
 
 struct HostExecutor::Step {
-  Step(std::shared_ptr<const Program> to_run, bool record)
-      : program(std::move(to_run)), scheduler(program->plan()) {
+  Step(std::shared_ptr<const Program> to_run, int of_rank, bool record)
+      : program(std::move(to_run)),
+        rank(of_rank),
+        first_worker(rank == kEveryRank ? 0 : rank * program->plan().workers_per_rank()),
+        scheduler(program->plan(), rank) {
     result.begin = now();
     last_progress = result.begin;
     if (record) {
@@ -40,7 +43,18 @@ struct HostExecutor::Step {
   bool recording() const { return !result.task_begin.empty(); }
   bool over() const { return running == 0 && (stopping || scheduler.done()); }
 
+  // What waits for `task` may have all it needs. Calls wake(worker), counted from this process's first.
+  template <class Wake>
+  void arrive_after(TaskId task, Wake&& wake) {
+    for (const TaskId after : plan().successors(task)) {
+      if (rank != kEveryRank && plan().rank_of(after) != rank) continue;
+      scheduler.arrive(after, [&](int worker) { wake(worker - first_worker); });
+    }
+  }
+
   const std::shared_ptr<const Program> program;
+  const int rank;
+  const int first_worker;
   ListScheduler scheduler;
   StepResult result;
   Nanoseconds last_progress;
@@ -76,8 +90,9 @@ struct HostExecutor::Shared {
 };
 
 HostExecutor::HostExecutor(int num_workers, const std::vector<std::string>& thread_names,
-                           ThreadHooks hooks)
+                           ThreadHooks hooks, int rank)
     : num_workers_(num_workers),
+      rank_(rank),
       owner_pid_(getpid()),
       shared_(std::make_shared<Shared>(num_workers, std::move(hooks))) {
   for (int worker = 0; worker < num_workers; ++worker) {
@@ -100,7 +115,7 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
   std::unique_lock lock(s.mutex);
   while (!s.closing) {
     Step* const step = s.step.get();
-    const TaskId task = step && !step->stopping ? step->scheduler.take(me) : kNoTask;
+    const TaskId task = step && !step->stopping ? step->scheduler.take(step->first_worker + me) : kNoTask;
     if (task == kNoTask && to_wake.empty()) {
       s.work[me].wait(lock);
       continue;
@@ -146,10 +161,8 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
         step->result.error = error;
       }
     } else {
-      step->scheduler.finish(task, wake);
-      for (const TaskId after : step->plan().successors(task)) {
-        step->scheduler.arrive(after, wake);
-      }
+      step->scheduler.finish(task, [&](int worker) { wake(worker - step->first_worker); });
+      step->arrive_after(task, wake);
     }
     if (step->over()) s.over.notify_one();
     if (error) {
@@ -171,10 +184,11 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   if (s.dead) throw std::logic_error("it is dead: a stage's code never returned");
   if (s.closing) throw std::logic_error("it is closed");
   if (s.step) throw std::logic_error("it is running a step already");
-  if (program->plan().num_workers() != num_workers_) {
+  const Plan& plan = program->plan();
+  if (num_workers_ != (rank_ == kEveryRank ? plan.num_workers() : plan.workers_per_rank())) {
     throw std::logic_error("the plan is for another number of workers");
   }
-  s.step = std::make_unique<Step>(std::move(program), options.record);
+  s.step = std::make_unique<Step>(std::move(program), rank_, options.record);
   s.runner = std::this_thread::get_id();
   Step& step = *s.step;
   for (auto& worker : s.work) worker.notify_one();
@@ -220,13 +234,38 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   return result;
 }
 
+void HostExecutor::deliver(TaskId task) {
+  Shared& s = *shared_;
+  std::vector<int> to_wake;
+  {
+    std::lock_guard lock(s.mutex);
+    if (!s.step || s.step->stopping) return;
+    s.step->last_progress = now();
+    s.step->arrive_after(task, [&](int worker) { to_wake.push_back(worker); });
+  }
+  for (const int worker : to_wake) s.work[worker].notify_one();
+}
+
+bool HostExecutor::fail(std::exception_ptr error) {
+  Shared& s = *shared_;
+  std::lock_guard lock(s.mutex);
+  if (!s.step) return false;
+  if (!s.step->stopping) {
+    s.step->stopping = true;
+    s.step->result.outcome = Outcome::Failed;
+    s.step->result.error = std::move(error);
+    s.over.notify_one();
+  }
+  return true;
+}
+
 void HostExecutor::abandon(Step& step) {
   Shared& s = *shared_;
   std::string running;
   for (int worker = 0; worker < num_workers_; ++worker) {
     if (s.running[worker] == kNoTask) continue;
     s.abandoned[worker] = true;
-    running += "  rank " + std::to_string(step.plan().rank_of_worker(worker)) + ": " +
+    running += "  rank " + std::to_string(step.plan().rank_of_worker(step.first_worker + worker)) + ": " +
                to_text(step.plan().action(s.running[worker])) + " is running and has not returned\n";
   }
   step.result.waiting = running + step.result.waiting;
