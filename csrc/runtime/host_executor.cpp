@@ -83,6 +83,7 @@ struct HostExecutor::Shared {
   std::unique_ptr<Step> step;                 // the one that runs, if any
   std::unique_ptr<Step> lost;                 // the one that abandoned threads are still inside
   std::vector<TaskId> running;                // by worker
+  std::vector<TaskId> early;                  // delivered before the step that waits for them began
   std::vector<bool> abandoned;                // by worker
   std::vector<std::thread> threads;
   bool closing = false;
@@ -191,6 +192,8 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   s.step = std::make_unique<Step>(std::move(program), rank_, options.record);
   s.runner = std::this_thread::get_id();
   Step& step = *s.step;
+  for (const TaskId task : s.early) step.arrive_after(task, [](int) {});
+  s.early.clear();
   for (auto& worker : s.work) worker.notify_one();
 
   const Nanoseconds timeout = static_cast<Nanoseconds>(options.timeout.count() * 1e9);
@@ -228,6 +231,7 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   result.peak_by_rank = step.scheduler.peak_by_rank();
   std::unique_ptr<Step> ended = std::move(s.step);
   if (s.dead) s.lost = std::move(ended);
+  s.early.clear();
   s.runner = {};
   lock.unlock();
   s.idle.notify_all();
@@ -239,7 +243,11 @@ void HostExecutor::deliver(TaskId task) {
   std::vector<int> to_wake;
   {
     std::lock_guard lock(s.mutex);
-    if (!s.step || s.step->stopping) return;
+    if (!s.step) {
+      s.early.push_back(task);
+      return;
+    }
+    if (s.step->stopping) return;
     s.step->last_progress = now();
     s.step->arrive_after(task, [&](int worker) { to_wake.push_back(worker); });
   }

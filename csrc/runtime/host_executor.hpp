@@ -65,7 +65,7 @@ class HostExecutor {
   // Throws std::logic_error when closed, dead, busy, or given a program for other workers.
   StepResult run(std::shared_ptr<const Program> program, const RunOptions& options);
 
-  // The result of another rank's task has arrived. Without a step that runs, does nothing.
+  // The result of another rank's task has arrived; if no step runs, for the one that begins next.
   void deliver(TaskId task);
 
   // Stops the step that runs, as if a body had thrown. Returns whether there is one.

@@ -87,15 +87,17 @@ def fill(results: Sequence[Leaves], wire: torch.dtype | None, known: Format | No
 class Message:
     """The results of a group of microbatches in one buffer, at the receiver's."""
 
-    def __init__(self, contents: Contents, buffer: Tensor) -> None:
+    def __init__(self, contents: Contents, buffer: Tensor, begin: int = 0) -> None:
+        """``begin``: byte of the buffer at which the message does."""
         self.contents = contents
         self.buffer = buffer
+        self._begin = begin
         self._unread = len(contents.parts)  # results that are still needed
         self._tensors: list[Tensor] | None = None
 
     def tensors(self) -> list[Tensor]:
         if self._tensors is None:
-            self._tensors = self.contents.format.open(self.buffer)
+            self._tensors = self.contents.format.open(self.buffer[self._begin :])
             for tensor, needed in zip(self._tensors, self.contents.requires_grad):
                 tensor.requires_grad_(needed)
         return self._tensors
