@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from .. import _C
 from .channel import Channel, Passage
 from .link import FREE_LINK, LocalLink
+from .skip_channel import SkipChannel
 
 
 class Messages(NamedTuple):
@@ -21,12 +22,14 @@ class Messages(NamedTuple):
     packed_nbytes: int  # 0 where the results were handed over
     result_nbytes: int  # of the first microbatch
     seconds: float  # that the link spent on them
+    skip: str | None = None  # its name, where they went on from there to a stage further away
 
 
 class Exchange:
     """What the stages of a plan give one another: activations forward, gradients backward.
 
-    Between stages of one rank nothing is packed, and there are no messages.
+    Neighbours do, and both ends of a skip. Between stages of one rank nothing is packed, and there are no
+    messages.
     """
 
     def __init__(
@@ -36,16 +39,27 @@ class Exchange:
         wire_forward: Sequence[torch.dtype | None] = (),
         link: LocalLink = FREE_LINK,
         passage_of: Callable[[int, str], Passage] | None = None,
+        skips: Sequence[str] = (),
     ) -> None:
         """``wire`` and ``wire_forward``: types of gradients and activations by boundary; empty: their own.
 
         ``passage_of``: of ranks on streams of devices, what looks after the memory of activations ("F") or
         gradients ("B") that cross a boundary.
+
+        ``skips``: names of the plan's skips. One travels as the type that its sender sends across its boundary.
         """
         self.num_stages = plan.num_stages
         self._trains = plan.has_backward
         ranks = plan.rank_of_stage
         self._crossing = [a != b for a, b in zip(ranks, ranks[1:])]
+
+        def skip_channel(
+            skip: _C.Skip, boundary: int, pack: int, wires: Sequence[torch.dtype | None]
+        ) -> Channel:
+            if ranks[skip.source] == ranks[skip.target]:
+                return Channel(plan.num_microbatches)
+            wire = wires[boundary] if wires else None
+            return Channel(plan.num_microbatches, pack, wire, plan.limits[skip.source], link)
 
         def channel(
             boundary: int, way: str, pack: int, wires: Sequence[torch.dtype | None]
@@ -61,9 +75,21 @@ class Exchange:
 
         self._forward = [channel(b, "F", k, wire_forward) for b, k in enumerate(plan.packs_forward)]
         self._backward = [channel(b, "B", k, wire) for b, k in enumerate(plan.packs)]
+        self._skips: dict[str, SkipChannel] = {}
+        self._crossing_skips: list[tuple[str, _C.Skip]] = []
+        to_stage = [
+            [*self._forward[max(s - 1, 0) : s], *self._backward[s : s + 1]] for s in range(plan.num_stages)
+        ]
+        for name, skip in zip(skips, plan.skips, strict=True):
+            forward = skip_channel(skip, skip.source, skip.pack_forward, wire_forward)
+            backward = skip_channel(skip, skip.target - 1, skip.pack, wire)
+            self._skips[name] = SkipChannel(name, forward, backward)
+            to_stage[skip.target].append(forward)
+            to_stage[skip.source].append(backward)
+            if ranks[skip.source] != ranks[skip.target]:
+                self._crossing_skips.append((name, skip))
         self._releasing = [  # by stage: the channels to it whose results lie in buffers
-            [c for c in (*self._forward[max(s - 1, 0) : s], *self._backward[s : s + 1]) if not c.hands_over]
-            for s in range(plan.num_stages)
+            [c for c in channels if not c.hands_over] for channels in to_stage
         ]
 
     @property
@@ -73,23 +99,30 @@ class Exchange:
 
     def begin(self) -> None:
         """Prepares for a step."""
-        for channel in (*self._forward, *self._backward):
+        for channel in (*self._forward, *self._backward, *self._skips.values()):
             channel.begin()
             if not self._trains:
                 channel.forget()  # an evaluation does not depend on those before
 
     def end(self) -> None:
         """Lets go of what a step that failed has left on its way."""
-        for channel in (*self._forward, *self._backward):
+        for channel in (*self._forward, *self._backward, *self._skips.values()):
             channel.end()
 
     def messages(self) -> list[Messages]:
         """What the step has sent between ranks."""
-        return [
-            Messages(b, way, c.sent, c.packed_nbytes, c.result_nbytes, c.seconds)
+        crossing = [
+            (way, b, c, None)
             for way, channels in (("forward", self._forward), ("backward", self._backward))
             for b, c in enumerate(channels)
             if self._crossing[b]
+        ]
+        for name, skip in self._crossing_skips:
+            crossing.append(("forward", skip.source, self._skips[name].forward, name))
+            crossing.append(("backward", skip.target - 1, self._skips[name].backward, name))
+        return [
+            Messages(b, way, c.sent, c.packed_nbytes, c.result_nbytes, c.seconds, skip)
+            for way, b, c, skip in crossing
         ]
 
     def send_value(self, stage: int, m: int, value: Any) -> None:
@@ -123,7 +156,27 @@ class Exchange:
         """The gradients of what ``stage`` has sent; of the last stage none."""
         return self._backward[stage].receive(m) if stage < len(self._backward) else ()
 
+    def send_skip(self, stage: int, name: str, m: int, tensor: Tensor) -> None:
+        """Sends what ``stage`` has stashed of microbatch ``m`` to the stage that pops it."""
+        self._skips[name].send(m, tensor)
+
+    def receive_skip(self, stage: int, name: str, m: int) -> Tensor:
+        """What an earlier stage has stashed for ``stage``.
+
+        Raises PipelineError where a stage between has changed it in place.
+        """
+        return self._skips[name].receive(m)
+
+    def send_skip_gradient(self, stage: int, name: str, m: int, gradient: Tensor | None) -> None:
+        """Sends the gradient of what ``stage`` has popped back."""
+        self._skips[name].backward.send(m, (gradient,))
+
+    def receive_skip_gradient(self, stage: int, name: str, m: int) -> Tensor | None:
+        """The gradient of what ``stage`` has stashed."""
+        (gradient,) = self._skips[name].backward.receive(m)
+        return gradient
+
     def release(self, stage: int, m: int) -> None:
-        """``stage`` needs no more what its neighbours have sent it of microbatch ``m``."""
+        """``stage`` needs no more what other stages have sent it of microbatch ``m``."""
         for channel in self._releasing[stage]:
             channel.release(m)
