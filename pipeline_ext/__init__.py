@@ -1,6 +1,6 @@
 """Pipeline-parallel training for PyTorch with a native scheduler."""
 
-from ._C import Plan
+from ._C import Plan, Skip
 from .errors import (
     DeadPipeline,
     DeviceError,
@@ -22,6 +22,7 @@ from .report.records import ReductionRecord, TaskRecord
 from .report.trace import Trace
 from .schedule_choice import ScheduleChoice
 from .simulation import Costs, Simulation, simulate
+from .skips import pop, skips, stash
 from .stage import WithLoss
 from .step_graphs import GraphReport
 from .transport.link import LocalLink
@@ -48,12 +49,16 @@ __all__ = [
     "ReductionRecord",
     "ScheduleChoice",
     "Simulation",
+    "Skip",
     "StageError",
     "StepTimeout",
     "TaskRecord",
     "Trace",
     "WithLoss",
     "build_plan",
+    "pop",
     "schedule_names",
     "simulate",
+    "skips",
+    "stash",
 ]

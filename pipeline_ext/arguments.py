@@ -62,6 +62,21 @@ def _pack(name: str, value: Any, microbatches: int, accepted: str) -> int:
     return number
 
 
+def pack_skips(value: Any, names: Sequence[str], microbatches: int) -> list[int]:
+    """How many microbatches' tensors leave together, by skip.
+
+    ``value`` is a mapping from names of skips to numbers or "all"; one left out has 1. Raises InvalidArgument.
+    """
+    if not isinstance(value, Mapping):
+        raise InvalidArgument(f"pack_skips is {value!r}; give a dict from names of skips to numbers")
+    for name in value:
+        if name not in names:
+            there = f"those between stages are {list(names)}" if names else "none goes from a stage to another"
+            raise InvalidArgument(f"pack_skips names the skip {name!r}; {there}")
+    accepted = f'give a number from 1 to the {microbatches} microbatches, "all" of them, or leave it out'
+    return [_pack(f"pack_skips of {name!r}", value.get(name, 1), microbatches, accepted) for name in names]
+
+
 def wires(name: str, value: Any, boundaries: int) -> list[torch.dtype | None]:
     """The types that results travel as, by boundary; raises InvalidArgument.
 

@@ -23,6 +23,7 @@ from .routes import Routes
 from .schedule_choice import ScheduleChoice
 from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
+from .skips import find_skips
 from .stage import Stage
 from .step import Batch
 from .step_graphs import GraphReport, StepGraphs
@@ -76,9 +77,13 @@ class Pipeline:
             simulated step needs. ``"auto"`` measures the first three steps; as the fourth begins it simulates
             K = 1, 2, 4, ..., and prints what it takes. Stages on one rank hand each result over alone.
         pack_forward: the same for activations.
+        pack_skips: a dict from names of skip connections (see ``pipeline_ext.skips``) to K, a number or
+            ``"all"``, of the tensors that go from stage to stage and of their gradients; one left out has 1.
         wire: floating-point type that gradients travel as, or a dict from boundaries to types; None: their
             own. They are cast back on arrival.
-        wire_forward: the same for activations, in ``eval`` too.
+        wire_forward: the same for activations, in ``eval`` too. A skip connection that begins at stage s
+            travels as activations do at boundary s, the gradient of one that ends there as gradients do at
+            boundary s - 1.
         in_flight: the most microbatches that a stage may hold at once, or a list of that by stage; None: as
             many as it takes. What would never end within it is refused.
         costs: what ``"zb-auto"`` is searched for, within their ``memory_limit`` or else ``in_flight``; None:
@@ -123,6 +128,7 @@ class Pipeline:
         reactive: bool = True,
         pack: PackLike = 1,
         pack_forward: PackLike = 1,
+        pack_skips: Mapping[str, int | str] | None = None,
         wire: WireLike = None,
         wire_forward: WireLike = None,
         in_flight: int | Sequence[int] | None = None,
@@ -154,6 +160,10 @@ class Pipeline:
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
 
         self.microbatches = microbatches
+        known = [m if isinstance(m, nn.Module) else nn.Identity() for m in modules]
+        skips = [skip for skip in find_skips(known) if skip.source < skip.target]
+        skip_names = [skip.name for skip in skips]
+        packs_of_skips = arguments.pack_skips(pack_skips or {}, skip_names, microbatches)
         boundaries = len(modules) - 1
         num_ranks = None if given is None else len(given)
         in_flight = arguments.in_flight(in_flight, len(modules))
@@ -174,6 +184,10 @@ class Pipeline:
                 num_ranks=num_ranks,
                 overlap=bool(overlap),
                 reactive=bool(reactive),
+                skips=[
+                    _C.Skip(skip.source, skip.target, pack=k, pack_forward=k)
+                    for skip, k in zip(skips, packs_of_skips)
+                ],
                 in_flight=in_flight,
                 memory=costs,
             ),
@@ -190,6 +204,7 @@ class Pipeline:
             wire=arguments.wires("wire", wire, boundaries),
             wire_forward=arguments.wires("wire_forward", wire_forward, boundaries),
             link=link,
+            skips=skip_names,
         )
         plan = self._first_steps.plan
         if processes is not None and self._first_steps.chooses:
@@ -231,6 +246,7 @@ class Pipeline:
                 module,
                 is_last=index == len(modules) - 1,
                 loss_fn=loss_fn if index == len(modules) - 1 else None,
+                skips=skips,
             )
             for index, module in local.items()
         ]

@@ -54,7 +54,7 @@ class ProcessEngine(HostEngine):
         return super().dead or self._failure.is_known
 
     def route(self, plan: _C.Plan, bodies: dict) -> HostRoute:
-        exchange = self._exchange_of(plan, ends=functools.partial(ends_of, plan, self._processes))
+        exchange = self._exchange_of(plan, end_of=ends_of(plan, self._processes))
         self._exchanges.append(exchange)
         return HostRoute(plan, _C.Program(plan, dict(bodies)), exchange)
 
