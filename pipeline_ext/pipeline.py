@@ -1,7 +1,8 @@
 """Pipeline: the object the user holds."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -302,6 +303,18 @@ class Pipeline:
             raise InvalidArgument("the batch has no rows")
         with self._lifetime.one_at_a_time("eval was called"):
             return self._stepper.evaluate(args, kwargs, size)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it steps add up gradients without reducing them; the first step after it reduces the sums.
+
+        All replicas do so for as many steps. Like ``no_sync`` of DistributedDataParallel.
+        """
+        before, self._stepper.syncs = self._stepper.syncs, False
+        try:
+            yield
+        finally:
+            self._stepper.syncs = before
 
     # -- the model's state
 

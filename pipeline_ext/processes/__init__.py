@@ -1,0 +1,1 @@
+"""What the processes of a pipeline, or of its replicas, have to say to one another."""
