@@ -1,1 +1,1 @@
-"""What the processes of a pipeline, or of its replicas, have to say to one another."""
+"""Pipelines and replicas whose ranks are processes of torch.distributed."""
