@@ -18,7 +18,7 @@ from .processes.agreement import check_agreement, describe_module
 from .processes.group import MeshLike, Processes
 from .processes.local_stages import local_stages
 from .profile import Profile
-from .reduction import GradientReduction
+from .reduction import GradientReduction, ProcessGroupMember
 from .report.trace import Trace
 from .routes import Routes
 from .schedule_choice import ScheduleChoice
@@ -94,7 +94,8 @@ class Pipeline:
             are then the graph's own memory, which the next step writes anew.
         optimizer: its ``step`` is called at the end of each step, and is in the graph where there is one; for
             that it is torch's SGD, or made with ``capturable=True``.
-        reduction: gives each of several replicas of the pipeline the mean of their gradients.
+        reduction: gives each of several replicas of the pipeline the mean of their gradients. None: one is made
+            for the replicas of ``mesh``, if it has any.
         mesh: the processes that share the pipeline, one for each rank; all make it, with the same arguments. A
             ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one; or
             a process group. None: this process has all ranks.
@@ -225,6 +226,8 @@ class Pipeline:
                 float(timeout),
             )
         local = local_stages(modules, plan.rank_of_stage, processes)
+        if reduction is None and processes is not None and processes.replicas is not None:
+            reduction = GradientReduction(ProcessGroupMember(processes.replicas))
         self._num_stages = len(modules)
         self._stages = [
             Stage(

@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions
 
 from .. import arguments
 from ..boundary import describe
@@ -47,6 +48,7 @@ class ProcessGroupMember:
         )
         self.rank = dist.get_rank(self._group)
         self.size = dist.get_world_size(self._group)
+        self._processes = dist.get_process_group_ranks(self._group)
         self._timeout = timedelta(seconds=timeout)
         self._lock = threading.RLock()
         self._calls = 0  # made so far, of begin and all_reduce
@@ -69,7 +71,7 @@ class ProcessGroupMember:
             self._agreed = False
         mine = torch.frombuffer(bytearray(_digest(plan)), dtype=torch.uint8)
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        options = dist.AllgatherOptions()
+        options = AllgatherOptions()
         options.timeout = self._timeout
         work = self._group.allgather([found], [mine], options)
         work.get_future().add_done_callback(lambda future: self._compare(future, plan, mine, found))
@@ -103,7 +105,7 @@ class ProcessGroupMember:
 
     def abort(self, error: BaseException) -> None:
         """Ends the group: whatever is not yet reduced fails for all members, with ``error`` as the reason."""
-        self._end(f"replica {self.rank} failed with {type(error).__name__}: {error}")
+        self._end(f"{self._name()} failed with {type(error).__name__}: {error}")
 
     def fail(self, reason: str) -> None:
         """Ends every reduction that is not over, in this process."""
@@ -132,19 +134,24 @@ class ProcessGroupMember:
         """
         calls = self._notices.ask(_GRACE)
         others = (rank for rank in range(self.size) if rank != self.rank)
-        absent = [str(rank) for rank in others if int(calls.get(rank, 0)) < number]
+        absent = [rank for rank in others if int(calls.get(rank, 0)) < number]
         if self._failure is not None:  # meanwhile it has told itself
             return ReductionError(self._failure)
-        names = f"replica {', '.join(absent)}" if absent else "the other replicas"
+        names = " and ".join(map(self._name, absent)) or "the other replicas"
         if timeout is None:
-            reason = f"replica {self.rank} has lost {names}: {error}"
+            reason = f"{self._name()} has lost {names}: {error}"
         else:
-            reason = f"replica {self.rank} waited {timeout:g} seconds for {names}"
+            reason = f"{self._name()} waited {timeout:g} seconds for {names}"
         self._end(reason)
         return (ReductionError if timeout is None else StepTimeout)(self._failure)
 
     def __repr__(self) -> str:
         return f"<replica {self.rank} of {self.size}, each a process>"
+
+    def _name(self, rank: int | None = None) -> str:
+        """A replica, for people; with no ``rank`` this one."""
+        rank = self.rank if rank is None else rank
+        return f"replica {rank} (process {self._processes[rank]})"
 
     def _end(self, reason: str) -> None:
         first = self._failure is None
@@ -182,13 +189,13 @@ class ProcessGroupMember:
         try:
             store.wait([f"plan {other}"], timedelta(seconds=_GRACE))
         except dist.DistError:
-            return f"replicas {self.rank} and {other} do not reduce the same"
+            return f"{self._name()} and {self._name(other)} do not reduce the same"
         theirs = store.get(f"plan {other}").decode().splitlines()
         pairs = itertools.zip_longest(plan, theirs, fillvalue="nothing more")
         ours, its = next(pair for pair in pairs if pair[0] != pair[1])
         return (
-            f"replica {self.rank} reduces {ours} where replica {other} reduces {its}; replicas need equal "
-            "models, frozen alike, in equal pipelines"
+            f"{self._name()} reduces {ours} where {self._name(other)} reduces {its}; replicas need equal models, "
+            "frozen alike, in equal pipelines"
         )
 
 
@@ -210,7 +217,7 @@ class ProcessWork:
 
     def start(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
         """Hands the tensor to ``group``; a thread of that ends the reduction."""
-        options = dist.AllreduceOptions()
+        options = AllreduceOptions()
         options.timeout = timeout  # or the process could not exit while another is stopped
         if self._tensor.dtype == torch.float16:
             self._tensor.div_(self._member.size)
