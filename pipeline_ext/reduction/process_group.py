@@ -57,6 +57,7 @@ class ProcessGroupMember:
         self._held: list[ProcessWork] = []  # until they have been
         self._open: set[ProcessWork] = set()
         self._failure: str | None = None
+        self._has_failed = threading.Event()
         notices = Notices(self._group.get_group_store(), "notices", self.rank, self.size)
         itself = weakref.ref(self)
         notices.watch(lambda _, text: _fail(itself, text), lambda: _status(itself))
@@ -113,6 +114,7 @@ class ProcessGroupMember:
             if self._failure is None:
                 self._failure = f"{reason}; the group of replicas has ended: make a new one, and new pipelines"
             failed, self._open, self._held = self._open, set(), []
+        self._has_failed.set()
         for work in failed:
             work.future.set_exception(ReductionError(self._failure))
 
@@ -135,7 +137,8 @@ class ProcessGroupMember:
         calls = self._notices.ask(_GRACE)
         others = (rank for rank in range(self.size) if rank != self.rank)
         absent = [rank for rank in others if int(calls.get(rank, 0)) < number]
-        if self._failure is not None:  # meanwhile it has told itself
+        # Who answers and has not come waits for somebody too, and is about to say for whom.
+        if self._has_failed.wait(_GRACE if absent and calls.keys() >= set(absent) else 0):
             return ReductionError(self._failure)
         names = " and ".join(map(self._name, absent)) or "the other replicas"
         if timeout is None:

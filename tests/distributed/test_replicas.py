@@ -75,3 +75,69 @@ def test_gradients_are_the_mean_over_replicas_step_by_step_and_after_no_sync(pp,
     losses = run(2 * pp, train, pp, schedule)
     assert losses[:pp] == [losses[0]] * pp and losses[pp:] == [losses[pp]] * pp
     assert losses[0] != losses[pp]
+
+
+class Optional(nn.Module):
+    """Uses one of its layers for rows that sum to more than nothing only, and another never."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.sometimes, self.never = (nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x):
+        x, used = self.always(x.abs()), bool(x.sum() > 0)
+        return self.sometimes(x) if used else x
+
+
+def train_in_part():
+    replica = Replica(nn.Sequential(Optional()), 1)
+    (x, y), (z, w) = batches()
+    pairs = [(x.abs(), y), (-z.abs(), w)]
+    replica.step(pairs)
+    reference_replicas(replica.plains, pairs, MICROBATCHES, F.mse_loss)
+    replica.check()
+    replica.pipe.close()
+
+
+def test_a_parameter_that_one_replica_uses_has_a_gradient_in_all_and_one_that_none_uses_has_none():
+    run(2, train_in_part)
+
+
+class Faulty(nn.Module):
+    """Does ``fault`` in the forward of the microbatch that holds a NaN."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.inner, self.fault = nn.Linear(12, 12), fault
+
+    def forward(self, x):
+        if x.isnan().any():
+            self.fault()
+        return self.inner(x)
+
+
+def complain():
+    raise ValueError("poisoned")
+
+
+def fail_in_the_last(pp, fault):
+    """In the last replica's last stage."""
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12), nn.ReLU(), Faulty(fault))
+    replica = Replica(model, pp, timeout=4)
+    pairs = batches()
+    replica.step(pairs)
+    pairs[1][0][-1] = float("nan")
+    replica.step(pairs)
+
+
+@pytest.mark.parametrize("fault", [complain, die, freeze])
+@pytest.mark.parametrize("pp", [1, 2])
+def test_what_ends_one_process_ends_all_with_an_error_that_names_it(pp, fault):
+    *others, last = outcomes(2 * pp, fail_in_the_last, pp, fault)
+    if fault is complain:
+        assert last.kind is pe.StageError
+    else:
+        assert isinstance(last, Gone)
+    for outcome in others:
+        assert isinstance(outcome, Failed) and issubclass(outcome.kind, pe.PipelineError), outcome
+        assert f"process {2 * pp - 1}" in outcome.message
