@@ -71,6 +71,7 @@ class Stepper:
             target_rows=target_rows,
             weighted=self._weighted,
             keep_outputs=batch.keep_outputs,
+            syncs=self.syncs,
         )
         self._shared.begin()
         with self._replicas():

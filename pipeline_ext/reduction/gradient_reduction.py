@@ -185,7 +185,11 @@ class GradientReduction:
         tied = shared.parameters()
         trained = {
             # Backward reaches the last parameters first.
-            stage.index: [p for p in reversed(stage.parameters()) if p.requires_grad and p not in tied]
+            stage.index: [
+                p
+                for p in reversed(stage.parameters())
+                if p.requires_grad and p not in tied and p not in stage.sharded.parameters
+            ]
             for stage in stages
         }
         trained[_SHARED] = [p for p in tied if p.requires_grad]
