@@ -17,7 +17,7 @@ from .pipeline import Pipeline
 from .planning import build_plan, schedule_names
 from .policy import Placement, Policy
 from .profile import Profile
-from .reduction import GradientReduction, LocalGroup
+from .reduction import GradientReduction, LocalGroup, ProcessGroupMember
 from .report.records import ReductionRecord, TaskRecord
 from .report.trace import Trace
 from .schedule_choice import ScheduleChoice
@@ -44,6 +44,7 @@ __all__ = [
     "Placement",
     "Plan",
     "Policy",
+    "ProcessGroupMember",
     "Profile",
     "ReductionError",
     "ReductionRecord",

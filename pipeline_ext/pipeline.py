@@ -1,7 +1,8 @@
 """Pipeline: the object the user holds."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .processes.agreement import check_agreement, describe_module
 from .processes.group import MeshLike, Processes
 from .processes.local_stages import local_stages
 from .profile import Profile
-from .reduction import GradientReduction
+from .reduction import GradientReduction, ProcessGroupMember
 from .report.trace import Trace
 from .routes import Routes
 from .schedule_choice import ScheduleChoice
@@ -98,7 +99,8 @@ class Pipeline:
             are then the graph's own memory, which the next step writes anew.
         optimizer: its ``step`` is called at the end of each step, and is in the graph where there is one; for
             that it is torch's SGD, or made with ``capturable=True``.
-        reduction: gives each of several replicas of the pipeline the mean of their gradients.
+        reduction: gives each of several replicas of the pipeline the mean of their gradients. None: one is made
+            for the replicas of ``mesh``, if it has any.
         mesh: the processes that share the pipeline, one for each rank; all make it, with the same arguments. A
             ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one; or
             a process group. None: this process has all ranks.
@@ -239,6 +241,8 @@ class Pipeline:
                 float(timeout),
             )
         local = local_stages(modules, plan.rank_of_stage, processes)
+        if reduction is None and processes is not None and processes.replicas is not None:
+            reduction = GradientReduction(ProcessGroupMember(processes.replicas))
         self._num_stages = len(modules)
         self._stages = [
             Stage(
@@ -359,6 +363,18 @@ class Pipeline:
             raise InvalidArgument("the batch has no rows")
         with self._lifetime.one_at_a_time("eval was called"):
             return self._stepper.evaluate(args, kwargs, size)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it steps add up gradients without reducing them; the first step after it reduces the sums.
+
+        All replicas do so for as many steps. Like ``no_sync`` of DistributedDataParallel.
+        """
+        before, self._stepper.syncs = self._stepper.syncs, False
+        try:
+            yield
+        finally:
+            self._stepper.syncs = before
 
     # -- the model's state
 

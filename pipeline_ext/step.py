@@ -63,10 +63,12 @@ class Step:
         target_rows: int | None = None,
         weighted: bool = False,
         keep_outputs: bool = True,
+        syncs: bool = True,
     ) -> None:
         """``rows`` of the batch, and ``inputs``: None where another process has the first stage.
 
         ``weighted``: by its share of the rows is how a microbatch's loss enters the total.
+        ``syncs``: replicas reduce their gradients as it ends.
         """
         self.exchange = exchange
         self.inputs = inputs
@@ -78,6 +80,7 @@ class Step:
         self._weighted = weighted
         self._loss: Tensor | None = None  # the total, as another process has told it
         self.keep_outputs = keep_outputs
+        self.syncs = syncs
         self.has_trained = False  # whether any backward had something to differentiate
         # By stage: what it adds to the total loss, weighted.
         self.contributions: list[list[Sequence[Tensor]]] = [

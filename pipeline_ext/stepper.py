@@ -24,6 +24,7 @@ class Stepper:
 
     Attributes:
         trace: of the last training step, where it was recorded.
+        syncs: whether gradients of training steps are reduced, where there are replicas.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Stepper:
     ) -> None:
         """``weighted``: by its share of the rows is how a microbatch's loss enters the total."""
         self.trace: Trace | None = None
+        self.syncs = True
         self._stages = stages
         self._has_loss = stages[-1].is_last
         self._engine = engine
@@ -69,9 +71,10 @@ class Stepper:
             target_rows=target_rows,
             weighted=self._weighted,
             keep_outputs=batch.keep_outputs,
+            syncs=self.syncs,
         )
         self._shared.begin()
-        with contextlib.nullcontext() if self._reduction is None else self._reduction.step():
+        with self._replicas():
             result = self._run(self._routes.train, step, record=batch.record)
             if not step.has_trained and self._has_loss:
                 raise PipelineError(
@@ -134,6 +137,12 @@ class Stepper:
         if context != self._context:
             self._context = context
         return self._context
+
+    def _replicas(self) -> contextlib.AbstractContextManager[None]:
+        """What a step has around it where there are replicas."""
+        if self._reduction is None:
+            return contextlib.nullcontext()
+        return self._reduction.step(self._timeout, self.syncs)
 
     def _trace_of(self, result: StepResult) -> Trace:
         route = self._routes.train
