@@ -34,6 +34,16 @@ def check_type(name: str, value: Any, accepted: type) -> None:
         raise InvalidArgument(f"{name} is {value!r}; give a {accepted.__name__}")
 
 
+def check_scaler(scaler: Any, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises InvalidArgument for a scaler that cannot be used."""
+    check_type("scaler", scaler, torch.amp.GradScaler)
+    if optimizer is not None:
+        raise InvalidArgument(
+            "scaler and optimizer are both given, but the step is to be the scaler's, which waits for the "
+            "gradients; leave optimizer out, and after each step call scaler.step(optimizer)"
+        )
+
+
 def packs(name: str, value: Any, boundaries: int, microbatches: int) -> list[int] | None:
     """How many microbatches' results leave together, by boundary, or None for "auto".
 

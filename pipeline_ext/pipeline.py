@@ -26,12 +26,13 @@ from .step_graphs import GraphReport, StepGraphs
 from .stepper import Stepper
 from .transport.exchange import Exchange
 from .transport.link import FREE_LINK, LocalLink
+from .unsplit import LocalModel, UnsplitModel
 
 PackLike = int | str | Mapping[int, int | str]
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
 
 
-class Pipeline:
+class Pipeline(UnsplitModel):
     """A model cut into stages that trains on microbatches, with the gradients of plain autograd.
 
     Example::
@@ -90,6 +91,9 @@ class Pipeline:
             are then the graph's own memory, which the next step writes anew.
         optimizer: its ``step`` is called at the end of each step, and is in the graph where there is one; for
             that it is torch's SGD, or made with ``capturable=True``.
+        scaler: scales each loss before its backward; the losses that ``step`` returns are as without. After it
+            call ``scaler.step(optimizer)`` and ``scaler.update()`` as always. In several processes a
+            ``ShardedGradScaler`` over those that hold the stages, so that all of them skip a step together.
         reduction: gives each of several replicas of the pipeline the mean of their gradients.
 
     Raises:
@@ -127,6 +131,7 @@ class Pipeline:
         reduction: GradientReduction | None = None,
         graphs: bool = False,
         optimizer: torch.optim.Optimizer | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         num_stages = None if num_stages is None else arguments.count("num_stages", num_stages)
         microbatches = arguments.count("microbatches", microbatches)
@@ -138,12 +143,15 @@ class Pipeline:
             arguments.check_type("reduction", reduction, GradientReduction)
         if optimizer is not None:
             arguments.check_type("optimizer", optimizer, torch.optim.Optimizer)
+        if scaler is not None:
+            arguments.check_scaler(scaler, optimizer)
         given = device_choice.given(devices)
         if overlap is None:
             overlap = device_choice.of_ranks(given, 1)[0].type == "cuda"
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
 
-        self._model = model if isinstance(model, nn.Module) else nn.Sequential(*model)
+        self._local = LocalModel(model, modules, range(len(modules)))
+        self._group = None
         self.microbatches = microbatches
         boundaries = len(modules) - 1
         num_ranks = None if given is None else len(given)
@@ -199,6 +207,8 @@ class Pipeline:
         self._has_loss = loss_fn is not None
         self.tracing = bool(trace)
         self._devices = device_choice.of_ranks(given, plan.num_ranks)
+        if scaler is not None:
+            scaler.scale(torch.ones((), device=self._devices[-1]))  # its first call makes what threads then read
         shared = SharedParameters([stage.modules() for stage in self._stages])
         self._engine = make_engine(
             self._devices, plan, self._stages, exchange_of, shared, reduction, chooses_pack
@@ -219,6 +229,7 @@ class Pipeline:
             self._first_steps,
             reduction,
             optimizer,
+            scaler,
             microbatches=microbatches,
             weighted=loss_reduction == "mean",
             timeout=float(timeout),
@@ -302,28 +313,6 @@ class Pipeline:
             raise InvalidArgument("the batch has no rows")
         with self._lifetime.one_at_a_time("eval was called"):
             return self._stepper.evaluate(args, kwargs, size)
-
-    # -- the model's state
-
-    def state_dict(self) -> dict[str, Any]:
-        """The model's parameters and buffers, under the names they have in the unsplit model.
-
-        What ``nn.Module.state_dict`` of the model given to Pipeline returns; of a list of stage modules,
-        that of ``nn.Sequential(*stages)``. A ``loss_fn`` that is a module is not part of it: save it
-        yourself. Works on a closed or dead pipeline too. Raises PipelineError while a step is running.
-        """
-        with self._lifetime.one_at_a_time("state_dict was called"):
-            return self._model.state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
-        """Copies in what ``state_dict`` of a pipeline with any stages, or of the plain model, returned.
-
-        As ``nn.Module.load_state_dict``: returns ``missing_keys`` and ``unexpected_keys``; raises
-        RuntimeError for tensors of other shapes and, if ``strict``, for missing or unexpected names.
-        Raises PipelineError while a step is running.
-        """
-        with self._lifetime.one_at_a_time("load_state_dict was called"):
-            return self._model.load_state_dict(state_dict, strict=strict)
 
     # -- what was planned and what happened
 

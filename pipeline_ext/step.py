@@ -57,6 +57,7 @@ class Step:
         context: CallerContext,
         targets: list[Any] | None = None,
         weights: list[float] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         keep_outputs: bool = True,
     ) -> None:
         microbatches = len(inputs)
@@ -65,6 +66,7 @@ class Step:
         self.context = context
         self.targets = targets
         self._weights = weights  # of each microbatch's loss in the total; None: no loss
+        self._scaler = scaler
         self.keep_outputs = keep_outputs
         self.has_trained = False  # whether any backward had something to differentiate
         # By stage: what it adds to the total loss, weighted.
@@ -86,9 +88,10 @@ class Step:
         return loss if weight == 1 else loss * weight
 
     def weight_like(self, loss: Tensor, m: int) -> Tensor:
-        """The gradient of the total in microbatch ``m``'s loss."""
+        """The gradient of the total, scaled where there is a scaler, in microbatch ``m``'s loss."""
         # Made anew each time: autograd may keep it as a parameter's gradient, and add to it.
-        return torch.full((), self._weights[m], dtype=loss.dtype, device=loss.device)
+        weight = torch.full((), self._weights[m], dtype=loss.dtype, device=loss.device)
+        return weight if self._scaler is None else self._scaler.scale(weight).to(loss.dtype)
 
     def total_loss(self) -> Tensor:
         """Sum of all contributions: microbatch by microbatch, in each the loss, then the stages' own."""

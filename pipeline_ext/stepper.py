@@ -35,6 +35,7 @@ class Stepper:
         first_steps: FirstSteps,
         reduction: GradientReduction | None,
         optimizer: torch.optim.Optimizer | None,
+        scaler: torch.amp.GradScaler | None,
         *,
         microbatches: int,
         weighted: bool,
@@ -49,6 +50,7 @@ class Stepper:
         self._first_steps = first_steps
         self._reduction = reduction
         self._optimizer = optimizer
+        self._scaler = scaler
         self._microbatches = microbatches
         self._weighted = weighted
         self._timeout = timeout
@@ -64,6 +66,7 @@ class Stepper:
             context=self.caller_context(),
             targets=None if target is None else microbatch.split(target, size, count, "target"),
             weights=[n / size if self._weighted else 1 for n in microbatch.lengths(size, count)],
+            scaler=self._scaler,
             keep_outputs=batch.keep_outputs,
         )
         self._shared.begin()
