@@ -22,6 +22,7 @@ from .report.trace import Trace
 from .schedule_choice import ScheduleChoice
 from .simulation import Costs, Simulation, simulate
 from .stage import WithLoss
+from .state import load_checkpoint, save_checkpoint
 from .step_graphs import GraphReport
 from .transport.link import LocalLink
 
@@ -52,6 +53,8 @@ __all__ = [
     "Trace",
     "WithLoss",
     "build_plan",
+    "load_checkpoint",
+    "save_checkpoint",
     "schedule_names",
     "simulate",
 ]

@@ -208,7 +208,7 @@ class Pipeline(UnsplitModel):
         self.tracing = bool(trace)
         self._devices = device_choice.of_ranks(given, plan.num_ranks)
         if scaler is not None:
-            scaler.scale(torch.ones((), device=self._devices[-1]))  # its first call makes what threads then read
+            scaler.scale(torch.ones((), device=self._devices[-1]))  # the first call makes what is read then
         shared = SharedParameters([stage.modules() for stage in self._stages])
         self._engine = make_engine(
             self._devices, plan, self._stages, exchange_of, shared, reduction, chooses_pack

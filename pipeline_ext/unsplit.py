@@ -19,7 +19,7 @@ class LocalModel:
     """What this process holds of the unsplit model.
 
     Attributes:
-        module: the model itself where all of it is here; otherwise a module in which its other layers are left out.
+        module: the model itself where all of it is here; otherwise one that lacks the layers that are not.
         elsewhere: the names of those.
         counted_elsewhere: names of parameters here which an earlier layer, in another process, holds too.
     """
