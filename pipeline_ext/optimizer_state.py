@@ -51,8 +51,8 @@ def by_name(optimizer: torch.optim.Optimizer, names: Names) -> dict[str, Any]:
             nested = [key for key, value in state.items() if isinstance(value, dict | list | tuple)]
             if nested:
                 raise InvalidArgument(
-                    f"{type(optimizer).__name__} keeps {nested[0]!r}, which is neither a tensor nor a number and "
-                    "cannot be saved by name; leave it out, and save its state_dict() yourself"
+                    f"{type(optimizer).__name__} keeps {nested[0]!r}, which is neither a tensor nor a number "
+                    "and cannot be saved by name; leave it out, and save its state_dict() yourself"
                 )
             for name in names[parameter]:
                 found |= {f"{_STATE}{name}.{key}": value for key, value in state.items()}

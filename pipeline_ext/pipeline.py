@@ -26,7 +26,7 @@ from .step_graphs import GraphReport, StepGraphs
 from .stepper import Stepper
 from .transport.exchange import Exchange
 from .transport.link import FREE_LINK, LocalLink
-from .unsplit import LocalModel, UnsplitModel
+from .unsplit import LocalModel, UnsplitModel, repeated_names
 
 PackLike = int | str | Mapping[int, int | str]
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
@@ -150,7 +150,7 @@ class Pipeline(UnsplitModel):
             overlap = device_choice.of_ranks(given, 1)[0].type == "cuda"
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
 
-        self._local = LocalModel(model, modules, range(len(modules)))
+        self._local = LocalModel(model, modules, dict(enumerate(modules)), repeated_names(model))
         self._group = None
         self.microbatches = microbatches
         boundaries = len(modules) - 1

@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,35 +15,45 @@ from .lifetime import Lifetime
 from .partition import Slice
 
 
+def repeated_names(model: nn.Module | Sequence[Any]) -> set[str]:
+    """The names of tied parameters, without the first of each; of a list of stages as ``LocalModel`` has them."""
+    whole = model if isinstance(model, nn.Module) else _numbered(enumerate(model))
+    every = {name for name, _ in whole.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in whole.named_parameters()}
+
+
 class LocalModel:
     """What this process holds of the unsplit model.
 
     Attributes:
         module: the model itself where all of it is here; otherwise one that lacks the layers that are not.
         elsewhere: the names of those.
-        counted_elsewhere: names of parameters here which an earlier layer, in another process, holds too.
     """
 
     def __init__(
-        self, model: nn.Module | Sequence[Any], stages: Sequence[Any], local: Collection[int]
+        self,
+        model: nn.Module | Sequence[Any],
+        stages: Sequence[Any],
+        local: Mapping[int, nn.Module],
+        repeated: Collection[str],
     ) -> None:
-        """``stages`` are what ``partition.cut`` made of ``model``; those in ``local`` are of this process."""
-        whole = model if isinstance(model, nn.Module) else _numbered(model)
-        layers = [s.names if isinstance(s, Slice) else [str(index)] for index, s in enumerate(stages)]
-        here = {name for index in local for name in layers[index]}
-        self.elsewhere = [name for names in layers for name in names if name not in here]
-        self.module = _part(whole, here) if self.elsewhere else whole
-        held = {name for name, _ in self.module.named_parameters()}
-        first = {name for name, _ in whole.named_parameters()}
-        self.counted_elsewhere = held - first
+        """``stages`` are what ``partition.cut`` made of ``model``, ``local`` those of this process, by stage.
 
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        ``repeated`` are ``repeated_names(model)``, from before it had memory here and none elsewhere.
+        """
+        layers = [s.names if isinstance(s, Slice) else [str(index)] for index, s in enumerate(stages)]
+        self.elsewhere = [name for index, names in enumerate(layers) if index not in local for name in names]
+        if not isinstance(model, nn.Module):
+            self.module = _numbered(local.items())
+        elif self.elsewhere:
+            self.module = _part(model, {name for index in local for name in layers[index]})
+        else:
+            self.module = model
+        self._repeated = repeated
+
+    def counted_parameters(self) -> list[nn.Parameter]:
         """Those that no earlier layer of another process holds, each once."""
-        return [
-            (name, parameter)
-            for name, parameter in self.module.named_parameters()
-            if name not in self.counted_elsewhere
-        ]
+        return [p for name, p in self.module.named_parameters() if name not in self._repeated]
 
 
 class UnsplitModel:
@@ -99,7 +109,7 @@ class UnsplitModel:
         ``error_if_nonfinite`` asks for that; PipelineError while a step is running.
         """
         with self._lifetime.one_at_a_time("clip_grad_norm_ was called"):
-            counted = [p.grad for _, p in self._local.named_parameters() if p.grad is not None]
+            counted = [p.grad for p in self._local.counted_parameters() if p.grad is not None]
             norms = counted if self._group is None else self._norms_by_process(counted, norm_type)
             total = get_total_norm(norms, norm_type, error_if_nonfinite)
             clip_grads_with_norm_(self.parameters(), max_norm, total)
@@ -117,10 +127,10 @@ class UnsplitModel:
         return [received.to(torch.promote_types(norm.dtype, torch.float32)) for received in norms]
 
 
-def _numbered(stages: Sequence[Any]) -> nn.Sequential:
+def _numbered(stages: Iterable[tuple[int, Any]]) -> nn.Sequential:
     """The stage modules, named as in ``nn.Sequential(*stages)``; what is no module is left out."""
     whole = nn.Sequential()
-    for index, stage in enumerate(stages):
+    for index, stage in stages:
         if isinstance(stage, nn.Module):
             whole.add_module(str(index), stage)
     return whole

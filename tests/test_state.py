@@ -243,7 +243,7 @@ def test_what_cannot_be_saved_is_refused_and_leaves_what_is_there(tmp_path):
     other = nn.Linear(2, 3)
     for its_optimizer, extra, said in (
         (torch.optim.SGD([*model.parameters(), *other.parameters()]), {}, r"shape \[3, 2\].* not the model's"),
-        (None, {"model": other}, "of model, .* give its state_dict"),
+        (None, {"net": other}, "of net, .* give its state_dict"),
     ):
         with pytest.raises(pe.InvalidArgument, match=said):
             pe.save_checkpoint(tmp_path / "last", model, its_optimizer, **extra)
