@@ -5,15 +5,15 @@ In one process, or in as many as there are stages:
     python examples/huggingface.py llama
     torchrun --nproc-per-node 2 examples/huggingface.py gpt2
 
-The weights are random, the models tiny; nothing is downloaded. A parameter's name in the pipeline's state is the
+The weights are random, the models tiny; nothing is downloaded. In the pipeline's state a parameter's name is the
 stage's number, "model", and its name in transformers: ``0.model.transformer.wte.weight``.
 """
 
 import copy
-import os
 import sys
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -52,7 +52,9 @@ class Part(nn.Module):
         self.model = replaced(model, absent | {model.base_model_prefix: base})
         self.last = last
 
-    def forward(self, received: dict[str, Tensor] | None = None, **inputs: Tensor) -> dict[str, Tensor] | Tensor:
+    def forward(
+        self, received: dict[str, Tensor] | None = None, **inputs: Tensor
+    ) -> dict[str, Tensor] | Tensor:
         inputs = inputs if received is None else received
         if self.last:
             return self.model(**inputs, use_cache=False).logits
@@ -86,8 +88,9 @@ def make(name: str) -> tuple[PreTrainedModel, list[str]]:
     torch.manual_seed(0)
     if name == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": LENGTH}
-        config = GPT2Config(vocab_size=WORDS, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, **sizes)
-        return GPT2LMHeadModel(config), ["transformer.h.2"]
+        sizes |= {"bos_token_id": 0, "eos_token_id": 0}
+        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, **sizes, **no_dropout)), ["transformer.h.2"]
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, **sizes)), ["model.layers.2"]
 
@@ -98,10 +101,11 @@ def loss_fn(logits: Tensor, ids: Tensor) -> Tensor:
 
 def main(name: str = "gpt2", steps: int = 5) -> list[tuple[float, float]]:
     """Returns each step's loss, of the pipeline and of the unsplit model."""
+    mesh = dist.group.WORLD if dist.is_initialized() else None
     model, cuts = make(name)
     unsplit = copy.deepcopy(model)
     losses = []
-    with pe.Pipeline(cut(model, cuts), microbatches=MICROBATCHES, loss_fn=loss_fn) as pipe:
+    with pe.Pipeline(cut(model, cuts), microbatches=MICROBATCHES, loss_fn=loss_fn, mesh=mesh) as pipe:
         ours = torch.optim.AdamW(pipe.parameters(), lr=1e-2)
         theirs = torch.optim.AdamW(unsplit.parameters(), lr=1e-2)
         ids = torch.randint(WORDS, (ROWS, LENGTH))
@@ -115,9 +119,14 @@ def main(name: str = "gpt2", steps: int = 5) -> list[tuple[float, float]]:
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append((loss.item(), expected.item()))
-            print(f"step {step}: loss {loss:.6f}, unsplit {expected:.6f}")
+            if mesh is None or mesh.rank() == 0:
+                print(f"step {step}: loss {loss:.6f}, unsplit {expected:.6f}")
     return losses
 
 
 if __name__ == "__main__":
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
     main(*sys.argv[1:])
+    if dist.is_initialized():
+        dist.destroy_process_group()

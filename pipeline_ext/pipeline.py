@@ -151,7 +151,7 @@ class Pipeline(UnsplitModel):
         if optimizer is not None:
             arguments.check_type("optimizer", optimizer, torch.optim.Optimizer)
         if scaler is not None:
-            arguments.check_scaler(scaler, optimizer)
+            arguments.check_scaler(scaler, optimizer, many=mesh is not None)
         processes = Processes.of(mesh)
         if processes is not None:
             devices = arguments.devices_of(processes.size, devices)

@@ -16,7 +16,7 @@ from .partition import Slice
 
 
 def repeated_names(model: nn.Module | Sequence[Any]) -> set[str]:
-    """The names of tied parameters, without the first of each; of a list of stages as ``LocalModel`` has them."""
+    """The names of tied parameters, without the first of each; of a list of stages, as in ``LocalModel``."""
     whole = model if isinstance(model, nn.Module) else _numbered(enumerate(model))
     every = {name for name, _ in whole.named_parameters(remove_duplicate=False)}
     return every - {name for name, _ in whole.named_parameters()}
