@@ -151,6 +151,6 @@ def test_the_layout_in_readme_names_every_folder():
     layout = textwrap.dedent(readme.partition("## Layout")[2].partition("Runtime dependencies")[0])
     named = set(re.findall(r"^([\w/]+)  ", layout, re.M))
     folders = {f"csrc/{f.name}" for f in (ROOT / "csrc").iterdir() if f.is_dir()}
-    folders |= {"pipeline_ext", "tests", "bench", "docs"}
+    folders |= {"pipeline_ext", "tests", "bench", "docs", "examples"}
     folders |= {f"pipeline_ext/{f.parent.name}" for f in (ROOT / "pipeline_ext").glob("*/__init__.py")}
     assert named == folders
