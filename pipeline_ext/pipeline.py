@@ -16,6 +16,7 @@ from .pack_choice import PackChoice
 from .processes.agreement import check_agreement, describe_module
 from .processes.group import MeshLike, Processes
 from .processes.local_stages import local_stages
+from .processes.ties import Ties
 from .profile import Profile
 from .reduction import GradientReduction
 from .report.trace import Trace
@@ -231,7 +232,10 @@ class Pipeline(UnsplitModel):
                 float(timeout),
             )
         repeated = repeated_names(model)
+        ties = None if processes is None else Ties(modules, plan.rank_of_stage, processes)
         local = local_stages(modules, plan.rank_of_stage, processes)
+        if ties is not None:
+            ties.make_equal()
         self._num_stages = len(modules)
         self._stages = [
             Stage(
@@ -270,6 +274,7 @@ class Pipeline(UnsplitModel):
             reduction,
             optimizer,
             scaler,
+            ties,
             microbatches=microbatches,
             weighted=loss_reduction == "mean",
             timeout=float(timeout),

@@ -1,6 +1,7 @@
 """From a batch to gradients: what surrounds the engine's run of a step."""
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from .engine import Engine, Route, StepResult
 from .errors import PipelineError
 from .failure import NO_GRADIENTS, reason, step_error
 from .first_steps import FirstSteps
+from .processes.ties import Ties
 from .reduction import GradientReduction
 from .report.trace import Trace
 from .routes import Routes
@@ -36,6 +38,7 @@ class Stepper:
         reduction: GradientReduction | None,
         optimizer: torch.optim.Optimizer | None,
         scaler: torch.amp.GradScaler | None,
+        ties: Ties | None,
         *,
         microbatches: int,
         weighted: bool,
@@ -52,6 +55,7 @@ class Stepper:
         self._reduction = reduction
         self._optimizer = optimizer
         self._scaler = scaler
+        self._ties = ties
         self._microbatches = microbatches
         self._weighted = weighted
         self._timeout = timeout
@@ -73,6 +77,8 @@ class Stepper:
             scaler=self._scaler,
             keep_outputs=batch.keep_outputs,
         )
+        if self._ties is not None:
+            self._ties.begin()
         self._shared.begin()
         with contextlib.nullcontext() if self._reduction is None else self._reduction.step():
             result = self._run(self._routes.train, step, record=batch.record)
@@ -86,6 +92,8 @@ class Stepper:
                 step.backward_into_inputs()
                 if self._reduction is not None:
                     self._reduction.finish(self._timeout, self.trace)
+                if self._ties is not None:
+                    self._ties.end(functools.partial(self._engine.add_up, timeout=self._timeout))
                 loss = step.known_loss()
                 keep = batch.keep_outputs and self._has_loss
                 outputs = microbatch.merge(step.outputs) if keep else None
