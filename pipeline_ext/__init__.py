@@ -24,6 +24,7 @@ from .schedule_choice import ScheduleChoice
 from .simulation import Costs, Simulation, simulate
 from .skips import pop, skips, stash
 from .stage import WithLoss
+from .state import load_checkpoint, save_checkpoint
 from .step_graphs import GraphReport
 from .transport.link import LocalLink
 
@@ -57,7 +58,9 @@ __all__ = [
     "Trace",
     "WithLoss",
     "build_plan",
+    "load_checkpoint",
     "pop",
+    "save_checkpoint",
     "schedule_names",
     "simulate",
     "skips",

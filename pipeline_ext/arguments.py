@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from .boundary import differentiable
 from .errors import InvalidArgument
@@ -32,6 +33,22 @@ def check_type(name: str, value: Any, accepted: type) -> None:
     """Raises InvalidArgument for a value of another type."""
     if not isinstance(value, accepted):
         raise InvalidArgument(f"{name} is {value!r}; give a {accepted.__name__}")
+
+
+def check_scaler(scaler: Any, optimizer: torch.optim.Optimizer | None, many: bool) -> None:
+    """Raises InvalidArgument for a scaler that cannot be used, in ``many`` processes or one."""
+    check_type("scaler", scaler, torch.amp.GradScaler)
+    if many and scaler.is_enabled() and not isinstance(scaler, ShardedGradScaler):
+        raise InvalidArgument(
+            f"scaler is a {type(scaler).__name__}, with which one process could skip a step that others take; "
+            "give torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...), of those that "
+            'hold the stages, as mesh.get_group("pp")'
+        )
+    if optimizer is not None:
+        raise InvalidArgument(
+            "scaler and optimizer are both given, but the step is to be the scaler's, which waits for the "
+            "gradients; leave optimizer out, and after each step call scaler.step(optimizer)"
+        )
 
 
 def packs(name: str, value: Any, boundaries: int, microbatches: int) -> list[int] | None:

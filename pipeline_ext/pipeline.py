@@ -17,6 +17,7 @@ from .pack_choice import PackChoice
 from .processes.agreement import check_agreement, describe_module
 from .processes.group import MeshLike, Processes
 from .processes.local_stages import local_stages
+from .processes.ties import Ties
 from .profile import Profile
 from .reduction import GradientReduction, ProcessGroupMember
 from .report.trace import Trace
@@ -31,12 +32,13 @@ from .step_graphs import GraphReport, StepGraphs
 from .stepper import Stepper
 from .transport.exchange import Exchange
 from .transport.link import FREE_LINK, LocalLink
+from .unsplit import LocalModel, UnsplitModel, repeated_names
 
 PackLike = int | str | Mapping[int, int | str]
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
 
 
-class Pipeline:
+class Pipeline(UnsplitModel):
     """A model cut into stages that trains on microbatches, with the gradients of plain autograd.
 
     Example::
@@ -99,6 +101,9 @@ class Pipeline:
             are then the graph's own memory, which the next step writes anew.
         optimizer: its ``step`` is called at the end of each step, and is in the graph where there is one; for
             that it is torch's SGD, or made with ``capturable=True``.
+        scaler: scales each loss before its backward; the losses that ``step`` returns are as without. After it
+            call ``scaler.step(optimizer)`` and ``scaler.update()`` as always. In several processes a
+            ``ShardedGradScaler`` over those that hold the stages, so that all of them skip a step together.
         reduction: gives each of several replicas of the pipeline the mean of their gradients. None: one is made
             for the replicas of ``mesh``, if it has any.
         mesh: the processes that share the pipeline, one for each rank; all make it, with the same arguments. A
@@ -141,6 +146,7 @@ class Pipeline:
         reduction: GradientReduction | None = None,
         graphs: bool = False,
         optimizer: torch.optim.Optimizer | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         mesh: MeshLike = None,
     ) -> None:
         num_stages = None if num_stages is None else arguments.count("num_stages", num_stages)
@@ -153,6 +159,8 @@ class Pipeline:
             arguments.check_type("reduction", reduction, GradientReduction)
         if optimizer is not None:
             arguments.check_type("optimizer", optimizer, torch.optim.Optimizer)
+        if scaler is not None:
+            arguments.check_scaler(scaler, optimizer, many=mesh is not None)
         processes = Processes.of(mesh)
         if processes is not None:
             devices = arguments.devices_of(processes.size, devices)
@@ -240,7 +248,11 @@ class Pipeline:
                 },
                 float(timeout),
             )
+        repeated = repeated_names(model)
+        ties = None if processes is None else Ties(modules, plan.rank_of_stage, processes)
         local = local_stages(modules, plan.rank_of_stage, processes)
+        if ties is not None:
+            ties.make_equal()
         if reduction is None and processes is not None and processes.replicas is not None:
             reduction = GradientReduction(ProcessGroupMember(processes.replicas))
         self._num_stages = len(modules)
@@ -254,10 +266,13 @@ class Pipeline:
             )
             for index, module in local.items()
         ]
-        self._model = model if isinstance(model, nn.Module) else nn.Sequential(*local.values())
+        self._local = LocalModel(model, modules, local, repeated)
+        self._group = None if processes is None else processes.group
         self._has_loss = loss_fn is not None
         self.tracing = bool(trace)
         self._devices = device_choice.of_ranks(given, plan.num_ranks)
+        if scaler is not None:
+            scaler.scale(torch.ones((), device=self._devices[-1]))  # the first call makes what is read then
         shared = SharedParameters({stage.index: stage.modules() for stage in self._stages})
         self._engine = make_engine(
             self._devices, plan, self._stages, exchange_of, shared, reduction, chooses_pack, processes
@@ -278,6 +293,8 @@ class Pipeline:
             self._first_steps,
             reduction,
             optimizer,
+            scaler,
+            ties,
             microbatches=microbatches,
             weighted=loss_reduction == "mean",
             timeout=float(timeout),
@@ -375,28 +392,6 @@ class Pipeline:
             yield
         finally:
             self._stepper.syncs = before
-
-    # -- the model's state
-
-    def state_dict(self) -> dict[str, Any]:
-        """The model's parameters and buffers, under the names they have in the unsplit model.
-
-        What ``nn.Module.state_dict`` of the model given to Pipeline returns; of a list of stage modules,
-        that of ``nn.Sequential(*stages)``. A ``loss_fn`` that is a module is not part of it: save it
-        yourself. Works on a closed or dead pipeline too. Raises PipelineError while a step is running.
-        """
-        with self._lifetime.one_at_a_time("state_dict was called"):
-            return self._model.state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
-        """Copies in what ``state_dict`` of a pipeline with any stages, or of the plain model, returned.
-
-        As ``nn.Module.load_state_dict``: returns ``missing_keys`` and ``unexpected_keys``; raises
-        RuntimeError for tensors of other shapes and, if ``strict``, for missing or unexpected names.
-        Raises PipelineError while a step is running.
-        """
-        with self._lifetime.one_at_a_time("load_state_dict was called"):
-            return self._model.load_state_dict(state_dict, strict=strict)
 
     @property
     def _has_first_stage(self) -> bool:

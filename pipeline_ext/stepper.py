@@ -1,6 +1,7 @@
 """From a batch to gradients: what surrounds the engine's run of a step."""
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from .engine import Engine, Route, StepResult
 from .errors import PipelineError
 from .failure import NO_GRADIENTS, reason, step_error
 from .first_steps import FirstSteps
+from .processes.ties import Ties
 from .reduction import GradientReduction
 from .report.trace import Trace
 from .routes import Routes
@@ -36,6 +38,8 @@ class Stepper:
         first_steps: FirstSteps,
         reduction: GradientReduction | None,
         optimizer: torch.optim.Optimizer | None,
+        scaler: torch.amp.GradScaler | None,
+        ties: Ties | None,
         *,
         microbatches: int,
         weighted: bool,
@@ -52,6 +56,8 @@ class Stepper:
         self._first_steps = first_steps
         self._reduction = reduction
         self._optimizer = optimizer
+        self._scaler = scaler
+        self._ties = ties
         self._microbatches = microbatches
         self._weighted = weighted
         self._timeout = timeout
@@ -70,9 +76,12 @@ class Stepper:
             targets=None if target is None else microbatch.split(target, target_rows, count, "target"),
             target_rows=target_rows,
             weighted=self._weighted,
+            scaler=self._scaler,
             keep_outputs=batch.keep_outputs,
             syncs=self.syncs,
         )
+        if self._ties is not None:
+            self._ties.begin()
         self._shared.begin()
         with self._replicas():
             result = self._run(self._routes.train, step, record=batch.record)
@@ -86,6 +95,8 @@ class Stepper:
                 step.backward_into_inputs()
                 if self._reduction is not None:
                     self._reduction.finish(self._timeout, self.trace)
+                if self._ties is not None:
+                    self._ties.end(functools.partial(self._engine.add_up, timeout=self._timeout))
                 loss = step.known_loss()
                 keep = batch.keep_outputs and self._has_loss
                 outputs = microbatch.merge(step.outputs) if keep else None

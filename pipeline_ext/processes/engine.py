@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .. import _C
-from ..errors import PeerError
+from ..errors import PeerError, StepTimeout
 from ..host import HostEngine, HostRoute
 from ..recomputation import RecomputationGuard
 from ..reduction import GradientReduction
 from ..shared import SharedParameters
-from ..stage import Stage
 from ..transport.exchange import Exchange
 from ..transport.remote import Receiver
 from .ends import ends_of
@@ -64,6 +64,24 @@ class ProcessEngine(HostEngine):
         dist.broadcast(told, first, group=self._processes.messages)
         return int(told)
 
+    def add_up(self, tensor: Tensor, group: dist.ProcessGroup, timeout: float) -> None:
+        """Makes ``tensor`` the sum of those of the group's processes.
+
+        Raises PeerError where one of them has failed, StepTimeout where one does not come in time.
+        """
+        over = self._failure.begin_wait()
+        work = dist.all_reduce(tensor, group=group, async_op=True)
+        future = work.get_future()
+        future.add_done_callback(lambda _: over.set())
+        if not over.wait(min(timeout, threading.TIMEOUT_MAX)):
+            raise StepTimeout(f"waited {timeout:g} seconds for processes that hold one of its parameters, too")
+        if not future.done():
+            raise self._failure.error
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise PeerError(f"a process that holds one of its parameters, too, has gone: {error}") from error
+
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
         route.exchange.listen(Receiver(self._executor.deliver, self._failure.lost))
         return super().run(route, timeout=timeout, record=record)
@@ -83,7 +101,9 @@ class _Failure:
         self._everyone = everyone
         self._told = threading.Event()  # by another process
         self._executor: _C.HostExecutor | None = None
+        self._over = threading.Event()  # what this process waits for outside of the executor
         self.is_known = False
+        self.error: Exception | None = None  # of another process
 
     def watch(self, executor: _C.HostExecutor) -> None:
         """Stops what ``executor`` runs once another process has failed."""
@@ -95,6 +115,13 @@ class _Failure:
         if not self._told.is_set():
             self._notices.tell(reason)
         self.is_known = True
+
+    def begin_wait(self) -> threading.Event:
+        """Set once another process has failed; the caller sets it for his own ends."""
+        self._over.clear()
+        if self.error is not None:
+            self._over.set()
+        return self._over
 
     def lost(self, error: Exception) -> None:
         """Another process cannot be reached. It may yet be heard why."""
@@ -111,6 +138,8 @@ class _Failure:
 
     def _stop(self, error: Exception) -> None:
         self.is_known = True
+        self.error = error
+        self._over.set()
         self._executor.fail(error)
 
 
