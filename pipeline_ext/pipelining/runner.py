@@ -8,7 +8,7 @@ from torch.distributed.pipelining.schedules import _PipelineContext
 from .. import _C
 from ..context import CallerContext
 from ..engine import Route
-from ..errors import PipelineError
+from ..errors import InvalidArgument, PipelineError
 from ..failure import NO_GRADIENTS, step_error
 from ..host import HostEngine
 from ..lifetime import Lifetime
@@ -37,6 +37,11 @@ class Runner:
         self._losses = _Losses(schedule)
         self._stages = {stage.stage_index: TorchStage(stage, self._losses) for stage in stages}
         first, count = stages[0], schedule._n_microbatches
+        if first.group_size > 1:
+            raise InvalidArgument(
+                f"the stages' process group has {first.group_size} processes; this package's schedules run all "
+                "stages in one, so give a group of one, or use torch.distributed.pipelining"
+            )
         order = order_of(schedule)
         if order is None:
             homes = [first.stage_index_to_group_rank[s] for s in range(first.num_stages)]
