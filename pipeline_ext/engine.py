@@ -51,8 +51,14 @@ class Engine(Protocol):
     def arrive(self, value: Any, stage: int) -> Any:
         """A pytree of the caller's, where ``stage`` can use it."""
 
+    def agreed(self, count: int | None) -> int:
+        """Microbatches of an evaluation. ``count``: None where another process has the first stage."""
+
     def run(self, route: Route, *, timeout: float, record: bool) -> StepResult:
         """Runs a step that has begun. Raises what Ctrl-C raises, having stopped it."""
+
+    def failed(self, reason: str) -> None:
+        """A step has failed."""
 
     def give_up(self, stages: list[Stage]) -> None:
         """Sees to it that what a failed step has left behind cannot touch the model."""

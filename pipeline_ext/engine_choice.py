@@ -10,6 +10,8 @@ from .cuda.engine import DeviceEngine
 from .engine import Engine
 from .errors import InvalidArgument
 from .host import HostEngine
+from .processes.engine import ProcessEngine
+from .processes.group import Processes
 from .recomputation import RecomputationGuard
 from .reduction import GradientReduction
 from .shared import SharedParameters
@@ -25,14 +27,18 @@ def make_engine(
     shared: SharedParameters,
     reduction: GradientReduction | None,
     chooses_pack: bool,
+    processes: Processes | None,
 ) -> Engine:
-    """Threads for CPUs, streams for GPUs, to which it moves the stages.
+    """Threads for CPUs, in one process or in many; streams for GPUs, to which it moves the stages.
 
     Raises InvalidArgument for what GPUs do not do, DeviceError where one cannot be used.
     """
     modules = [stage.module for stage in stages]
     if devices[0].type == "cpu":
-        guard = RecomputationGuard(modules, overlap=plan.overlap, threads=plan.num_workers)
+        threads = plan.num_workers if processes is None else plan.num_workers // plan.num_ranks
+        guard = RecomputationGuard(modules, overlap=plan.overlap, threads=threads)
+        if processes is not None:
+            return ProcessEngine(plan, exchange_of, shared, guard, reduction, processes)
         return HostEngine(plan, exchange_of, shared, guard, reduction)
     if reduction is not None:
         raise InvalidArgument(

@@ -44,6 +44,10 @@ class ReductionError(PipelineError, RuntimeError):
     """Replicas could not reduce their gradients: one of them failed, or they do not match."""
 
 
+class PeerError(PipelineError, RuntimeError):
+    """Another process of the pipeline failed, is gone, or does not match this one; the message names it."""
+
+
 class DeadPipeline(PipelineError, RuntimeError):
     """The pipeline was used after it was closed, a stage's code never returned, or a GPU failed for good."""
 

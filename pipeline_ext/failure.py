@@ -1,8 +1,10 @@
 """A step's failure, as the exception the user sees."""
 
+from collections.abc import Sequence
+
 from . import _C
 from .engine import Engine, StepResult
-from .errors import DeadPipeline, DeviceError, StageError, StepTimeout
+from .errors import DeadPipeline, DeviceError, PeerError, StageError, StepTimeout
 
 NO_GRADIENTS = (
     "every .grad of the model is None; buffers and random state may have advanced"
@@ -12,25 +14,48 @@ _KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight g
 
 
 def step_error(
-    plan: _C.Plan, result: StepResult, engine: Engine, timeout: float, training: bool
+    plan: _C.Plan,
+    result: StepResult,
+    engine: Engine,
+    timeout: float,
+    training: bool,
+    awaited: Sequence[str],
 ) -> BaseException:
-    """The exception for a step that did not come to its end."""
+    """The exception for a step that did not come to its end; ``awaited``: what of other processes' had not come."""
     state = _state(engine, training)
     if result.outcome == "failed":
-        return _failure(plan, result, state)
+        return _failure(plan, result, state, awaited)
     if result.outcome == "closed":
         gradients = f"; {NO_GRADIENTS}" if training else ""
         return DeadPipeline(f"the pipeline was closed while a step ran{gradients}")
+    messages = "".join(f"  waits for {message}\n" for message in awaited)
     return StepTimeout(
-        f"the step made no progress for {timeout:g} seconds; {state}\n{result.waiting}".rstrip()
+        f"the step made no progress for {timeout:g} seconds; {state}\n{messages}{result.waiting}".rstrip()
     )
 
 
-def _failure(plan: _C.Plan, result: StepResult, state: str) -> BaseException:
-    """A stage's code has raised, or a device has failed; chained to the original exception."""
+def reason(plan: _C.Plan, result: StepResult, timeout: float, awaited: Sequence[str]) -> str:
+    """Why a step did not come to its end, in a line for other processes."""
+    if result.outcome == "timed out":
+        waits = f", waiting for {', and '.join(awaited)}" if awaited else ""
+        return f"it made no progress for {timeout:g} seconds{waits}"
+    error = result.error
+    where = "" if result.failed_task is None else f"{plan.action(result.failed_task)} raised "
+    return f"{where}{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _failure(
+    plan: _C.Plan, result: StepResult, state: str, awaited: Sequence[str]
+) -> BaseException:
+    """A stage's code has raised, or a device or another process has failed; chained to the original exception."""
     error = result.error
     if isinstance(error, DeviceError) and result.failed_task is None:
         return DeviceError(f"{error}; {state}")
+    if isinstance(error, PeerError):
+        waits = f"; this process waited for {', and '.join(awaited)}" if awaited else ""
+        failure = PeerError(f"{error}{waits}; {state}")
+        failure.__cause__ = error.__cause__
+        return failure
     action = plan.action(result.failed_task)
     kind, stage, m, rank, _ = plan.describe(result.failed_task)
     where = f"{action}, the {_KINDS[kind]} of microbatch {m} at stage {stage} on rank {rank}"

@@ -30,13 +30,14 @@ class HostEngine:
     def __init__(
         self,
         plan: _C.Plan,
-        exchange_of: Callable[[_C.Plan], Exchange],
+        exchange_of: Callable[..., Exchange],
         shared: SharedParameters,
         guard: RecomputationGuard,
         reduction: GradientReduction | None,
+        rank: int | None = None,
     ) -> None:
-        """Every plan to come has as many workers as ``plan``."""
-        self._executor = _C.HostExecutor(_thread_names(plan))
+        """Every plan to come has as many workers as ``plan``. ``rank``: of the plan; None: all."""
+        self._executor = _C.HostExecutor(_thread_names(plan, rank), rank)
         self.stop = self._executor.close
         self.close = functools.partial(_close, self._executor, guard, reduction)
         self._exchange_of = exchange_of
@@ -66,11 +67,17 @@ class HostEngine:
     def route(self, plan: _C.Plan, bodies: Bodies) -> HostRoute:
         return HostRoute(plan, _C.Program(plan, dict(bodies)), self._exchange_of(plan))
 
+    def agreed(self, count: int | None) -> int:
+        return count
+
     def arrive(self, value: Any, stage: int) -> Any:
         return value
 
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
         return self._executor.run(route.program, timeout=timeout, record=record)
+
+    def failed(self, reason: str) -> None:
+        pass
 
     def give_up(self, stages: list[Stage]) -> None:
         if not self._executor.dead:
@@ -89,7 +96,8 @@ def _close(
         reduction.close()
 
 
-def _thread_names(plan: _C.Plan) -> list[str]:
+def _thread_names(plan: _C.Plan, rank: int | None) -> list[str]:
+    ranks = range(plan.num_ranks) if rank is None else (rank,)
     if not plan.overlap:
-        return [f"pe rank {rank}" for rank in range(plan.num_ranks)]
-    return [f"pe rank {rank} {way}" for rank in range(plan.num_ranks) for way in ("F", "B")]
+        return [f"pe rank {rank}" for rank in ranks]
+    return [f"pe rank {rank} {way}" for rank in ranks for way in ("F", "B")]

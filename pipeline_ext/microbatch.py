@@ -33,6 +33,11 @@ def batch_size(args: tuple, kwargs: dict) -> int:
     return sizes.pop()
 
 
+def rows_of(value: Any) -> int | None:
+    """Length of dimension 0 of the first tensor that has one; None where there is none."""
+    return next((leaf.shape[0] for leaf in pytree.tree_leaves(value) if _is_split(leaf)), None)
+
+
 def split(value: Any, size: int, microbatches: int, what: str) -> list[Any]:
     """``value`` cut leaf by leaf with ``Tensor.tensor_split`` along dimension 0.
 

@@ -4,7 +4,7 @@ import copy
 import difflib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,12 +50,12 @@ def cut(
     cuts: Sequence[str | int] | None = None,
     balance: str = "parameters",
     sample: Any = None,
-) -> list[nn.Module]:
+) -> list[nn.Module | Callable[[], nn.Module]]:
     """The stage modules of a model.
 
     Args:
         model: an ``nn.Sequential``, a module whose children run in order (with ``cuts``), or the list of
-            stage modules itself. Nested sequentials and module lists are opened.
+            stage modules itself, or of functions that make them. Nested sequentials and module lists are opened.
         num_stages: how many; may be left out where ``model`` or ``cuts`` say it.
         cuts: the layers, by name or position, at which a new stage begins.
         balance: ``"parameters"`` makes the largest stage as small as it can be by parameter count;
@@ -123,17 +123,23 @@ def balanced(weights: Sequence[float], parts: int) -> list[int]:
     return starts[::-1]
 
 
-def _given_stages(stages, num_stages, cuts) -> list[nn.Module]:
+def _given_stages(stages, num_stages, cuts) -> list[nn.Module | Callable[[], nn.Module]]:
     if cuts is not None:
         raise InvalidArgument("cuts does not go with a list of stage modules, which is cut already")
-    if not stages or not all(isinstance(stage, nn.Module) for stage in stages):
-        raise InvalidArgument("a list of stages holds one nn.Module or more, and nothing else")
+    if not stages or not all(isinstance(s, nn.Module) or _is_maker(s) for s in stages):
+        raise InvalidArgument(
+            "a list of stages holds one nn.Module or more, or functions that make them, and nothing else"
+        )
     if num_stages is not None and num_stages != len(stages):
         raise InvalidArgument(
             f"num_stages is {num_stages} but the list holds {len(stages)} stage modules; leave "
             "num_stages out, or make them agree"
         )
     return list(stages)
+
+
+def _is_maker(stage: Any) -> bool:
+    return callable(stage) and not isinstance(stage, type)
 
 
 def _runs_children_in_order(module: nn.Module) -> bool:

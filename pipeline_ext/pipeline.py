@@ -13,6 +13,9 @@ from .engine_choice import make_engine
 from .errors import InvalidArgument, PipelineError
 from .lifetime import Lifetime
 from .pack_choice import PackChoice
+from .processes.agreement import check_agreement, describe_module
+from .processes.group import MeshLike, Processes
+from .processes.local_stages import local_stages
 from .profile import Profile
 from .reduction import GradientReduction
 from .report.trace import Trace
@@ -91,6 +94,9 @@ class Pipeline:
         optimizer: its ``step`` is called at the end of each step, and is in the graph where there is one; for
             that it is torch's SGD, or made with ``capturable=True``.
         reduction: gives each of several replicas of the pipeline the mean of their gradients.
+        mesh: the processes that share the pipeline, one for each rank; all make it, with the same arguments. A
+            ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one; or
+            a process group. None: this process has all ranks.
 
     Raises:
         InvalidArgument: for anything above that cannot be used (InvalidSchedule for ``schedule``).
@@ -127,6 +133,7 @@ class Pipeline:
         reduction: GradientReduction | None = None,
         graphs: bool = False,
         optimizer: torch.optim.Optimizer | None = None,
+        mesh: MeshLike = None,
     ) -> None:
         num_stages = None if num_stages is None else arguments.count("num_stages", num_stages)
         microbatches = arguments.count("microbatches", microbatches)
@@ -138,12 +145,14 @@ class Pipeline:
             arguments.check_type("reduction", reduction, GradientReduction)
         if optimizer is not None:
             arguments.check_type("optimizer", optimizer, torch.optim.Optimizer)
+        processes = Processes.of(mesh)
+        if processes is not None:
+            devices = arguments.devices_of(processes.size, devices)
         given = device_choice.given(devices)
         if overlap is None:
             overlap = device_choice.of_ranks(given, 1)[0].type == "cuda"
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
 
-        self._model = model if isinstance(model, nn.Module) else nn.Sequential(*model)
         self.microbatches = microbatches
         boundaries = len(modules) - 1
         num_ranks = None if given is None else len(given)
@@ -183,10 +192,39 @@ class Pipeline:
             link=link,
         )
         plan = self._first_steps.plan
+        if processes is not None and self._first_steps.chooses:
+            raise InvalidArgument(
+                '"auto" measures all stages in one process; with mesh give a schedule and numbers, as '
+                "pipeline-ext plan chooses them"
+            )
         chooses_pack = self._first_steps.chooses and schedule != planning.AUTO
         planning.check_trainable(plan)
         if costs is not None:
             simulate(plan, costs)  # which refuses costs that do not fit
+        if processes is not None:
+            check_agreement(
+                processes,
+                {
+                    "schedule": [f"{schedule}", plan.to_csv()],
+                    "microbatches": [f"{microbatches}"],
+                    "num_stages": [f"{len(modules)}"],
+                    "wire": [f"{wire}"],
+                    "wire_forward": [f"{wire_forward}"],
+                    "loss_reduction": [loss_reduction],
+                    "overlap": [f"{bool(overlap)}"],
+                    "reactive": [f"{bool(reactive)}"],
+                    "pack": [f"{plan.packs}, forward {plan.packs_forward}"],
+                    "in_flight": [f"{plan.limits}"],
+                    **{
+                        f"stage {index}": describe_module(module)
+                        for index, module in enumerate(modules)
+                        if isinstance(module, nn.Module)
+                    },
+                },
+                float(timeout),
+            )
+        local = local_stages(modules, plan.rank_of_stage, processes)
+        self._num_stages = len(modules)
         self._stages = [
             Stage(
                 index,
@@ -194,14 +232,15 @@ class Pipeline:
                 is_last=index == len(modules) - 1,
                 loss_fn=loss_fn if index == len(modules) - 1 else None,
             )
-            for index, module in enumerate(modules)
+            for index, module in local.items()
         ]
+        self._model = model if isinstance(model, nn.Module) else nn.Sequential(*local.values())
         self._has_loss = loss_fn is not None
         self.tracing = bool(trace)
         self._devices = device_choice.of_ranks(given, plan.num_ranks)
-        shared = SharedParameters([stage.modules() for stage in self._stages])
+        shared = SharedParameters({stage.index: stage.modules() for stage in self._stages})
         self._engine = make_engine(
-            self._devices, plan, self._stages, exchange_of, shared, reduction, chooses_pack
+            self._devices, plan, self._stages, exchange_of, shared, reduction, chooses_pack, processes
         )
         if reduction is not None:
             try:
@@ -269,13 +308,15 @@ class Pipeline:
         """
         self._lifetime.check()
         arguments.check_trains(self._has_loss, losses, target)
-        size, count = microbatch.batch_size(args, kwargs), self.microbatches
-        arguments.check_rows(size, count)
+        size = None
+        if self._has_first_stage:
+            size = microbatch.batch_size(args, kwargs)
+            arguments.check_rows(size, self.microbatches)
         with self._lifetime.one_at_a_time("step was called"):
             self._first_steps.prepare(self._routes.follow)
             batch = Batch(
                 *self._engine.arrive((args, kwargs), 0),
-                target=self._engine.arrive(target, self.num_stages - 1),
+                target=self._engine.arrive(target, self.num_stages - 1) if self._stages[-1].is_last else None,
                 rows=size,
                 keep_outputs=return_outputs,
                 keep_losses=losses is not None,
@@ -297,7 +338,7 @@ class Pipeline:
         leaves every ``.grad`` alone.
         """
         self._lifetime.check()
-        size = microbatch.batch_size(args, kwargs)
+        size = microbatch.batch_size(args, kwargs) if self._has_first_stage else None
         if size == 0:
             raise InvalidArgument("the batch has no rows")
         with self._lifetime.one_at_a_time("eval was called"):
@@ -324,6 +365,10 @@ class Pipeline:
         """
         with self._lifetime.one_at_a_time("load_state_dict was called"):
             return self._model.load_state_dict(state_dict, strict=strict)
+
+    @property
+    def _has_first_stage(self) -> bool:
+        return self._stages[0].index == 0
 
     # -- what was planned and what happened
 
@@ -357,7 +402,7 @@ class Pipeline:
     @property
     def num_stages(self) -> int:
         """Number of stages."""
-        return len(self._stages)
+        return self._num_stages
 
     @property
     def unsplit_stages(self) -> dict[int, str]:

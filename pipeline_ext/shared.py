@@ -6,7 +6,7 @@ its own; when the step has ended these are added up in the order of the stages.
 """
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -26,13 +26,13 @@ class _Place(NamedTuple):
 
 
 class SharedParameters:
-    """The parameters that several stages hold, of the modules given for each stage.
+    """The parameters that several stages hold, of the modules given, by stage.
 
     Hooks on such a parameter are not called in a step. Stages that hold one and the same module with such a
     parameter take turns in their forwards.
     """
 
-    def __init__(self, by_stage: Sequence[Sequence[nn.Module]]) -> None:
+    def __init__(self, by_stage: Mapping[int, Sequence[nn.Module]]) -> None:
         self._by_stage = by_stage
         self._turns = threading.Lock()
         self._aliases: dict[nn.Parameter, dict[int, nn.Parameter]] = {}
@@ -40,24 +40,24 @@ class SharedParameters:
 
     def _find(self) -> None:
         stages: dict[nn.Parameter, set[int]] = {}
-        places: list[dict[tuple[nn.Module, str], _Place]] = []
-        for stage, modules in enumerate(self._by_stage):
-            places.append({})
+        places: dict[int, dict[tuple[nn.Module, str], _Place]] = {}
+        for stage, modules in self._by_stage.items():
+            places[stage] = {}
             for owner in (m for module in modules for m in module.modules()):
                 for name, parameter in owner._parameters.items():
                     if parameter is not None:
                         places[stage][owner, name] = _Place(owner, name, parameter)
                         stages.setdefault(parameter, set()).add(stage)
-        self._places = [
-            [place for place in found.values() if len(stages[place.parameter]) > 1]
-            for found in places
-        ]
+        self._places = {
+            stage: [place for place in found.values() if len(stages[place.parameter]) > 1]
+            for stage, found in places.items()
+        }
         self._holders = {p: sorted(held) for p, held in stages.items() if len(held) > 1}
-        owners = [{place.owner for place in found} for found in self._places]
-        self._take_turns = [
-            any(mine & others for other, others in enumerate(owners) if other != stage)
-            for stage, mine in enumerate(owners)
-        ]
+        owners = {stage: {place.owner for place in found} for stage, found in self._places.items()}
+        self._take_turns = {
+            stage: any(mine & others for other, others in owners.items() if other != stage)
+            for stage, mine in owners.items()
+        }
 
     def parameters(self) -> Collection[nn.Parameter]:
         """The parameters that several stages hold."""
@@ -97,7 +97,7 @@ class SharedParameters:
         """Makes the aliases of one step."""
         if any(
             place.owner._parameters.get(place.name) is not place.parameter
-            for found in self._places
+            for found in self._places.values()
             for place in found
         ):
             self._find()
@@ -125,5 +125,5 @@ class SharedParameters:
 
     def give_up(self) -> None:
         """Puts the parameters back where a stage that never returns has left its aliases."""
-        for stage in range(len(self._places)):
+        for stage in self._places:
             self._restore(stage)

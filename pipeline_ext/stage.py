@@ -44,6 +44,7 @@ class Stage:
     parameters are trained too.
 
     Attributes:
+        is_last: whether it is the model's last, and its output the model's.
         thread: what stands for the thread that runs a backward of this stage.
         unsplit: why the last I ran the backward whole; empty where it did not.
     """
@@ -60,7 +61,7 @@ class Stage:
         self.module = module
         self.thread: object | None = None
         self.unsplit = ""
-        self._is_last = is_last
+        self.is_last = is_last
         self._loss_fn = loss_fn
         self._step: Step | None = None
         self._entrance = boundary.Entrance()
@@ -100,7 +101,7 @@ class Stage:
                 if isinstance(value, WithLoss):
                     losses.append(_checked(value.loss, "the loss in WithLoss"))
                     value = value.value
-                if self._is_last:
+                if self.is_last:
                     losses.insert(0, _checked(self._loss_of(step, m, value), "what loss_fn returned"))
                     step.losses[m] = losses[0].detach()
             boundary.check_aliases(received)
@@ -108,7 +109,7 @@ class Stage:
             self._entrance.failed()
             raise
         step.contributions[self.index][m] = [step.weighted(loss.detach(), m) for loss in losses]
-        if self._is_last:
+        if self.is_last:
             sent = []
             if step.keep_outputs:
                 step.outputs[m] = boundary.detach(value)
@@ -204,7 +205,7 @@ class Stage:
             value = self._run_module(self._arguments(step, m))
         if isinstance(value, WithLoss):
             value = value.value
-        if self._is_last:
+        if self.is_last:
             step.outputs[m] = boundary.detach(value)
         else:
             step.exchange.send_value(self.index, m, value)

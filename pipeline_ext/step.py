@@ -9,8 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from . import microbatch
 from .boundary import differentiable
 from .context import CallerContext
+from .errors import PipelineError
 from .transport.exchange import Exchange
 
 
@@ -31,7 +33,7 @@ class Batch(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
     target: Any
-    rows: int
+    rows: int | None  # None: another process has the first stage
     keep_outputs: bool
     keep_losses: bool
     record: bool  # when tasks run
@@ -53,18 +55,28 @@ class Step:
         self,
         *,
         exchange: Exchange,
-        inputs: list[tuple[tuple, dict]],
+        microbatches: int,
+        rows: int | None,
         context: CallerContext,
+        inputs: list[tuple[tuple, dict]] | None = None,
         targets: list[Any] | None = None,
-        weights: list[float] | None = None,
+        target_rows: int | None = None,
+        weighted: bool = False,
         keep_outputs: bool = True,
     ) -> None:
-        microbatches = len(inputs)
+        """``rows`` of the batch, and ``inputs``: None where another process has the first stage.
+
+        ``weighted``: by its share of the rows is how a microbatch's loss enters the total.
+        """
         self.exchange = exchange
         self.inputs = inputs
         self.context = context
         self.targets = targets
-        self._weights = weights  # of each microbatch's loss in the total; None: no loss
+        self._target_rows = target_rows
+        self._rows = rows
+        self._lengths = [0] * microbatches if rows is None else microbatch.lengths(rows, microbatches)
+        self._weighted = weighted
+        self._loss: Tensor | None = None  # the total, as another process has told it
         self.keep_outputs = keep_outputs
         self.has_trained = False  # whether any backward had something to differentiate
         # By stage: what it adds to the total loss, weighted.
@@ -74,7 +86,7 @@ class Step:
         self.outputs: list[Any] = [None] * microbatches
         self.losses: list[Tensor | None] = [None] * microbatches  # unweighted
         # Where the inputs themselves require a gradient: the tensors, and their gradients.
-        needed = differentiable(inputs[0])
+        needed = bool(inputs) and differentiable(inputs[0])
         self.input_tensors: list[list[Tensor]] = (
             [differentiable(value) for value in inputs] if needed else [[]] * microbatches
         )
@@ -82,13 +94,41 @@ class Step:
 
     def weighted(self, loss: Tensor, m: int) -> Tensor:
         """Microbatch ``m``'s loss as it enters the total."""
-        weight = self._weights[m]
+        weight = self._weight(m)
         return loss if weight == 1 else loss * weight
 
     def weight_like(self, loss: Tensor, m: int) -> Tensor:
         """The gradient of the total in microbatch ``m``'s loss."""
         # Made anew each time: autograd may keep it as a parameter's gradient, and add to it.
-        return torch.full((), self._weights[m], dtype=loss.dtype, device=loss.device)
+        return torch.full((), self._weight(m), dtype=loss.dtype, device=loss.device)
+
+    def _weight(self, m: int) -> float:
+        return self._lengths[m] / self._rows if self._weighted else 1
+
+    def passed_on(self, stage: int, m: int) -> list[Any]:
+        """What goes along with microbatch ``m`` from ``stage`` to another process."""
+        added = itertools.chain.from_iterable(of_stage[m] for of_stage in self.contributions[: stage + 1])
+        return [self._rows, self._lengths[m], *added]
+
+    def take_in(self, stage: int, m: int, known: list[Any]) -> None:
+        """Takes what has come along with microbatch ``m`` to ``stage``. Raises PipelineError."""
+        self._rows, self._lengths[m], *added = known
+        if self._target_rows not in (None, self._rows):
+            raise PipelineError(
+                f"target has {self._target_rows} rows where the batch has {self._rows}; give the process with "
+                "the last stage the target of the batch that the one with the first stage is given"
+            )
+        for before in self.contributions[:stage]:
+            before[m] = ()
+        self.contributions[0][m] = added
+
+    def known_loss(self) -> Tensor | None:
+        """The total loss, or what another process has told of it."""
+        return self._loss if self._loss is not None else self.total_loss()
+
+    def learn_loss(self, loss: Tensor) -> None:
+        """Another process has told the total loss."""
+        self._loss = loss.detach().clone()
 
     def total_loss(self) -> Tensor:
         """Sum of all contributions: microbatch by microbatch, in each the loss, then the stages' own."""

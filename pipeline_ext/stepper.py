@@ -9,7 +9,7 @@ from . import microbatch
 from .context import CallerContext
 from .engine import Engine, Route, StepResult
 from .errors import PipelineError
-from .failure import NO_GRADIENTS, step_error
+from .failure import NO_GRADIENTS, reason, step_error
 from .first_steps import FirstSteps
 from .reduction import GradientReduction
 from .report.trace import Trace
@@ -43,6 +43,7 @@ class Stepper:
         """``weighted``: by its share of the rows is how a microbatch's loss enters the total."""
         self.trace: Trace | None = None
         self._stages = stages
+        self._has_loss = stages[-1].is_last
         self._engine = engine
         self._routes = routes
         self._shared = shared
@@ -56,20 +57,23 @@ class Stepper:
 
     def train(self, batch: Batch) -> Outcome:
         """Raises as ``Pipeline.step`` does."""
-        size, count = batch.rows, self._microbatches
-        target = batch.target
+        size, count, target = batch.rows, self._microbatches, batch.target
+        target_rows = microbatch.rows_of(target) if size is None else size
         step = Step(
             exchange=self._routes.train.exchange,
-            inputs=microbatch.split((batch.args, batch.kwargs), size, count, "an input"),
+            microbatches=count,
+            rows=size,
             context=self.caller_context(),
-            targets=None if target is None else microbatch.split(target, size, count, "target"),
-            weights=[n / size if self._weighted else 1 for n in microbatch.lengths(size, count)],
+            inputs=self._split_inputs((batch.args, batch.kwargs), size, count),
+            targets=None if target is None else microbatch.split(target, target_rows, count, "target"),
+            target_rows=target_rows,
+            weighted=self._weighted,
             keep_outputs=batch.keep_outputs,
         )
         self._shared.begin()
         with contextlib.nullcontext() if self._reduction is None else self._reduction.step():
             result = self._run(self._routes.train, step, record=batch.record)
-            if not step.has_trained:
+            if not step.has_trained and self._has_loss:
                 raise PipelineError(
                     "step found nothing to train: no microbatch's loss depends on anything that requires a "
                     "gradient; are all parameters frozen, or is the loss detached?"
@@ -79,28 +83,38 @@ class Stepper:
                 step.backward_into_inputs()
                 if self._reduction is not None:
                     self._reduction.finish(self._timeout, self.trace)
-                loss = step.total_loss()
-                outputs = microbatch.merge(step.outputs) if batch.keep_outputs else None
+                loss = step.known_loss()
+                keep = batch.keep_outputs and self._has_loss
+                outputs = microbatch.merge(step.outputs) if keep else None
             except BaseException as error:
+                self._engine.failed(f"{type(error).__name__}: {error}")
                 self.give_up()
                 error.add_note(NO_GRADIENTS)
                 raise
         if self._optimizer is not None:
             self._optimizer.step()
-        return Outcome(loss, step.losses, outputs, result)
+        return Outcome(loss, step.losses if self._has_loss else [], outputs, result)
 
-    def evaluate(self, args: tuple, kwargs: dict[str, Any], rows: int) -> Any:
-        """The last stage's output for the whole batch. Raises as ``Pipeline.eval`` does."""
-        count = min(rows, self._microbatches)
+    def evaluate(self, args: tuple, kwargs: dict[str, Any], rows: int | None) -> Any:
+        """The last stage's output for the whole batch; None where another process has that stage.
+
+        ``rows``: None where another process has the first stage. Raises as ``Pipeline.eval`` does.
+        """
+        count = self._engine.agreed(None if rows is None else min(rows, self._microbatches))
         route = self._routes.eval(count)
-        inputs = self._engine.arrive((args, kwargs), 0)
+        inputs = (args, kwargs) if rows is None else self._engine.arrive((args, kwargs), 0)
         step = Step(
             exchange=route.exchange,
-            inputs=microbatch.split(inputs, rows, count, "an input"),
+            microbatches=count,
+            rows=rows,
             context=self.caller_context(),
+            inputs=self._split_inputs(inputs, rows, count),
         )
         self._run(route, step)
-        return microbatch.merge(step.outputs)
+        return microbatch.merge(step.outputs) if self._has_loss else None
+
+    def _split_inputs(self, inputs: Any, rows: int | None, count: int) -> list[Any] | None:
+        return None if rows is None else microbatch.split(inputs, rows, count, "an input")
 
     def keep_trace(self, result: StepResult, record: bool) -> None:
         """Makes ``trace`` that of the step with this result."""
@@ -128,24 +142,28 @@ class Stepper:
     def _run(self, route: Route, step: Step, record: bool = False) -> StepResult:
         training = route.plan.has_backward
         measures = training and self._first_steps.measures
-        route.exchange.begin()
+        route.exchange.begin(step)
         for stage in self._stages:
             stage.begin(step)
         try:
             result = self._engine.run(route, timeout=self._timeout, record=record or measures)
         except BaseException as interrupt:
+            self._engine.failed(f"{type(interrupt).__name__}: {interrupt}")
             self.give_up(training)
             if training:
                 interrupt.add_note(f"the pipeline's step was stopped; {NO_GRADIENTS}")
             raise
         finally:
+            awaited = route.exchange.awaited()
             route.exchange.end()
             for stage in self._stages:
                 stage.end()
         if result.outcome != "done":
             self.give_up(training)
+            if result.outcome != "closed":
+                self._engine.failed(reason(route.plan, result, self._timeout, awaited))
             try:
-                raise step_error(route.plan, result, self._engine, self._timeout, training)
+                raise step_error(route.plan, result, self._engine, self._timeout, training, awaited)
             finally:
                 del result  # it leads to the error, and the error, by its traceback, here
         if training:

@@ -40,10 +40,17 @@ struct DeleteWithoutGil {
 };
 
 std::unique_ptr<HostExecutor, DeleteWithoutGil> make_executor(
-    const std::vector<std::string>& thread_names) {
+    const std::vector<std::string>& thread_names, std::optional<int> rank) {
   const int workers = static_cast<int>(thread_names.size());
   return std::unique_ptr<HostExecutor, DeleteWithoutGil>(
-      new HostExecutor(workers, thread_names, python_threads(workers)));
+      new HostExecutor(workers, thread_names, python_threads(workers), rank.value_or(kEveryRank)));
+}
+
+bool fail(HostExecutor& executor, const py::object& error) {
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+  std::exception_ptr thrown = std::make_exception_ptr(py::error_already_set());
+  py::gil_scoped_release release;
+  return executor.fail(std::move(thrown));
 }
 
 // Raises what a signal handler raised (KeyboardInterrupt) once the step has stopped.
@@ -100,8 +107,14 @@ void bind_runtime(py::module_& m) {
       .def_readonly("peak_by_rank", &StepResult::peak_by_rank);
 
   py::class_<HostExecutor, std::unique_ptr<HostExecutor, DeleteWithoutGil>>(
-      m, "HostExecutor", "Native threads, one a worker, that run one step after another.")
-      .def(py::init(&make_executor), py::arg("thread_names"))
+      m, "HostExecutor", R"(Native threads, one a worker, that run one step after another.
+
+Of ``rank`` alone, where it is given: then ``deliver`` says what other ranks have done.)")
+      .def(py::init(&make_executor), py::arg("thread_names"), py::arg("rank") = py::none())
+      .def("deliver", &HostExecutor::deliver, py::arg("task"),
+           py::call_guard<py::gil_scoped_release>(), "The result of another rank's task has arrived.")
+      .def("fail", &fail, py::arg("error"),
+           "Stops the step that runs with this exception; returns whether there is one.")
       .def("run", &run, py::arg("program"), py::kw_only(), py::arg("timeout"),
            py::arg("record") = true)
       .def("close", &HostExecutor::close, py::call_guard<py::gil_scoped_release>())

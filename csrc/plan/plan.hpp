@@ -37,6 +37,7 @@ struct InFlight {
 };
 
 inline constexpr int kNoStage = -1;
+inline constexpr int kEveryRank = -1;
 
 // Whether a microbatch leaves its slot of a stage when `kind` ends.
 inline bool frees_slot(Kind kind, const Shape& shape) {
@@ -60,6 +61,7 @@ class Plan {
   const PlanOptions& options() const { return options_; }
 
   // One worker a rank, or one a stream of a rank where the streams may overlap.
+  int workers_per_rank() const { return options_.overlap ? 2 : 1; }
   int num_workers() const { return num_ranks() * workers_per_rank(); }
   int rank_of_worker(int worker) const { return worker / workers_per_rank(); }
   int worker_of(TaskId task) const {
@@ -126,7 +128,6 @@ class Plan {
   int num_sent(TaskId task) const;
 
  private:
-  int workers_per_rank() const { return options_.overlap ? 2 : 1; }
   void number_tasks(const Order& order);
   void fill_queues(const std::vector<Kind>& preference);
 

@@ -26,8 +26,11 @@ Nanoseconds now() {
 }  // namespace
 
 struct HostExecutor::Step {
-  Step(std::shared_ptr<const Program> to_run, bool record)
-      : program(std::move(to_run)), scheduler(program->plan()) {
+  Step(std::shared_ptr<const Program> to_run, int of_rank, bool record)
+      : program(std::move(to_run)),
+        rank(of_rank),
+        first_worker(rank == kEveryRank ? 0 : rank * program->plan().workers_per_rank()),
+        scheduler(program->plan(), rank) {
     result.begin = now();
     last_progress = result.begin;
     if (record) {
@@ -40,7 +43,18 @@ struct HostExecutor::Step {
   bool recording() const { return !result.task_begin.empty(); }
   bool over() const { return running == 0 && (stopping || scheduler.done()); }
 
+  // What waits for `task` may have all it needs. Calls wake(worker), counted from this process's first.
+  template <class Wake>
+  void arrive_after(TaskId task, Wake&& wake) {
+    for (const TaskId after : plan().successors(task)) {
+      if (rank != kEveryRank && plan().rank_of(after) != rank) continue;
+      scheduler.arrive(after, [&](int worker) { wake(worker - first_worker); });
+    }
+  }
+
   const std::shared_ptr<const Program> program;
+  const int rank;
+  const int first_worker;
   ListScheduler scheduler;
   StepResult result;
   Nanoseconds last_progress;
@@ -69,6 +83,7 @@ struct HostExecutor::Shared {
   std::unique_ptr<Step> step;                 // the one that runs, if any
   std::unique_ptr<Step> lost;                 // the one that abandoned threads are still inside
   std::vector<TaskId> running;                // by worker
+  std::vector<TaskId> early;                  // delivered before the step that waits for them began
   std::vector<bool> abandoned;                // by worker
   std::vector<std::thread> threads;
   bool closing = false;
@@ -76,8 +91,9 @@ struct HostExecutor::Shared {
 };
 
 HostExecutor::HostExecutor(int num_workers, const std::vector<std::string>& thread_names,
-                           ThreadHooks hooks)
+                           ThreadHooks hooks, int rank)
     : num_workers_(num_workers),
+      rank_(rank),
       owner_pid_(getpid()),
       shared_(std::make_shared<Shared>(num_workers, std::move(hooks))) {
   for (int worker = 0; worker < num_workers; ++worker) {
@@ -100,7 +116,7 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
   std::unique_lock lock(s.mutex);
   while (!s.closing) {
     Step* const step = s.step.get();
-    const TaskId task = step && !step->stopping ? step->scheduler.take(me) : kNoTask;
+    const TaskId task = step && !step->stopping ? step->scheduler.take(step->first_worker + me) : kNoTask;
     if (task == kNoTask && to_wake.empty()) {
       s.work[me].wait(lock);
       continue;
@@ -146,10 +162,8 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
         step->result.error = error;
       }
     } else {
-      step->scheduler.finish(task, wake);
-      for (const TaskId after : step->plan().successors(task)) {
-        step->scheduler.arrive(after, wake);
-      }
+      step->scheduler.finish(task, [&](int worker) { wake(worker - step->first_worker); });
+      step->arrive_after(task, wake);
     }
     if (step->over()) s.over.notify_one();
     if (error) {
@@ -171,12 +185,15 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   if (s.dead) throw std::logic_error("it is dead: a stage's code never returned");
   if (s.closing) throw std::logic_error("it is closed");
   if (s.step) throw std::logic_error("it is running a step already");
-  if (program->plan().num_workers() != num_workers_) {
+  const Plan& plan = program->plan();
+  if (num_workers_ != (rank_ == kEveryRank ? plan.num_workers() : plan.workers_per_rank())) {
     throw std::logic_error("the plan is for another number of workers");
   }
-  s.step = std::make_unique<Step>(std::move(program), options.record);
+  s.step = std::make_unique<Step>(std::move(program), rank_, options.record);
   s.runner = std::this_thread::get_id();
   Step& step = *s.step;
+  for (const TaskId task : s.early) step.arrive_after(task, [](int) {});
+  s.early.clear();
   for (auto& worker : s.work) worker.notify_one();
 
   const Nanoseconds timeout = static_cast<Nanoseconds>(options.timeout.count() * 1e9);
@@ -214,10 +231,40 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   result.peak_by_rank = step.scheduler.peak_by_rank();
   std::unique_ptr<Step> ended = std::move(s.step);
   if (s.dead) s.lost = std::move(ended);
+  s.early.clear();
   s.runner = {};
   lock.unlock();
   s.idle.notify_all();
   return result;
+}
+
+void HostExecutor::deliver(TaskId task) {
+  Shared& s = *shared_;
+  std::vector<int> to_wake;
+  {
+    std::lock_guard lock(s.mutex);
+    if (!s.step) {
+      s.early.push_back(task);
+      return;
+    }
+    if (s.step->stopping) return;
+    s.step->last_progress = now();
+    s.step->arrive_after(task, [&](int worker) { to_wake.push_back(worker); });
+  }
+  for (const int worker : to_wake) s.work[worker].notify_one();
+}
+
+bool HostExecutor::fail(std::exception_ptr error) {
+  Shared& s = *shared_;
+  std::lock_guard lock(s.mutex);
+  if (!s.step) return false;
+  if (!s.step->stopping) {
+    s.step->stopping = true;
+    s.step->result.outcome = Outcome::Failed;
+    s.step->result.error = std::move(error);
+    s.over.notify_one();
+  }
+  return true;
 }
 
 void HostExecutor::abandon(Step& step) {
@@ -226,7 +273,7 @@ void HostExecutor::abandon(Step& step) {
   for (int worker = 0; worker < num_workers_; ++worker) {
     if (s.running[worker] == kNoTask) continue;
     s.abandoned[worker] = true;
-    running += "  rank " + std::to_string(step.plan().rank_of_worker(worker)) + ": " +
+    running += "  rank " + std::to_string(step.plan().rank_of_worker(step.first_worker + worker)) + ": " +
                to_text(step.plan().action(s.running[worker])) + " is running and has not returned\n";
   }
   step.result.waiting = running + step.result.waiting;

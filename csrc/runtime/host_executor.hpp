@@ -1,5 +1,6 @@
 // The list scheduler under the host's clock: native threads that run the tasks of one step after
-// another. Threads sleep until an event, a task's end or a step's start, gives them something to do.
+// another, those of all ranks or of the one that this process is. Threads sleep until an event, a task's
+// end, a delivery or a step's start, gives them something to do.
 #pragma once
 
 #include <chrono>
@@ -18,7 +19,7 @@ using Nanoseconds = std::int64_t;  // of a steady clock
 
 enum class Outcome {
   Done,
-  Failed,       // a body threw
+  Failed,       // a body threw, or fail() was called
   Interrupted,  // `poll` asked to stop
   TimedOut,     // nothing began or ended for `timeout`
   Closed,       // close() was called meanwhile
@@ -27,7 +28,7 @@ enum class Outcome {
 struct StepResult {
   Outcome outcome = Outcome::Done;
   TaskId failed_task = kNoTask;
-  std::exception_ptr error;  // of the first body that threw
+  std::exception_ptr error;  // of the first body that threw, or given to fail()
   std::string waiting;       // TimedOut: who waits for what
   Nanoseconds begin = 0;
   Nanoseconds end = 0;
@@ -51,8 +52,9 @@ class HostExecutor {
     std::function<void(int worker)> stop;
   };
 
-  // One thread a worker, alive until close().
-  HostExecutor(int num_workers, const std::vector<std::string>& thread_names, ThreadHooks hooks);
+  // One thread a worker of `rank`, or of all ranks, alive until close().
+  HostExecutor(int num_workers, const std::vector<std::string>& thread_names, ThreadHooks hooks,
+               int rank = kEveryRank);
   ~HostExecutor();
   HostExecutor(const HostExecutor&) = delete;
   HostExecutor& operator=(const HostExecutor&) = delete;
@@ -62,6 +64,12 @@ class HostExecutor {
   // interrupt while it stops, its thread is abandoned and the executor is dead.
   // Throws std::logic_error when closed, dead, busy, or given a program for other workers.
   StepResult run(std::shared_ptr<const Program> program, const RunOptions& options);
+
+  // The result of another rank's task has arrived; if no step runs, for the one that begins next.
+  void deliver(TaskId task);
+
+  // Stops the step that runs, as if a body had thrown. Returns whether there is one.
+  bool fail(std::exception_ptr error);
 
   // Stops a step that runs, waits until it has, and joins all threads but abandoned ones. Called from
   // inside that step, by a body or by `poll`, it only asks for all this; the destructor then does the rest.
@@ -78,6 +86,7 @@ class HostExecutor {
   void abandon(Step& step);
 
   const int num_workers_;
+  const int rank_;
   const int owner_pid_;
   std::shared_ptr<Shared> shared_;
 };

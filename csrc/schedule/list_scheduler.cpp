@@ -7,8 +7,9 @@
 
 namespace pe {
 
-ListScheduler::ListScheduler(const Plan& plan)
+ListScheduler::ListScheduler(const Plan& plan, int rank)
     : plan_(plan),
+      rank_(rank),
       links_(plan.links()),
       missing_(plan.size()),
       head_(plan.num_queues()),
@@ -16,7 +17,7 @@ ListScheduler::ListScheduler(const Plan& plan)
       peak_of_stage_(plan.num_stages(), 0),
       in_flight_of_rank_(plan.num_ranks(), 0),
       peak_of_rank_(plan.num_ranks(), 0),
-      unfinished_(plan.size()) {
+      unfinished_(rank == kEveryRank ? plan.size() : plan.end_of_rank(rank) - plan.first_of_rank(rank)) {
   if (plan.options().memory.limited()) memory_.emplace(plan, plan.options().memory);
   for (TaskId t = 0; t < plan.size(); ++t) missing_[t] = links_.num_dependencies(t);
   for (int worker = 0; worker < plan.num_workers(); ++worker) {
@@ -62,7 +63,7 @@ std::size_t ListScheduler::nbytes() const {
 
 std::string ListScheduler::waiting() const {
   std::string text;
-  for (int worker = 0; worker < plan_.num_workers(); ++worker) {
+  for (int worker = first_worker(); worker < end_worker(); ++worker) {
     TaskId first = kNoTask;
     int queue = plan_.first_queue_of(worker);
     for (const Queue& q : plan_.queues_of(worker)) {

@@ -19,8 +19,9 @@ namespace pe {
 // at that moment too, so it fits.
 class ListScheduler {
  public:
-  // Keeps the plan's own limits of memory, if it has any.
-  explicit ListScheduler(const Plan& plan);
+  // Keeps the plan's own limits of memory, if it has any. Schedules the tasks of `rank` alone, or all; what
+  // other ranks do then arrives from outside.
+  explicit ListScheduler(const Plan& plan, int rank = kEveryRank);
   // Keeps those of `memory`, and accounts for what is taken.
   ListScheduler(const Plan& plan, Memory memory);
 
@@ -66,6 +67,12 @@ class ListScheduler {
   std::size_t nbytes() const;
 
  private:
+  // Workers of the ranks whose tasks it schedules.
+  int first_worker() const { return rank_ == kEveryRank ? 0 : rank_ * plan_.workers_per_rank(); }
+  int end_worker() const {
+    return rank_ == kEveryRank ? plan_.num_workers() : first_worker() + plan_.workers_per_rank();
+  }
+
   bool has_slot(TaskId task) const {
     return !plan_.takes_slot(task) || in_flight_[slots_of(task)] < plan_.limit(plan_.action(task).stage);
   }
@@ -82,6 +89,7 @@ class ListScheduler {
   static constexpr std::uint16_t kFinished = kMaxDependencies + 1;
 
   const Plan& plan_;
+  const int rank_;
   const Links& links_;
   std::optional<MemoryUse> memory_;
   std::vector<std::uint16_t> missing_;  // dependencies that are not done, by task; or kFinished

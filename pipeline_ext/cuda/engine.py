@@ -93,6 +93,12 @@ class DeviceEngine:
         streams += map(torch_side.stream, program.streams, layout.streams.devices)
         return DeviceRoute(plan, exchange, layout, custody, program)
 
+    def agreed(self, count: int | None) -> int:
+        return count
+
+    def failed(self, reason: str) -> None:
+        pass
+
     def arrive(self, value: Any, stage: int) -> Any:
         return torch_side.move(value, self._of_stage[stage])
 

@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .buffers import Buffers
+from .contents import Leaves, Message, Result, fill
 from .link import FREE_LINK, LocalLink
-from .message import Format, message_of
-
-Leaves = Sequence[Any]  # tensors, and what goes along as it is
+from .message import Format
 
 
 class Passage(Protocol):
@@ -37,56 +36,6 @@ class Passage(Protocol):
 
     def carry(self, results: Sequence[int], buffer: Tensor, nbytes: int) -> Tensor:
         """A buffer as large on the receiver's device, with its first bytes: these microbatches' results."""
-
-
-class _Message:
-    """The results of a group of microbatches in one buffer."""
-
-    def __init__(
-        self, format: Format, buffer: Tensor, requires_grad: list[bool], microbatches: list[int]
-    ) -> None:
-        self._microbatches = microbatches
-        self._buffer = buffer
-        self._unread = len(microbatches)  # results that are still needed
-        self._format = format
-        self._requires_grad = requires_grad
-        self._tensors: list[Tensor] | None = None
-
-    def tensors(self) -> list[Tensor]:
-        if self._tensors is None:
-            self._tensors = self._format.open(self._buffer)
-            for tensor, needed in zip(self._tensors, self._requires_grad):
-                tensor.requires_grad_(needed)
-        return self._tensors
-
-    def carry(self, passage: Passage) -> None:
-        """Takes it to the receiver's device."""
-        self._buffer = passage.carry(self._microbatches, self._buffer, self._format.sent_nbytes)
-
-    def read(self) -> Tensor | None:
-        """One more result is needed no more; returns the buffer after the last."""
-        self._unread -= 1
-        if self._unread > 0:
-            return None
-        self._tensors = None  # first the views: who takes the buffer next looks whether there are any
-        return self._buffer
-
-
-class _Result:
-    """One microbatch's part of a message."""
-
-    def __init__(self, leaves: Leaves, numbers: dict[int, int], message: _Message) -> None:
-        self.message = message
-        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._numbers = [
-            (i, numbers[id(leaf)]) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)
-        ]
-
-    def leaves(self) -> list[Any]:
-        tensors, leaves = self.message.tensors(), list(self._leaves)
-        for i, number in self._numbers:
-            leaves[i] = tensors[number]
-        return leaves
 
 
 class Channel:
@@ -121,7 +70,7 @@ class Channel:
         self._link = link
         self._passage = passage
         self._buffers = passage or Buffers(min(-(-microbatches // pack), -(-in_flight // pack) + 1))
-        self._formats: dict[int, Format] = {}  # by group
+        self._known: dict[int, Format] = {}  # by group
         self._replaced: list[Format | None] = []  # in this step: streams may still read their tables
         self.begin()
 
@@ -136,12 +85,12 @@ class Channel:
 
     def forget(self) -> None:
         """Packs the next step as the first."""
-        self._formats = {}
+        self._known = {}
 
     def end(self) -> None:
         """Lets go of what a step that failed has left on its way."""
         self._waiting: dict[int, dict[int, Leaves]] = {}  # by group, then by microbatch
-        self._arrived: dict[int, Leaves | _Result] = {}
+        self._arrived: dict[int, Leaves | Result] = {}
 
     def send(self, m: int, leaves: Leaves) -> None:
         """Takes the result of microbatch ``m``; if it completes its group, that leaves now.
@@ -167,12 +116,14 @@ class Channel:
     def carry(self, m: int) -> None:
         """Takes the message that microbatch ``m``'s result is in to the receiver's device, if it is another."""
         if self._passage is not None and not self._passage.stays:
-            self._arrived[m].message.carry(self._passage)
+            message = self._arrived[m].message
+            nbytes = message.contents.format.sent_nbytes
+            message.buffer = self._passage.carry(self._group_of(m), message.buffer, nbytes)
 
     def receive(self, m: int) -> Leaves:
         """The result of microbatch ``m``, to be called once."""
         result = self._arrived[m]
-        if isinstance(result, _Result):
+        if isinstance(result, Result):
             return result.leaves()
         del self._arrived[m]
         return result
@@ -180,31 +131,31 @@ class Channel:
     def release(self, m: int) -> None:
         """Microbatch ``m``'s result is needed no more."""
         result = self._arrived.pop(m, None)
-        if isinstance(result, _Result):
-            buffer = result.message.read()
-            if buffer is not None:
-                self._buffers.give_back(buffer)
+        if isinstance(result, Result):
+            if result.message.read():
+                self._buffers.give_back(result.message.buffer)
 
     def _send_group(self, group: int, results: dict[int, Leaves]) -> None:
-        tensors = {
-            id(leaf): leaf for leaves in results.values() for leaf in leaves if isinstance(leaf, Tensor)
-        }
-        numbers = {key: number for number, key in enumerate(tensors)}
-        packed = list(tensors.values())
-        known = self._formats.get(group)
-        format, regions = message_of(packed, self._wire, known)
-        if format is not known:
+        known = self._known.get(group)
+        filling = fill(list(results.values()), self._wire, known)
+        contents = filling.contents
+        if contents.format is not known:
             self._replaced.append(known)
-            self._formats[group] = format
-        device = packed[0].device if packed else torch.device("cpu")
-        buffer = self._buffers.take(format.nbytes, device)
-        format.pack(packed, regions, buffer)
+            self._known[group] = contents.format
+        device = filling.tensors[0].device if filling.tensors else torch.device("cpu")
+        buffer = self._buffers.take(contents.format.nbytes, device)
+        filling.pack(buffer)
         if self._passage is not None:
             self._passage.packed(results, buffer)
-        message = _Message(format, buffer, [t.requires_grad for t in packed], list(results))
-        for m, leaves in results.items():
-            self._arrived[m] = _Result(leaves, numbers, message)
-        self.packed_nbytes += format.sent_nbytes
+        message = Message(contents, buffer)
+        for m, part in zip(results, contents.parts):
+            self._arrived[m] = Result(message, part)
+        self.packed_nbytes += contents.format.sent_nbytes
+
+    def _group_of(self, m: int) -> list[int]:
+        """The microbatches whose results leave together with that of ``m``."""
+        first = m // self._pack * self._pack
+        return list(range(first, min(first + self._pack, self._microbatches)))
 
     def _through_link(self) -> None:
         self.sent += 1

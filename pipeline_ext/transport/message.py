@@ -53,27 +53,35 @@ def message_of(
         return known, regions
     if any(_is_cast(tensor.dtype, wire) for tensor in tensors):
         return Cast(tensors, looks, wire), regions
-    return AsIs(looks, regions), regions
+    return AsIs(looks, [region.end - region.begin for region in regions]), regions
 
 
 class AsIs(Format):
     """The memory that the tensors lie in travels as it is: strides, overlaps and alignment stay."""
 
-    def __init__(self, looks: list[Look], regions: Sequence[Region]) -> None:
+    def __init__(self, looks: list[Look], region_sizes: Sequence[int]) -> None:
+        """``region_sizes``: bytes of each region."""
         super().__init__(looks)
-        memory = [region.bytes() for region in regions]
-        self._layout = Layout.of(memory)
-        self._packer = packer(self._layout, memory)
+        self.region_sizes = list(region_sizes)
+        self._layout = Layout.of(
+            torch.empty(size, dtype=torch.uint8, device="meta") for size in self.region_sizes
+        )
+        self._packer: Packer | None = None
         self.sent_nbytes = self.nbytes = self._layout.nbytes
 
     def pack(self, tensors: Sequence[Tensor], regions: Sequence[Region], buffer: Tensor) -> None:
-        self._packer.rebind([region.bytes() for region in regions])
+        memory = [region.bytes() for region in regions]
+        if self._packer is None:
+            self._packer = packer(self._layout, memory)
+        else:
+            self._packer.rebind(memory)
         self._packer.pack(buffer)
         self._packer.release()
 
     def open(self, buffer: Tensor) -> list[Tensor]:
-        storage, slots = buffer.untyped_storage(), self._layout.slots
-        return [look.see(storage, slots[look.region].offset) for look in self.looks]
+        storage, begin = buffer.untyped_storage(), buffer.storage_offset()
+        slots = self._layout.slots
+        return [look.see(storage, begin + slots[look.region].offset) for look in self.looks]
 
 
 class Cast(Format):

@@ -1,0 +1,1 @@
+"""Pipelines and replicas whose ranks are processes of torch.distributed."""

@@ -1,0 +1,123 @@
+"""One rank of a plan, where each rank is a process: its threads run it, messages tell what the others did."""
+
+import functools
+import threading
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from .. import _C
+from ..errors import PeerError
+from ..host import HostEngine, HostRoute
+from ..recomputation import RecomputationGuard
+from ..reduction import GradientReduction
+from ..shared import SharedParameters
+from ..stage import Stage
+from ..transport.exchange import Exchange
+from ..transport.remote import Receiver
+from .ends import ends_of
+from .group import Processes
+from .notice import Notices
+
+_GRACE = 1.0  # seconds in which a process that is gone may still be found to have said why
+_PARTING = 10.0  # seconds for others to take what was sent them, when a pipeline is closed
+_LEAVING = 1.0  # the same after a failure
+
+
+class ProcessEngine(HostEngine):
+    """The ``Engine`` of one of the processes that share a pipeline."""
+
+    def __init__(
+        self,
+        plan: _C.Plan,
+        exchange_of: Callable[..., Exchange],
+        shared: SharedParameters,
+        guard: RecomputationGuard,
+        reduction: GradientReduction | None,
+        processes: Processes,
+    ) -> None:
+        self._processes = processes
+        self._failure = _Failure(processes.notices(), processes.everyone)
+        self._rank_of_first_stage = plan.rank_of_stage[0]
+        self._exchanges: list[Exchange] = []
+        super().__init__(plan, exchange_of, shared, guard, reduction, rank=processes.rank)
+        self._failure.watch(self._executor)
+        self.close = functools.partial(_close, self.close, self._exchanges, self._failure)
+
+    @property
+    def death(self) -> str:
+        return HostEngine.death if super().dead else "it failed in one of its processes"
+
+    @property
+    def dead(self) -> bool:
+        return super().dead or self._failure.is_known
+
+    def route(self, plan: _C.Plan, bodies: dict) -> HostRoute:
+        exchange = self._exchange_of(plan, ends=functools.partial(ends_of, plan, self._processes))
+        self._exchanges.append(exchange)
+        return HostRoute(plan, _C.Program(plan, dict(bodies)), exchange)
+
+    def agreed(self, count: int | None) -> int:
+        told = torch.tensor([0 if count is None else count])
+        first = self._processes.members[self._rank_of_first_stage]
+        dist.broadcast(told, first, group=self._processes.messages)
+        return int(told)
+
+    def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
+        route.exchange.listen(Receiver(self._executor.deliver, self._failure.lost))
+        return super().run(route, timeout=timeout, record=record)
+
+    def failed(self, reason: str) -> None:
+        self._failure.tell(reason)
+        for exchange in self._exchanges:
+            exchange.give_up()
+
+
+class _Failure:
+    """That a process of a pipeline has failed: this one, which tells the others, or another."""
+
+    def __init__(self, notices: Notices, everyone: list[int]) -> None:
+        """``everyone``: those that are told, as numbers in the world."""
+        self._notices = notices
+        self._everyone = everyone
+        self._told = threading.Event()  # by another process
+        self._executor: _C.HostExecutor | None = None
+        self.is_known = False
+
+    def watch(self, executor: _C.HostExecutor) -> None:
+        """Stops what ``executor`` runs once another process has failed."""
+        self._executor = executor
+        self._notices.watch(self._hear)  # which the pipeline's end closes
+
+    def tell(self, reason: str) -> None:
+        """This process has failed; the others are told, unless one of them has told it."""
+        if not self._told.is_set():
+            self._notices.tell(reason)
+        self.is_known = True
+
+    def lost(self, error: Exception) -> None:
+        """Another process cannot be reached. It may yet be heard why."""
+        if not self._told.wait(_GRACE):
+            self._stop(error)
+
+    def close(self) -> None:
+        self._notices.close()
+
+    def _hear(self, teller: int | None, text: str) -> None:
+        self._told.set()
+        who = "" if teller is None else f"process {self._everyone[teller]} failed: "
+        self._stop(PeerError(f"{who}{text}"))
+
+    def _stop(self, error: Exception) -> None:
+        self.is_known = True
+        self._executor.fail(error)
+
+
+def _close(
+    close: Callable[[], None], exchanges: list[Exchange], failure: _Failure
+) -> None:
+    for exchange in exchanges:
+        exchange.close(_LEAVING if failure.is_known else _PARTING)
+    close()
+    failure.close()

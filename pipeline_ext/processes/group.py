@@ -1,0 +1,99 @@
+"""The processes that share a pipeline: a rank of the plan each."""
+
+import math
+from collections import Counter
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..errors import InvalidArgument
+from .notice import Notices
+
+MeshLike = DeviceMesh | dist.ProcessGroup | None
+
+_made: Counter[tuple[int, ...]] = Counter()  # pipelines, by the processes that share them
+
+
+class Processes:
+    """This process among those that share a pipeline, and its replicas.
+
+    Attributes:
+        rank, size: in the pipeline.
+        members: the pipeline's processes by rank, as numbers in the world.
+        group: of them, as it was given.
+        messages: of them too; of this pipeline's messages alone.
+        replicas: group of the processes that hold the same stages of other replicas; None without.
+        number: of this process in the world.
+        everyone: all processes of the pipeline and of its replicas.
+        name: of this pipeline among those that the same processes share.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None, everyone: list[int]
+    ) -> None:
+        self.group = group
+        self.replicas = replicas
+        self.everyone = everyone
+        self.members: list[int] = dist.get_process_group_ranks(group)
+        self.rank: int = dist.get_group_rank(group, dist.get_rank())
+        self.size = len(self.members)
+        self.number: int = dist.get_rank()
+        key = tuple(everyone)
+        self.name = f"pipeline_ext/{'-'.join(map(str, everyone))}/{_made[key]}"
+        _made[key] += 1
+        self.store = dist.distributed_c10d._get_default_store()
+        self._messages: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, mesh: MeshLike) -> "Processes | None":
+        """Those that ``Pipeline(mesh=...)`` names; None for None. Raises InvalidArgument."""
+        if mesh is None:
+            return None
+        if not dist.is_initialized():
+            raise InvalidArgument(
+                "mesh names processes, and there are none yet: call torch.distributed.init_process_group first, "
+                "in a script that torchrun starts"
+            )
+        if isinstance(mesh, dist.ProcessGroup):
+            return cls(mesh, None, sorted(dist.get_process_group_ranks(mesh)))
+        if not isinstance(mesh, DeviceMesh):
+            raise InvalidArgument(
+                f"mesh is {mesh!r}; give a DeviceMesh with a dimension named 'pp', or a process group"
+            )
+        names = mesh.mesh_dim_names or ()
+        if "pp" not in names:
+            raise InvalidArgument(
+                f"mesh has the dimensions {list(names)}; name the one whose processes hold the stages 'pp', as in "
+                'init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))'
+            )
+        if mesh.device_type != "cpu":
+            raise InvalidArgument(
+                f"mesh is of {mesh.device_type} devices; processes on CPUs can share a pipeline so far"
+            )
+        has_replicas = "dp" in names and mesh["dp"].size() > 1
+        both = mesh["dp", "pp"] if has_replicas else mesh["pp"]
+        everyone = sorted(both.mesh.flatten().tolist())
+        return cls(mesh.get_group("pp"), mesh.get_group("dp") if has_replicas else None, everyone)
+
+    @property
+    def messages(self) -> dist.ProcessGroup:
+        if self._messages is None:
+            # What waits longest is a receive, through a whole step; the step itself says when that is too long.
+            self._messages = dist.new_group(
+                self.members, timedelta(days=1), "gloo", use_local_synchronization=True
+            )
+        return self._messages
+
+    def notices(self) -> Notices:
+        """What tells all these processes of a failure."""
+        return Notices(self.store, self.name, self.everyone.index(self.number), len(self.everyone))
+
+    def describe(self, rank: int) -> str:
+        """A rank of the pipeline, for people."""
+        return f"rank {rank} (process {self.members[rank]})"
+
+
+def seconds(timeout: float) -> timedelta:
+    """A time that torch accepts."""
+    return timedelta(seconds=min(timeout, 1e7) if math.isfinite(timeout) else 1e7)
