@@ -34,7 +34,7 @@ class Runner:
     def __init__(self, schedule: Any, stages: list[Any]) -> None:
         """``schedule`` and ``stages`` are torch's; the latter those of this process."""
         self._schedule = schedule
-        self._losses = _Losses(schedule)
+        self._losses = _Losses()
         self._stages = {stage.stage_index: TorchStage(stage, self._losses) for stage in stages}
         first, count = stages[0], schedule._n_microbatches
         if first.group_size > 1:
@@ -80,8 +80,12 @@ class Runner:
         with self._lifetime.one_at_a_time("step was called"), calls_in_place(self._stages, trains):
             step = TorchStep(route.exchange, caller, inputs, weights, keep_outputs)
             self._tasks.begin(context, caller)
-            self._losses.begin(targets, loss_kwargs)
-            self._run(route, step)
+            self._losses.begin(self._schedule, targets, loss_kwargs)
+            try:
+                self._run(route, step)
+            finally:
+                self._tasks.end()
+                self._losses.end()
         last = self._stages[max(self._stages)].torch_stage
         if last.is_last:
             last.output_chunks = step.outputs if keep_outputs else []
@@ -128,13 +132,17 @@ class Runner:
 class _Losses:
     """The schedule's own losses; see ``torch_stage.Losses``."""
 
-    def __init__(self, schedule: Any) -> None:
-        self._schedule = schedule
-
-    def begin(self, targets: list[Any] | None, loss_kwargs: dict[str, Any] | None) -> None:
+    def begin(
+        self, schedule: Any, targets: list[Any] | None, loss_kwargs: dict[str, Any] | None
+    ) -> None:
         """Prepares for a step."""
+        self._schedule = schedule
         self._targets = targets
         self._loss_kwargs = loss_kwargs
+
+    def end(self) -> None:
+        """Lets go of everything that belongs to the step."""
+        del self._schedule, self._targets, self._loss_kwargs
 
     def compute(self, stage: Any, m: int, output: Any) -> None:
         self._schedule._maybe_compute_loss(stage, output, self._targets, m, self._loss_kwargs)

@@ -20,8 +20,10 @@ class Tasks:
     """The bodies of tasks, for a schedule of torch's."""
 
     def __init__(self, schedule: Any, stages: dict[int, TorchStage], cells: list[Cell]) -> None:
-        """``cells``: in the order in which this process runs them."""
-        self._schedule = schedule
+        """``cells``: in the order in which this process runs them.
+
+        The schedule itself is known during a step alone: the engine, which holds what is made here, ends with it.
+        """
         self._stages = stages
         self._cell_of = {part: cell for cell in cells for part in cell.parts}
         self._functions = getattr(schedule, "_comp_type_to_function_map", {})
@@ -38,12 +40,17 @@ class Tasks:
 
     def begin(self, context: _PipelineContext, caller: CallerContext) -> None:
         """Prepares for a step. ``context`` is for custom functions."""
+        self._schedule = context.schedule_ref
         self._context = context
         self._caller = caller
         self._counter.clear()
         if hasattr(self._schedule, "unshard_ops"):  # a step that failed may have left some
             self._schedule.unshard_ops.clear()
             self._schedule.unsharded_stages.clear()
+
+    def end(self) -> None:
+        """Lets go of everything that belongs to the step."""
+        del self._schedule, self._context, self._caller
 
     def _run(self, stage: int, kind: _ComputationType, m: int) -> None:
         part = _Action(stage, kind, m)
