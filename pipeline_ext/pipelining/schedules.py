@@ -4,14 +4,12 @@ A schedule keeps torch's constructor, order and CSV files, by inheritance, so ``
 is replaced is how a step runs. All other names of the module are torch's own.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.pipelining import schedules as _torch
 
-from ..errors import PipelineError
 from .batch import split_target, weights
 from .order import named_order
 from .runner import Runner

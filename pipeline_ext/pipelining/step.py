@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from ..context import CallerContext
 from ..step import Step
 from ..transport.exchange import Exchange

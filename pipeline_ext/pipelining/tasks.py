@@ -22,7 +22,7 @@ class Tasks:
     def __init__(self, schedule: Any, stages: dict[int, TorchStage], cells: list[Cell]) -> None:
         """``cells``: in the order in which this process runs them.
 
-        The schedule itself is known during a step alone: the engine, which holds what is made here, ends with it.
+        The schedule itself is known during a step alone: the engine, which holds all this, ends with it.
         """
         self._stages = stages
         self._cell_of = {part: cell for cell in cells for part in cell.parts}
