@@ -16,8 +16,8 @@ _TAKES_GRADIENTS = (_ComputationType.FULL_BACKWARD, _ComputationType.BACKWARD_IN
 class Calls:
     """A stage's methods as a custom function calls them, in place of torch's own while a step runs.
 
-    A stage sends what its neighbours in other processes need. Between stages of one process the function takes it
-    from one and gives it to the other, as in torch: ``set_local_fwd_input``, ``get_local_bwd_output``,
+    A stage sends what its neighbours in other processes need. Between stages of one process the function takes
+    it from one and gives it to the other, as in torch: ``set_local_fwd_input``, ``get_local_bwd_output``,
     ``set_local_bwd_input``.
     """
 

@@ -1,7 +1,7 @@
 """Stages under data parallelism: nothing is reduced before a step's last backward.
 
-DDP and FSDP2 start reducing from hooks of a backward. A stage runs one for each microbatch, so these are kept from
-it, and afterwards called once.
+DDP and FSDP2 start reducing from hooks of a backward. A stage runs one for each microbatch, so these are kept
+from it, and afterwards called once.
 """
 
 import contextlib

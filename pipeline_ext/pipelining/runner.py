@@ -2,16 +2,20 @@
 
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining.schedules import _PipelineContext
 
 from .. import _C
 from ..context import CallerContext
 from ..engine import Route
-from ..errors import InvalidArgument, PipelineError
-from ..failure import NO_GRADIENTS, step_error
+from ..errors import PipelineError
+from ..failure import NO_GRADIENTS, reason, step_error
 from ..host import HostEngine
 from ..lifetime import Lifetime
+from ..processes.agreement import check_agreement
+from ..processes.engine import ProcessEngine
+from ..processes.group import Processes
 from ..recomputation import RecomputationGuard
 from ..shared import SharedParameters
 from ..transport.exchange import Exchange
@@ -27,8 +31,8 @@ _TIMEOUT = 1800.0  # seconds without progress
 class Runner:
     """Stages, plan and engine of a schedule, for as long as it keeps its order.
 
-    Tasks run in exactly the order in which torch runs them: stages may hold collective operations of other groups
-    (tensor parallelism, FSDP), which have to meet those of other processes.
+    Tasks run in exactly the order in which torch runs them: stages may hold collective operations of other
+    groups (tensor parallelism, FSDP), which have to meet those of other processes.
     """
 
     def __init__(self, schedule: Any, stages: list[Any]) -> None:
@@ -37,11 +41,6 @@ class Runner:
         self._losses = _Losses()
         self._stages = {stage.stage_index: TorchStage(stage, self._losses) for stage in stages}
         first, count = stages[0], schedule._n_microbatches
-        if first.group_size > 1:
-            raise InvalidArgument(
-                f"the stages' process group has {first.group_size} processes; this package's schedules run all "
-                "stages in one, so give a group of one, or use torch.distributed.pipelining"
-            )
         order = order_of(schedule)
         if order is None:
             homes = [first.stage_index_to_group_rank[s] for s in range(first.num_stages)]
@@ -50,8 +49,7 @@ class Runner:
         else:
             plan = _C.plan_of_cells(texts(order))
             self._tasks = Tasks(schedule, self._stages, order[first.group_rank])
-        guard = RecomputationGuard((), overlap=False, threads=1)
-        self._engine = HostEngine(plan, Exchange, SharedParameters([]), guard, None)
+        self._engine = _engine(plan, first.group, first.group_size, schedule)
         self._lifetime = Lifetime(schedule, self._engine)
         self._train = None if order is None else self._engine.route(plan, self._tasks.bodies())
         forward_plan = _C.make_forward_plan(plan.rank_of_stage, plan.num_ranks, count)
@@ -98,25 +96,29 @@ class Runner:
             step.backward_into_inputs()
 
     def _run(self, route: Route, step: TorchStep) -> None:
-        route.exchange.begin()
+        route.exchange.begin(step)
         for stage in self._stages.values():
             stage.begin(step)
         trains = route is self._train
         try:
             result = self._engine.run(route, timeout=_TIMEOUT, record=False)
         except BaseException as interrupt:
+            self._engine.failed(f"{type(interrupt).__name__}: {interrupt}")
             self._give_up(trains)
             if trains:
                 interrupt.add_note(f"the step was stopped; {NO_GRADIENTS}")
             raise
         finally:
+            awaited = route.exchange.awaited()
             route.exchange.end()
             for stage in self._stages.values():
                 stage.end()
         if result.outcome != "done":
             self._give_up(trains)
+            if result.outcome != "closed":
+                self._engine.failed(reason(route.plan, result, _TIMEOUT, awaited))
             try:
-                raise step_error(route.plan, result, self._engine, _TIMEOUT, trains)
+                raise step_error(route.plan, result, self._engine, _TIMEOUT, trains, awaited)
             finally:
                 del result  # it leads to the error, and the error, by its traceback, here
 
@@ -127,6 +129,24 @@ class Runner:
             for stage in self._stages.values():
                 for parameter in stage.parameters():
                     parameter.grad = None
+
+
+def _engine(
+    plan: _C.Plan, group: dist.ProcessGroup | None, size: int, schedule: Any
+) -> HostEngine:
+    """All processes of ``group`` make theirs together. Raises InvalidArgument where their schedules differ."""
+    # A parameter of several local stages needs no care: one thread runs them all.
+    parts = (plan, Exchange, SharedParameters({}), RecomputationGuard((), overlap=False, threads=1), None)
+    if size == 1:
+        return HostEngine(*parts)
+    processes = Processes.of(dist.group.WORLD if group is None else group)
+    settings = {
+        "schedule": [type(schedule).__name__, plan.to_csv()],
+        "n_microbatches": [f"{plan.num_microbatches}"],
+        "scale_grads": [f"{schedule.scale_grads}"],
+    }
+    check_agreement(processes, settings, _TIMEOUT)
+    return ProcessEngine(*parts, processes)
 
 
 class _Losses:

@@ -1,7 +1,7 @@
 """torch.distributed.pipelining.schedules: its schedules, run by this engine.
 
-A schedule keeps torch's constructor, order and CSV files, by inheritance, so ``isinstance`` holds both ways. What
-is replaced is how a step runs. All other names of the module are torch's own.
+A schedule keeps torch's constructor, order and CSV files, by inheritance, and is an instance of its class.
+What is replaced is how a step runs. All other names of the module are torch's own.
 """
 
 from typing import Any
@@ -35,8 +35,8 @@ def __getattr__(name: str) -> Any:
 class _OnEngine:
     """How a schedule of torch's runs here.
 
-    Where a loss is a mean over its microbatch (``scale_grads``), it enters the total by its share of the rows, so
-    nothing is divided after the step: gradients of earlier steps stay as they are.
+    Where a loss is a mean over its microbatch (``scale_grads``), it enters the total by its share of the rows;
+    nothing is divided after the step, so gradients of earlier steps stay as they are.
     """
 
     _runner: Runner | None = None
@@ -53,8 +53,8 @@ class _OnEngine:
         """Runs one batch forward and backward; adds the gradients to the parameters' ``.grad``.
 
         Args:
-            args, kwargs: the whole batch. Positional ones are for the process of the first stage; keywords go to
-                the stages of the process that gives them. Cut along dimension 0, or as the chunk specs say.
+            args, kwargs: the whole batch, cut along dimension 0, or as the chunk specs say. Positional ones are
+                for the process of the first stage; keywords go to the stages of the process that gives them.
             target: any pytree of tensors, cut along dimension 0; needed where the last stage is.
             losses: emptied and filled with each microbatch's loss, where the last stage is.
             return_outputs: return the outputs there.

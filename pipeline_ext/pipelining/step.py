@@ -20,6 +20,24 @@ class TorchStep(Step):
     ) -> None:
         """``weights``: of each microbatch's loss, where the last stage is."""
         super().__init__(
-            exchange=exchange, inputs=inputs, context=context, weights=weights, keep_outputs=keep_outputs
+            exchange=exchange,
+            microbatches=len(inputs),
+            rows=None,
+            context=context,
+            inputs=inputs,
+            keep_outputs=keep_outputs,
         )
         self._weights = weights
+
+    def _weight(self, m: int) -> float:
+        return self._weights[m]
+
+    def passed_on(self, stage: int, m: int) -> list[Any]:
+        """Nothing: each process knows what it needs."""
+        return []
+
+    def take_in(self, stage: int, m: int, known: list[Any]) -> None:
+        """Nothing has come along."""
+
+    def known_loss(self) -> None:
+        """Losses stay where the last stage is."""
