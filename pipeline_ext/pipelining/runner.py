@@ -9,7 +9,7 @@ from torch.distributed.pipelining.schedules import _PipelineContext
 from .. import _C
 from ..context import CallerContext
 from ..engine import Route
-from ..errors import PipelineError
+from ..errors import InvalidArgument, PipelineError
 from ..failure import NO_GRADIENTS, reason, step_error
 from ..host import HostEngine
 from ..lifetime import Lifetime
@@ -49,7 +49,7 @@ class Runner:
         else:
             plan = _C.plan_of_cells(texts(order))
             self._tasks = Tasks(schedule, self._stages, order[first.group_rank])
-        self._engine = _engine(plan, first.group, first.group_size, schedule)
+        self._engine = _engine(plan, first, schedule)
         self._lifetime = Lifetime(schedule, self._engine)
         self._train = None if order is None else self._engine.route(plan, self._tasks.bodies())
         forward_plan = _C.make_forward_plan(plan.rank_of_stage, plan.num_ranks, count)
@@ -121,6 +121,7 @@ class Runner:
                 raise step_error(route.plan, result, self._engine, _TIMEOUT, trains, awaited)
             finally:
                 del result  # it leads to the error, and the error, by its traceback, here
+        self._engine.settle(route)  # the script may end its process group now, or the process
 
     def _give_up(self, trains: bool) -> None:
         """After a step that failed: what it has left behind cannot be used."""
@@ -131,15 +132,21 @@ class Runner:
                     parameter.grad = None
 
 
-def _engine(
-    plan: _C.Plan, group: dist.ProcessGroup | None, size: int, schedule: Any
-) -> HostEngine:
-    """All processes of ``group`` make theirs together. Raises InvalidArgument where their schedules differ."""
+def _engine(plan: _C.Plan, stage: Any, schedule: Any) -> HostEngine:
+    """All processes of the group of ``stage`` make theirs together.
+
+    Raises InvalidArgument where their schedules differ, or for stages on other devices than CPUs.
+    """
     # A parameter of several local stages needs no care: one thread runs them all.
     parts = (plan, Exchange, SharedParameters({}), RecomputationGuard((), overlap=False, threads=1), None)
-    if size == 1:
+    if stage.group_size == 1:
         return HostEngine(*parts)
-    processes = Processes.of(dist.group.WORLD if group is None else group)
+    if stage.device.type != "cpu":
+        raise InvalidArgument(
+            f"stage {stage.stage_index} is on {stage.device}; the stages of several processes run on CPUs so far, "
+            'so give device=torch.device("cpu"), or a group of one process'
+        )
+    processes = Processes.of(dist.group.WORLD if stage.group is None else stage.group)
     settings = {
         "schedule": [type(schedule).__name__, plan.to_csv()],
         "n_microbatches": [f"{plan.num_microbatches}"],

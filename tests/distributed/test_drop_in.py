@@ -1,12 +1,9 @@
 """The drop-in for torch.distributed.pipelining with a process for each rank."""
 
-import multiprocessing
-import queue
-import traceback
-
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -14,46 +11,14 @@ from torch.nn.functional import mse_loss
 
 import pipeline_ext as pe
 
-pytest.importorskip("torch.distributed.pipelining")
+torch_pipelining = pytest.importorskip("torch.distributed.pipelining")
+torch_schedules = torch_pipelining.schedules
 
-SOON = 60.0  # seconds, far above what a job takes
 CPU = torch.device("cpu")
 WIDTH = 8
 SINGLE = ["GPipe", "1F1B"]
 V_SHAPED = ["ZBVZeroBubble", "DualPipeV"]
 MULTI = ["Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", *V_SHAPED]
-
-
-def _serve(job, rank, size, store, answers, *args):
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-        answers.put((rank, job(rank, size, *args)))
-        dist.barrier()
-        dist.destroy_process_group()
-    except Exception:
-        answers.put((rank, traceback.format_exc()))
-
-
-def run(job, size, store, *args):
-    """What ``job(rank, size, *args)`` returns in each of ``size`` processes, or its error as text; by rank."""
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    processes = [
-        context.Process(target=_serve, args=(job, rank, size, str(store), answers, *args), daemon=True)
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        found = dict(answers.get(timeout=SOON) for _ in processes)
-    except queue.Empty:
-        pytest.fail("a process stands still")
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
-    return [found[rank] for rank in range(size)]
 
 
 def layer(index):
@@ -98,6 +63,15 @@ def grads(modules):
     return {s: [p.grad for p in m.parameters()] for s, m in modules.items()}
 
 
+def peers(name, microbatches):
+    """Torch's own schedule of the same stages."""
+    here, count = local_stages(name, dist.get_rank(), dist.get_world_size())
+    modules = {s: layer(s) for s in here}
+    stages = [torch_pipelining.PipelineStage(m, s, count, CPU) for s, m in modules.items()]
+    schedule = torch_schedules.get_schedule_class(name)
+    return schedule(stages[0] if name in SINGLE else stages, microbatches, loss_fn=mse_loss), modules, count
+
+
 def reference(count, *batches):
     model = nn.Sequential(*(layer(s) for s in range(count)))
     for x, y in batches:
@@ -105,7 +79,7 @@ def reference(count, *batches):
     return {s: [p.grad for p in m.parameters()] for s, m in enumerate(model)}, model
 
 
-def train(rank, size, name, rows, microbatches):
+def train(name, rows, microbatches):
     schedule, modules, count = make(name, microbatches)
     x, y = batch(rows)
     out, losses = step(schedule, modules, count, x, y)
@@ -123,16 +97,32 @@ def train(rank, size, name, rows, microbatches):
 
 
 @pytest.mark.parametrize("name", SINGLE + MULTI)
-def test_two_processes_give_the_gradients_of_the_model(tmp_path, name):
-    assert run(train, 2, tmp_path / "store", name, 13, 4) == ["done"] * 2
+def test_two_processes_give_the_gradients_of_the_model(name):
+    assert run(2, train, name, 13, 4) == ["done"] * 2
+
+
+def compare(name):
+    ours, theirs = make(name, 4), peers(name, 4)
+    x, y = batch(8)
+    out, losses = step(*ours, x, y)
+    expected, their_losses = step(*theirs, x, y)
+    torch.testing.assert_close(grads(ours[1]), grads(theirs[1]))
+    torch.testing.assert_close(losses, their_losses)
+    if expected is not None:
+        torch.testing.assert_close(out, expected.detach())
+
+
+@pytest.mark.parametrize("name", ["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
+def test_gradients_losses_and_outputs_are_those_of_torch_s_own_classes(name):
+    run(2, compare, name)
 
 
 @pytest.mark.parametrize("name", ["1F1B", "InterleavedZeroBubble"])
-def test_four_processes_give_the_gradients_of_the_model(tmp_path, name):
-    assert run(train, 4, tmp_path / "store", name, 16, 8) == ["done"] * 4
+def test_four_processes_give_the_gradients_of_the_model(name):
+    assert run(4, train, name, 16, 8) == ["done"] * 4
 
 
-def train_replicas(rank, size, name, kind):
+def train_replicas(name, kind):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
 
     def wrap(module):
@@ -155,8 +145,8 @@ def train_replicas(rank, size, name, kind):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ["1F1B", "InterleavedZeroBubble", "DualPipeV"])
-def test_wrapped_stages_average_over_replicas(tmp_path, name, kind):
-    assert run(train_replicas, 4, tmp_path / "store", name, kind) == ["done"] * 4
+def test_wrapped_stages_average_over_replicas(name, kind):
+    assert run(4, train_replicas, name, kind) == ["done"] * 4
 
 
 class Broken(nn.Module):
@@ -164,39 +154,39 @@ class Broken(nn.Module):
         raise ValueError("broken")
 
 
-def fail(rank, size):
-    schedule, modules, count = make("1F1B", 4, wrap=lambda module: Broken() if rank == 1 else module)
+def fail():
+    schedule, modules, count = make("1F1B", 4, wrap=lambda module: Broken() if dist.get_rank() == 1 else module)
     with pytest.raises(pe.PipelineError) as caught:
         step(schedule, modules, count, *batch(8))
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
-def test_a_process_that_raises_is_named_in_the_others(tmp_path):
-    first, second = run(fail, 2, tmp_path / "store")
+def test_a_process_that_raises_is_named_in_the_others():
+    first, second = run(2, fail)
     assert first.startswith("PeerError") and "process 1" in first and "broken" in first
     assert second.startswith("StageError") and "1F0" in second
 
 
-def differ(rank, size):
-    schedule, modules, count = make("1F1B", 4 if rank == 0 else 5)
+def differ():
+    schedule, modules, count = make("1F1B", 4 if dist.get_rank() == 0 else 5)
     with pytest.raises(pe.InvalidArgument, match="n_microbatches|schedule"):
         step(schedule, modules, count, *batch(20))
     return "refused"
 
 
-def test_processes_with_different_schedules_are_refused(tmp_path):
-    assert run(differ, 2, tmp_path / "store") == ["refused"] * 2
+def test_processes_with_different_schedules_are_refused():
+    assert run(2, differ) == ["refused"] * 2
 
 
-def skip(rank, size):
+def skip():
     from pipeline_ext import pipelining
 
     model = Skips()
     pipe = pipelining.pipeline(model, (batch(8)[0][:2],))
-    stage = pipe.build_stage(rank, CPU)
+    stage = pipe.build_stage(dist.get_rank(), CPU)
     schedule = pipelining.ScheduleGPipe(stage, 4, loss_fn=mse_loss)
     x, y = batch(8)
-    schedule.step(*([x] if rank == 0 else []), target=y if rank == size - 1 else None)
+    schedule.step(*([x] if stage.is_first else []), target=y if stage.is_last else None)
     same = Skips()
     mse_loss(same(x), y).backward()
     expected = dict(same.named_parameters())
@@ -220,5 +210,5 @@ class Skips(nn.Module):
         return self.c(second) + first
 
 
-def test_a_skip_connection_passes_through_the_process_between(tmp_path):
-    assert run(skip, 3, tmp_path / "store") == ["done"] * 3
+def test_a_skip_connection_passes_through_the_process_between():
+    assert run(3, skip) == ["done"] * 3

@@ -1,0 +1,127 @@
+"""Real processes of a gloo group on loopback, each of which runs a function of a test.
+
+They are forked from a server that has imported torch once, so that one starts in a moment. The store is the
+test's own: it outlives any of the processes, as under torchrun.
+"""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 60.0  # seconds within which all processes of a test end, imports and all
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["pipeline_ext", "torch.distributed.device_mesh"])
+
+_to_test: Connection | None = None  # in each of the processes
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A process whose function raised."""
+
+    kind: type[BaseException]
+    message: str
+    traceback: str
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A process that ended, was stopped, or had to be killed, without a result."""
+
+    why: str
+
+
+def run(size: int, body: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+    """What ``body(*args)`` returns in each of ``size`` processes, by rank. Raises AssertionError if any fails.
+
+    ``body`` is a function of a module; what it returns is pickled.
+    """
+    found = outcomes(size, body, *args, timeout=timeout)
+    for rank, outcome in enumerate(found):
+        if isinstance(outcome, Failed):
+            raise AssertionError(f"process {rank} raised:\n{outcome.traceback}")
+    for rank, outcome in enumerate(found):
+        assert not isinstance(outcome, Gone), f"process {rank} {outcome.why}"
+    return found
+
+
+def outcomes(size: int, body: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+    """As ``run``, with ``Failed`` or ``Gone`` for the processes that have no result."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes, connections = [], []
+    try:
+        for rank in range(size):
+            here, there = _context.Pipe(duplex=False)
+            connections.append(here)
+            processes.append(
+                _context.Process(target=_main, args=(there, rank, size, store.port, body, args), daemon=True)
+            )
+            processes[-1].start()
+            there.close()
+        return _gather(connections, timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join(TIMEOUT)
+        for connection in connections:
+            connection.close()
+
+
+def freeze() -> None:
+    """Stops this process (SIGSTOP) for as long as the test lasts."""
+    _to_test.send_bytes(pickle.dumps(Gone("was stopped")))
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def die() -> None:
+    """Kills this process (SIGKILL)."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _gather(connections: list[Connection], timeout: float) -> list[Any]:
+    """Outcomes by rank, when every process has ended or is stopped, or the time is over."""
+    found: dict[Connection, Any] = {}
+    running = set(connections)
+    deadline = time.monotonic() + timeout
+    while running and (ready := wait(running, max(0, deadline - time.monotonic()))):
+        for connection in ready:
+            try:
+                found[connection] = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                found.setdefault(connection, Gone("ended"))
+                running.discard(connection)
+            if found[connection] == Gone("was stopped"):
+                running.discard(connection)
+    for connection in running:
+        found[connection] = Gone(f"had not ended after {timeout:g} seconds")
+    return [found[connection] for connection in connections]
+
+
+def _main(
+    to_test: Connection, rank: int, size: int, port: int, body: Callable[..., Any], args: tuple
+) -> None:
+    global _to_test
+    _to_test = to_test
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        limit = timedelta(seconds=TIMEOUT)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        outcome = body(*args)
+    except BaseException as error:
+        outcome = Failed(type(error), str(error), traceback.format_exc())
+    to_test.send_bytes(pickle.dumps(outcome))
