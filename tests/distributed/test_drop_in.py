@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import mse_loss
 
 import pipeline_ext as pe
+from pipeline_ext.transport.remote import Incoming
 
 torch_pipelining = pytest.importorskip("torch.distributed.pipelining")
 torch_schedules = torch_pipelining.schedules
@@ -167,6 +168,66 @@ def test_a_process_that_raises_is_named_in_the_others():
     assert second.startswith("StageError") and "1F0" in second
 
 
+def raise_and_stay():
+    """Process 0 raises when all is on its way to it, and lives on until process 1 has left its step."""
+    schedule, modules, count = make("GPipe", 4)
+    for parameter in modules[0].parameters() if 0 in modules else ():
+        parameter.register_hook(_refuse)
+    try:
+        step(schedule, modules, count, *batch(4000))
+    except pe.PipelineError as error:
+        return type(error).__name__
+    finally:
+        dist.barrier()
+    return "done"
+
+
+def _refuse(grad):
+    raise ValueError("refused")
+
+
+def test_no_process_waits_for_one_that_has_failed_and_lives_on():
+    first, second = run(2, raise_and_stay)
+    assert first == "StageError" and second in ("done", "PeerError")
+
+
+def train_behind_a_frozen_stage(name):
+    schedule, modules, count = make(name, 4)
+    if 0 in modules:
+        modules[0].requires_grad_(False)
+    x, y = batch(8)
+    step(schedule, modules, count, x, y)
+    expected, _ = reference(count, (x, y))
+    torch.testing.assert_close(grads(modules), {s: expected[s] if s else [None, None] for s in modules})
+
+
+@pytest.mark.parametrize("name", ["InterleavedZeroBubble", "ZBVZeroBubble"])
+def test_behind_a_frozen_first_stage_weights_get_gradients(name):
+    run(2, train_behind_a_frozen_stage, name)
+
+
+def train_out_of_order(path):
+    from pipeline_ext.pipelining import PipelineStage, schedules
+
+    rank = dist.get_rank()
+    module = layer(rank)
+    schedule = schedules._PipelineScheduleRuntime([PipelineStage(module, rank, 2, CPU)], 3, loss_fn=mse_loss)
+    schedule._load_csv(path)
+    x, y = batch(7)
+    out, losses = step(schedule, {rank: module}, 2, x, y)
+    expected, _ = reference(2, (x, y))
+    torch.testing.assert_close(grads({rank: module}), {rank: expected[rank]})
+    if rank == 1:
+        each = [mse_loss(a, b) for a, b in zip(out.tensor_split(3), y.tensor_split(3))]
+        torch.testing.assert_close(losses, each)
+
+
+def test_losses_belong_to_their_microbatch_in_any_order(tmp_path):
+    path = tmp_path / "order.csv"
+    path.write_text("0F2,0F0,0F1,0B0,0B2,0B1\n1F2,1F0,1B0,1F1,1B2,1B1\n")
+    run(2, train_out_of_order, str(path))
+
+
 def differ():
     schedule, modules, count = make("1F1B", 4 if dist.get_rank() == 0 else 5)
     with pytest.raises(pe.InvalidArgument, match="n_microbatches|schedule"):
@@ -176,6 +237,63 @@ def differ():
 
 def test_processes_with_different_schedules_are_refused():
     assert run(2, differ) == ["refused"] * 2
+
+
+class ToDict(nn.Module):
+    """Batch norm, and integers beside what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x):
+        return {"value": self.norm(x), "index": x.argmax(1)}
+
+
+class OfDict(nn.Embedding):
+    def forward(self, given):
+        return {"out": super().forward(given["index"]) * given["value"]}
+
+
+def pass_dicts():
+    from pipeline_ext import pipelining
+
+    rank = dist.get_rank()
+    torch.manual_seed(3)
+    model = nn.Sequential(ToDict(), OfDict(WIDTH, WIDTH))
+    stage = pipelining.PipelineStage(model[rank], rank, 2, CPU)
+    schedule = pipelining.ScheduleGPipe(stage, 4, loss_fn=loss_of_dicts)
+    x, y = batch(8)
+    schedule.step(*([] if rank else [x]), target={"y": y} if rank else None)
+    assert model[0].norm.num_batches_tracked == (0 if rank else 4)  # no forward but those of the step
+    found = [p.grad for p in model[rank].parameters()]
+    same = nn.Sequential(ToDict(), OfDict(WIDTH, WIDTH))
+    same.load_state_dict(model.state_dict())
+    for a, b in zip(x.chunk(4), y.chunk(4)):
+        (loss_of_dicts(same(a), {"y": b}) / 4).backward()
+    torch.testing.assert_close(found, [p.grad for p in same[rank].parameters()])
+
+
+def loss_of_dicts(out, target):
+    return mse_loss(out["out"], target["y"])
+
+
+def test_dicts_integers_and_batch_norm_pass_through_processes():
+    run(2, pass_dicts)
+
+
+def hold_few_messages(name, microbatches):
+    schedule, modules, count = make(name, microbatches)
+    x, y = batch(2 * microbatches)
+    for _ in range(2):
+        step(schedule, modules, count, x, y)
+    incoming = [c for c in schedule._runner._train.exchange._remote if isinstance(c, Incoming)]
+    return [len(channel._free._free) for channel in incoming]
+
+
+def test_memory_for_receives_does_not_grow_with_the_microbatches():
+    held = [n for of_process in run(2, hold_few_messages, "1F1B", 32) for n in of_process]
+    assert len(held) == 2 and max(held) <= 4
 
 
 def skip():
