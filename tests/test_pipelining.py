@@ -1,5 +1,6 @@
 """The drop-in for torch.distributed.pipelining, all stages in one process."""
 
+import functools
 import gc
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from custom_pairs import run_pair
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
@@ -247,31 +249,8 @@ def test_a_stage_that_raises_is_named_and_the_next_step_works():
 
 def test_a_custom_function_runs_pairs_with_the_stages_methods():
     pairs = []
-
-    def overlap(action, ctx):
-        schedule = ctx.schedule_ref
-        assert isinstance(schedule, torch_schedules._PipelineScheduleRuntime)
-        stages = {s.stage_index: s for s in schedule._stages}
-        forward, backward = action.sub_actions
-        f, b = stages[forward.stage_index], stages[backward.stage_index]
-        for part, recvs in ((forward, schedule.fwd_recv_ops), (backward, schedule.bwd_recv_ops)):
-            torch_schedules._wait_batch_p2p(recvs.pop((part.stage_index, part.microbatch_index), []))
-        m = forward.microbatch_index
-        out = f.forward_one_chunk(m, ctx.arg_mbs[m], ctx.kwarg_mbs[m])
-        schedule._maybe_compute_loss(f, out, ctx.target_mbs, m)
-        if f.stage_index + 1 in stages:
-            stages[f.stage_index + 1].set_local_fwd_input(out, m)
-        m = backward.microbatch_index
-        loss = schedule._maybe_get_loss(b, m)
-        schedule.backward_counter[b.stage_index] += 1
-        last = schedule.backward_counter[b.stage_index] == schedule._n_microbatches
-        b.backward_one_chunk(m, loss=loss, full_backward=True, last_backward=last)
-        if b.stage_index - 1 in stages:
-            stages[b.stage_index - 1].set_local_bwd_input(b.get_local_bwd_output(m), m)
-        pairs.append(str(action))
-
     schedule, modules = schedule_of("DualPipeV")
-    schedule.register_custom_function(schedules.OVERLAP_F_B, overlap)
+    schedule.register_custom_function(schedules.OVERLAP_F_B, functools.partial(run_pair, pairs))
     x, y = batch()
     schedule.step(x, target=y)
     schedule.step(x, target=y)

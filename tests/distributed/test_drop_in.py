@@ -1,8 +1,11 @@
 """The drop-in for torch.distributed.pipelining with a process for each rank."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
+from custom_pairs import run_pair
 from processes import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -148,6 +151,23 @@ def train_replicas(name, kind):
 @pytest.mark.parametrize("name", ["1F1B", "InterleavedZeroBubble", "DualPipeV"])
 def test_wrapped_stages_average_over_replicas(name, kind):
     assert run(4, train_replicas, name, kind) == ["done"] * 4
+
+
+def train_pairs():
+    from pipeline_ext.pipelining.schedules import OVERLAP_F_B
+
+    pairs = []
+    schedule, modules, count = make("DualPipeV", 8)
+    schedule.register_custom_function(OVERLAP_F_B, functools.partial(run_pair, pairs))
+    x, y = batch(8)
+    step(schedule, modules, count, x, y)
+    expected, _ = reference(count, (x, y))
+    torch.testing.assert_close(grads(modules), {s: expected[s] for s in modules})
+    assert pairs
+
+
+def test_a_custom_function_runs_pairs_in_each_process():
+    run(2, train_pairs)
 
 
 class Broken(nn.Module):
