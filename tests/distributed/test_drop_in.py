@@ -10,6 +10,8 @@ from processes import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import mse_loss
 
 import pipeline_ext as pe
@@ -151,6 +153,35 @@ def train_replicas(name, kind):
 @pytest.mark.parametrize("name", ["1F1B", "InterleavedZeroBubble", "DualPipeV"])
 def test_wrapped_stages_average_over_replicas(name, kind):
     assert run(4, train_replicas, name, kind) == ["done"] * 4
+
+
+class Mlp(nn.Sequential):
+    def __init__(self, seed):
+        super().__init__(layer(seed), layer(seed + 10))
+
+
+def train_tensor_parallel(name):
+    from pipeline_ext import pipelining
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+    plan = {"0.0": ColwiseParallel(), "1.0": RowwiseParallel()}
+    here, count = local_stages(name, mesh.get_local_rank("pp"), 2)
+    modules = {s: parallelize_module(Mlp(s), mesh["tp"], plan) for s in here}
+    group = mesh.get_group("pp")
+    stages = [pipelining.PipelineStage(m, s, count, CPU, group=group) for s, m in modules.items()]
+    schedule = pipelining.schedules.get_schedule_class(name)
+    x, y = batch(8)
+    step(schedule(stages[0] if name in SINGLE else stages, 4, loss_fn=mse_loss), modules, count, x, y)
+    model = nn.Sequential(*(Mlp(s) for s in range(count)))
+    mse_loss(model(x), y).backward()
+    for s, module in modules.items():
+        found = [p.grad.full_tensor() if isinstance(p, DTensor) else p.grad for p in module.parameters()]
+        torch.testing.assert_close(found, [p.grad for p in model[s].parameters()])
+
+
+@pytest.mark.parametrize("name", ["1F1B", "InterleavedZeroBubble"])
+def test_stages_may_be_tensor_parallel(name):
+    run(4, train_tensor_parallel, name)
 
 
 def train_pairs():
