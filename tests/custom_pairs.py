@@ -1,4 +1,4 @@
-"""A custom function for pairs of a forward and a backward, as scripts for torch.distributed.pipelining have it."""
+"""A custom function for pairs of a forward and a backward, as scripts for torch have it."""
 
 from torch.distributed.pipelining import schedules as torch_schedules
 

@@ -9,7 +9,6 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from custom_pairs import run_pair
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +17,7 @@ from pipeline_ext import StageError
 
 torch_pipelining = pytest.importorskip("torch.distributed.pipelining")
 
-from torch.distributed.pipelining import schedules as torch_schedules  # noqa: E402
+from custom_pairs import run_pair  # noqa: E402
 
 from pipeline_ext import pipelining  # noqa: E402
 from pipeline_ext.pipelining import schedules  # noqa: E402
@@ -150,6 +149,17 @@ def test_losses_belong_to_their_microbatch_in_any_order(tmp_path):
     out = schedule.step(x, target=y, losses=losses)
     torch.testing.assert_close(grads(modules), reference(layers(2), (x, y)))
     torch.testing.assert_close(losses, [mse_loss(a, b) for a, b in zip(out.chunk(2), y.chunk(2))])
+
+
+def test_another_order_may_be_loaded_between_steps(tmp_path):
+    schedule, modules = schedule_of("Interleaved1F1B", microbatches=2)
+    x, y = batch()
+    schedule.step(x, target=y)
+    path = tmp_path / "order.csv"
+    path.write_text("0F0,1F0,1B0,0B0,0F1,1F1,1B1,0B1\n")
+    schedule._load_csv(str(path), "compute_only")
+    schedule.step(x, target=y)
+    torch.testing.assert_close(grads(modules), reference(layers(2), (x, y), (x, y)))
 
 
 @pytest.mark.parametrize("name", ["InterleavedZeroBubble", "ZBVZeroBubble"])

@@ -25,7 +25,7 @@ from .step import TorchStep
 from .tasks import Tasks
 from .torch_stage import TorchStage
 
-_TIMEOUT = 1800.0  # seconds without progress
+_TIMEOUT = 1800.0  # seconds without progress, in one process
 
 
 class Runner:
@@ -36,7 +36,10 @@ class Runner:
     """
 
     def __init__(self, schedule: Any, stages: list[Any]) -> None:
-        """``schedule`` and ``stages`` are torch's; the latter those of this process."""
+        """``schedule`` and ``stages`` are torch's; the latter those of this process.
+
+        Raises InvalidArgument, with several processes, for stages on GPUs, or where their schedules differ.
+        """
         self._schedule = schedule
         self._losses = _Losses()
         self._stages = {stage.stage_index: TorchStage(stage, self._losses) for stage in stages}
@@ -49,11 +52,17 @@ class Runner:
         else:
             plan = _C.plan_of_cells(texts(order))
             self._tasks = Tasks(schedule, self._stages, order[first.group_rank])
-        self._engine = _engine(plan, first, schedule)
+        _check_device(first)
+        self._timeout = _timeout(first)
+        self._engine = _engine(plan, first, schedule, self._timeout)
         self._lifetime = Lifetime(schedule, self._engine)
         self._train = None if order is None else self._engine.route(plan, self._tasks.bodies())
         forward_plan = _C.make_forward_plan(plan.rank_of_stage, plan.num_ranks, count)
         self._eval = self._engine.route(forward_plan, self._tasks.eval_bodies())
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self._lifetime.close()
 
     def run(
         self,
@@ -101,7 +110,7 @@ class Runner:
             stage.begin(step)
         trains = route is self._train
         try:
-            result = self._engine.run(route, timeout=_TIMEOUT, record=False)
+            result = self._engine.run(route, timeout=self._timeout, record=False)
         except BaseException as interrupt:
             self._engine.failed(f"{type(interrupt).__name__}: {interrupt}")
             self._give_up(trains)
@@ -116,9 +125,9 @@ class Runner:
         if result.outcome != "done":
             self._give_up(trains)
             if result.outcome != "closed":
-                self._engine.failed(reason(route.plan, result, _TIMEOUT, awaited))
+                self._engine.failed(reason(route.plan, result, self._timeout, awaited))
             try:
-                raise step_error(route.plan, result, self._engine, _TIMEOUT, trains, awaited)
+                raise step_error(route.plan, result, self._engine, self._timeout, trains, awaited)
             finally:
                 del result  # it leads to the error, and the error, by its traceback, here
         self._engine.settle(route)  # the script may end its process group now, or the process
@@ -132,27 +141,42 @@ class Runner:
                     parameter.grad = None
 
 
-def _engine(plan: _C.Plan, stage: Any, schedule: Any) -> HostEngine:
+def _check_device(stage: Any) -> None:
+    if stage.group_size > 1 and stage.device.type != "cpu":
+        raise InvalidArgument(
+            f"stage {stage.stage_index} is on {stage.device}; the stages of several processes run on CPUs so "
+            'far; give device=torch.device("cpu"), or a group of one process'
+        )
+
+
+def _timeout(stage: Any) -> float:
+    """Seconds without progress after which a step is given up: those of the stage's process group."""
+    if stage.group_size == 1:
+        return _TIMEOUT
+    backend = _group(stage)._get_backend(stage.device)  # torch has no public name for it
+    return backend.options._timeout.total_seconds()
+
+
+def _group(stage: Any) -> dist.ProcessGroup:
+    return dist.group.WORLD if stage.group is None else stage.group
+
+
+def _engine(plan: _C.Plan, stage: Any, schedule: Any, timeout: float) -> HostEngine:
     """All processes of the group of ``stage`` make theirs together.
 
-    Raises InvalidArgument where their schedules differ, or for stages on other devices than CPUs.
+    Raises InvalidArgument where their schedules differ.
     """
     # A parameter of several local stages needs no care: one thread runs them all.
     parts = (plan, Exchange, SharedParameters({}), RecomputationGuard((), overlap=False, threads=1), None)
     if stage.group_size == 1:
         return HostEngine(*parts)
-    if stage.device.type != "cpu":
-        raise InvalidArgument(
-            f"stage {stage.stage_index} is on {stage.device}; the stages of several processes run on CPUs so far, "
-            'so give device=torch.device("cpu"), or a group of one process'
-        )
-    processes = Processes.of(dist.group.WORLD if stage.group is None else stage.group)
+    processes = Processes.of(_group(stage))
     settings = {
-        "schedule": [type(schedule).__name__, plan.to_csv()],
         "n_microbatches": [f"{plan.num_microbatches}"],
         "scale_grads": [f"{schedule.scale_grads}"],
+        "schedule": [type(schedule).__name__, *plan.to_csv().splitlines()],
     }
-    check_agreement(processes, settings, _TIMEOUT)
+    check_agreement(processes, settings, timeout)
     return ProcessEngine(*parts, processes)
 
 

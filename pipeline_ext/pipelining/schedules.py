@@ -147,7 +147,9 @@ class PipelineScheduleMulti(_OnEngine, _torch.PipelineScheduleMulti):
 
     def _validate_and_set_stage_mapping(self, actions: dict[int, list]) -> None:
         super()._validate_and_set_stage_mapping(actions)
-        self._runner = None  # it runs another order
+        if self._runner is not None:  # it runs another order
+            self._runner.close()
+            self._runner = None
 
 
 class _PipelineScheduleRuntime(PipelineScheduleMulti, _torch._PipelineScheduleRuntime):

@@ -1,12 +1,12 @@
 """The drop-in for torch.distributed.pipelining with a process for each rank."""
 
 import functools
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-from custom_pairs import run_pair
-from processes import run
+from processes import Gone, die, freeze, outcomes, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,6 +19,8 @@ from pipeline_ext.transport.remote import Incoming
 
 torch_pipelining = pytest.importorskip("torch.distributed.pipelining")
 torch_schedules = torch_pipelining.schedules
+
+from custom_pairs import run_pair  # noqa: E402
 
 CPU = torch.device("cpu")
 WIDTH = 8
@@ -219,6 +221,53 @@ def test_a_process_that_raises_is_named_in_the_others():
     assert second.startswith("StageError") and "1F0" in second
 
 
+class Dies(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        Dies.calls += 1
+        if Dies.calls == 3:
+            die()
+        return super().forward(x)
+
+
+def lose_a_process():
+    schedule, modules, count = make(
+        "1F1B", 4, wrap=lambda module: Dies(WIDTH, WIDTH) if dist.get_rank() == 1 else module
+    )
+    with pytest.raises(pe.PeerError) as caught:
+        step(schedule, modules, count, *batch(8))
+    return str(caught.value)
+
+
+def test_a_process_that_is_killed_is_named_with_what_was_waited_for():
+    first, second = outcomes(2, lose_a_process)
+    assert isinstance(second, Gone)
+    assert "rank 1" in first and "the gradients of microbatch" in first and "boundary 0" in first
+
+
+class Freezes(nn.Linear):
+    def forward(self, x):
+        freeze()
+
+
+def wait_for_a_frozen_process():
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    second = dist.get_rank() == 1
+    schedule, modules, count = make(
+        "1F1B", 4, group, wrap=lambda module: Freezes(WIDTH, WIDTH) if second else module
+    )
+    with pytest.raises(pe.StepTimeout) as caught:
+        step(schedule, modules, count, *batch(8))
+    return str(caught.value)
+
+
+def test_the_timeout_is_the_group_s():
+    first, second = outcomes(2, wait_for_a_frozen_process)
+    assert isinstance(second, Gone)
+    assert "for 3 seconds" in first and "the gradients of microbatch 0 across boundary 0 from rank 1" in first
+
+
 def raise_and_stay():
     """Process 0 raises when all is on its way to it, and lives on until process 1 has left its step."""
     schedule, modules, count = make("GPipe", 4)
@@ -281,7 +330,7 @@ def test_losses_belong_to_their_microbatch_in_any_order(tmp_path):
 
 def differ():
     schedule, modules, count = make("1F1B", 4 if dist.get_rank() == 0 else 5)
-    with pytest.raises(pe.InvalidArgument, match="n_microbatches|schedule"):
+    with pytest.raises(pe.InvalidArgument, match="n_microbatches is 5 in process 1"):
         step(schedule, modules, count, *batch(20))
     return "refused"
 
