@@ -2,30 +2,21 @@
 
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining.schedules import _PipelineContext
 
 from .. import _C
 from ..context import CallerContext
 from ..engine import Route
-from ..errors import InvalidArgument, PipelineError
+from ..errors import PipelineError
 from ..failure import NO_GRADIENTS, reason, step_error
-from ..host import HostEngine
 from ..lifetime import Lifetime
-from ..processes.agreement import check_agreement
-from ..processes.engine import ProcessEngine
-from ..processes.group import Processes
-from ..recomputation import RecomputationGuard
-from ..shared import SharedParameters
-from ..transport.exchange import Exchange
 from .custom import calls_in_place
+from .engine import make_engine, timeout_of
 from .order import order_of, texts
 from .step import TorchStep
 from .tasks import Tasks
 from .torch_stage import TorchStage
-
-_TIMEOUT = 1800.0  # seconds without progress, in one process
 
 
 class Runner:
@@ -52,9 +43,8 @@ class Runner:
         else:
             plan = _C.plan_of_cells(texts(order))
             self._tasks = Tasks(schedule, self._stages, order[first.group_rank])
-        _check_device(first)
-        self._timeout = _timeout(first)
-        self._engine = _engine(plan, first, schedule, self._timeout)
+        self._timeout = timeout_of(first)
+        self._engine = make_engine(plan, schedule, first)
         self._lifetime = Lifetime(schedule, self._engine)
         self._train = None if order is None else self._engine.route(plan, self._tasks.bodies())
         forward_plan = _C.make_forward_plan(plan.rank_of_stage, plan.num_ranks, count)
@@ -139,45 +129,6 @@ class Runner:
             for stage in self._stages.values():
                 for parameter in stage.parameters():
                     parameter.grad = None
-
-
-def _check_device(stage: Any) -> None:
-    if stage.group_size > 1 and stage.device.type != "cpu":
-        raise InvalidArgument(
-            f"stage {stage.stage_index} is on {stage.device}; the stages of several processes run on CPUs so "
-            'far; give device=torch.device("cpu"), or a group of one process'
-        )
-
-
-def _timeout(stage: Any) -> float:
-    """Seconds without progress after which a step is given up: those of the stage's process group."""
-    if stage.group_size == 1:
-        return _TIMEOUT
-    backend = _group(stage)._get_backend(stage.device)  # torch has no public name for it
-    return backend.options._timeout.total_seconds()
-
-
-def _group(stage: Any) -> dist.ProcessGroup:
-    return dist.group.WORLD if stage.group is None else stage.group
-
-
-def _engine(plan: _C.Plan, stage: Any, schedule: Any, timeout: float) -> HostEngine:
-    """All processes of the group of ``stage`` make theirs together.
-
-    Raises InvalidArgument where their schedules differ.
-    """
-    # A parameter of several local stages needs no care: one thread runs them all.
-    parts = (plan, Exchange, SharedParameters({}), RecomputationGuard((), overlap=False, threads=1), None)
-    if stage.group_size == 1:
-        return HostEngine(*parts)
-    processes = Processes.of(_group(stage))
-    settings = {
-        "n_microbatches": [f"{plan.num_microbatches}"],
-        "scale_grads": [f"{schedule.scale_grads}"],
-        "schedule": [type(schedule).__name__, *plan.to_csv().splitlines()],
-    }
-    check_agreement(processes, settings, timeout)
-    return ProcessEngine(*parts, processes)
 
 
 class _Losses:

@@ -306,26 +306,36 @@ def test_behind_a_frozen_first_stage_weights_get_gradients(name):
     run(2, train_behind_a_frozen_stage, name)
 
 
-def train_out_of_order(path):
+def train_as_listed(path, microbatches, format):
     from pipeline_ext.pipelining import PipelineStage, schedules
 
     rank = dist.get_rank()
     module = layer(rank)
-    schedule = schedules._PipelineScheduleRuntime([PipelineStage(module, rank, 2, CPU)], 3, loss_fn=mse_loss)
-    schedule._load_csv(path)
+    stage = PipelineStage(module, rank, 2, CPU)
+    schedule = schedules._PipelineScheduleRuntime([stage], microbatches, loss_fn=mse_loss)
+    schedule._load_csv(path, format)
     x, y = batch(7)
     out, losses = step(schedule, {rank: module}, 2, x, y)
     expected, _ = reference(2, (x, y))
     torch.testing.assert_close(grads({rank: module}), {rank: expected[rank]})
     if rank == 1:
-        each = [mse_loss(a, b) for a, b in zip(out.tensor_split(3), y.tensor_split(3))]
+        each = [mse_loss(a, b) for a, b in zip(out.tensor_split(microbatches), y.tensor_split(microbatches))]
         torch.testing.assert_close(losses, each)
 
 
 def test_losses_belong_to_their_microbatch_in_any_order(tmp_path):
     path = tmp_path / "order.csv"
     path.write_text("0F2,0F0,0F1,0B0,0B2,0B1\n1F2,1F0,1B0,1F1,1B2,1B1\n")
-    run(2, train_out_of_order, str(path))
+    run(2, train_as_listed, str(path), 3, "compute_only")
+
+
+def test_receives_listed_ahead_of_sends_do_not_hold_them_up(tmp_path):
+    path = tmp_path / "order.csv"
+    path.write_text(
+        "0F0,0SEND_F0,0RECV_B0,0B0,0F1,0SEND_F1,0RECV_B1,0B1\n"
+        "1RECV_F0,1RECV_F1,1F0,1B0,1SEND_B0,1F1,1B1,1SEND_B1\n"
+    )
+    run(2, train_as_listed, str(path), 2, "compute_comms")
 
 
 def differ():
