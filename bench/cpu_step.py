@@ -6,6 +6,7 @@ processes of one thread each for torch. Writes bench/results/cpu_step.json.
 
 import argparse
 import functools
+import importlib
 import statistics
 import tempfile
 import time
@@ -71,11 +72,19 @@ def ours(case: Case, microbatches: int, schedule: str, rank: int) -> Run:
     )
 
 
-def theirs(case: Case, microbatches: int, schedule: str, store: str, rank: int) -> Run:
+def theirs(
+    case: Case,
+    microbatches: int,
+    schedule: str,
+    store: str,
+    rank: int,
+    package: str = "torch.distributed.pipelining",
+) -> Run:
+    """One of two processes. ``package``: the peer's, or what can be put in its place."""
     import torch.distributed as dist
     from torch.distributed.pipelining import PipelineStage
-    from torch.distributed.pipelining.schedules import get_schedule_class
 
+    get_schedule_class = importlib.import_module(f"{package}.schedules").get_schedule_class
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     model, (x, y) = case.model(), case.batch()

@@ -76,6 +76,9 @@ class HostEngine:
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
         return self._executor.run(route.program, timeout=timeout, record=record)
 
+    def settle(self, route: HostRoute) -> None:
+        """Returns when other processes have what a step has sent them, or one has failed."""
+
     def failed(self, reason: str) -> None:
         pass
 

@@ -20,6 +20,7 @@ from .ends import ends_of
 from .group import Processes
 from .notice import Notices
 
+_FOREVER = 1e7  # seconds
 _GRACE = 1.0  # seconds in which a process that is gone may still be found to have said why
 _PARTING = 10.0  # seconds for others to take what was sent them, when a pipeline is closed
 _LEAVING = 1.0  # the same after a failure
@@ -86,6 +87,13 @@ class ProcessEngine(HostEngine):
         route.exchange.listen(Receiver(self._executor.deliver, self._failure.lost))
         return super().run(route, timeout=timeout, record=record)
 
+    def settle(self, route: HostRoute) -> None:
+        settled = threading.Event()
+        self._failure.interrupt = settled.set  # a process that has failed may never come for what was sent
+        threading.Thread(target=_flush, args=(route.exchange, settled), name="pe settling", daemon=True).start()
+        if not self.dead:
+            settled.wait()
+
     def failed(self, reason: str) -> None:
         self._failure.tell(reason)
         for exchange in self._exchanges:
@@ -104,6 +112,7 @@ class _Failure:
         self._over = threading.Event()  # what this process waits for outside of the executor
         self.is_known = False
         self.error: Exception | None = None  # of another process
+        self.interrupt: Callable[[], object] = bool  # is called when a failure is known
 
     def watch(self, executor: _C.HostExecutor) -> None:
         """Stops what ``executor`` runs once another process has failed."""
@@ -140,7 +149,13 @@ class _Failure:
         self.is_known = True
         self.error = error
         self._over.set()
+        self.interrupt()
         self._executor.fail(error)
+
+
+def _flush(exchange: Exchange, settled: threading.Event) -> None:
+    exchange.flush(_FOREVER)
+    settled.set()
 
 
 def _close(

@@ -59,13 +59,14 @@ class Trace:
 
     @cached_property
     def tasks(self) -> list[TaskRecord]:
-        """The tasks that ran, in the order in which they began."""
+        """The tasks that ran in this process, in the order in which they began."""
         zero = self._result.begin
         begin, end = (
             [(time - zero) * 1e-9 for time in times]
             for times in (self._result.task_begin, self._result.task_end)
         )
-        return task_records(self.plan, begin, end)
+        records = task_records(self.plan, begin, end)
+        return [record for record in records if self._result.task_end[record.task]]
 
     def add_reductions(self, times: Iterable[tuple[int, int, int, int]]) -> None:
         """Takes stage, begin and end in nanoseconds of the steady clock, and bytes, of each reduction."""
@@ -95,13 +96,14 @@ class Trace:
 
     @property
     def bubble_by_rank(self) -> list[float]:
-        """Share of the step in which each rank ran nothing."""
+        """Share of the step in which each rank ran nothing; 1 for one of another process."""
         return [1.0 - busy / self.step_time for busy in self.busy]
 
     @property
     def bubble(self) -> float:
-        """Mean of ``bubble_by_rank``."""
-        return statistics.fmean(self.bubble_by_rank)
+        """Mean of ``bubble_by_rank`` over the ranks of this process."""
+        here = {record.rank for record in self.tasks}
+        return statistics.fmean(b for rank, b in enumerate(self.bubble_by_rank) if rank in here)
 
     def profile(self) -> Profile:
         """Measured times of stages and messages."""

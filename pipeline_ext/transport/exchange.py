@@ -150,12 +150,18 @@ class Exchange:
         for channel in self._remote:
             channel.give_up()
 
+    def flush(self, timeout: float) -> None:
+        """Returns when other processes have what was sent them, or after ``timeout`` seconds."""
+        for channel in self._remote:
+            if isinstance(channel, Outgoing):
+                channel.flush(timeout)
+
     def close(self, timeout: float) -> None:
-        """Sees, for ``timeout`` seconds at most, that other processes have what was sent them; ends threads."""
-        for kind in (Outgoing, Incoming):
-            for channel in self._remote:
-                if isinstance(channel, kind):
-                    channel.close(timeout)
+        """Does that, and ends threads."""
+        self.flush(timeout)
+        for channel in self._remote:
+            if isinstance(channel, Incoming):
+                channel.close(timeout)
 
     def end(self) -> None:
         """Lets go of what a step that failed has left on its way."""

@@ -142,15 +142,16 @@ class Outgoing:
         with contextlib.suppress(RuntimeError):  # it is gone
             self._pending.append(([self._line.send(header)], header))
 
-    def close(self, timeout: float) -> None:
+    def flush(self, timeout: float) -> None:
         """Returns when the other process has all that was sent, or after ``timeout`` seconds."""
         while self._pending:
-            works, _ = self._pending.popleft()
+            works, buffer = self._pending.popleft()
             try:
                 for work in works:
                     work.wait(timedelta(seconds=timeout))
             except RuntimeError:  # it is gone, or does not come for it
                 return
+            self._buffers.give_back(buffer)
 
     def _send_message(self, index: int, results: list[Leaves]) -> None:
         expected = self._known.of(index)

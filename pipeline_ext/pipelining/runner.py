@@ -1,0 +1,153 @@
+"""What runs the steps of one schedule object."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.pipelining.schedules import _PipelineContext
+
+from .. import _C
+from ..context import CallerContext
+from ..engine import Route
+from ..errors import PipelineError
+from ..failure import NO_GRADIENTS, reason, step_error
+from ..lifetime import Lifetime
+from .custom import calls_in_place
+from .engine import make_engine, timeout_of
+from .order import order_of, texts
+from .step import TorchStep
+from .tasks import Tasks
+from .torch_stage import TorchStage
+
+
+class Runner:
+    """Stages, plan and engine of a schedule, for as long as it keeps its order.
+
+    Tasks run in exactly the order in which torch runs them: stages may hold collective operations of other
+    groups (tensor parallelism, FSDP), which have to meet those of other processes.
+    """
+
+    def __init__(self, schedule: Any, stages: list[Any]) -> None:
+        """``schedule`` and ``stages`` are torch's; the latter those of this process.
+
+        Raises InvalidArgument, with several processes, for stages on GPUs, or where their schedules differ.
+        """
+        self._schedule = schedule
+        self._losses = _Losses()
+        self._stages = {stage.stage_index: TorchStage(stage, self._losses) for stage in stages}
+        first, count = stages[0], schedule._n_microbatches
+        order = order_of(schedule)
+        if order is None:
+            homes = [first.stage_index_to_group_rank[s] for s in range(first.num_stages)]
+            plan = _C.make_forward_plan(homes, first.group_size, count)
+            self._tasks = Tasks(schedule, self._stages, [])
+        else:
+            plan = _C.plan_of_cells(texts(order))
+            self._tasks = Tasks(schedule, self._stages, order[first.group_rank])
+        self._timeout = timeout_of(first)
+        self._engine = make_engine(plan, schedule, first)
+        self._lifetime = Lifetime(schedule, self._engine)
+        self._train = None if order is None else self._engine.route(plan, self._tasks.bodies())
+        forward_plan = _C.make_forward_plan(plan.rank_of_stage, plan.num_ranks, count)
+        self._eval = self._engine.route(forward_plan, self._tasks.eval_bodies())
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self._lifetime.close()
+
+    def run(
+        self,
+        inputs: list[tuple[tuple, dict[str, Any]]],
+        targets: list[Any] | None,
+        losses: list[Tensor] | None,
+        loss_kwargs: dict[str, Any] | None,
+        *,
+        weights: list[float],
+        keep_outputs: bool,
+    ) -> None:
+        """Runs one step, or without a backward one evaluation; everything is by microbatch.
+
+        The outputs go to the last stage's ``output_chunks``. Raises as ``Pipeline.step`` does.
+        """
+        self._lifetime.check()
+        trains = self._schedule._has_backward and self._train is not None
+        route = self._train if trains else self._eval
+        caller = CallerContext.of_this_thread()
+        arg_mbs, kwarg_mbs = (list(column) for column in zip(*inputs))
+        context = _PipelineContext(self._schedule, arg_mbs, kwarg_mbs, targets, losses)
+        with self._lifetime.one_at_a_time("step was called"), calls_in_place(self._stages, trains):
+            step = TorchStep(route.exchange, caller, inputs, weights, keep_outputs)
+            self._tasks.begin(context, caller)
+            self._losses.begin(self._schedule, targets, loss_kwargs)
+            try:
+                self._run(route, step)
+            finally:
+                self._tasks.end()
+                self._losses.end()
+        last = self._stages[max(self._stages)].torch_stage
+        if last.is_last:
+            last.output_chunks = step.outputs if keep_outputs else []
+            if trains and not step.has_trained:
+                raise PipelineError(
+                    "step found nothing to train: no microbatch's loss depends on anything that requires a "
+                    "gradient; are all parameters frozen, or is the loss detached?"
+                )
+        if trains:
+            step.backward_into_inputs()
+
+    def _run(self, route: Route, step: TorchStep) -> None:
+        route.exchange.begin(step)
+        for stage in self._stages.values():
+            stage.begin(step)
+        trains = route is self._train
+        try:
+            result = self._engine.run(route, timeout=self._timeout, record=False)
+        except BaseException as interrupt:
+            self._engine.failed(f"{type(interrupt).__name__}: {interrupt}")
+            self._give_up(trains)
+            if trains:
+                interrupt.add_note(f"the step was stopped; {NO_GRADIENTS}")
+            raise
+        finally:
+            awaited = route.exchange.awaited()
+            route.exchange.end()
+            for stage in self._stages.values():
+                stage.end()
+        if result.outcome != "done":
+            self._give_up(trains)
+            if result.outcome != "closed":
+                self._engine.failed(reason(route.plan, result, self._timeout, awaited))
+            try:
+                raise step_error(route.plan, result, self._engine, self._timeout, trains, awaited)
+            finally:
+                del result  # it leads to the error, and the error, by its traceback, here
+        self._engine.settle(route)  # the script may end its process group now, or the process
+
+    def _give_up(self, trains: bool) -> None:
+        """After a step that failed: what it has left behind cannot be used."""
+        self._engine.give_up(list(self._stages.values()))
+        if trains:
+            for stage in self._stages.values():
+                for parameter in stage.parameters():
+                    parameter.grad = None
+
+
+class _Losses:
+    """The schedule's own losses; see ``torch_stage.Losses``."""
+
+    def begin(
+        self, schedule: Any, targets: list[Any] | None, loss_kwargs: dict[str, Any] | None
+    ) -> None:
+        """Prepares for a step."""
+        self._schedule = schedule
+        self._targets = targets
+        self._loss_kwargs = loss_kwargs
+
+    def end(self) -> None:
+        """Lets go of everything that belongs to the step."""
+        del self._schedule, self._targets, self._loss_kwargs
+
+    def compute(self, stage: Any, m: int, output: Any) -> None:
+        self._schedule._maybe_compute_loss(stage, output, self._targets, m, self._loss_kwargs)
+
+    def of(self, stage: Any, m: int) -> Tensor | None:
+        return self._schedule._maybe_get_loss(stage, m)

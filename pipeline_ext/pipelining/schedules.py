@@ -1,0 +1,201 @@
+"""torch.distributed.pipelining.schedules: its schedules, run by this engine.
+
+A schedule keeps torch's constructor, order and CSV files, by inheritance, and is an instance of its class.
+What is replaced is how a step runs. All other names of the module are torch's own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import schedules as _torch
+
+from .batch import split_target, weights
+from .order import named_order
+from .runner import Runner
+
+__all__ = [
+    "PipelineScheduleMulti",
+    "PipelineScheduleSingle",
+    "Schedule1F1B",
+    "ScheduleDualPipeV",
+    "ScheduleGPipe",
+    "ScheduleInterleaved1F1B",
+    "ScheduleInterleavedZeroBubble",
+    "ScheduleLoopedBFS",
+    "ScheduleZBVZeroBubble",
+    "get_schedule_class",
+]
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_torch, name)
+
+
+class _OnEngine:
+    """How a schedule of torch's runs here.
+
+    Where a loss is a mean over its microbatch (``scale_grads``), it enters the total by its share of the rows;
+    nothing is divided after the step, so gradients of earlier steps stay as they are.
+    """
+
+    _runner: Runner | None = None
+
+    def step(
+        self,
+        *args: Any,
+        target: Any = None,
+        losses: list[Tensor] | None = None,
+        return_outputs: bool = True,
+        loss_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs one batch forward and backward; adds the gradients to the parameters' ``.grad``.
+
+        Args:
+            args, kwargs: the whole batch, cut along dimension 0, or as the chunk specs say. Positional ones are
+                for the process of the first stage; keywords go to the stages of the process that gives them.
+            target: any pytree of tensors, cut along dimension 0; needed where the last stage is.
+            losses: emptied and filled with each microbatch's loss, where the last stage is.
+            return_outputs: return the outputs there.
+            loss_kwargs: for the loss function.
+
+        Returns the merged outputs in the last stage's process, None elsewhere. Raises RuntimeError under
+        ``torch.no_grad()``, and else as ``Pipeline.step`` does.
+        """
+        needs_autograd = getattr(self, "_backward_requires_autograd", True)
+        if self._has_backward and needs_autograd and not torch.is_grad_enabled():
+            raise RuntimeError("step needs gradients to be enabled; under torch.no_grad() call eval")
+        arg_mbs, kwarg_mbs = self._split_inputs(args, kwargs)
+        target_mbs = None if target is None else split_target(target, self._n_microbatches)
+        self._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, losses, return_outputs, loss_kwargs)
+        for stage in self._stages:
+            if stage.is_last and return_outputs:
+                return self._merge_outputs(stage.output_chunks)
+        return None
+
+    def _step_microbatches(
+        self,
+        arg_mbs: list[tuple] | None = None,
+        kwarg_mbs: list[dict[str, Any]] | None = None,
+        target_mbs: list[Any] | None = None,
+        losses: list[Tensor] | None = None,
+        return_outputs: bool = True,
+        loss_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """As ``step``, of a batch that is cut already."""
+        arg_mbs, kwarg_mbs = self._check_inputs(arg_mbs, kwarg_mbs, target_mbs, losses)
+        self._internal_losses.clear()
+        if self._runner is None:
+            self._runner = Runner(self, self._stages)
+        self._runner.run(
+            list(zip(arg_mbs, kwarg_mbs)),
+            target_mbs,
+            losses,
+            loss_kwargs,
+            weights=weights(target_mbs, self._n_microbatches, self.scale_grads),
+            keep_outputs=return_outputs,
+        )
+        self._update_losses(self._stages, losses)
+
+    def _maybe_compute_loss(
+        self,
+        stage: Any,
+        output: Any,
+        target_mbs: list[Any] | None,
+        mb_index: int,
+        loss_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Keeps the loss of a microbatch under its own index, in whatever order they come."""
+        if not stage.is_last or self._loss_fn is None or (target_mbs is None and not self._has_backward):
+            return
+        target = None if target_mbs is None else target_mbs[mb_index]
+        missing = mb_index + 1 - len(self._internal_losses)
+        self._internal_losses.extend([None] * missing)
+        self._internal_losses[mb_index] = self._compute_loss(output, target, loss_kwargs)
+
+
+class PipelineScheduleSingle(_OnEngine, _torch.PipelineScheduleSingle):
+    """Base of schedules with one stage in a process."""
+
+    @property
+    def _stages(self) -> list[Any]:
+        return [self._stage]
+
+
+class _ScheduleForwardOnly(PipelineScheduleSingle, _torch._ScheduleForwardOnly):
+    """Forward alone."""
+
+
+class ScheduleGPipe(PipelineScheduleSingle, _torch.ScheduleGPipe):
+    """All microbatches forward, then all backward."""
+
+    def _get_pipeline_order(self) -> dict[int, list[_torch._Action]]:
+        return named_order("gpipe", self._num_stages, self._n_microbatches)
+
+
+class Schedule1F1B(PipelineScheduleSingle, _torch.Schedule1F1B):
+    """One forward, one backward."""
+
+    def _get_pipeline_order(self) -> dict[int, list[_torch._Action]]:
+        # Torch 2.13 lists one here that leaves out the last stage's first forward, and runs another.
+        return named_order("1f1b", self._num_stages, self._n_microbatches)
+
+
+class PipelineScheduleMulti(_OnEngine, _torch.PipelineScheduleMulti):
+    """Base of schedules with several stages in a process; runs the order of ``_load_csv``."""
+
+    def _validate_and_set_stage_mapping(self, actions: dict[int, list]) -> None:
+        super()._validate_and_set_stage_mapping(actions)
+        if self._runner is not None:  # it runs another order
+            self._runner.close()
+            self._runner = None
+
+
+class _PipelineScheduleRuntime(PipelineScheduleMulti, _torch._PipelineScheduleRuntime):
+    """Runs any order, messages listed or not, and custom functions in place of its actions."""
+
+    def _load_actions(self, actions: dict[int, list], format: str = "compute_only") -> None:
+        """What torch 2.13 calls ``_prepare_schedule_with_comms``."""
+        self._prepare_schedule_with_comms(actions, format)
+
+
+class ScheduleLoopedBFS(_PipelineScheduleRuntime, _torch.ScheduleLoopedBFS):
+    """Breadth first: all microbatches at one stage, then at the next."""
+
+
+class ScheduleInterleaved1F1B(_PipelineScheduleRuntime, _torch.ScheduleInterleaved1F1B):
+    """1F1B with several stages in a process."""
+
+
+class ScheduleInterleavedZeroBubble(_PipelineScheduleRuntime, _torch.ScheduleInterleavedZeroBubble):
+    """Interleaved, with weight gradients where a process would wait."""
+
+
+class ScheduleZBVZeroBubble(_PipelineScheduleRuntime, _torch.ScheduleZBVZeroBubble):
+    """Zero bubble with two stages in a process, in V shape."""
+
+
+class ScheduleDualPipeV(_PipelineScheduleRuntime, _torch.ScheduleDualPipeV):
+    """Forward and backward of different microbatches in pairs, in V shape."""
+
+
+_SCHEDULES: dict[str, type] = {
+    "1F1B": Schedule1F1B,
+    "Interleaved1F1B": ScheduleInterleaved1F1B,
+    "GPipe": ScheduleGPipe,
+    "LoopedBFS": ScheduleLoopedBFS,
+    "InterleavedZeroBubble": ScheduleInterleavedZeroBubble,
+    "PipelineScheduleSingle": PipelineScheduleSingle,
+    "PipelineScheduleMulti": PipelineScheduleMulti,
+    "ZBVZeroBubble": ScheduleZBVZeroBubble,
+    "DualPipeV": ScheduleDualPipeV,
+}
+
+
+def get_schedule_class(schedule_name: str) -> type:
+    """The class with this name, upper or lower case; raises ValueError."""
+    for name, schedule in _SCHEDULES.items():
+        if name.lower() == schedule_name.lower():
+            return schedule
+    raise ValueError(f"there is no schedule {schedule_name!r}; give one of {list(_SCHEDULES)}")
