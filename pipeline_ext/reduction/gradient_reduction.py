@@ -51,7 +51,8 @@ class GradientReduction:
     ) -> None:
         if not hasattr(member, "all_reduce"):
             raise InvalidArgument(
-                f"member is {member!r}; give a ProcessGroupMember, or what LocalGroup(size).member(rank) returns"
+                f"member is {member!r}; give a ProcessGroupMember, or what "
+                "LocalGroup(size).member(rank) returns"
             )
         if wire not in (None, *_REDUCIBLE):
             raise InvalidArgument(f"wire is {wire!r}; give a torch type from float16 to float64, or None")
