@@ -14,7 +14,7 @@ class ShardedLayers:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        fsdp = sys.modules.get("torch.distributed.fsdp")  # which takes long to import, and has sharded nothing yet
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import; before, it has sharded nothing
         layers = (layer for module in modules for layer in module.modules())
         self._layers = [layer for layer in layers if fsdp and isinstance(layer, fsdp.FSDPModule)]
         self.parameters = {p for layer in self._layers for p in layer.parameters()}

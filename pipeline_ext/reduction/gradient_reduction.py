@@ -38,8 +38,8 @@ class GradientReduction:
         pipe = pe.Pipeline(model, 2, 8, loss_fn=loss_fn, reduction=pe.GradientReduction(member))
 
     Args:
-        member: the replica's place in its group: a ``ProcessGroupMember``, or among threads of one process what
-            ``LocalGroup.member`` gives. It has one pipeline, until that is closed.
+        member: the replica's place in its group: a ``ProcessGroupMember``, or among threads of one process
+            what ``LocalGroup.member`` gives. It has one pipeline, until that is closed.
         bucket_bytes: most bytes in a buffer; a parameter larger than that gets a buffer of its own.
         wire: floating-point type that the gradients travel as and are rounded to; None: their own.
 
@@ -51,7 +51,8 @@ class GradientReduction:
     ) -> None:
         if not hasattr(member, "all_reduce"):
             raise InvalidArgument(
-                f"member is {member!r}; give a ProcessGroupMember, or what LocalGroup(size).member(rank) returns"
+                f"member is {member!r}; give a ProcessGroupMember, or what "
+                "LocalGroup(size).member(rank) returns"
             )
         if wire not in (None, *_REDUCIBLE):
             raise InvalidArgument(f"wire is {wire!r}; give a torch type from float16 to float64, or None")

@@ -26,12 +26,13 @@ class ProcessGroupMember:
     """This process's place among replicas that are the processes of a torch.distributed group, on CPUs.
 
     The processes of the group make theirs together: each opens connections (gloo) of its own, so that nothing
-    else that uses the group gets between its reductions. A mean is the sum divided by the number of replicas, the
-    same bits in each; both are rounded to the tensors' own type, and float16 is divided first, lest a sum overflow.
+    else that uses the group gets between its reductions. A mean is the sum divided by the number of replicas,
+    the same bits in each; both are rounded to the tensors' own type, and float16 is divided first, lest a sum
+    overflow.
 
-    As a step begins the replicas compare what they are about to reduce. None waits for that: the first buffers are
-    held back until it is known to be the same. After ``abort`` or any failure the other processes are told, and the
-    member is of no more use.
+    As a step begins the replicas compare what they are about to reduce. None waits for that: the first buffers
+    are held back until it is known to be the same. After ``abort`` or any failure the other processes are told,
+    and the member is of no more use.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, timeout: float = 300.0) -> None:
@@ -197,8 +198,8 @@ class ProcessGroupMember:
         pairs = itertools.zip_longest(plan, theirs, fillvalue="nothing more")
         ours, its = next(pair for pair in pairs if pair[0] != pair[1])
         return (
-            f"{self._name()} reduces {ours} where {self._name(other)} reduces {its}; replicas need equal models, "
-            "frozen alike, in equal pipelines"
+            f"{self._name()} reduces {ours} where {self._name(other)} reduces {its}; replicas need equal "
+            "models, frozen alike, in equal pipelines"
         )
 
 

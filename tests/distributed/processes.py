@@ -22,7 +22,7 @@ import torch.distributed as dist
 TIMEOUT = 60.0  # seconds within which all processes of a test end, imports and all
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pipeline_ext", "torch.distributed.device_mesh"])
+_context.set_forkserver_preload(["pipeline_ext", "torch.distributed.device_mesh", "torch.distributed.fsdp"])
 
 _to_test: Connection | None = None  # in each of the processes
 

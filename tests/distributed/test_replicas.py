@@ -1,6 +1,7 @@
-"""Replicas of a pipeline whose ranks are processes: the same gradients as in one process, and one end for all."""
+"""Replicas whose pipelines are of processes: the same gradients as in one process, and one end for all."""
 
 import contextlib
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from processes import Failed, Gone, die, freeze, outcomes, run
 from reference import gradients, reference_step, twin
 from replicas import average, batches, reference_replicas
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import pipeline_ext as pe
@@ -37,7 +39,7 @@ class Replica:
         return self.pipe.step(x, target=y)
 
     def check(self):
-        """The gradients of the stages here are the plain model's; the sum of two has no order, so to the bit."""
+        """The gradients of the stages here are the plain model's; a sum of two has no order, so bit for bit."""
         expected = gradients(self.plains[self.number])
         for name, p in self.model.named_parameters():
             if p in self.local:
@@ -81,8 +83,6 @@ def test_gradients_are_the_mean_over_replicas_step_by_step_and_after_no_sync(pp,
 
 
 def train_sharded(pp, schedule):
-    from torch.distributed.fsdp import fully_shard
-
     mesh = dist.init_device_mesh("cpu", (2, pp), mesh_dim_names=("dp", "pp"))
     number = mesh["dp"].get_local_rank()
     stages = 2 * pp if schedule == "zbv" else pp
@@ -93,13 +93,16 @@ def train_sharded(pp, schedule):
     fully_shard(model[-1], mesh=mesh["dp"])  # the others' first layers are replicated
     pipe = pe.Pipeline(list(model), None, MICROBATCHES, schedule, F.mse_loss, mesh=mesh, timeout=30)
     local = {p for module in pipe.stage_modules for p in module.parameters()}
+    sharded = sum(isinstance(layer, FSDPModule) for m in pipe.stage_modules for layer in m.modules())
     optimizers = [torch.optim.SGD(parameters, lr=0.1) for parameters in (local, plain.parameters())]
     plains = [plain, twin(plain)]
     for syncs in (True, False, True):
         pairs = batches()
         x, y = pairs[number]
-        with contextlib.nullcontext() if syncs else pipe.no_sync():
+        reductions = mock.patch.object(dist, "reduce_scatter_single", wraps=dist.reduce_scatter_single)
+        with contextlib.nullcontext() if syncs else pipe.no_sync(), reductions as reduce:
             pipe.step(x, target=y)
+        assert reduce.call_count == syncs * sharded
         for of_replica, pair in zip(plains, pairs):
             reference_step(of_replica, *pair, MICROBATCHES, F.mse_loss)
         found = pipe.eval(x)
