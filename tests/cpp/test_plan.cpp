@@ -161,3 +161,54 @@ TEST(a_given_order_is_kept_or_refused) {
   options.reactive = true;
   CHECK_EQ(make_plan(early, options).limit(0), 2);
 }
+
+TEST(a_skip_has_its_own_message_and_its_own_k) {
+  PlanOptions options;
+  options.packs.skips = {{0, 3, 2, 3}, {1, 2}};
+  const Plan plan = make_plan(find_schedule("gpipe"), 4, 4, 5, options);
+  CHECK((dependencies(plan, "3F0") == std::set<std::string>{"2F0", "0F1"}));
+  CHECK((dependencies(plan, "3F4") == std::set<std::string>{"2F4", "0F4"}));
+  CHECK((dependencies(plan, "0B0") == std::set<std::string>{"0F0", "1B0", "3B2"}));
+  CHECK((dependencies(plan, "2F3") == std::set<std::string>{"1F3"}));
+  CHECK_EQ(plan.num_messages(task_of(plan, "0F0")), 1);
+  CHECK_EQ(plan.num_messages(task_of(plan, "0F1")), 2);
+  CHECK_EQ(plan.num_sent(task_of(plan, "0F1")), 1 + 2);
+  CHECK_EQ(plan.num_messages(task_of(plan, "1F3")), 2);
+  CHECK_EQ(plan.num_messages(), 2 * 3 * 5 + (3 + 2) + (5 + 5));
+}
+
+TEST(a_skip_is_handed_over_alone_on_one_rank) {
+  PlanOptions options;
+  options.packs.skips = {{0, 2, 4, 4}};  // looped: stages 0 and 2 on rank 0
+  const Plan plan = make_plan(find_schedule("interleaved-1f1b"), 4, 2, 4, options);
+  CHECK((dependencies(plan, "2F0") == std::set<std::string>{"1F0", "0F0"}));
+  CHECK_EQ(plan.num_messages(), 2 * 3 * 4);
+}
+
+TEST(a_skip_comes_of_whole_backwards_and_split_ones) {
+  PlanOptions options{.reactive = true};
+  options.packs.skips = {{0, 1, 1, 2}};
+  const Order order = parse_order({{"0F0", "0F1", "0B0", "0B1"}, {"1F0", "1B0", "1F1", "1I1", "1W1"}});
+  const Plan plan = make_plan(order, options);
+  CHECK((dependencies(plan, "0B0") == std::set<std::string>{"0F0", "1B0", "1I1"}));
+  CHECK_EQ(plan.num_messages(), 2 * (1 + 1) + 2 * 1 + 1);
+}
+
+TEST(a_skip_that_packs_raises_limits_or_is_refused) {
+  PlanOptions options;
+  options.packs.skips = {{0, 2, 1, 1}};
+  CHECK((make_plan(find_schedule("1f1b"), 4, 4, 8, options).limits() == std::vector<int>{4, 3, 2, 1}));
+  options.packs.skips = {{0, 2, 8, 1}};
+  CHECK_EQ(make_plan(find_schedule("1f1b"), 4, 4, 8, options).limit(0), 8);
+  CHECK_THROWS(make_plan(find_schedule("1f1b"), 4, 4, 8, options, {{7, 7, 7, 7}}), PlanError,
+               "allow 8 in flight");
+  const Order order = order_from_csv("0F0,0B0,0F1,0B1\n1F0,1B0,1F1,1B1\n");
+  options.packs.skips = {{0, 1, 2, 1}};
+  CHECK_THROWS(make_plan(order, options), PlanError, "pack fewer");
+  options.packs.skips = {{1, 1}};
+  CHECK_THROWS(make_plan(order, options), PlanError, "a skip goes from stage 1 to stage 1");
+  options.packs.skips = {{0, 2}};
+  CHECK_THROWS(make_plan(order, options), PlanError, "one of the stages 0 to 1");
+  options.packs.skips = {{0, 1, 3}};
+  CHECK_THROWS(make_plan(order, options), PlanError, "from 1 to all 2");
+}

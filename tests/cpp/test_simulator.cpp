@@ -25,6 +25,23 @@ TEST(latency_delays_what_crosses_ranks) {
   CHECK_EQ(simulate(plan, costs).makespan, 2 * (1.0 + 2.0) + 2 * 0.25);
 }
 
+TEST(a_skip_is_charged_as_a_message_behind_that_to_the_next_stage) {
+  PlanOptions options;
+  options.packs.skips = {{0, 2}};
+  const Plan plan = make_plan(find_schedule("gpipe"), 3, 3, 1, options);
+  Costs costs = Costs::uniform(3);
+  costs.overhead = {0.5, 0.125};
+  costs.transfer = {4.0, 0.25};
+  const Simulation s = simulate(plan, costs);
+  const auto end = end_times(plan, costs, s);
+  const TaskId f0 = plan.first_of_rank(0), f1 = plan.first_of_rank(1), f2 = plan.first_of_rank(2);
+  CHECK_EQ(end[f0], 1.0 + 2 * 0.5);
+  CHECK_EQ(s.begin[f1], end[f0] + 4.0);
+  CHECK_EQ(s.begin[f2], end[f0] + 2 * 4.0);  // what stage 1 sends is there before
+  CHECK_EQ(end[f2 + 1], end[f2] + 2.0 + 2 * 0.125);
+  CHECK_EQ(s.begin[f1 + 1], end[f2 + 1] + 0.25);
+}
+
 TEST(contention_stretches_tasks_only_while_both_streams_are_busy) {
   // One rank: F0, then B0 beside F1, then B1.
   const Order order = parse_order({{"0F0", "0F1", "0B0", "0B1"}});
