@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from .boundary import differentiable
 from .errors import InvalidArgument
@@ -34,6 +35,22 @@ def check_type(name: str, value: Any, accepted: type) -> None:
         raise InvalidArgument(f"{name} is {value!r}; give a {accepted.__name__}")
 
 
+def check_scaler(scaler: Any, optimizer: torch.optim.Optimizer | None, many: bool) -> None:
+    """Raises InvalidArgument for a scaler that cannot be used, in ``many`` processes or one."""
+    check_type("scaler", scaler, torch.amp.GradScaler)
+    if many and scaler.is_enabled() and not isinstance(scaler, ShardedGradScaler):
+        raise InvalidArgument(
+            f"scaler is a {type(scaler).__name__}, with which one process could skip a step that others take; "
+            "give torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...), of those that "
+            'hold the stages, as mesh.get_group("pp")'
+        )
+    if optimizer is not None:
+        raise InvalidArgument(
+            "scaler and optimizer are both given, but the step is to be the scaler's, which waits for the "
+            "gradients; leave optimizer out, and after each step call scaler.step(optimizer)"
+        )
+
+
 def packs(name: str, value: Any, boundaries: int, microbatches: int) -> list[int] | None:
     """How many microbatches' results leave together, by boundary, or None for "auto".
 
@@ -60,6 +77,21 @@ def _pack(name: str, value: Any, microbatches: int, accepted: str) -> int:
     if not 1 <= number <= microbatches:
         raise InvalidArgument(f"{name} is {value!r}; {accepted}")
     return number
+
+
+def pack_skips(value: Any, names: Sequence[str], microbatches: int) -> list[int]:
+    """How many microbatches' tensors leave together, by skip.
+
+    ``value`` is a mapping from names of skips to numbers or "all"; one left out has 1. Raises InvalidArgument.
+    """
+    if not isinstance(value, Mapping):
+        raise InvalidArgument(f"pack_skips is {value!r}; give a dict from names of skips to numbers")
+    for name in value:
+        if name not in names:
+            there = f"those between stages are {list(names)}" if names else "none goes from a stage to another"
+            raise InvalidArgument(f"pack_skips names the skip {name!r}; {there}")
+    accepted = f'give a number from 1 to the {microbatches} microbatches, "all" of them, or leave it out'
+    return [_pack(f"pack_skips of {name!r}", value.get(name, 1), microbatches, accepted) for name in names]
 
 
 def wires(name: str, value: Any, boundaries: int) -> list[torch.dtype | None]:

@@ -48,6 +48,11 @@ def make_engine(
         raise InvalidArgument(
             'pack="auto" measures what packing costs on CPUs; give a number, or devices=["cpu", ...]'
         )
+    if plan.skips:
+        raise InvalidArgument(
+            "skip connections between stages run on CPUs; hand what is skipped along as a part of each stage's "
+            'result, cut the model so that each skip lies in one stage, or give devices=["cpu", ...]'
+        )
     # One thread enqueues everything, so random numbers are drawn in the plan's order.
     guard = RecomputationGuard(modules, overlap=plan.overlap, threads=1)
     try:

@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -27,12 +28,40 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # so that the new name outlives a power cut
-        finally:
-            os.close(folder)
+        _sync(path.parent)
     except OSError as error:
         raise PipelineError(
             f"{str(path)!r} cannot be written: {error}; what was there is unchanged"
         ) from error
+
+
+def put_folder(new: Path, path: Path) -> None:
+    """Gives the folder ``new`` the name ``path``, and removes what had it; a crash leaves one of the two.
+
+    Which of them, and where, ``folder_at`` tells. Raises OSError.
+    """
+    before = _before(path)
+    if path.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        os.replace(path, before)  # no folder can be replaced by another in one go
+    os.replace(new, path)
+    _sync(path.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def folder_at(path: Path) -> Path | None:
+    """Where the last folder is that was put at ``path``; None: there is none."""
+    return next((folder for folder in (path, _before(path)) if folder.is_dir()), None)
+
+
+def _before(path: Path) -> Path:
+    return path.with_name(f".{path.name}.before")
+
+
+def _sync(folder: Path) -> None:
+    """Makes new names in it outlive a power cut."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

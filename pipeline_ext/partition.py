@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from .errors import InvalidArgument
+from .skips import Scope
 
 _LIST_FORM = (
     "give a list of stage modules instead, each of which takes what the one before returns: "
@@ -252,14 +253,17 @@ def _layer_times(layers: Sequence[nn.Module], sample: Any, repeats: int = 3) -> 
     """Seconds of forward and backward of each layer, run as copies: the model's state is untouched."""
     value = sample if isinstance(sample, tuple) else (sample,)
     times = []
+    stashed: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]):
         for layer in layers:
             layer = copy.deepcopy(layer)
             runs = []
             for _ in range(repeats + 1):
                 inputs = pytree.tree_map_only(Tensor, _as_input, value)
+                scope = Scope({name: _as_input(tensor) for name, tensor in stashed.items()})
                 begin = time.perf_counter()
-                result = layer(*inputs)
+                with scope:
+                    result = layer(*inputs)
                 outputs = [
                     t
                     for t in pytree.tree_leaves(result)
@@ -270,6 +274,7 @@ def _layer_times(layers: Sequence[nn.Module], sample: Any, repeats: int = 3) -> 
                 runs.append(time.perf_counter() - begin)
             times.append(statistics.median(runs[1:]))
             value = (pytree.tree_map_only(Tensor, Tensor.detach, result),)
+            stashed = scope
     return times
 
 

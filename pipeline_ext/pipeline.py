@@ -1,7 +1,8 @@
 """Pipeline: the object the user holds."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,25 +17,28 @@ from .pack_choice import PackChoice
 from .processes.agreement import check_agreement, describe_module
 from .processes.group import MeshLike, Processes
 from .processes.local_stages import local_stages
+from .processes.ties import Ties
 from .profile import Profile
-from .reduction import GradientReduction
+from .reduction import GradientReduction, ProcessGroupMember
 from .report.trace import Trace
 from .routes import Routes
 from .schedule_choice import ScheduleChoice
 from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
+from .skips import find_skips
 from .stage import Stage
 from .step import Batch
 from .step_graphs import GraphReport, StepGraphs
 from .stepper import Stepper
 from .transport.exchange import Exchange
 from .transport.link import FREE_LINK, LocalLink
+from .unsplit import LocalModel, UnsplitModel, repeated_names
 
 PackLike = int | str | Mapping[int, int | str]
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
 
 
-class Pipeline:
+class Pipeline(UnsplitModel):
     """A model cut into stages that trains on microbatches, with the gradients of plain autograd.
 
     Example::
@@ -76,9 +80,13 @@ class Pipeline:
             simulated step needs. ``"auto"`` measures the first three steps; as the fourth begins it simulates
             K = 1, 2, 4, ..., and prints what it takes. Stages on one rank hand each result over alone.
         pack_forward: the same for activations.
+        pack_skips: a dict from names of skip connections (see ``pipeline_ext.skips``) to K, a number or
+            ``"all"``, of the tensors that go from stage to stage and of their gradients; one left out has 1.
         wire: floating-point type that gradients travel as, or a dict from boundaries to types; None: their
             own. They are cast back on arrival.
-        wire_forward: the same for activations, in ``eval`` too.
+        wire_forward: the same for activations, in ``eval`` too. A skip connection that begins at stage s
+            travels as activations do at boundary s, the gradient of one that ends there as gradients do at
+            boundary s - 1.
         in_flight: the most microbatches that a stage may hold at once, or a list of that by stage; None: as
             many as it takes. What would never end within it is refused.
         costs: what ``"zb-auto"`` is searched for, within their ``memory_limit`` or else ``in_flight``; None:
@@ -93,7 +101,11 @@ class Pipeline:
             are then the graph's own memory, which the next step writes anew.
         optimizer: its ``step`` is called at the end of each step, and is in the graph where there is one; for
             that it is torch's SGD, or made with ``capturable=True``.
-        reduction: gives each of several replicas of the pipeline the mean of their gradients.
+        scaler: scales each loss before its backward; the losses that ``step`` returns are as without. After it
+            call ``scaler.step(optimizer)`` and ``scaler.update()`` as always. In several processes a
+            ``ShardedGradScaler`` over those that hold the stages, so that all of them skip a step together.
+        reduction: gives each of several replicas of the pipeline the mean of their gradients. None: one is made
+            for the replicas of ``mesh``, if it has any.
         mesh: the processes that share the pipeline, one for each rank; all make it, with the same arguments. A
             ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one; or
             a process group. None: this process has all ranks.
@@ -123,6 +135,7 @@ class Pipeline:
         reactive: bool = True,
         pack: PackLike = 1,
         pack_forward: PackLike = 1,
+        pack_skips: Mapping[str, int | str] | None = None,
         wire: WireLike = None,
         wire_forward: WireLike = None,
         in_flight: int | Sequence[int] | None = None,
@@ -133,6 +146,7 @@ class Pipeline:
         reduction: GradientReduction | None = None,
         graphs: bool = False,
         optimizer: torch.optim.Optimizer | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         mesh: MeshLike = None,
     ) -> None:
         num_stages = None if num_stages is None else arguments.count("num_stages", num_stages)
@@ -145,6 +159,8 @@ class Pipeline:
             arguments.check_type("reduction", reduction, GradientReduction)
         if optimizer is not None:
             arguments.check_type("optimizer", optimizer, torch.optim.Optimizer)
+        if scaler is not None:
+            arguments.check_scaler(scaler, optimizer, many=mesh is not None)
         processes = Processes.of(mesh)
         if processes is not None:
             devices = arguments.devices_of(processes.size, devices)
@@ -154,6 +170,10 @@ class Pipeline:
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
 
         self.microbatches = microbatches
+        known = [m if isinstance(m, nn.Module) else nn.Identity() for m in modules]
+        skips = [skip for skip in find_skips(known) if skip.source < skip.target]
+        skip_names = [skip.name for skip in skips]
+        packs_of_skips = arguments.pack_skips(pack_skips or {}, skip_names, microbatches)
         boundaries = len(modules) - 1
         num_ranks = None if given is None else len(given)
         in_flight = arguments.in_flight(in_flight, len(modules))
@@ -174,6 +194,10 @@ class Pipeline:
                 num_ranks=num_ranks,
                 overlap=bool(overlap),
                 reactive=bool(reactive),
+                skips=[
+                    _C.Skip(skip.source, skip.target, pack=k, pack_forward=k)
+                    for skip, k in zip(skips, packs_of_skips)
+                ],
                 in_flight=in_flight,
                 memory=costs,
             ),
@@ -190,6 +214,7 @@ class Pipeline:
             wire=arguments.wires("wire", wire, boundaries),
             wire_forward=arguments.wires("wire_forward", wire_forward, boundaries),
             link=link,
+            skips=skip_names,
         )
         plan = self._first_steps.plan
         if processes is not None and self._first_steps.chooses:
@@ -223,7 +248,13 @@ class Pipeline:
                 },
                 float(timeout),
             )
+        repeated = repeated_names(model)
+        ties = None if processes is None else Ties(modules, plan.rank_of_stage, processes)
         local = local_stages(modules, plan.rank_of_stage, processes)
+        if ties is not None:
+            ties.make_equal()
+        if reduction is None and processes is not None and processes.replicas is not None:
+            reduction = GradientReduction(ProcessGroupMember(processes.replicas))
         self._num_stages = len(modules)
         self._stages = [
             Stage(
@@ -231,13 +262,17 @@ class Pipeline:
                 module,
                 is_last=index == len(modules) - 1,
                 loss_fn=loss_fn if index == len(modules) - 1 else None,
+                skips=skips,
             )
             for index, module in local.items()
         ]
-        self._model = model if isinstance(model, nn.Module) else nn.Sequential(*local.values())
+        self._local = LocalModel(model, modules, local, repeated)
+        self._group = None if processes is None else processes.group
         self._has_loss = loss_fn is not None
         self.tracing = bool(trace)
         self._devices = device_choice.of_ranks(given, plan.num_ranks)
+        if scaler is not None:
+            scaler.scale(torch.ones((), device=self._devices[-1]))  # the first call makes what is read then
         shared = SharedParameters({stage.index: stage.modules() for stage in self._stages})
         self._engine = make_engine(
             self._devices, plan, self._stages, exchange_of, shared, reduction, chooses_pack, processes
@@ -258,6 +293,8 @@ class Pipeline:
             self._first_steps,
             reduction,
             optimizer,
+            scaler,
+            ties,
             microbatches=microbatches,
             weighted=loss_reduction == "mean",
             timeout=float(timeout),
@@ -344,27 +381,17 @@ class Pipeline:
         with self._lifetime.one_at_a_time("eval was called"):
             return self._stepper.evaluate(args, kwargs, size)
 
-    # -- the model's state
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it steps add up gradients without reducing them; the first step after it reduces the sums.
 
-    def state_dict(self) -> dict[str, Any]:
-        """The model's parameters and buffers, under the names they have in the unsplit model.
-
-        What ``nn.Module.state_dict`` of the model given to Pipeline returns; of a list of stage modules,
-        that of ``nn.Sequential(*stages)``. A ``loss_fn`` that is a module is not part of it: save it
-        yourself. Works on a closed or dead pipeline too. Raises PipelineError while a step is running.
+        All replicas do so for as many steps. Like ``no_sync`` of DistributedDataParallel.
         """
-        with self._lifetime.one_at_a_time("state_dict was called"):
-            return self._model.state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
-        """Copies in what ``state_dict`` of a pipeline with any stages, or of the plain model, returned.
-
-        As ``nn.Module.load_state_dict``: returns ``missing_keys`` and ``unexpected_keys``; raises
-        RuntimeError for tensors of other shapes and, if ``strict``, for missing or unexpected names.
-        Raises PipelineError while a step is running.
-        """
-        with self._lifetime.one_at_a_time("load_state_dict was called"):
-            return self._model.load_state_dict(state_dict, strict=strict)
+        before, self._stepper.syncs = self._stepper.syncs, False
+        try:
+            yield
+        finally:
+            self._stepper.syncs = before
 
     @property
     def _has_first_stage(self) -> bool:

@@ -38,6 +38,7 @@ def build_plan(
     reactive: bool = False,
     packs: Sequence[int] = (),
     packs_forward: Sequence[int] = (),
+    skips: Sequence[_C.Skip] = (),
     in_flight: int | Sequence[int] | None = None,
     room: Sequence[int] = (),
     memory: Costs | None = None,
@@ -57,6 +58,7 @@ def build_plan(
             given is kept as it is, or refused.
         packs, packs_forward: how many microbatches' gradients, and activations, leave in one message, by
             boundary; empty: 1.
+        skips: what goes from a stage straight to a later one, as in ``Skip(0, 3, pack=2)``.
         in_flight: the most microbatches that a stage may hold, or a list of that by stage; None or empty: as
             many as it takes.
         room: how many microbatches each stage may hold at least, by stage, where ``in_flight`` allows it;
@@ -72,6 +74,8 @@ def build_plan(
     num_stages = arguments.count("num_stages", num_stages)
     microbatches = arguments.count("microbatches", microbatches)
     check_size(num_stages, microbatches)
+    for skip in skips:
+        arguments.check_type("one of skips", skip, _C.Skip)
 
     def by_boundary(name: str, packs: Sequence[int]) -> list[int]:
         accepted = (
@@ -87,6 +91,7 @@ def build_plan(
         "reactive": reactive,
         "packs": by_boundary("packs", packs),
         "packs_forward": by_boundary("packs_forward", packs_forward),
+        "skips": list(skips),
         "in_flight": arguments.in_flight(in_flight, num_stages),
         "room": arguments.numbers("room", room, num_stages, by_stage),
     }

@@ -80,7 +80,7 @@ class Profile:
 def profile(plan: _C.Plan, tasks: Sequence[TaskRecord], messages: Sequence[Messages]) -> Profile:
     """Of one step."""
     boundaries = range(plan.num_stages - 1)
-    by_boundary = {b: [m for m in messages if m.boundary == b] for b in boundaries}
+    by_boundary = {b: [m for m in messages if m.boundary == b and m.skip is None] for b in boundaries}
     overhead = [_mean_overhead(by_boundary[b]) for b in boundaries]
     result_bytes = [max((m.result_nbytes for m in by_boundary[b]), default=0) for b in boundaries]
 
@@ -89,8 +89,8 @@ def profile(plan: _C.Plan, tasks: Sequence[TaskRecord], messages: Sequence[Messa
         for task in tasks:
             if task.kind == kind and task.stage == stage:
                 boundary = stage if kind == "F" else stage - 1
-                sends = plan.num_sent(task.task) > 0
-                times.append(task.end - task.begin - (overhead[boundary] if sends else 0.0))
+                sends = plan.num_messages_of(task.task)
+                times.append(task.end - task.begin - (sends * overhead[boundary] if sends else 0.0))
         return max(0.0, statistics.median(times)) if times else 0.0
 
     stages = range(plan.num_stages)

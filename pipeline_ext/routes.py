@@ -29,7 +29,11 @@ class Routes:
         if microbatches not in self._eval:
             trained = self.train.plan
             plan = _C.make_forward_plan(
-                trained.rank_of_stage, trained.num_ranks, microbatches, overlap=trained.overlap
+                trained.rank_of_stage,
+                trained.num_ranks,
+                microbatches,
+                overlap=trained.overlap,
+                skips=[_C.Skip(skip.source, skip.target) for skip in trained.skips],
             )
             self._eval[microbatches] = self._engine.route(plan, self._eval_bodies)
         return self._eval[microbatches]

@@ -1,6 +1,6 @@
 """A module as a stage: forward and backward of one microbatch, the backward whole or in two."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from . import boundary
 from .abandoned import this_thread
 from .errors import DeadPipeline, InvalidArgument
+from .sharded import ShardedLayers
+from .skips import NamedSkip
 from .split_backward import WeightGradients, find_input_gradients, run_backward
+from .stage_skips import StageSkips
 from .step import Step
 
 Arguments = tuple[tuple, dict[str, Any]]
@@ -32,8 +35,13 @@ class _InFlight(NamedTuple):
     """What a microbatch's backward needs."""
 
     received: list[boundary.Received]
+    popped: list[list[boundary.Received]]  # by skip that ends here
     sent: list[Tensor]  # tensors at its exit that require a gradient
+    stashed: list[Tensor]  # for later stages
     losses: list[Tensor]  # scalars that this stage adds to the total loss
+
+    def leaves(self) -> list[Tensor]:
+        return [tensor.leaf for part in (self.received, *self.popped) for tensor in part]
 
 
 class Stage:
@@ -41,11 +49,12 @@ class Stage:
 
     ``forward``, ``backward``, ``input_gradient``, ``weight_gradient`` and ``evaluate`` are the bodies of tasks:
     F, B, I, W, and F of an evaluation. ``loss_fn`` is given to the last stage alone. If it is a module, its
-    parameters are trained too.
+    parameters are trained too. ``skips`` are those of all stages.
 
     Attributes:
         is_last: whether it is the model's last, and its output the model's.
         thread: what stands for the thread that runs a backward of this stage.
+        sharded: its layers that ``fully_shard`` has sharded over replicas.
         unsplit: why the last I ran the backward whole; empty where it did not.
     """
 
@@ -56,6 +65,7 @@ class Stage:
         *,
         is_last: bool,
         loss_fn: Callable[..., Tensor] | None = None,
+        skips: Sequence[NamedSkip] = (),
     ) -> None:
         self.index = index
         self.module = module
@@ -63,8 +73,10 @@ class Stage:
         self.unsplit = ""
         self.is_last = is_last
         self._loss_fn = loss_fn
+        self.sharded = ShardedLayers(self.modules())
         self._step: Step | None = None
         self._entrance = boundary.Entrance()
+        self._skips = StageSkips(index, skips)
         self._in_flight: dict[int, _InFlight] = {}
         self._weight_grads: dict[int, WeightGradients] = {}  # between a microbatch's I and its W
 
@@ -80,11 +92,14 @@ class Stage:
         """Prepares for a step."""
         self._step = step
         self._entrance.begin()
+        self._skips.begin()
+        self.sharded.begin(len(step.losses), step.syncs)
         self._in_flight = {}
         self._weight_grads = {}
 
     def end(self) -> None:
         """Lets go of everything that belongs to the step."""
+        self.sharded.end()
         self._step = None
         self._in_flight = {}
         self._weight_grads = {}
@@ -94,9 +109,11 @@ class Stage:
         step = self._step
         step.context.apply()
         arguments, received = self._receive(step, m)
+        scope = self._skips.receive(step.exchange, m)
+        popped = self._skips.enter(scope)
         losses = []
         try:
-            with step.context.forward():
+            with step.context.forward(), scope:
                 value = self._run_module(arguments)
                 if isinstance(value, WithLoss):
                     losses.append(_checked(value.loss, "the loss in WithLoss"))
@@ -104,9 +121,10 @@ class Stage:
                 if self.is_last:
                     losses.insert(0, _checked(self._loss_of(step, m, value), "what loss_fn returned"))
                     step.losses[m] = losses[0].detach()
-            boundary.check_aliases(received)
+            boundary.check_aliases([tensor for part in (received, *popped) for tensor in part])
         except Exception:
             self._entrance.failed()
+            self._skips.failed()
             raise
         step.contributions[self.index][m] = [step.weighted(loss.detach(), m) for loss in losses]
         if self.is_last:
@@ -116,7 +134,8 @@ class Stage:
         else:
             sent = boundary.differentiable(value)
             step.exchange.send_value(self.index, m, value)
-        self._in_flight[m] = _InFlight(received, sent, losses)
+        stashed = self._skips.send(step.exchange, m, scope)
+        self._in_flight[m] = _InFlight(received, popped, sent, stashed, losses)
 
     def backward(self, m: int) -> None:
         """Runs microbatch ``m`` backward; sends its input's gradients back, adds the others to ``.grad``."""
@@ -135,19 +154,23 @@ class Stage:
         self.thread = this_thread()
         step = self._step
         step.context.apply()
-        outputs, grads, received = self._begin_backward(step, m)
+        if self.sharded:
+            self.unsplit = "fully_shard reduces gradients in the course of a whole backward"
+            self._run_backward(step, m)
+            self.thread = None
+            return
+        outputs, grads, in_flight = self._begin_backward(step, m)
         if outputs:
-            leaves = [tensor.leaf for tensor in received]
             found = find_input_gradients(
                 outputs,
                 grads,
-                leaves,
+                in_flight.leaves(),
                 weights=lambda: [p for p in self.parameters() if p not in tied()],
                 check=lambda: self._check_current(step),
             )
             self._weight_grads[m] = found
             self.unsplit = found.whole
-        self._send_back(step, m, received)
+        self._send_back(step, m, in_flight)
         self.thread = None
 
     def weight_gradient(self, m: int) -> None:
@@ -168,40 +191,46 @@ class Stage:
         step.exchange.release(self.index, m)
 
     def _run_backward(self, step: Step, m: int) -> None:
-        outputs, grads, received = self._begin_backward(step, m)
+        self.sharded.begin_backward()
+        outputs, grads, in_flight = self._begin_backward(step, m)
         if outputs:
             run_backward(outputs, grads)
-        self._send_back(step, m, received)
+        self._send_back(step, m, in_flight)
 
-    def _begin_backward(
-        self, step: Step, m: int
-    ) -> tuple[list[Tensor], list[Tensor], list[boundary.Received]]:
-        """Where microbatch ``m``'s backward begins, with which gradients, and what it is to find those of."""
-        received, sent, losses = self._in_flight.pop(m)
-        outputs = [loss for loss in losses if loss.requires_grad]
+    def _begin_backward(self, step: Step, m: int) -> tuple[list[Tensor], list[Tensor], _InFlight]:
+        """Where microbatch ``m``'s backward begins, with which gradients, and what was kept for it."""
+        in_flight = self._in_flight.pop(m)
+        outputs = [loss for loss in in_flight.losses if loss.requires_grad]
         grads_out = [step.weight_like(loss, m) for loss in outputs]
-        for tensor, grad in zip(sent, step.exchange.receive_gradients(self.index, m)):
+        # Skips first: plain autograd finds the gradients of what is used later before others.
+        grads = [
+            *self._skips.receive_gradients(step.exchange, m),
+            *step.exchange.receive_gradients(self.index, m),
+        ]
+        for tensor, grad in zip((*in_flight.stashed, *in_flight.sent), grads):
             if grad is not None:
                 outputs.append(tensor)
                 grads_out.append(grad)
         if outputs:
             step.has_trained = True
-        return outputs, grads_out, received
+        return outputs, grads_out, in_flight
 
-    def _send_back(self, step: Step, m: int, received: list[boundary.Received]) -> None:
-        self._entrance.returned(received)
-        grads_in = [tensor.gradient() for tensor in received]
+    def _send_back(self, step: Step, m: int, in_flight: _InFlight) -> None:
+        self._entrance.returned(in_flight.received)
+        grads_in = [tensor.gradient() for tensor in in_flight.received]
         if self.index == 0:
             step.input_grads[m] = grads_in
         else:
             step.exchange.send_gradients(self.index, m, grads_in)
+        self._skips.send_gradients(step.exchange, m, in_flight.popped)
 
     def _check_current(self, step: Step) -> None:
         if self._step is not step:
             raise DeadPipeline("this backward belongs to a step that was given up")
 
     def _evaluate(self, step: Step, m: int) -> None:
-        with torch.no_grad(), step.context.forward():
+        scope = self._skips.receive(step.exchange, m)
+        with torch.no_grad(), step.context.forward(), scope:
             value = self._run_module(self._arguments(step, m))
         if isinstance(value, WithLoss):
             value = value.value
@@ -209,6 +238,7 @@ class Stage:
             step.outputs[m] = boundary.detach(value)
         else:
             step.exchange.send_value(self.index, m, value)
+        self._skips.send(step.exchange, m, scope)
 
     def _arguments(self, step: Step, m: int) -> Arguments:
         if self.index == 0:

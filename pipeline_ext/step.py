@@ -62,11 +62,14 @@ class Step:
         targets: list[Any] | None = None,
         target_rows: int | None = None,
         weighted: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
         keep_outputs: bool = True,
+        syncs: bool = True,
     ) -> None:
         """``rows`` of the batch, and ``inputs``: None where another process has the first stage.
 
         ``weighted``: by its share of the rows is how a microbatch's loss enters the total.
+        ``syncs``: replicas reduce their gradients as it ends.
         """
         self.exchange = exchange
         self.inputs = inputs
@@ -76,8 +79,10 @@ class Step:
         self._rows = rows
         self._lengths = [0] * microbatches if rows is None else microbatch.lengths(rows, microbatches)
         self._weighted = weighted
+        self._scaler = scaler
         self._loss: Tensor | None = None  # the total, as another process has told it
         self.keep_outputs = keep_outputs
+        self.syncs = syncs
         self.has_trained = False  # whether any backward had something to differentiate
         # By stage: what it adds to the total loss, weighted.
         self.contributions: list[list[Sequence[Tensor]]] = [
@@ -98,9 +103,10 @@ class Step:
         return loss if weight == 1 else loss * weight
 
     def weight_like(self, loss: Tensor, m: int) -> Tensor:
-        """The gradient of the total in microbatch ``m``'s loss."""
+        """The gradient of the total, scaled where there is a scaler, in microbatch ``m``'s loss."""
         # Made anew each time: autograd may keep it as a parameter's gradient, and add to it.
-        return torch.full((), self._weight(m), dtype=loss.dtype, device=loss.device)
+        weight = torch.full((), self._weight(m), dtype=loss.dtype, device=loss.device)
+        return weight if self._scaler is None else self._scaler.scale(weight).to(loss.dtype)
 
     def _weight(self, m: int) -> float:
         return self._lengths[m] / self._rows if self._weighted else 1

@@ -1,6 +1,7 @@
 """From a batch to gradients: what surrounds the engine's run of a step."""
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from .engine import Engine, Route, StepResult
 from .errors import PipelineError
 from .failure import NO_GRADIENTS, reason, step_error
 from .first_steps import FirstSteps
+from .processes.ties import Ties
 from .reduction import GradientReduction
 from .report.trace import Trace
 from .routes import Routes
@@ -24,6 +26,7 @@ class Stepper:
 
     Attributes:
         trace: of the last training step, where it was recorded.
+        syncs: whether gradients of training steps are reduced, where there are replicas.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class Stepper:
         first_steps: FirstSteps,
         reduction: GradientReduction | None,
         optimizer: torch.optim.Optimizer | None,
+        scaler: torch.amp.GradScaler | None,
+        ties: Ties | None,
         *,
         microbatches: int,
         weighted: bool,
@@ -42,6 +47,7 @@ class Stepper:
     ) -> None:
         """``weighted``: by its share of the rows is how a microbatch's loss enters the total."""
         self.trace: Trace | None = None
+        self.syncs = True
         self._stages = stages
         self._has_loss = stages[-1].is_last
         self._engine = engine
@@ -50,6 +56,8 @@ class Stepper:
         self._first_steps = first_steps
         self._reduction = reduction
         self._optimizer = optimizer
+        self._scaler = scaler
+        self._ties = ties
         self._microbatches = microbatches
         self._weighted = weighted
         self._timeout = timeout
@@ -68,10 +76,14 @@ class Stepper:
             targets=None if target is None else microbatch.split(target, target_rows, count, "target"),
             target_rows=target_rows,
             weighted=self._weighted,
+            scaler=self._scaler,
             keep_outputs=batch.keep_outputs,
+            syncs=self.syncs,
         )
+        if self._ties is not None:
+            self._ties.begin()
         self._shared.begin()
-        with contextlib.nullcontext() if self._reduction is None else self._reduction.step():
+        with self._replicas():
             result = self._run(self._routes.train, step, record=batch.record)
             if not step.has_trained and self._has_loss:
                 raise PipelineError(
@@ -83,6 +95,8 @@ class Stepper:
                 step.backward_into_inputs()
                 if self._reduction is not None:
                     self._reduction.finish(self._timeout, self.trace)
+                if self._ties is not None:
+                    self._ties.end(functools.partial(self._engine.add_up, timeout=self._timeout))
                 loss = step.known_loss()
                 keep = batch.keep_outputs and self._has_loss
                 outputs = microbatch.merge(step.outputs) if keep else None
@@ -134,6 +148,12 @@ class Stepper:
         if context != self._context:
             self._context = context
         return self._context
+
+    def _replicas(self) -> contextlib.AbstractContextManager[None]:
+        """What a step has around it where there are replicas."""
+        if self._reduction is None:
+            return contextlib.nullcontext()
+        return self._reduction.step(self._timeout, self.syncs)
 
     def _trace_of(self, result: StepResult) -> Trace:
         route = self._routes.train

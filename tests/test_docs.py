@@ -119,6 +119,17 @@ def test_the_example_of_replicas_leaves_them_equal():
     assert not torch.equal(first[0], model[0].weight)
 
 
+def test_the_example_of_checkpoints_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe = nn.Linear(2, 2)  # a plain model does as well
+    optimizer = torch.optim.SGD(pipe.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    names = {"pe": pe, "pipe": pipe, "optimizer": optimizer, "scheduler": scheduler, "step": 7}
+    text = (ROOT / "docs" / "checkpoints.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    assert names["extra"]["step"] == 7
+
+
 def test_the_tables_are_those_of_the_results():
     check = [sys.executable, "bench/tables.py", "--check"]
     result = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
@@ -131,7 +142,7 @@ def test_links_and_named_files_exist(page):
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
-    for path in re.findall(r"`((?:csrc|pipeline_ext|tests|bench|docs)/[\w./-]+)`", text):
+    for path in re.findall(r"`((?:csrc|pipeline_ext|tests|bench|docs|examples)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
 
 
@@ -140,6 +151,6 @@ def test_the_layout_in_readme_names_every_folder():
     layout = textwrap.dedent(readme.partition("## Layout")[2].partition("Runtime dependencies")[0])
     named = set(re.findall(r"^([\w/]+)  ", layout, re.M))
     folders = {f"csrc/{f.name}" for f in (ROOT / "csrc").iterdir() if f.is_dir()}
-    folders |= {"pipeline_ext", "tests", "bench", "docs"}
+    folders |= {"pipeline_ext", "tests", "bench", "docs", "examples"}
     folders |= {f"pipeline_ext/{f.parent.name}" for f in (ROOT / "pipeline_ext").glob("*/__init__.py")}
     assert named == folders

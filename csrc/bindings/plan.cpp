@@ -46,6 +46,14 @@ const char* stream_name(Stream stream) {
 void bind_plan(py::module_& m) {
   translate<PlanError>("InvalidSchedule");
 
+  py::class_<Skip>(m, "Skip", "A tensor that goes from a stage straight to a later one, and its gradient back.")
+      .def(py::init<int, int, int, int>(), py::arg("source"), py::arg("target"), py::kw_only(),
+           py::arg("pack_forward") = 1, py::arg("pack") = 1)
+      .def_readonly("source", &Skip::source)
+      .def_readonly("target", &Skip::target)
+      .def_readonly("pack", &Skip::backward, "How many microbatches' gradients leave in one message.")
+      .def_readonly("pack_forward", &Skip::forward, "How many microbatches' tensors leave in one message.");
+
   py::class_<Plan, SharedPlan>(m, "Plan", R"(The immutable task graph of one step.
 
 Tasks are numbered rank by rank in their planned order. Read the order with ``order()`` or ``print``.)")
@@ -53,7 +61,7 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
       .def_property_readonly("num_stages", &Plan::num_stages)
       .def_property_readonly("num_microbatches", &Plan::num_microbatches)
       .def_property_readonly("num_workers", &Plan::num_workers)
-      .def_property_readonly("num_messages", &Plan::num_messages,
+      .def_property_readonly("num_messages", py::overload_cast<>(&Plan::num_messages, py::const_),
                              "Messages between ranks in one step.")
       .def_property_readonly("has_backward", &Plan::has_backward)
       .def_property_readonly(
@@ -73,6 +81,9 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
       .def_property_readonly(
           "packs_forward", [](const Plan& p) { return packs_by_boundary(p, Kind::F); },
           "By boundary, how many microbatches' activations leave in one message.")
+      .def_property_readonly(
+          "skips", [](const Plan& p) { return p.options().packs.skips; },
+          "What goes past stages; between stages of one rank each result is handed over alone.")
       .def_property_readonly("limits", &Plan::limits,
                              "The most microbatches each stage may have in flight.")
       .def_property_readonly("nbytes", &Plan::nbytes, "Memory the plan holds.")
@@ -109,7 +120,9 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
           },
           py::arg("task"), "The tasks that wait for a task.")
       .def("num_sent", &Plan::num_sent, py::arg("task"),
-           "How many results leave for another rank, in one message, when the task ends.")
+           "How many results leave for other ranks when the task ends.")
+      .def("num_messages_of", py::overload_cast<TaskId>(&Plan::num_messages, py::const_), py::arg("task"),
+           "In how many messages they leave: one, and one for each skip.")
       .def(
           "draw",
           [](const SharedPlan& plan, const py::object& path, const py::object& costs) {
@@ -140,8 +153,9 @@ matplotlib or where the file cannot be written.)")
       "layout_of", [](const std::string& name) { return std::string(layout_name(find_schedule(name).layout)); },
       py::arg("schedule"), "How the schedule places stages: linear, looped, v or bidirectional.");
   const auto options = [](bool overlap, bool reactive, std::vector<int> packs,
-                          std::vector<int> packs_forward, const std::optional<Memory>& memory) {
-    return PlanOptions{overlap, reactive, {std::move(packs_forward), std::move(packs)},
+                          std::vector<int> packs_forward, const std::optional<Memory>& memory,
+                          std::vector<Skip> skips) {
+    return PlanOptions{overlap, reactive, {std::move(packs_forward), std::move(packs), std::move(skips)},
                        memory.value_or(Memory{})};
   };
   m.def(
@@ -149,17 +163,17 @@ matplotlib or where the file cannot be written.)")
       [options](const std::string& name, int num_stages, int num_ranks, int microbatches,
                 bool overlap, bool reactive, std::vector<int> packs,
                 std::vector<int> packs_forward, std::vector<int> in_flight,
-                std::vector<int> room, const std::optional<Memory>& memory) {
+                std::vector<int> room, const std::optional<Memory>& memory, std::vector<Skip> skips) {
         return make_shared_plan([&] {
           return make_plan(find_schedule(name), num_stages, num_ranks, microbatches,
-                           options(overlap, reactive, packs, packs_forward, memory), Slots{in_flight, room});
+                           options(overlap, reactive, packs, packs_forward, memory, skips), Slots{in_flight, room});
         });
       },
       py::arg("schedule"), py::arg("num_stages"), py::arg("num_ranks"), py::arg("microbatches"),
       py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
       py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
       py::arg("in_flight") = py::list(), py::arg("room") = py::list(),
-      py::arg("memory") = py::none());
+      py::arg("memory") = py::none(), py::arg("skips") = py::list());
   m.def(
       "rank_of_stage",
       [](const std::string& layout, int num_stages, int num_ranks) {
@@ -172,45 +186,46 @@ matplotlib or where the file cannot be written.)")
                 const std::vector<int>& limits, int num_ranks, int microbatches, bool overlap,
                 bool reactive, std::vector<int> packs, std::vector<int> packs_forward,
                 std::vector<int> in_flight, std::vector<int> room,
-                const std::optional<Memory>& memory) {
+                const std::optional<Memory>& memory, std::vector<Skip> skips) {
         return make_shared_plan([&] {
           Rule rule{{}, [&](const Placement&, int stage, int m) { return std::min(limits[stage], m); }};
           for (const std::string& kind : preference) rule.preference.push_back(kind_of(kind));
           const int num_stages = static_cast<int>(limits.size());
           return make_plan({layout, layout_of_name(layout), rule}, num_stages, num_ranks, microbatches,
-                           options(overlap, reactive, packs, packs_forward, memory), Slots{in_flight, room});
+                           options(overlap, reactive, packs, packs_forward, memory, skips), Slots{in_flight, room});
         });
       },
       py::arg("placement"), py::arg("preference"), py::arg("limits"), py::arg("num_ranks"),
       py::arg("microbatches"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
       py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
       py::arg("in_flight") = py::list(), py::arg("room") = py::list(), py::arg("memory") = py::none(),
-      "The plan of a rule, whose limits are slots by stage.");
+      py::arg("skips") = py::list(), "The plan of a rule, whose limits are slots by stage.");
   m.def(
       "plan_of_cells",
       [options](const Cells& cells, bool overlap, bool reactive, std::vector<int> packs,
                 std::vector<int> packs_forward, std::vector<int> in_flight,
-                std::vector<int> room, const std::optional<Memory>& memory) {
+                std::vector<int> room, const std::optional<Memory>& memory, std::vector<Skip> skips) {
         return make_shared_plan([&] {
-          return make_plan(parse_order(cells), options(overlap, reactive, packs, packs_forward, memory),
+          return make_plan(parse_order(cells), options(overlap, reactive, packs, packs_forward, memory, skips),
                            Slots{in_flight, room});
         });
       },
       py::arg("cells"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
       py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
       py::arg("in_flight") = py::list(), py::arg("room") = py::list(),
-      py::arg("memory") = py::none());
+      py::arg("memory") = py::none(), py::arg("skips") = py::list());
   m.def(
       "cells_of_csv", [](const std::string& text) { return to_cells(order_from_csv(text)); },
       py::arg("text"), "The cells of a CSV file, by rank, without empty ones.");
   m.def(
       "make_forward_plan",
-      [](const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, bool overlap) {
+      [](const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, bool overlap,
+         std::vector<Skip> skips) {
         return make_shared_plan(
-            [&] { return make_forward_plan(rank_of_stage, num_ranks, microbatches, overlap); });
+            [&] { return make_forward_plan(rank_of_stage, num_ranks, microbatches, overlap, skips); });
       },
       py::arg("rank_of_stage"), py::arg("num_ranks"), py::arg("microbatches"), py::kw_only(),
-      py::arg("overlap") = false);
+      py::arg("overlap") = false, py::arg("skips") = py::list());
 }
 
 }  // namespace pe

@@ -111,8 +111,9 @@ void bind_runtime(py::module_& m) {
 
 Of ``rank`` alone, where it is given: then ``deliver`` says what other ranks have done.)")
       .def(py::init(&make_executor), py::arg("thread_names"), py::arg("rank") = py::none())
-      .def("deliver", &HostExecutor::deliver, py::arg("task"),
-           py::call_guard<py::gil_scoped_release>(), "The result of another rank's task has arrived.")
+      .def("deliver", &HostExecutor::deliver, py::arg("task"), py::arg("stage"),
+           py::arg("microbatches"), py::call_guard<py::gil_scoped_release>(),
+           "What another rank's task sent to a stage of these microbatches has arrived.")
       .def("fail", &fail, py::arg("error"),
            "Stops the step that runs with this exception; returns whether there is one.")
       .def("run", &run, py::arg("program"), py::kw_only(), py::arg("timeout"),

@@ -8,6 +8,14 @@
 namespace pe {
 namespace {
 
+// One direction of a skip.
+struct Way {
+  int from;
+  int to;
+  Kind kind;                     // F, or B for gradients, which come of B or I
+  std::vector<TaskId> senders;   // by microbatch, the task whose end lets it go; or kNoTask
+};
+
 // Finds the task of (stage, kind, microbatch); whole-stage actions are found at microbatch 0.
 class TaskIndex {
  public:
@@ -22,6 +30,10 @@ class TaskIndex {
     tasks_.assign(static_cast<std::size_t>(rows) * shape.num_microbatches, kNoTask);
     for (TaskId t = 0; t < actions.size(); ++t) tasks_[slot(actions[t])] = t;
     if (packs.any()) find_last_of_groups(packs);
+    for (const Skip& skip : packs.skips) {
+      add_way(skip.source, skip.target, Kind::F, skip.forward);
+      add_way(skip.target, skip.source, Kind::B, skip.backward);
+    }
   }
 
   TaskId find(int stage, Kind kind, int microbatch) const {
@@ -36,6 +48,8 @@ class TaskIndex {
     return task == kNoTask || senders_.empty() ? task : senders_[slot({stage, microbatch, kind})];
   }
 
+  const std::vector<Way>& ways() const { return ways_; }
+
  private:
   // A group's results leave with the one its stage runs last; of one stage, later tasks have higher numbers.
   void find_last_of_groups(const Packs& packs) {
@@ -45,15 +59,30 @@ class TaskIndex {
       for (int stage = 0; stage < shape_.num_stages; ++stage) {
         const int next = kind == Kind::F ? stage + 1 : stage - 1;
         if (next < 0 || next == shape_.num_stages) continue;
-        const int k = packs.of(kind, std::min(stage, next));
-        for (int first = 0, end; first < shape_.num_microbatches; first = end) {
-          end = std::min(first + k, shape_.num_microbatches);
-          if (!shape_.on_copy(first)) end = std::min(end, shape_.first_of_copy);
-          if (shape_.rank_of(stage, first) == shape_.rank_of(next, first)) continue;
+        for_each_group(stage, next, packs.of(kind, std::min(stage, next)), [&](int first, int end) {
           const TaskId last = find_last(stage, kind, first, end);
           if (last != kNoTask) std::fill_n(senders_.begin() + slot({stage, first, kind}), end - first, last);
-        }
+        });
       }
+    }
+  }
+
+  void add_way(int from, int to, Kind kind, int k) {
+    Way& way = ways_.emplace_back(Way{from, to, kind, {}});
+    for_each_group(from, to, k, [&](int first, int end) {
+      way.senders.insert(way.senders.end(), end - first, find_last(from, kind, first, end));
+    });
+  }
+
+  // Calls emit(first, end) for the microbatches of each message from `stage` to `next`; on one rank each goes
+  // alone.
+  template <class Emit>
+  void for_each_group(int stage, int next, int k, Emit&& emit) const {
+    for (int first = 0, end; first < shape_.num_microbatches; first = end) {
+      const bool travels = shape_.rank_of(stage, first) != shape_.rank_of(next, first);
+      end = std::min(first + (travels ? k : 1), shape_.num_microbatches);
+      if (!shape_.on_copy(first)) end = std::min(end, shape_.first_of_copy);
+      emit(first, end);
     }
   }
 
@@ -79,6 +108,7 @@ class TaskIndex {
   std::array<int, kNumKinds> first_row_;
   std::vector<TaskId> tasks_;
   std::vector<TaskId> senders_;  // empty where nothing is packed
+  std::vector<Way> ways_;
 };
 
 // Calls emit(task) for each task that must be done before `a` may start.
@@ -94,9 +124,15 @@ void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& s
   const auto add_sender = [&](int stage, Kind kind) {
     return add_task(index.find_sender(stage, kind, a.microbatch));
   };
+  const auto add_skips = [&](Kind kind) {
+    for (const Way& way : index.ways()) {
+      if (way.to == a.stage && way.kind == kind) add_task(way.senders[a.microbatch]);
+    }
+  };
   switch (a.kind) {
     case Kind::F:
       if (!add(a.stage, Kind::RecvF)) add_sender(a.stage - 1, Kind::F);
+      add_skips(Kind::F);
       break;
     case Kind::B:
     case Kind::I:
@@ -104,6 +140,7 @@ void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& s
       if (!add(a.stage, Kind::RecvB) && !add_sender(a.stage + 1, Kind::B)) {
         add_sender(a.stage + 1, Kind::I);
       }
+      add_skips(Kind::B);
       break;
     case Kind::W:
       add(a.stage, Kind::I);
@@ -134,6 +171,20 @@ void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& s
   }
 }
 
+std::vector<SkipsSent> find_skips_sent(const TaskIndex& index, const Shape& shape, TaskId num_tasks) {
+  std::vector<SkipsSent> sent(index.ways().empty() ? 0 : num_tasks);
+  for (const Way& way : index.ways()) {
+    TaskId last = kNoTask;
+    for (int m = 0; m < shape.num_microbatches; ++m) {
+      const TaskId sender = way.senders[m];
+      if (sender == kNoTask || shape.rank_of(way.from, m) == shape.rank_of(way.to, m)) continue;
+      sent[sender].messages += sender != std::exchange(last, sender);
+      ++sent[sender].results;
+    }
+  }
+  return sent;
+}
+
 }  // namespace
 
 Links::Links(const std::vector<Action>& actions, const Shape& shape, const Packs& packs)
@@ -159,11 +210,12 @@ Links::Links(const std::vector<Action>& actions, const Shape& shape, const Packs
     for_each_dependency(actions[t], index, shape,
                         [&](TaskId before) { successors_[next[before]++] = t; });
   }
+  skips_sent_ = find_skips_sent(index, shape, size);
 }
 
 std::size_t Links::nbytes() const {
   return sizeof(TaskId) * (successors_begin_.size() + successors_.size()) +
-         sizeof(std::uint16_t) * num_dependencies_.size();
+         sizeof(std::uint16_t) * num_dependencies_.size() + sizeof(SkipsSent) * skips_sent_.size();
 }
 
 }  // namespace pe

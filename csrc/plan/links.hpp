@@ -15,6 +15,12 @@ using TaskId = std::uint32_t;
 inline constexpr TaskId kNoTask = ~TaskId{0};
 inline constexpr int kMaxDependencies = 65534;  // of one task
 
+// What skips send to other ranks when a task ends.
+struct SkipsSent {
+  int messages = 0;
+  int results = 0;  // in them
+};
+
 class Links {
  public:
   // Throws PlanError where a task waits for more than kMaxDependencies.
@@ -25,12 +31,14 @@ class Links {
     return {successors_.data() + successors_begin_[task],
             successors_.data() + successors_begin_[task + 1]};
   }
+  SkipsSent skips_sent(TaskId task) const { return skips_sent_.empty() ? SkipsSent{} : skips_sent_[task]; }
   std::size_t nbytes() const;
 
  private:
   std::vector<TaskId> successors_begin_;
   std::vector<TaskId> successors_;
   std::vector<std::uint16_t> num_dependencies_;
+  std::vector<SkipsSent> skips_sent_;  // by task; empty where there are no skips
 };
 
 }  // namespace pe

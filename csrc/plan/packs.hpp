@@ -1,4 +1,4 @@
-// How many microbatches' results leave together, in one message, across each boundary.
+// How many microbatches' results leave together, in one message: across each boundary, and of each skip.
 #pragma once
 
 #include <algorithm>
@@ -8,9 +8,20 @@
 
 namespace pe {
 
+// A tensor of each microbatch that goes from a stage straight to a later one; its gradient comes back so.
+struct Skip {
+  int source = 0;
+  int target = 0;
+  int forward = 1;   // K of the tensors
+  int backward = 1;  // K of their gradients
+
+  friend bool operator==(const Skip&, const Skip&) = default;
+};
+
 struct Packs {
   std::vector<int> forward;   // K of activations, by boundary (stage s to s + 1); empty: 1 everywhere
   std::vector<int> backward;  // K of gradients, by boundary
+  std::vector<Skip> skips{};
 
   // K of what `kind` sends across `boundary`.
   int of(Kind kind, int boundary) const {
@@ -20,8 +31,10 @@ struct Packs {
 
   bool any() const {
     const auto packed = [](int k) { return k > 1; };
+    const auto packs = [](const Skip& skip) { return skip.forward > 1 || skip.backward > 1; };
     return std::any_of(forward.begin(), forward.end(), packed) ||
-           std::any_of(backward.begin(), backward.end(), packed);
+           std::any_of(backward.begin(), backward.end(), packed) ||
+           std::any_of(skips.begin(), skips.end(), packs);
   }
 };
 

@@ -51,9 +51,11 @@ Plan::Plan(const Order& order, const Shape& shape, PlanOptions options, std::vec
   if (limits_.empty()) limits_ = peaks;
   const bool has_slots = std::equal(peaks.begin(), peaks.end(), limits_.begin(), std::less_equal{});
   number_tasks(order);
-  computes_alone_ = !options_.packs.any() && std::all_of(actions_.begin(), actions_.end(), [](const Action& a) {
-    return is_compute(a.kind);
-  });
+  const Packs& packs = options_.packs;
+  computes_alone_ = !packs.any() && packs.skips.empty() &&
+                    std::all_of(actions_.begin(), actions_.end(), [](const Action& a) {
+                      return is_compute(a.kind);
+                    });
   in_order_ = computes_alone_ && has_slots && !options_.overlap && !options_.reactive;
   if (!computes_alone_) links();  // refuses what it cannot hold
   fill_queues(preference);
@@ -94,9 +96,15 @@ int Plan::num_sent(TaskId task) const {
   }));
 }
 
+int Plan::num_messages(TaskId task) const {
+  if (computes_alone_) return num_sent(task);
+  const SkipsSent skips = links().skips_sent(task);
+  return skips.messages + (num_sent(task) > skips.results);
+}
+
 int Plan::num_messages() const {
   int messages = 0;
-  for (TaskId t = 0; t < size(); ++t) messages += num_sent(t) > 0;
+  for (TaskId t = 0; t < size(); ++t) messages += num_messages(t);
   return messages;
 }
 

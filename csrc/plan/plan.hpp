@@ -122,9 +122,11 @@ class Plan {
 
   std::size_t nbytes() const;
 
-  // What travels between ranks in one step: a group of results is one message.
+  // What travels between ranks in one step: a group of results is one message, and one of each skip.
   int num_messages() const;  // looks at all tasks
-  // How many results `task` sends to another rank when it ends: those of its whole group, if it is the last.
+  // Those that leave when `task` ends.
+  int num_messages(TaskId task) const;
+  // How many results `task` sends to other ranks when it ends: those of its whole group, if it is the last.
   int num_sent(TaskId task) const;
 
  private:
@@ -141,7 +143,7 @@ class Plan {
   std::vector<int> limits_;
   InFlight planned_peaks_;
   bool has_pairs_ = false;
-  bool computes_alone_ = false;  // nothing but F, B, I and W, and nothing packed
+  bool computes_alone_ = false;  // nothing but F, B, I and W, nothing packed, and no skips
   bool in_order_ = false;
   struct LazyLinks;
   std::shared_ptr<LazyLinks> lazy_;  // of copies alike

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <mutex>
 #include <stdexcept>
@@ -24,6 +25,12 @@ Nanoseconds now() {
 }
 
 }  // namespace
+
+struct HostExecutor::Delivery {
+  TaskId task;
+  int stage;
+  std::vector<int> microbatches;
+};
 
 struct HostExecutor::Step {
   Step(std::shared_ptr<const Program> to_run, int of_rank, bool record)
@@ -49,6 +56,20 @@ struct HostExecutor::Step {
     for (const TaskId after : plan().successors(task)) {
       if (rank != kEveryRank && plan().rank_of(after) != rank) continue;
       scheduler.arrive(after, [&](int worker) { wake(worker - first_worker); });
+    }
+  }
+
+  // The same for what was delivered: once for each task that waits, which may wait for several messages of one.
+  template <class Wake>
+  void arrive(const Delivery& delivery, Wake&& wake) {
+    const auto after = plan().successors(delivery.task);
+    for (auto it = after.begin(); it != after.end(); ++it) {
+      const Action& action = plan().action(*it);
+      const auto& ms = delivery.microbatches;
+      if (action.stage != delivery.stage || plan().rank_of(*it) != rank) continue;
+      if (std::find(ms.begin(), ms.end(), action.microbatch) == ms.end()) continue;
+      if (std::find(after.begin(), it, *it) != it) continue;
+      scheduler.arrive(*it, [&](int worker) { wake(worker - first_worker); });
     }
   }
 
@@ -83,7 +104,7 @@ struct HostExecutor::Shared {
   std::unique_ptr<Step> step;                 // the one that runs, if any
   std::unique_ptr<Step> lost;                 // the one that abandoned threads are still inside
   std::vector<TaskId> running;                // by worker
-  std::vector<TaskId> early;                  // delivered before the step that waits for them began
+  std::vector<Delivery> early;                // before the step that waits for them began
   std::vector<bool> abandoned;                // by worker
   std::vector<std::thread> threads;
   bool closing = false;
@@ -192,7 +213,7 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   s.step = std::make_unique<Step>(std::move(program), rank_, options.record);
   s.runner = std::this_thread::get_id();
   Step& step = *s.step;
-  for (const TaskId task : s.early) step.arrive_after(task, [](int) {});
+  for (const Delivery& delivery : s.early) step.arrive(delivery, [](int) {});
   s.early.clear();
   for (auto& worker : s.work) worker.notify_one();
 
@@ -238,18 +259,18 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   return result;
 }
 
-void HostExecutor::deliver(TaskId task) {
+void HostExecutor::deliver(TaskId task, int stage, const std::vector<int>& microbatches) {
   Shared& s = *shared_;
   std::vector<int> to_wake;
   {
     std::lock_guard lock(s.mutex);
     if (!s.step) {
-      s.early.push_back(task);
+      s.early.push_back({task, stage, microbatches});
       return;
     }
     if (s.step->stopping) return;
     s.step->last_progress = now();
-    s.step->arrive_after(task, [&](int worker) { to_wake.push_back(worker); });
+    s.step->arrive({task, stage, microbatches}, [&](int worker) { to_wake.push_back(worker); });
   }
   for (const int worker : to_wake) s.work[worker].notify_one();
 }

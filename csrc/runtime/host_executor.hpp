@@ -65,8 +65,9 @@ class HostExecutor {
   // Throws std::logic_error when closed, dead, busy, or given a program for other workers.
   StepResult run(std::shared_ptr<const Program> program, const RunOptions& options);
 
-  // The result of another rank's task has arrived; if no step runs, for the one that begins next.
-  void deliver(TaskId task);
+  // What another rank's task sent to `stage` of these microbatches has arrived; if no step runs, for the one
+  // that begins next.
+  void deliver(TaskId task, int stage, const std::vector<int>& microbatches);
 
   // Stops the step that runs, as if a body had thrown. Returns whether there is one.
   bool fail(std::exception_ptr error);
@@ -79,6 +80,7 @@ class HostExecutor {
   bool dead() const;
 
  private:
+  struct Delivery;
   struct Step;
   struct Shared;
 

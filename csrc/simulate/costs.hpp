@@ -17,6 +17,7 @@ struct Costs {
   std::vector<double> weight_grad;   // by stage
   // Of messages to another rank, by boundary (stage s to s + 1), as in the LogGP model (Alexandrov et al.,
   // SPAA 1995): the way of each; what its sender spends on it; how long each result in it occupies the link.
+  // A skip's are charged as what else its sender sends in that direction, and share the link with it.
   std::vector<double> latency;
   std::vector<double> overhead;  // empty: none
   std::vector<double> transfer;  // empty: none
@@ -57,8 +58,8 @@ struct Costs {
   double duration(const Plan& plan, TaskId task) const {
     const Action& action = plan.action(task);
     const double alone = noise.cv > 0 ? of(action) * noise.factor(action) : of(action);
-    if (overhead.empty() || plan.num_sent(task) == 0) return alone;
-    return alone + overhead[boundary_sent_over(action)];
+    const int messages = overhead.empty() ? 0 : plan.num_messages(task);
+    return messages == 0 ? alone : alone + messages * overhead[boundary_sent_over(action)];
   }
 
   // How long the cell that `task` begins keeps its rank, where that runs the parts of a pair as one.

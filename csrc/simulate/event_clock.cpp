@@ -1,6 +1,7 @@
 #include "simulate/event_clock.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <string>
 
@@ -96,26 +97,48 @@ class EventClock {
   void finish(TaskId task) {
     const auto waker = [this](int idle) { wake(idle); };
     scheduler_.finish(task, waker);
-    double delivered = -1.0;
+    sent_.clear();
     for (const TaskId after : links_.successors(task)) {
       double here = now_;
       if (plan_.rank_of(after) != plan_.rank_of(task)) {
-        if (delivered < 0) delivered = deliver(task);
-        here = delivered;
+        if (sent_.empty()) send(task);
+        here = sent_to(plan_.action(after).stage).arrival;
       }
       arrival(after) = std::max(arrival(after), here);
       scheduler_.arrive(after, waker);
     }
   }
 
-  // Sends the message of `task`, which has ended; returns when it arrives.
-  double deliver(TaskId task) {
+  // What a task that has ended sends to a stage of another rank.
+  struct Sent {
+    int stage = 0;
+    int results = 0;
+    double arrival = 0;
+  };
+
+  Sent& sent_to(int stage) {
+    const auto is_to = [stage](const Sent& sent) { return sent.stage == stage; };
+    const auto found = std::find_if(sent_.begin(), sent_.end(), is_to);
+    return found == sent_.end() ? sent_.emplace_back(Sent{stage}) : *found;
+  }
+
+  // Sends the messages of `task`, which has ended, one after another; that to the next stage first.
+  void send(TaskId task) {
     const Action& action = plan_.action(task);
+    for (const TaskId after : links_.successors(task)) {
+      if (plan_.rank_of(after) != plan_.rank_of(task)) ++sent_to(plan_.action(after).stage).results;
+    }
+    std::sort(sent_.begin(), sent_.end(), [&](const Sent& a, const Sent& b) {
+      return std::abs(a.stage - action.stage) < std::abs(b.stage - action.stage);
+    });
     const int boundary = Costs::boundary_sent_over(action);
-    if (costs_.transfer.empty()) return now_ + costs_.latency[boundary];
-    double& free = link_free_[costs_.link(plan_.shape(), action)];
-    free = std::max(free, now_) + plan_.num_sent(task) * costs_.transfer[boundary];
-    return free + costs_.latency[boundary];
+    for (Sent& sent : sent_) {
+      sent.arrival = now_ + costs_.latency[boundary];
+      if (costs_.transfer.empty()) continue;
+      double& free = link_free_[costs_.link(plan_.shape(), action)];
+      free = std::max(free, now_) + sent.results * costs_.transfer[boundary];
+      sent.arrival = free + costs_.latency[boundary];
+    }
   }
 
   void dispatch() {
@@ -193,6 +216,7 @@ class EventClock {
   EventHeap events_;
   std::vector<int> awake_;
   std::vector<double> link_free_;  // by Costs::link
+  std::vector<Sent> sent_;         // by the task that has ended last, a skip's with what else goes to the stage
   const bool may_contend_;
   const bool joins_pairs_;
   double now_ = 0;

@@ -23,13 +23,18 @@ double makespan(const Draft& draft, const Packs& packs, const std::vector<int>& 
   return ends(plan) ? simulate(plan, Costs::uniform(plan.num_stages())).makespan : kNever;
 }
 
-// How many stages, from the first, have a boundary behind them that packs: they wait for its groups.
+// How many stages, from the first, have a boundary behind them that packs, or lie before the end of a skip that
+// does: they wait for its groups.
 int num_delayed(const Draft& draft, const Packs& packs) {
   const std::vector<int>& ranks = draft.shape.rank_of_stage;
   int delayed = 0;
   for (int b = 0; b + 1 < draft.shape.num_stages; ++b) {
     const bool packed = packs.of(Kind::F, b) > 1 || packs.of(Kind::B, b) > 1;
     if (packed && ranks[b] != ranks[b + 1]) delayed = b + 1;
+  }
+  for (const Skip& skip : packs.skips) {
+    const bool packed = skip.forward > 1 || skip.backward > 1;
+    if (packed && ranks[skip.source] != ranks[skip.target]) delayed = std::max(delayed, skip.target);
   }
   return delayed;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "schedule/list_scheduler.hpp"
 #include "simulate/in_flight.hpp"
@@ -10,22 +11,30 @@ namespace pe {
 namespace {
 
 void check(const Packs& packs, const Shape& shape) {
+  const auto check_pack = [&](const char* what, int k) {
+    if (k >= 1 && k <= shape.num_microbatches) return;
+    throw PlanError(std::string(what) + " packs hold " + std::to_string(k) +
+                    " microbatches; a message holds from 1 to all " + std::to_string(shape.num_microbatches));
+  };
   const auto check_one = [&](const char* what, const std::vector<int>& ks) {
     if (ks.empty()) return;
     if (static_cast<int>(ks.size()) != shape.num_stages - 1) {
       throw PlanError(std::string(what) + " packs are given for " + std::to_string(ks.size()) +
                       " boundaries; there are " + std::to_string(shape.num_stages - 1));
     }
-    for (const int k : ks) {
-      if (k < 1 || k > shape.num_microbatches) {
-        throw PlanError(std::string(what) + " packs hold " + std::to_string(k) +
-                        " microbatches; a message holds from 1 to all " +
-                        std::to_string(shape.num_microbatches));
-      }
-    }
+    for (const int k : ks) check_pack(what, k);
   };
   check_one("forward", packs.forward);
   check_one("backward", packs.backward);
+  for (const Skip& skip : packs.skips) {
+    if (skip.source < 0 || skip.source >= skip.target || skip.target >= shape.num_stages) {
+      throw PlanError("a skip goes from stage " + std::to_string(skip.source) + " to stage " +
+                      std::to_string(skip.target) + "; it goes to a later one of the stages 0 to " +
+                      std::to_string(shape.num_stages - 1));
+    }
+    check_pack("skips' forward", skip.forward);
+    check_pack("skips' backward", skip.backward);
+  }
 }
 
 void check(const Slots& slots, const Shape& shape) {
@@ -149,7 +158,7 @@ Plan make_plan(const Order& order, PlanOptions options, const Slots& slots) {
   if (options.memory.limited()) options.memory.validate(shape.num_stages, static_cast<int>(order.size()));
   if (options.packs.any() && sends_explicitly(order)) {
     throw PlanError("the schedule lists its sends, one for each result, so that none leave together; leave "
-                    "out SEND and RECV, or pack=1");
+                    "out SEND and RECV, or pack=1, of skips too");
   }
   if (options.reactive && (options.packs.any() || slots.given())) {
     return settled_plan(order, shape, options, slots);
@@ -160,13 +169,14 @@ Plan make_plan(const Order& order, PlanOptions options, const Slots& slots) {
 }
 
 Plan make_forward_plan(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches,
-                       bool overlap) {
+                       bool overlap, std::vector<Skip> skips) {
   const int num_stages = static_cast<int>(rank_of_stage.size());
   Order order(num_ranks);
   for (int m = 0; m < microbatches; ++m) {
     for (int s = 0; s < num_stages; ++s) order[rank_of_stage[s]].push_back({s, m, Kind::F});
   }
-  return Plan(order, {num_stages, microbatches, false, rank_of_stage}, {overlap, true});
+  return Plan(order, {num_stages, microbatches, false, rank_of_stage},
+              {overlap, true, {{}, {}, std::move(skips)}});
 }
 
 }  // namespace pe

@@ -105,7 +105,7 @@ class TorchStage(Stage):
         except Exception:
             self._entrance.failed()
             raise
-        self._in_flight[m] = _InFlight(received, [], [])
+        self._in_flight[m] = _InFlight(received, [], [], [], [])
         if not self.torch_stage.is_last:
             self._came[m] = came
         elif step.keep_outputs:
@@ -174,7 +174,8 @@ class TorchStage(Stage):
         self._step.context.apply()
         if loss is not None:
             self._in_flight[m].losses.append(loss.reshape(()))  # of one element
-        return self._begin_backward(self._step, m)
+        outputs, grads, in_flight = self._begin_backward(self._step, m)
+        return outputs, grads, in_flight.received
 
     def _end(self, m: int, received: list[boundary.Received]) -> None:
         self._entrance.returned(received)

@@ -1,60 +1,62 @@
 """Where a plan's results go to, and come from, other processes."""
 
-from collections.abc import Callable, Sequence
-
 import torch
 
 from .. import _C
+from ..transport.exchange import EndOf
 from ..transport.remote import Incoming, Line, Outgoing, Way
 from .group import Processes
 
-End = Outgoing | Incoming | None
 
+def ends_of(plan: _C.Plan, processes: Processes) -> EndOf:
+    """What makes this process's end of a way between two stages of different ranks, if it has one.
 
-def ends_of(
-    plan: _C.Plan,
-    processes: Processes,
-    wire: Sequence[torch.dtype | None],
-    wire_forward: Sequence[torch.dtype | None],
-) -> Callable[[int, str], End]:
-    """What makes this process's end of a boundary's way ("F" or "B"), if it has one."""
-    wire, wire_forward = (given or [None] * plan.num_stages for given in (wire, wire_forward))
+    It takes the stage that sends, the one that receives, K, the wire type, and the name of a skip or None.
+    """
     tasks: dict[tuple[int, str], list[tuple[int, int]]] = {}
     for task in range(len(plan)):
         kind, stage, m, *_ = plan.describe(task)
         tasks.setdefault((stage, kind), []).append((task, m))
+    skips: list[str] = []  # those met so far: each takes numbers of its own
 
-    def end_of(boundary: int, way: str) -> End:
-        forward = way == "F"
-        sender, receiver = (boundary, boundary + 1) if forward else (boundary + 1, boundary)
+    def end_of(
+        sender: int, receiver: int, pack: int, wire: torch.dtype | None, skip: str | None
+    ) -> Outgoing | Incoming | None:
+        forward = sender < receiver
+        first = min(sender, receiver)
+        if skip is not None and skip not in skips:
+            skips.append(skip)
         sends, receives = plan.rank_of_stage[sender], plan.rank_of_stage[receiver]
         if processes.rank not in (sends, receives):
             return None
         computes = [pair for kind in ("F" if forward else "BI") for pair in tasks.get((sender, kind), [])]
-        pack = (plan.packs_forward if forward else plan.packs)[boundary]
         groups: dict[int, list[int]] = {}
         last: dict[int, int] = {}
         for task, m in sorted(computes):
             groups.setdefault(m // pack, []).append(m)
             last[m // pack] = task
         order = sorted(groups, key=last.__getitem__)
-        said = {m: task for task, m in tasks.get((sender, f"SEND_{way}"), [])}  # where the plan lists its sends
+        peer = receives if processes.rank == sends else sends
+        number = first if skip is None else plan.num_stages + skips.index(skip)
         line = Line(
             processes.messages,
-            processes.members[receives if processes.rank == sends else sends],
-            2 * (2 * boundary + forward),
-            processes.describe(receives if processes.rank == sends else sends),
+            processes.members[peer],
+            2 * (2 * number + forward),
+            processes.describe(peer),
             torch.device("cpu"),
         )
-        course = Way(
-            boundary,
-            "forward" if forward else "backward",
+        way = Way(
+            f"across boundary {first}" if skip is None else f"of skip {skip!r} of stage {first}",
+            "activations" if forward else "gradients",
+            receiver,
             [sorted(groups[g]) for g in order],
-            (wire_forward if forward else wire)[boundary],
-            plan.limits[boundary],
+            wire,
+            plan.limits[first],
         )
         if processes.rank == sends:
-            return Outgoing(line, course)
-        return Incoming(line, course, [said.get(groups[g][-1], last[g]) for g in order])
+            return Outgoing(line, way)
+        # Where the plan lists its sends they, and not what computes, are waited for.
+        said = {m: task for task, m in tasks.get((sender, "SEND_F" if forward else "SEND_B"), [])}
+        return Incoming(line, way, [said.get(groups[g][-1], last[g]) for g in order])
 
     return end_of

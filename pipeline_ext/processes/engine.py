@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .. import _C
-from ..errors import PeerError
+from ..errors import PeerError, StepTimeout
 from ..host import HostEngine, HostRoute
 from ..recomputation import RecomputationGuard
 from ..reduction import GradientReduction
@@ -54,7 +55,7 @@ class ProcessEngine(HostEngine):
         return super().dead or self._failure.is_known
 
     def route(self, plan: _C.Plan, bodies: dict) -> HostRoute:
-        exchange = self._exchange_of(plan, ends=functools.partial(ends_of, plan, self._processes))
+        exchange = self._exchange_of(plan, end_of=ends_of(plan, self._processes))
         self._exchanges.append(exchange)
         return HostRoute(plan, _C.Program(plan, dict(bodies)), exchange)
 
@@ -64,16 +65,32 @@ class ProcessEngine(HostEngine):
         dist.broadcast(told, first, group=self._processes.messages)
         return int(told)
 
+    def add_up(self, tensor: Tensor, group: dist.ProcessGroup, timeout: float) -> None:
+        """Makes ``tensor`` the sum of those of the group's processes.
+
+        Raises PeerError where one of them has failed, StepTimeout where one does not come in time.
+        """
+        over = self._failure.begin_wait()
+        work = dist.all_reduce(tensor, group=group, async_op=True)
+        future = work.get_future()
+        future.add_done_callback(lambda _: over.set())
+        if not over.wait(min(timeout, threading.TIMEOUT_MAX)):
+            raise StepTimeout(f"waited {timeout:g} seconds for processes that hold one of its parameters, too")
+        if not future.done():
+            raise self._failure.error
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise PeerError(f"a process that holds one of its parameters, too, has gone: {error}") from error
+
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
         route.exchange.listen(Receiver(self._executor.deliver, self._failure.lost))
         return super().run(route, timeout=timeout, record=record)
 
     def settle(self, route: HostRoute) -> None:
-        settled = threading.Event()
-        self._failure.interrupt = settled.set  # a process that has failed may never come for what was sent
+        settled = self._failure.begin_wait()  # a process that has failed may never come for what was sent
         threading.Thread(target=_flush, args=(route.exchange, settled), name="pe settling", daemon=True).start()
-        if not self.dead:
-            settled.wait()
+        settled.wait()
 
     def failed(self, reason: str) -> None:
         self._failure.tell(reason)
@@ -90,8 +107,9 @@ class _Failure:
         self._everyone = everyone
         self._told = threading.Event()  # by another process
         self._executor: _C.HostExecutor | None = None
+        self._over = threading.Event()  # what this process waits for outside of the executor
         self.is_known = False
-        self.interrupt: Callable[[], object] = bool  # is called when a failure is known
+        self.error: Exception | None = None  # of another process
 
     def watch(self, executor: _C.HostExecutor) -> None:
         """Stops what ``executor`` runs once another process has failed."""
@@ -103,6 +121,13 @@ class _Failure:
         if not self._told.is_set():
             self._notices.tell(reason)
         self.is_known = True
+
+    def begin_wait(self) -> threading.Event:
+        """Set once another process has failed; the caller sets it for his own ends."""
+        self._over.clear()
+        if self.error is not None:
+            self._over.set()
+        return self._over
 
     def lost(self, error: Exception) -> None:
         """Another process cannot be reached. It may yet be heard why."""
@@ -119,7 +144,8 @@ class _Failure:
 
     def _stop(self, error: Exception) -> None:
         self.is_known = True
-        self.interrupt()
+        self.error = error
+        self._over.set()
         self._executor.fail(error)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -79,11 +80,14 @@ class Processes:
     @property
     def messages(self) -> dist.ProcessGroup:
         if self._messages is None:
-            # What waits longest is a receive, through a whole step; the step itself says when that is too long.
-            self._messages = dist.new_group(
-                self.members, timedelta(days=1), "gloo", use_local_synchronization=True
-            )
+            self._messages = self.new_group(self.members)
         return self._messages
+
+    @staticmethod
+    def new_group(members: Sequence[int]) -> dist.ProcessGroup:
+        """Of these processes, numbers in the world, for one purpose."""
+        # What waits longest is a receive, through a whole step; the step itself says when that is too long.
+        return dist.new_group(list(members), timedelta(days=1), "gloo", use_local_synchronization=True)
 
     def notices(self) -> Notices:
         """What tells all these processes of a failure."""

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument
+from ..sharded import ShardedLayers
 from .group import Processes
 
 StageLike = nn.Module | Callable[[], nn.Module]
@@ -75,8 +76,11 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 def _make_equal(modules: Sequence[nn.Module], replicas: dist.ProcessGroup) -> None:
-    """Gives every replica the first one's parameters and buffers."""
+    """Gives every replica the first one's parameters and buffers, except for parameters they share out."""
     first = dist.get_process_group_ranks(replicas)[0]
     with torch.no_grad():
+        sharded = ShardedLayers(modules).parameters
         for tensor in dict.fromkeys(t for m in modules for t in (*m.parameters(), *m.buffers())):
+            if tensor in sharded:
+                continue
             dist.broadcast(tensor, first, group=replicas)

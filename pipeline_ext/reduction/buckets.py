@@ -48,6 +48,11 @@ class Bucket:
         return self._began, self._work.ended
 
     @property
+    def buffer(self) -> Tensor:
+        """What travels."""
+        return self._buffer.view(self._layout.slots[0].wire)
+
+    @property
     def nbytes(self) -> int:
         """Size of what travels."""
         return self._layout.nbytes
@@ -87,15 +92,13 @@ class Bucket:
         foreign: dict[int, Tensor] = {}
         self._absent = []
         for i, parameter in enumerate(self._parameters):
-            grad, view = parameter.grad, self._views[i]
-            if grad is None:
-                view.zero_()
+            if parameter.grad is None:
+                self._views[i].zero_()
                 self._absent.append(i)
-            # What is written through .data leaves the version as it is.
-            elif grad is view and grad._version == self._zeroed.get(i) and not view.any():
+            elif self._is_untouched(i):
                 self._absent.append(i)
-            elif self._is_foreign(i, grad):
-                foreign[i] = grad
+            elif self._is_foreign(i, parameter.grad):
+                foreign[i] = parameter.grad
         self._views[-1].fill_(1)
         for i in self._absent:
             self._views[-1][i] = 0
@@ -104,7 +107,7 @@ class Bucket:
             self._packer.pack(self._buffer)
         self._sent = self._stamps()
         self._began = time.monotonic_ns()
-        self._work = member.all_reduce(self._buffer.view(self._layout.slots[0].wire))
+        self._work = member.all_reduce(self.buffer)
 
     def finish(self, timeout: float) -> None:
         """Waits for the reduction; then each ``.grad`` is the mean, or None where no replica has one."""
@@ -120,10 +123,22 @@ class Bucket:
         for i in self._absent:
             self._parameters[i].grad = self._views[i] if present[i] else None
 
+    def keep(self) -> None:
+        """Ends a step that reduces nothing: what had no gradient, and was added none, has none."""
+        for i in self._zeroed:
+            if self._is_untouched(i):
+                self._parameters[i].grad = None
+
     def clear(self) -> None:
         """Takes all gradients away."""
         for parameter in self._parameters:
             parameter.grad = None
+
+    def _is_untouched(self, i: int) -> bool:
+        """Whether the gradient of parameter ``i`` is the zeroed view that the step began with."""
+        grad, view = self._parameters[i].grad, self._views[i]
+        # What is written through .data leaves the version as it is.
+        return grad is view and grad._version == self._zeroed.get(i) and not view.any()
 
     def _is_foreign(self, i: int, grad: Tensor) -> bool:
         """Whether the gradient of parameter ``i`` lies elsewhere than its view does."""

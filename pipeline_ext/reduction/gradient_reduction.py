@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -16,14 +16,15 @@ from ..report.trace import Trace
 from ..shared import SharedParameters
 from ..stage import Stage
 from .buckets import Bucket, fill_buckets
+from .endings import Body, Endings
 from .member import Member
 
 _REDUCIBLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+_SHARED = -1  # stands for the stages of parameters that several hold
+
 _in_use: weakref.WeakSet[Member] = weakref.WeakSet()  # members that have a pipeline
 _attaching = threading.Lock()
-
-Body = Callable[[int], None]
 
 
 class GradientReduction:
@@ -31,15 +32,14 @@ class GradientReduction:
 
     When a stage and those after it have ended their last backwards, its gradients leave in flat buffers, while
     the stages before it still compute; ``step`` returns when all hold the mean. ``.grad`` is a view of such a
-    buffer from step to step: clone what is to be kept. Example, for replica 0 of two, each of which a thread of
-    its own steps::
+    buffer from step to step: clone what is to be kept. Example, for one of several processes::
 
-        group = pe.LocalGroup(2)
-        pipe = pe.Pipeline(model, 2, 8, loss_fn=loss_fn, reduction=pe.GradientReduction(group.member(0)))
+        member = pe.ProcessGroupMember(torch.distributed.group.WORLD)
+        pipe = pe.Pipeline(model, 2, 8, loss_fn=loss_fn, reduction=pe.GradientReduction(member))
 
     Args:
-        member: the replica's place in its group, as ``LocalGroup.member`` gives it. It has one pipeline,
-            until that is closed.
+        member: the replica's place in its group: a ``ProcessGroupMember``, or among threads of one process what
+            ``LocalGroup.member`` gives. It has one pipeline, until that is closed.
         bucket_bytes: most bytes in a buffer; a parameter larger than that gets a buffer of its own.
         wire: floating-point type that the gradients travel as and are rounded to; None: their own.
 
@@ -50,7 +50,9 @@ class GradientReduction:
         self, member: Member, *, bucket_bytes: int = 25 * 2**20, wire: torch.dtype | None = None
     ) -> None:
         if not hasattr(member, "all_reduce"):
-            raise InvalidArgument(f"member is {member!r}; give what LocalGroup(size).member(rank) returns")
+            raise InvalidArgument(
+                f"member is {member!r}; give a ProcessGroupMember, or what LocalGroup(size).member(rank) returns"
+            )
         if wire not in (None, *_REDUCIBLE):
             raise InvalidArgument(f"wire is {wire!r}; give a torch type from float16 to float64, or None")
         self._member = member
@@ -59,11 +61,11 @@ class GradientReduction:
         self._stages: Sequence[Stage] | None = None
         self._shared: SharedParameters | None = None
         self._microbatches = 0
-        self._left: list[int] = []  # backwards that each stage has yet to run
-        self._unsent = 0  # stages whose gradients have not left
-        self._sending = threading.Lock()
+        self._endings: Endings | None = None
         self._built_for: list[list[tuple]] | None = None
-        self._buckets: list[list[Bucket]] = []  # by stage; last, of what several stages hold
+        self._buckets: dict[int, list[Bucket]] = {}  # by stage; last, of what several stages hold
+        self._steps = 0
+        self._sends = False  # whether this step does
         self._in_step = False
 
     def attach(
@@ -91,21 +93,18 @@ class GradientReduction:
                 )
             _in_use.add(self._member)
         self._stages, self._shared, self._microbatches = stages, shared, microbatches
+        self._endings = Endings((stage.index for stage in stages), self._send)
 
     def watch(self, stage: int, backward: Body) -> Body:
         """``backward`` of a stage, B or W; the last one of a step sends the stage's gradients."""
-
-        def watched(m: int) -> None:
-            backward(m)
-            self._left[stage] -= 1
-            if self._left[stage] == 0:
-                self._send_ended()
-
-        return watched
+        return self._endings.watch(stage, backward)
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, timeout: float, sends: bool = True) -> Iterator[None]:
         """Within it a step runs. If that fails, every gradient is None and the group of replicas ends.
+
+        Unless it ``sends`` its gradients stay as they are, for later steps to add to. ``timeout`` is that of
+        ``Member.begin``.
 
         Raises InvalidArgument for gradients that cannot be reduced, ReductionError where a replica has failed
         before; nothing has changed.
@@ -119,10 +118,15 @@ class GradientReduction:
             bucket.clone_misplaced(buffers)
         for bucket in self._all():
             bucket.bind()
-        self._left = [self._microbatches] * len(self._stages)
-        self._unsent = len(self._stages)
+        self._steps += 1
+        self._sends = sends
         self._in_step = True
         try:
+            if sends:
+                self._endings.begin(self._microbatches)
+                self._member.begin(self._plan(), timeout)
+            else:
+                self._endings.pause()
             yield
         except BaseException as error:
             self._member.abort(error)
@@ -136,17 +140,21 @@ class GradientReduction:
     def finish(self, timeout: float, trace: Trace | None) -> None:
         """Sends what several stages hold, and waits until every gradient is the mean of all replicas'.
 
-        Adds what it did to ``trace``.
+        Adds what it did to ``trace``. In a step that does not send it does nothing of that.
 
         Raises ReductionError and StepTimeout as ``Work.wait`` does.
         """
-        self._send(-1)
+        if not self._sends:
+            for bucket in self._all():
+                bucket.keep()
+            return
+        self._send(_SHARED)
         for bucket in self._all():
             bucket.finish(timeout)
         if trace is not None:
             trace.add_reductions(
-                (-1 if stage == len(self._stages) else stage, *bucket.times, bucket.nbytes)
-                for stage, found in enumerate(self._buckets)
+                (stage, *bucket.times, bucket.nbytes)
+                for stage, found in self._buckets.items()
                 for bucket in found
             )
 
@@ -157,36 +165,44 @@ class GradientReduction:
         _in_use.discard(self._member)
 
     def _all(self) -> Iterator[Bucket]:
-        return itertools.chain.from_iterable(self._buckets)
-
-    def _send_ended(self) -> None:
-        """Sends in descending order, whichever stage ends first: all replicas are to send in the same one."""
-        with self._sending:
-            while self._unsent > 0 and self._left[self._unsent - 1] == 0:
-                self._unsent -= 1
-                self._send(self._unsent)
+        return itertools.chain.from_iterable(self._buckets.values())
 
     def _send(self, stage: int) -> None:
         for bucket in self._buckets[stage]:
             bucket.send(self._member)
 
+    def _plan(self) -> list[str]:
+        """What this step reduces, in words."""
+        buffers = [
+            f"{describe(bucket.buffer)} of {'several stages' if stage == _SHARED else f'stage {stage}'}"
+            for stage, found in self._buckets.items()
+            for bucket in found
+        ]
+        return [f"what step {self._steps} ends with", *buffers]
+
     def _build(self, stages: Sequence[Stage], shared: SharedParameters) -> None:
         """Makes the buckets, and makes them anew when parameters were frozen, thawed, replaced or cast."""
         tied = shared.parameters()
-        trained = [
+        trained = {
             # Backward reaches the last parameters first.
-            [p for p in reversed(stage.parameters()) if p.requires_grad and p not in tied]
+            stage.index: [
+                p
+                for p in reversed(stage.parameters())
+                if p.requires_grad and p not in tied and p not in stage.sharded.parameters
+            ]
             for stage in stages
-        ]
-        trained.append([p for p in tied if p.requires_grad])
-        built_for = [[(id(p), p.dtype, p.shape) for p in parameters] for parameters in trained]
+        }
+        trained[_SHARED] = [p for p in tied if p.requires_grad]
+        built_for = [[(id(p), p.dtype, p.shape) for p in parameters] for parameters in trained.values()]
         if built_for == self._built_for:
             return
-        for parameter in itertools.chain.from_iterable(trained):
+        for parameter in itertools.chain.from_iterable(trained.values()):
             if parameter.dtype not in _REDUCIBLE:
                 raise InvalidArgument(
                     f"a parameter is {describe(parameter)}; replicas reduce float64, float32, float16 and "
                     "bfloat16: freeze it, or cast it"
                 )
-        self._buckets = [fill_buckets(found, self._bucket_bytes, self._wire) for found in trained]
+        self._buckets = {
+            stage: fill_buckets(found, self._bucket_bytes, self._wire) for stage, found in trained.items()
+        }
         self._built_for = built_for

@@ -93,6 +93,9 @@ class LocalMember:
         self.size = group.size
         self._group = group
 
+    def begin(self, plan: Sequence[str], timeout: float) -> None:
+        """Does nothing: what does not match is found when all have called."""
+
     def all_reduce(self, tensor: Tensor) -> "LocalWork":
         """Begins to replace ``tensor`` by the mean of all members' tensors, and returns at once."""
         if not (tensor.is_floating_point() and tensor.is_contiguous()):

@@ -1,5 +1,6 @@
 """What a replica sees of its group, whatever carries the tensors."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -23,6 +24,12 @@ class Member(Protocol):
 
     rank: int
     size: int
+
+    def begin(self, plan: Sequence[str], timeout: float) -> None:
+        """Called as a step begins, with what it is going to reduce, in words: the same for all members.
+
+        Each reduction of the step fails where another member's has not begun ``timeout`` seconds after it.
+        """
 
     def all_reduce(self, tensor: Tensor) -> Work:
         """Begins to replace ``tensor`` by the mean of all members' tensors, and returns at once.

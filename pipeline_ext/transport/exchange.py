@@ -11,9 +11,14 @@ from .. import _C
 from .channel import Channel, Passage
 from .link import FREE_LINK, LocalLink
 from .remote import Incoming, Outgoing, Receiver
+from .skip_channel import SkipChannel
 
 if TYPE_CHECKING:
     from ..step import Step
+
+
+AnyChannel = Channel | Outgoing | Incoming | None
+EndOf = Callable[[int, int, int, torch.dtype | None, str | None], Outgoing | Incoming | None]
 
 
 class Messages(NamedTuple):
@@ -25,13 +30,15 @@ class Messages(NamedTuple):
     packed_nbytes: int  # 0 where the results were handed over
     result_nbytes: int  # of the first microbatch
     seconds: float  # that the link spent on them
+    skip: str | None = None  # its name, where they went on from there to a stage further away
 
 
 class Exchange:
     """What the stages of a plan give one another: activations forward, gradients backward.
 
-    Between stages of one rank nothing is packed, and there are no messages. What goes to another process takes
-    along what is known here of the step: how many rows there are, and what stages have added to the loss.
+    Neighbours do, and both ends of a skip. Between stages of one rank nothing is packed, and there are no
+    messages. What goes to another process takes along what is known here of the step: how many rows there are,
+    and what stages have added to the loss.
     """
 
     def __init__(
@@ -41,31 +48,48 @@ class Exchange:
         wire_forward: Sequence[torch.dtype | None] = (),
         link: LocalLink = FREE_LINK,
         passage_of: Callable[[int, str], Passage] | None = None,
-        ends: Callable[..., Callable[[int, str], Outgoing | Incoming | None]] | None = None,
+        skips: Sequence[str] = (),
+        end_of: EndOf | None = None,
     ) -> None:
         """``wire`` and ``wire_forward``: types of gradients and activations by boundary; empty: their own.
 
         ``passage_of``: of ranks on streams of devices, what looks after the memory of activations ("F") or
         gradients ("B") that cross a boundary.
 
-        ``ends``: of ranks that are processes, given the wires makes what finds this one's end of a way, if it
-        has one.
+        ``skips``: names of the plan's skips. One travels as the type that its sender sends across its boundary.
+
+        ``end_of``: of ranks that are processes, this one's end of a way between two of them, if it has one.
         """
         self.num_stages = plan.num_stages
         self._trains = plan.has_backward
         ranks = plan.rank_of_stage
         self._crossing = [a != b for a, b in zip(ranks, ranks[1:])]
-        end_of = None if ends is None else ends(wire, wire_forward)
+
+        def skip_channel(
+            skip: _C.Skip,
+            sender: int,
+            receiver: int,
+            pack: int,
+            wires: Sequence[torch.dtype | None],
+            name: str,
+        ) -> AnyChannel:
+            if ranks[sender] == ranks[receiver]:
+                return Channel(plan.num_microbatches)
+            wire = wires[sender if sender < receiver else sender - 1] if wires else None
+            if end_of is not None:
+                return end_of(sender, receiver, pack, wire, name)
+            return Channel(plan.num_microbatches, pack, wire, plan.limits[skip.source], link)
 
         def channel(
             boundary: int, way: str, pack: int, wires: Sequence[torch.dtype | None]
-        ) -> Channel | Outgoing | Incoming | None:
-            if end_of is not None and self._crossing[boundary]:
-                return end_of(boundary, way)
+        ) -> AnyChannel:
             passage = None if passage_of is None else passage_of(boundary, way)
             if not self._crossing[boundary]:
                 return Channel(plan.num_microbatches, passage=passage)
             wire = wires[boundary] if wires else None
+            if end_of is not None:
+                between = (boundary, boundary + 1) if way == "F" else (boundary + 1, boundary)
+                return end_of(*between, pack, wire, None)
             # Activations are in use as long as the receiver's microbatch is in flight, gradients as long as
             # theirs is; both are the stage's that holds more.
             in_flight = plan.limits[boundary]
@@ -73,31 +97,41 @@ class Exchange:
 
         self._forward = [channel(b, "F", k, wire_forward) for b, k in enumerate(plan.packs_forward)]
         self._backward = [channel(b, "B", k, wire) for b, k in enumerate(plan.packs)]
-        self._here = [c for c in (*self._forward, *self._backward) if c is not None]
-        self._remote = [c for c in self._here if isinstance(c, (Outgoing, Incoming))]
+        self._skips: dict[str, SkipChannel] = {}
+        self._crossing_skips: list[tuple[str, _C.Skip]] = []
+        to_stage = [
+            [*self._forward[max(s - 1, 0) : s], *self._backward[s : s + 1]] for s in range(plan.num_stages)
+        ]
+        for name, skip in zip(skips, plan.skips, strict=True):
+            forward = skip_channel(skip, skip.source, skip.target, skip.pack_forward, wire_forward, name)
+            backward = skip_channel(skip, skip.target, skip.source, skip.pack, wire, name)
+            self._skips[name] = SkipChannel(name, forward, backward)
+            to_stage[skip.target].append(forward)
+            to_stage[skip.source].append(backward)
+            if ranks[skip.source] != ranks[skip.target]:
+                self._crossing_skips.append((name, skip))
+        of_skips = [c for skip in self._skips.values() for c in (skip.forward, skip.backward)]
+        self._neighbours = [c for c in (*self._forward, *self._backward) if c is not None]
+        self._remote = [c for c in (*self._neighbours, *of_skips) if isinstance(c, Outgoing | Incoming)]
         self._releasing = [  # by stage: the channels to it whose results lie in buffers
-            [
-                c
-                for c in (*self._forward[max(s - 1, 0) : s], *self._backward[s : s + 1])
-                if c is not None and not c.hands_over and not isinstance(c, Outgoing)
-            ]
-            for s in range(plan.num_stages)
+            [c for c in channels if c is not None and not c.hands_over and not isinstance(c, Outgoing)]
+            for channels in to_stage
         ]
         self._step: Step | None = None
 
     @property
     def packs(self) -> bool:
         """Whether any results are packed, not handed over."""
-        return any(not channel.hands_over for channel in self._here)
+        return any(not channel.hands_over for channel in self._neighbours)
 
     def begin(self, step: "Step") -> None:
         """Prepares for a step."""
         self._step = step
-        for channel in self._here:
+        for channel in (*self._neighbours, *self._skips.values()):
             if isinstance(channel, Incoming):
                 continue  # it begins with ``listen``
             channel.begin()
-            if not self._trains and isinstance(channel, Channel):
+            if not self._trains and not isinstance(channel, Outgoing):
                 channel.forget()  # an evaluation does not depend on those before
 
     def listen(self, receiver: Receiver) -> None:
@@ -131,17 +165,25 @@ class Exchange:
 
     def end(self) -> None:
         """Lets go of what a step that failed has left on its way."""
-        for channel in self._here:
+        for channel in (*self._neighbours, *self._skips.values()):
             channel.end()
         self._step = None
 
     def messages(self) -> list[Messages]:
         """What the step has sent between ranks."""
-        return [
-            Messages(b, way, c.sent, c.packed_nbytes, c.result_nbytes, c.seconds)
+        crossing = [
+            (way, b, c, None)
             for way, channels in (("forward", self._forward), ("backward", self._backward))
             for b, c in enumerate(channels)
-            if self._crossing[b] and c is not None and not isinstance(c, Incoming)
+            if self._crossing[b]
+        ]
+        for name, skip in self._crossing_skips:
+            crossing.append(("forward", skip.source, self._skips[name].forward, name))
+            crossing.append(("backward", skip.target - 1, self._skips[name].backward, name))
+        return [
+            Messages(b, way, c.sent, c.packed_nbytes, c.result_nbytes, c.seconds, skip)
+            for way, b, c, skip in crossing
+            if c is not None and not isinstance(c, Incoming)
         ]
 
     def send_value(self, stage: int, m: int, value: Any) -> None:
@@ -195,7 +237,27 @@ class Exchange:
                 self._step.learn_loss(loss)
         return gradients
 
+    def send_skip(self, stage: int, name: str, m: int, tensor: Tensor) -> None:
+        """Sends what ``stage`` has stashed of microbatch ``m`` to the stage that pops it."""
+        self._skips[name].send(m, tensor)
+
+    def receive_skip(self, stage: int, name: str, m: int) -> Tensor:
+        """What an earlier stage has stashed for ``stage``.
+
+        Raises PipelineError where a stage between has changed it in place.
+        """
+        return self._skips[name].receive(m)
+
+    def send_skip_gradient(self, stage: int, name: str, m: int, gradient: Tensor | None) -> None:
+        """Sends the gradient of what ``stage`` has popped back."""
+        self._skips[name].backward.send(m, (gradient,))
+
+    def receive_skip_gradient(self, stage: int, name: str, m: int) -> Tensor | None:
+        """The gradient of what ``stage`` has stashed."""
+        (gradient,) = self._skips[name].backward.receive(m)
+        return gradient
+
     def release(self, stage: int, m: int) -> None:
-        """``stage`` needs no more what its neighbours have sent it of microbatch ``m``."""
+        """``stage`` needs no more what other stages have sent it of microbatch ``m``."""
         for channel in self._releasing[stage]:
             channel.release(m)

@@ -47,25 +47,25 @@ class Line(NamedTuple):
 
 
 class Way(NamedTuple):
-    """What crosses a boundary in one direction in each step."""
+    """What goes from one stage to another in each step."""
 
-    boundary: int
-    direction: str  # "forward" or "backward"
+    where: str  # for people
+    what: str  # "activations" or "gradients"
+    receiver: int  # stage
     groups: Sequence[Sequence[int]]  # the microbatches of each message, in the order in which these leave
     wire: torch.dtype | None
-    in_flight: int  # microbatches that the stage before the boundary may hold at once
+    in_flight: int  # microbatches that the earlier stage may hold at once
 
     @property
     def room(self) -> int:
-        """Messages whose results the stage before the boundary may hold at once, and one on its way."""
+        """Messages whose results the earlier stage may hold at once, and one on its way."""
         return -(-self.in_flight // max(map(len, self.groups))) + 2
 
     def describe(self, index: int) -> str:
         """A message, for people."""
-        what = "activations" if self.direction == "forward" else "gradients"
         group = ", ".join(map(str, self.groups[index]))
         plural = "es" if len(self.groups[index]) > 1 else ""
-        return f"the {what} of microbatch{plural} {group} across boundary {self.boundary}"
+        return f"the {self.what} of microbatch{plural} {group} {self.where}"
 
 
 class _Known:
@@ -186,7 +186,7 @@ class Outgoing:
         self.seconds += time.perf_counter() - begin
 
     def _take(self, nbytes: int) -> Tensor:
-        # Of so many messages the first has been received: its microbatches have left the stage before.
+        # Of so many messages the first has been received: its microbatches have left the earlier stage.
         while len(self._pending) >= self._way.room:
             works, buffer = self._pending.popleft()
             for work in works:
@@ -219,7 +219,7 @@ class Incoming:
         self.sent = self.packed_nbytes = self.result_nbytes = 0
         self.seconds = 0.0
         self._thread = threading.Thread(
-            target=self._serve, name=f"pe from {line.peer} {way.direction}", daemon=True
+            target=self._serve, name=f"pe from {line.peer}", daemon=True
         )
         self._thread.start()
 
@@ -299,7 +299,7 @@ class Incoming:
             for m, part in zip(groups[index], contents.parts):
                 self._arrived[m] = Result(message, part)
             del message, buffer, work
-            receiver.deliver(self._tasks[index])
+            receiver.deliver(self._tasks[index], self._way.receiver, groups[index])
         self._next = len(groups)
 
     def _open(
@@ -342,7 +342,7 @@ class _NoMore(Exception):
 class Receiver(NamedTuple):
     """Whom an incoming channel tells of what has come."""
 
-    deliver: Callable[[int], object]  # that a task is done
+    deliver: Callable[[int, int, Sequence[int]], object]  # what a task sent a stage of these microbatches
     fail: Callable[[Exception], object]
 
 

@@ -1,0 +1,82 @@
+"""Parameters that stages in several processes hold.
+
+Each of these processes has one of its own. They begin equal, and when a step has ended each has the sum of all
+their gradients; so optimizers keep them equal.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .group import Processes
+
+Add = Callable[[Tensor, dist.ProcessGroup], None]  # makes a tensor the sum of those of a group's processes
+
+
+class _Tie(NamedTuple):
+    """A parameter that this process and others hold."""
+
+    owner: nn.Module
+    name: str
+    group: dist.ProcessGroup  # of them all
+    first: int  # of them, as a number in the world
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.owner._parameters[self.name]
+
+
+class Ties:
+    """The parameters of this process that others hold, too; made by all processes of a pipeline together."""
+
+    def __init__(
+        self, stages: Sequence[nn.Module | Any], rank_of_stage: Sequence[int], processes: Processes
+    ) -> None:
+        """To be made before the stages get memory here and none elsewhere, which would tell them apart."""
+        holders: dict[nn.Parameter, set[int]] = {}
+        places: dict[nn.Parameter, tuple[nn.Module, str]] = {}  # of this process
+        for stage, rank in zip(stages, rank_of_stage):
+            for owner in stage.modules() if isinstance(stage, nn.Module) else ():
+                for name, parameter in owner._parameters.items():
+                    if parameter is not None:
+                        holders.setdefault(parameter, set()).add(rank)
+                        if rank == processes.rank:
+                            places.setdefault(parameter, (owner, name))
+        groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._ties = []
+        for parameter, ranks in holders.items():
+            if len(ranks) > 1 and parameter in places:
+                members = tuple(processes.members[rank] for rank in sorted(ranks))
+                if members not in groups:
+                    groups[members] = processes.new_group(members)
+                self._ties.append(_Tie(*places[parameter], groups[members], members[0]))
+
+    def make_equal(self) -> None:
+        """Gives all the values that the first process has."""
+        with torch.no_grad():
+            for tie in self._ties:
+                dist.broadcast(tie.parameter, tie.first, group=tie.group)
+
+    def begin(self) -> None:
+        """Leaves the gradients of earlier steps to the first process alone, lest they count several times."""
+        for tie in self._ties:
+            if tie.first != dist.get_rank():
+                tie.parameter.grad = None
+
+    def end(self, add: Add) -> None:
+        """Gives each process the sum of all gradients; where none has one, there is none."""
+        for tie in self._ties:
+            parameter = tie.parameter
+            reached = torch.tensor(float(parameter.grad is not None))
+            add(reached, tie.group)
+            if not reached:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            total = parameter.grad.contiguous()
+            add(total, tie.group)
+            if total is not parameter.grad:
+                parameter.grad.copy_(total)

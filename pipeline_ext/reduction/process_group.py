@@ -1,0 +1,267 @@
+"""Replicas in processes of their own, over torch.distributed."""
+
+import hashlib
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions
+
+from .. import arguments
+from ..boundary import describe
+from ..errors import InvalidArgument, ReductionError, StepTimeout
+from ..processes.notice import Notices
+
+_GRACE = 2.0  # seconds that a process has to answer; a thread of its own does, whatever else computes
+
+
+class ProcessGroupMember:
+    """This process's place among replicas that are the processes of a torch.distributed group, on CPUs.
+
+    The processes of the group make theirs together: each opens connections (gloo) of its own, so that nothing
+    else that uses the group gets between its reductions. A mean is the sum divided by the number of replicas, the
+    same bits in each; both are rounded to the tensors' own type, and float16 is divided first, lest a sum overflow.
+
+    As a step begins the replicas compare what they are about to reduce. None waits for that: the first buffers are
+    held back until it is known to be the same. After ``abort`` or any failure the other processes are told, and the
+    member is of no more use.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, timeout: float = 300.0) -> None:
+        """Returns when all processes of ``group`` have called it, within ``timeout`` seconds.
+
+        Raises InvalidArgument for anything but a process group, dist.DistError if some have not come.
+        """
+        arguments.check_type("group", group, dist.ProcessGroup)
+        self._group = dist.new_group(
+            dist.get_process_group_ranks(group),
+            timedelta(seconds=timeout),
+            backend="gloo",
+            use_local_synchronization=True,
+        )
+        self.rank = dist.get_rank(self._group)
+        self.size = dist.get_world_size(self._group)
+        self._processes = dist.get_process_group_ranks(self._group)
+        self._timeout = timedelta(seconds=timeout)
+        self._lock = threading.RLock()
+        self._calls = 0  # made so far, of begin and all_reduce
+        self._agreed = False  # that all reduce the same in this step
+        self._broken: Exception | None = None  # why they could not be compared
+        self._held: list[ProcessWork] = []  # until they have been
+        self._open: set[ProcessWork] = set()
+        self._failure: str | None = None
+        self._has_failed = threading.Event()
+        notices = Notices(self._group.get_group_store(), "notices", self.rank, self.size)
+        itself = weakref.ref(self)
+        notices.watch(lambda _, text: _fail(itself, text), lambda: _status(itself))
+        weakref.finalize(self, notices.close)
+        self._notices = notices
+
+    def begin(self, plan: Sequence[str], timeout: float) -> None:
+        """Begins to compare ``plan`` with the other members'; see ``Member``."""
+        self._timeout = timedelta(seconds=timeout)
+        with self._lock:
+            self._calls += 1
+            self._agreed = False
+        mine = torch.frombuffer(bytearray(_digest(plan)), dtype=torch.uint8)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        options = AllgatherOptions()
+        options.timeout = self._timeout
+        work = self._group.allgather([found], [mine], options)
+        work.get_future().add_done_callback(lambda future: self._compare(future, plan, mine, found))
+
+    def all_reduce(self, tensor: Tensor) -> "ProcessWork":
+        """Begins to replace ``tensor`` by the mean of all members' tensors, and returns at once."""
+        if not (tensor.is_floating_point() and tensor.is_contiguous() and tensor.device.type == "cpu"):
+            raise InvalidArgument(
+                f"the tensor is {describe(tensor)} of strides {tensor.stride()} on {tensor.device}; give a "
+                "contiguous one of a floating-point type, on the CPU"
+            )
+        with self._lock:
+            self._calls += 1
+            work = ProcessWork(self, self._calls, tensor)
+            if self._failure is not None:
+                work.future.set_exception(ReductionError(self._failure))
+            elif self._broken is not None:
+                work.future.set_exception(self._broken)
+            else:
+                self._open.add(work)
+                if self._agreed:
+                    work.start(self._group, self._timeout)
+                else:
+                    self._held.append(work)
+        return work
+
+    def check(self) -> None:
+        """Raises ReductionError if the group has failed."""
+        if self._failure is not None:
+            raise ReductionError(self._failure)
+
+    def abort(self, error: BaseException) -> None:
+        """Ends the group: whatever is not yet reduced fails for all members, with ``error`` as the reason."""
+        self._end(f"{self._name()} failed with {type(error).__name__}: {error}")
+
+    def fail(self, reason: str) -> None:
+        """Ends every reduction that is not over, in this process."""
+        with self._lock:
+            if self._failure is None:
+                self._failure = f"{reason}; the group of replicas has ended: make a new one, and new pipelines"
+            failed, self._open, self._held = self._open, set(), []
+        self._has_failed.set()
+        for work in failed:
+            work.future.set_exception(ReductionError(self._failure))
+
+    def settle(self, work: "ProcessWork", error: Exception | None) -> None:
+        """Ends one reduction, unless ``fail`` has."""
+        with self._lock:
+            if work not in self._open:
+                return
+            self._open.discard(work)
+        if error is None:
+            work.future.set_result(time.monotonic_ns())
+        else:
+            work.future.set_exception(error)
+
+    def lost(self, number: int, error: Exception, timeout: float | None) -> Exception:
+        """Call ``number`` failed here with ``error``, or for want of others within ``timeout`` seconds.
+
+        Finds out who is to blame, and tells all others.
+        """
+        calls = self._notices.ask(_GRACE)
+        others = (rank for rank in range(self.size) if rank != self.rank)
+        absent = [rank for rank in others if int(calls.get(rank, 0)) < number]
+        # Who answers and has not come waits for somebody too, and is about to say for whom.
+        if self._has_failed.wait(_GRACE if absent and calls.keys() >= set(absent) else 0):
+            return ReductionError(self._failure)
+        names = " and ".join(map(self._name, absent)) or "the other replicas"
+        if timeout is None:
+            reason = f"{self._name()} has lost {names}: {error}"
+        else:
+            reason = f"{self._name()} waited {timeout:g} seconds for {names}"
+        self._end(reason)
+        return (ReductionError if timeout is None else StepTimeout)(self._failure)
+
+    def __repr__(self) -> str:
+        return f"<replica {self.rank} of {self.size}, each a process>"
+
+    def _name(self, rank: int | None = None) -> str:
+        """A replica, for people; with no ``rank`` this one."""
+        rank = self.rank if rank is None else rank
+        return f"replica {rank} (process {self._processes[rank]})"
+
+    def _end(self, reason: str) -> None:
+        first = self._failure is None
+        self.fail(reason)
+        if first:
+            self._notices.tell(reason)
+
+    def _compare(
+        self, future: torch.futures.Future, plan: Sequence[str], mine: Tensor, found: Sequence[Tensor]
+    ) -> None:
+        """Sends what was held back, where all plans are the same."""
+        try:
+            future.value()
+        except RuntimeError as error:
+            with self._lock:
+                self._broken = error
+                for work in self._held:
+                    self.settle(work, error)
+                self._held = []
+            return
+        others = [rank for rank, digest in enumerate(found) if not torch.equal(digest, mine)]
+        if others:
+            self.fail(self._difference(plan, others[0]))
+            return
+        with self._lock:
+            self._agreed = True
+            for work in self._held:
+                work.start(self._group, self._timeout)
+            self._held = []
+
+    def _difference(self, plan: Sequence[str], other: int) -> str:
+        """Where it differs from another replica's, which finds that out too."""
+        store = self._group.get_group_store()
+        store.set(f"plan {self.rank}", "\n".join(plan))
+        try:
+            store.wait([f"plan {other}"], timedelta(seconds=_GRACE))
+        except dist.DistError:
+            return f"{self._name()} and {self._name(other)} do not reduce the same"
+        theirs = store.get(f"plan {other}").decode().splitlines()
+        pairs = itertools.zip_longest(plan, theirs, fillvalue="nothing more")
+        ours, its = next(pair for pair in pairs if pair[0] != pair[1])
+        return (
+            f"{self._name()} reduces {ours} where {self._name(other)} reduces {its}; replicas need equal models, "
+            "frozen alike, in equal pipelines"
+        )
+
+
+class ProcessWork:
+    """A reduction under way between processes; see ``Work``."""
+
+    def __init__(self, member: ProcessGroupMember, number: int, tensor: Tensor) -> None:
+        self.future: Future[int] = Future()
+        self._member = member
+        self._number = number
+        self._tensor = tensor
+        self._work: dist.Work | None = None
+        self._began = time.monotonic()
+
+    @property
+    def ended(self) -> int:
+        """When it ended, in nanoseconds of time.monotonic_ns."""
+        return self.future.result()
+
+    def start(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
+        """Hands the tensor to ``group``; a thread of that ends the reduction."""
+        options = AllreduceOptions()
+        options.timeout = timeout  # or the process could not exit while another is stopped
+        if self._tensor.dtype == torch.float16:
+            self._tensor.div_(self._member.size)
+        try:
+            self._work = group.allreduce([self._tensor], options)
+        except RuntimeError as error:
+            self._member.settle(self, error)
+            return
+        self._work.get_future().add_done_callback(self._end)
+
+    def wait(self, timeout: float) -> None:
+        """Returns when the tensor holds the mean."""
+        try:
+            self.future.result(timeout)
+        except ReductionError:
+            raise
+        except (TimeoutError, RuntimeError) as error:
+            is_late = isinstance(error, TimeoutError) or time.monotonic() - self._began >= timeout
+            raise self._member.lost(self._number, error, timeout if is_late else None) from error
+
+    def _end(self, future: torch.futures.Future) -> None:
+        try:
+            future.value()
+        except RuntimeError as error:
+            self._member.settle(self, error)
+            return
+        if self._tensor.dtype != torch.float16:
+            self._tensor.div_(self._member.size)
+        self._member.settle(self, None)
+
+
+def _digest(plan: Sequence[str]) -> bytes:
+    return hashlib.sha256("\n".join(plan).encode()).digest()
+
+
+def _fail(member: weakref.ref[ProcessGroupMember], reason: str) -> None:
+    if (found := member()) is not None:
+        found.fail(reason)
+
+
+def _status(member: weakref.ref[ProcessGroupMember]) -> str:
+    """How many calls it has made, for others who miss one."""
+    found = member()
+    return "0" if found is None else str(found._calls)
