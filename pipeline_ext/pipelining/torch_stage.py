@@ -105,7 +105,7 @@ class TorchStage(Stage):
         except Exception:
             self._entrance.failed()
             raise
-        self._in_flight[m] = _InFlight(received, popped=[], sent=[], stashed=[], losses=[])
+        self._in_flight[m] = _InFlight(received, [], [], [], [])
         if not self.torch_stage.is_last:
             self._came[m] = came
         elif step.keep_outputs:

@@ -88,11 +88,9 @@ class ProcessEngine(HostEngine):
         return super().run(route, timeout=timeout, record=record)
 
     def settle(self, route: HostRoute) -> None:
-        settled = threading.Event()
-        self._failure.interrupt = settled.set  # a process that has failed may never come for what was sent
+        settled = self._failure.begin_wait()  # a process that has failed may never come for what was sent
         threading.Thread(target=_flush, args=(route.exchange, settled), name="pe settling", daemon=True).start()
-        if not self.dead:
-            settled.wait()
+        settled.wait()
 
     def failed(self, reason: str) -> None:
         self._failure.tell(reason)
@@ -112,7 +110,6 @@ class _Failure:
         self._over = threading.Event()  # what this process waits for outside of the executor
         self.is_known = False
         self.error: Exception | None = None  # of another process
-        self.interrupt: Callable[[], object] = bool  # is called when a failure is known
 
     def watch(self, executor: _C.HostExecutor) -> None:
         """Stops what ``executor`` runs once another process has failed."""
@@ -149,7 +146,6 @@ class _Failure:
         self.is_known = True
         self.error = error
         self._over.set()
-        self.interrupt()
         self._executor.fail(error)
 
 
