@@ -87,8 +87,8 @@ class Processes:
     def new_group(members: Sequence[int]) -> dist.ProcessGroup:
         """Of these processes, numbers in the world, for one purpose; all of a pipeline make it together.
 
-        A process that is not among them gets a group of its own, for torch names groups by how many each process
-        has made before, and later ones could not meet.
+        A process that is not among them gets a group of its own, for torch names groups by how many each
+        process has made before, and later ones could not meet.
         """
         here = dist.get_rank()
         members = list(members) if here in members else [here]
