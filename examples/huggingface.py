@@ -5,8 +5,8 @@ In one process, or in as many as there are stages:
     python examples/huggingface.py llama
     torchrun --nproc-per-node 2 examples/huggingface.py gpt2
 
-The weights are random, the models tiny; nothing is downloaded. In the pipeline's state a parameter's name is the
-stage's number, "model", and its name in transformers: ``0.model.transformer.wte.weight``.
+The weights are random, the models tiny; nothing is downloaded. In the pipeline's state a parameter's name is
+the stage's number, "model", and its name in transformers: ``0.model.transformer.wte.weight``.
 """
 
 import copy

@@ -41,8 +41,8 @@ def check_scaler(scaler: Any, optimizer: torch.optim.Optimizer | None, many: boo
     if many and scaler.is_enabled() and not isinstance(scaler, ShardedGradScaler):
         raise InvalidArgument(
             f"scaler is a {type(scaler).__name__}, with which one process could skip a step that others take; "
-            "give torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...), of those that "
-            'hold the stages, as mesh.get_group("pp")'
+            "give torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...), of those "
+            'that hold the stages, as mesh.get_group("pp")'
         )
     if optimizer is not None:
         raise InvalidArgument(

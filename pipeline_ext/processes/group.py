@@ -85,9 +85,15 @@ class Processes:
 
     @staticmethod
     def new_group(members: Sequence[int]) -> dist.ProcessGroup:
-        """Of these processes, numbers in the world, for one purpose."""
+        """Of these processes, numbers in the world, for one purpose; all of a pipeline make it together.
+
+        A process that is not among them gets a group of its own, for torch names groups by how many each
+        process has made before, and later ones could not meet.
+        """
+        here = dist.get_rank()
+        members = list(members) if here in members else [here]
         # What waits longest is a receive, through a whole step; the step itself says when that is too long.
-        return dist.new_group(list(members), timedelta(days=1), "gloo", use_local_synchronization=True)
+        return dist.new_group(members, timedelta(days=1), "gloo", use_local_synchronization=True)
 
     def notices(self) -> Notices:
         """What tells all these processes of a failure."""

@@ -48,11 +48,12 @@ class Ties:
         groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._ties = []
         for parameter, ranks in holders.items():
-            if len(ranks) > 1 and parameter in places:
+            if len(ranks) > 1:
                 members = tuple(processes.members[rank] for rank in sorted(ranks))
                 if members not in groups:
                     groups[members] = processes.new_group(members)
-                self._ties.append(_Tie(*places[parameter], groups[members], members[0]))
+                if parameter in places:
+                    self._ties.append(_Tie(*places[parameter], groups[members], members[0]))
 
     def make_equal(self) -> None:
         """Gives all the values that the first process has."""
