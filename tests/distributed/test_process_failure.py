@@ -1,0 +1,114 @@
+"""One process of a pipeline is killed, stopped or raises in the middle of a step: all others end, and say why."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from processes import Gone, die, freeze, outcomes
+from torch import nn
+
+import pipeline_ext as pe
+
+MICROBATCHES = 4
+
+
+class Faulty(nn.Module):
+    """Does ``fault`` in its sixth forward: that of microbatch 1 in the second step."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.inner, self.fault, self.forwards = nn.Linear(4, 4), fault, 0
+
+    def forward(self, x):
+        self.forwards += 1
+        if self.forwards == MICROBATCHES + 2:
+            self.fault()
+        return self.inner(x)
+
+
+def complain():
+    raise ValueError("poisoned")
+
+
+def two_steps(victim, fault, timeout):
+    """A pipeline of one stage for each process, and what its second step raised."""
+    stages = [nn.Linear(4, 4) for _ in range(dist.get_world_size())]
+    stages[victim] = Faulty(fault)
+    pipe = pe.Pipeline(
+        stages, None, MICROBATCHES, "1f1b", F.mse_loss, mesh=dist.group.WORLD, timeout=timeout
+    )
+    x, y = torch.randn(8, 4), torch.randn(8, 4)
+    pipe.step(x, target=y)
+    with pytest.raises(pe.PipelineError) as failed:
+        pipe.step(x, target=y)
+    return pipe, failed.value, (x, y)
+
+
+def fail(victim, fault, timeout):
+    pipe, error, (x, y) = two_steps(victim, fault, timeout)
+    assert all(p.grad is None for module in pipe.stage_modules for p in module.parameters())
+    for again in (lambda: pipe.step(x, target=y), lambda: pipe.eval(x)):
+        with pytest.raises(pe.DeadPipeline, match="it failed in one of its processes; make a new one"):
+            again()
+    pipe.close()
+    return type(error), str(error)
+
+
+@pytest.mark.parametrize("fault", [complain, die, freeze])
+@pytest.mark.parametrize("size, victim", [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)])
+def test_every_other_process_names_the_one_that_failed_and_what_was_waited_for(size, victim, fault):
+    # A process that is gone is found out by its connections; only one that is stopped takes the pipeline's time.
+    found = outcomes(size, fail, victim, fault, 3 if fault is freeze else 300, timeout=50)
+    of_victim = found.pop(victim)
+    if fault is complain:
+        kind, text = of_victim
+        assert kind is pe.StageError and "raised ValueError: poisoned" in text
+    else:
+        assert isinstance(of_victim, Gone)
+    for outcome in found:
+        assert isinstance(outcome, tuple), outcome
+        kind, text = outcome
+        assert kind in ((pe.PeerError, pe.StepTimeout) if fault is freeze else (pe.PeerError,))
+        assert f"process {victim}" in text
+        assert re.search(
+            r"the (activations|gradients) of microbatch \d across boundary \d from rank \d \(process \d\)", text
+        )
+        assert "every .grad of the model is None" in text
+        assert "the pipeline is dead, for it failed in one of its processes: make a new one" in text
+
+
+@pytest.mark.parametrize("fault", ["die", "complain"])
+def test_the_interpreter_of_the_others_ends_with_the_error_and_no_abort(fault):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
+    programs = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(store.port), fault],
+            env={**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _, text = programs[0].communicate(timeout=50)
+        programs[1].communicate(timeout=50)
+    finally:
+        for program in programs:
+            program.kill()
+    assert programs[0].returncode == 1, text
+    assert programs[1].returncode == (1 if fault == "complain" else -9)
+    assert "pipeline_ext.errors.PeerError" in text and "process 1" in text
+
+
+if __name__ == "__main__":
+    this, port, name = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    at = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=at, rank=this, world_size=2)
+    raise two_steps(1, {"die": die, "complain": complain}[name], 300)[1]
