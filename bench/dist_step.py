@@ -1,7 +1,7 @@
 """A training step in two gloo processes of one thread each: Pipeline(mesh=), the drop-in classes, and the peer.
 
-All take turns with plain accumulation on one core. Beside each step of ours stands what its plan promises: the plan
-simulated with the times that the step's own processes measured. Writes bench/results/dist_step.json.
+All take turns with plain accumulation on one core. Beside each step of ours stands what its plan promises: the
+plan simulated with the times that the step's own processes measured. Writes bench/results/dist_step.json.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def promised(schedule: str, microbatches: int, of_ranks: list) -> float:
     import pipeline_ext as pe
 
     forward, backward = ([max(times) for times in zip(*of_kind)] for of_kind in zip(*of_ranks))
-    plan = pe.build_plan(schedule, num_stages=len(forward), microbatches=microbatches, num_ranks=2, reactive=True)
+    plan = pe.build_plan(
+        schedule, num_stages=len(forward), microbatches=microbatches, num_ranks=2, reactive=True
+    )
     return pe.simulate(plan, pe.Costs(forward=forward, backward=backward)).makespan
 
 

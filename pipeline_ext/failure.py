@@ -21,7 +21,10 @@ def step_error(
     training: bool,
     awaited: Sequence[str],
 ) -> BaseException:
-    """The exception for a step that did not come to its end; ``awaited``: what of other processes' had not come."""
+    """The exception for a step that did not come to its end.
+
+    ``awaited``: what had not come from other processes.
+    """
     state = _state(engine, training)
     if result.outcome == "failed":
         return _failure(plan, result, state, awaited)
@@ -47,7 +50,7 @@ def reason(plan: _C.Plan, result: StepResult, timeout: float, awaited: Sequence[
 def _failure(
     plan: _C.Plan, result: StepResult, state: str, awaited: Sequence[str]
 ) -> BaseException:
-    """A stage's code has raised, or a device or another process has failed; chained to the original exception."""
+    """A stage's code has raised, or a device or another process has failed; chained to the original."""
     error = result.error
     if isinstance(error, DeviceError) and result.failed_task is None:
         return DeviceError(f"{error}; {state}")

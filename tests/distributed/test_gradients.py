@@ -84,7 +84,7 @@ def test_every_schedule_and_k_gives_plain_gradients_with_a_message_for_each_grou
 def random_runs(seed, runs):
     chance = random.Random(seed)
     ranks = dist.get_world_size()
-    for number in range(runs):
+    for _ in range(runs):
         name = chance.choice(NAMES)
         microbatches = 2 * chance.randint(ranks, 4)
         layers = [Delayed(layer, chance.random() + dist.get_rank()) for layer in chain(8)]
