@@ -56,7 +56,8 @@ def cut(
 
     Args:
         model: an ``nn.Sequential``, a module whose children run in order (with ``cuts``), or the list of
-            stage modules itself, or of functions that make them. Nested sequentials and module lists are opened.
+            stage modules itself, or of functions that make them. Nested sequentials and module lists are
+            opened.
         num_stages: how many; may be left out where ``model`` or ``cuts`` say it.
         cuts: the layers, by name or position, at which a new stage begins.
         balance: ``"parameters"`` makes the largest stage as small as it can be by parameter count;

@@ -107,8 +107,8 @@ class Pipeline(UnsplitModel):
         reduction: gives each of several replicas of the pipeline the mean of their gradients. None: one is made
             for the replicas of ``mesh``, if it has any.
         mesh: the processes that share the pipeline, one for each rank; all make it, with the same arguments. A
-            ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one; or
-            a process group. None: this process has all ranks.
+            ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one;
+            or a process group. None: this process has all ranks.
 
     Raises:
         InvalidArgument: for anything above that cannot be used (InvalidSchedule for ``schedule``).

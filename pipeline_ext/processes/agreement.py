@@ -18,7 +18,8 @@ Settings = Mapping[str, list[str]]
 def check_agreement(processes: Processes, settings: Settings, timeout: float) -> None:
     """Raises InvalidArgument, in every process, where two of them differ in what both have named.
 
-    ``settings`` are lines by name. Raises PeerError for processes that have not come within ``timeout`` seconds.
+    ``settings`` are lines by name. Raises PeerError for processes that have not come within ``timeout``
+    seconds.
     """
     store, everyone = processes.store, processes.everyone
 

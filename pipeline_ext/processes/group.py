@@ -53,8 +53,8 @@ class Processes:
             return None
         if not dist.is_initialized():
             raise InvalidArgument(
-                "mesh names processes, and there are none yet: call torch.distributed.init_process_group first, "
-                "in a script that torchrun starts"
+                "mesh names processes, and there are none yet: call torch.distributed.init_process_group "
+                "first, in a script that torchrun starts"
             )
         if isinstance(mesh, dist.ProcessGroup):
             return cls(mesh, None, sorted(dist.get_process_group_ranks(mesh)))
@@ -65,8 +65,8 @@ class Processes:
         names = mesh.mesh_dim_names or ()
         if "pp" not in names:
             raise InvalidArgument(
-                f"mesh has the dimensions {list(names)}; name the one whose processes hold the stages 'pp', as in "
-                'init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))'
+                f"mesh has the dimensions {list(names)}; name the one whose processes hold the stages 'pp', "
+                'as in init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))'
             )
         if mesh.device_type != "cpu":
             raise InvalidArgument(

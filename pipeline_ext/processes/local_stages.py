@@ -39,7 +39,8 @@ def _made(index: int, stage: StageLike) -> nn.Module:
     module = stage()
     if not isinstance(module, nn.Module):
         raise InvalidArgument(
-            f"the function given for stage {index} returned a {type(module).__name__}; it is to return its nn.Module"
+            f"the function given for stage {index} returned a {type(module).__name__}; it is to return the "
+            "stage's nn.Module"
         )
     return module
 

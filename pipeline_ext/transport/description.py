@@ -1,4 +1,4 @@
-"""The contents of a message as bytes, for a receiver that has not seen one like it. JSON: nothing is pickled."""
+"""The contents of a message as bytes, for a receiver that has not seen one like it: JSON, and no pickle."""
 
 import json
 from typing import Any

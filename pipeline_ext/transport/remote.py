@@ -1,9 +1,9 @@
 """The two ends of one way across a boundary between stages of different processes.
 
 A message is a header and the packed results of a group. Its receiver expects what came last for that group, or
-before it; where something else comes, a message of the expected size says so, and what is to come follows, apart:
-first described, then itself. Both ends tell from the messages before what the other one knows. After a failure a
-header alone says that nothing more comes: gloo can end no receive that waits.
+before it; where something else comes, a message of the expected size says so, and what is to come follows,
+apart: first described, then itself. Both ends tell from the messages before what the other one knows. After a
+failure a header alone says that nothing more comes: gloo can end no receive that waits.
 """
 
 import contextlib
@@ -240,7 +240,7 @@ class Incoming:
             self._change.notify()
 
     def close(self, timeout: float) -> None:
-        """Ends the thread; one that waits for a process which does not send it leaves, after so many seconds."""
+        """Ends the thread, or leaves it after so many seconds to wait for a process that does not send."""
         self._steps.put(None)
         self._thread.join(timeout)
 
