@@ -123,8 +123,13 @@ def several_values():
             pair.step(*tree_batch(rows))
             found = pair.pipe.eval(tree_batch(rows)[0])
             assert found is None or set(found) == {"h", "skip", "mask", "ids"}
-    call = lambda model, x: model[1](model[0](*x, scale=0.5))  # noqa: E731
-    loss_fn = lambda out, target: F.mse_loss(out["sum"], target["y"])  # noqa: E731
+
+    def call(model, x):
+        return model[1](model[0](*x, scale=0.5))
+
+    def loss_fn(out, target):
+        return F.mse_loss(out["sum"], target["y"])
+
     with Pair([Weighted(), Joined()], loss_fn=loss_fn, stages=None, call=call) as pair:
         a, b = batch(6, 4)
         pair.step((a, b), {"y": torch.randn(6, 4)}, a, b, scale=0.5)
@@ -191,7 +196,8 @@ def losses_of_stages():
     torch.testing.assert_close(pipe.step(x, target=y), total)
     pipe.close()
     local = {p for module in pipe.stage_modules for p in module.parameters()}
-    compared = [(p, q) for s, t in zip(stages, plain) for p, q in zip(s.parameters(), t.parameters()) if p in local]
+    pairs = zip(nn.Sequential(*stages).parameters(), plain.parameters(), strict=True)
+    compared = [(p, q) for p, q in pairs if p in local]
     assert len(compared) == 4
     for p, q in compared:
         torch.testing.assert_close(p.grad, q.grad)
@@ -219,7 +225,13 @@ def stages_as_functions():
     stages = [lambda index=index: stage(index) for index in range(4)]
     pipe = pe.Pipeline(stages, None, 4, "interleaved-1f1b", F.mse_loss, mesh=dist.group.WORLD, timeout=20)
     assert made == [rank, rank + 2]
-    train_like(pipe, plain, dict(zip(made, pipe.stage_modules)))
+    with contextlib.closing(pipe):
+        x, y = batch(8, 12)
+        pipe.step(x, target=y)
+    reference_step(plain, x, y, 4, F.mse_loss)
+    for index, module in zip(made, pipe.stage_modules, strict=True):
+        for p, q in zip(module.parameters(), plain[index].parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
 
 
 def model_on_meta():
@@ -240,16 +252,6 @@ def model_on_meta():
     reference_step(plain, x, y, 4, F.mse_loss)
     for name in names:
         assert torch.equal(model.get_parameter(name).grad, plain.get_parameter(name).grad)
-
-
-def train_like(pipe, plain, local):
-    with contextlib.closing(pipe):
-        x, y = batch(8, 12)
-        pipe.step(x, target=y)
-    reference_step(plain, x, y, 4, F.mse_loss)
-    for index, module in local.items():
-        for p, q in zip(module.parameters(), plain[index].parameters(), strict=True):
-            assert torch.equal(p.grad, q.grad)
 
 
 @pytest.mark.parametrize("body", [stages_as_functions, model_on_meta])
