@@ -13,7 +13,6 @@ from ..host import HostEngine, HostRoute
 from ..recomputation import RecomputationGuard
 from ..reduction import GradientReduction
 from ..shared import SharedParameters
-from ..stage import Stage
 from ..transport.exchange import Exchange
 from ..transport.remote import Receiver
 from .ends import ends_of

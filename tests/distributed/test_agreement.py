@@ -10,7 +10,6 @@ from torch import nn
 
 import pipeline_ext as pe
 
-
 THREE_ON_TWO = [  # stage 2 returns to the first rank
     [f"{action}{m}" for m in range(4) for action in ("0F", "2F", "2B", "0B")],
     [f"{action}{m}" for m in range(4) for action in ("1F", "1B")],
@@ -30,6 +29,8 @@ def chain(*added, width=4):
     return lambda: nn.Sequential(*stages(width), *added)
 
 
+DEFAULT = chain()
+
 # What the error names, what process 0 is given, and what process 1.
 CASES = [
     ("schedule is gpipe in process 1 and 1f1b in process 0", {}, {"schedule": "gpipe"}),
@@ -46,7 +47,7 @@ CASES = [
 ]
 
 
-def make(model=chain(), num_stages=2, microbatches=4, schedule="1f1b", **options):
+def make(model=DEFAULT, num_stages=2, microbatches=4, schedule="1f1b", **options):
     return pe.Pipeline(
         model(), num_stages, microbatches, schedule, F.mse_loss, mesh=dist.group.WORLD, **options
     )

@@ -29,7 +29,7 @@ class Pair:
         )
 
     def step(self, x, y, *args, **kwargs):
-        """Trains both on a batch; ``args`` and ``kwargs``: how the pipeline is given ``x``, where not as one."""
+        """Trains both on a batch; ``args`` and ``kwargs``: how the pipeline is given ``x``, if not as one."""
         loss = self.pipe.step(*(args or (x,)), target=y, **kwargs)
         expected = reference_step(self.call, x, y, self.microbatches, self.loss_fn)
         torch.testing.assert_close(loss, expected)

@@ -1,4 +1,4 @@
-"""One process of a pipeline is killed, stopped or raises in the middle of a step: all others end, and say why."""
+"""One process of a pipeline is killed, stopped or raises in the middle of a step: all others end and say why."""
 
 import os
 import re
@@ -63,7 +63,7 @@ def fail(victim, fault, timeout):
 @pytest.mark.parametrize("fault", [complain, die, freeze])
 @pytest.mark.parametrize("size, victim", [(2, 1), (3, 0), (3, 1), (3, 2)])
 def test_every_other_process_names_the_one_that_failed_and_what_was_waited_for(size, victim, fault):
-    # A process that is gone is found out by its connections; only one that is stopped takes the pipeline's time.
+    # A process that is gone is found by its connections; only one that is stopped takes the pipeline's time.
     found = outcomes(size, fail, victim, fault, 3 if fault is freeze else 300, timeout=50)
     of_victim = found.pop(victim)
     if fault is complain:
