@@ -1,4 +1,4 @@
-"""One process of a pipeline is killed, stopped or raises in the middle of a step: all others end and say why."""
+"""One process of a pipeline is killed, stopped or raises in the middle of a step: others end and say why."""
 
 import os
 import re
