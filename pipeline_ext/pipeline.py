@@ -230,15 +230,15 @@ class Pipeline(UnsplitModel):
             check_agreement(
                 processes,
                 {
-                    "schedule": [f"{schedule}", plan.to_csv()],
                     "microbatches": [f"{microbatches}"],
                     "num_stages": [f"{len(modules)}"],
+                    "pack": [f"{plan.packs}, forward {plan.packs_forward}"],
+                    "schedule": [f"{schedule}", *plan.to_csv().splitlines()],
                     "wire": [f"{wire}"],
                     "wire_forward": [f"{wire_forward}"],
                     "loss_reduction": [loss_reduction],
                     "overlap": [f"{bool(overlap)}"],
                     "reactive": [f"{bool(reactive)}"],
-                    "pack": [f"{plan.packs}, forward {plan.packs_forward}"],
                     "in_flight": [f"{plan.limits}"],
                     **{
                         f"stage {index}": describe_module(module)

@@ -48,7 +48,7 @@ class ProcessEngine(HostEngine):
 
     @property
     def death(self) -> str:
-        return HostEngine.death if super().dead else "it failed in one of its processes"
+        return HostEngine.death if super().dead else self._failure.describe()
 
     @property
     def dead(self) -> bool:
@@ -85,7 +85,10 @@ class ProcessEngine(HostEngine):
 
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
         route.exchange.listen(Receiver(self._executor.deliver, self._failure.lost))
-        return super().run(route, timeout=timeout, record=record)
+        result = super().run(route, timeout=timeout, record=record)
+        if result.outcome == "timed out":
+            self._failure.seek()
+        return result
 
     def settle(self, route: HostRoute) -> None:
         settled = self._failure.begin_wait()  # a process that has failed may never come for what was sent
@@ -106,6 +109,7 @@ class _Failure:
         self._notices = notices
         self._everyone = everyone
         self._told = threading.Event()  # by another process
+        self._silent: list[int] = []
         self._executor: _C.HostExecutor | None = None
         self._over = threading.Event()  # what this process waits for outside of the executor
         self.is_known = False
@@ -134,6 +138,20 @@ class _Failure:
         if not self._told.wait(_GRACE):
             self._stop(error)
 
+    def seek(self) -> None:
+        """Finds out who does not answer: whom this process waits for may only wait for that one in turn."""
+        answered = self._notices.ask(_GRACE)
+        self._silent = [
+            process
+            for rank, process in enumerate(self._everyone)
+            if rank not in answered and process != dist.get_rank()
+        ]
+
+    def describe(self) -> str:
+        """For people."""
+        silent = "".join(f", and process {process} does not answer" for process in self._silent)
+        return f"it failed in one of its processes{silent}"
+
     def close(self) -> None:
         self._notices.close()
 
@@ -154,9 +172,7 @@ def _flush(exchange: Exchange, settled: threading.Event) -> None:
     settled.set()
 
 
-def _close(
-    close: Callable[[], None], exchanges: list[Exchange], failure: _Failure
-) -> None:
+def _close(close: Callable[[], None], exchanges: list[Exchange], failure: _Failure) -> None:
     for exchange in exchanges:
         exchange.close(_LEAVING if failure.is_known else _PARTING)
     close()
