@@ -1,7 +1,6 @@
 """The trace of a step that several processes have run, put together by that of rank 0."""
 
 import torch
-import torch.distributed as dist
 
 from ..errors import PeerError
 from ..report.merged import Part, merged
@@ -10,23 +9,22 @@ from ..transport.remote import Line
 from . import clocks
 from .group import Processes, seconds
 
+_TAG = 1 << 20  # of no message between stages
+
 
 class TraceGathering:
-    """Between the processes of a pipeline, on connections of its own."""
+    """Between the processes of a pipeline."""
 
     def __init__(self, processes: Processes, timeout: float) -> None:
         """``timeout``: seconds to wait for another process."""
         self._processes = processes
         self._timeout = seconds(timeout)
-        self._group: dist.ProcessGroup | None = None
 
     def gather(self, trace: Trace) -> Trace | None:
         """What all processes make of theirs, in rank 0's clock; None on the other ranks.
 
         Raises PeerError for a process that is gone, or does not come in time.
         """
-        if self._group is None:
-            self._group = self._processes.new_group(self._processes.members)
         part = Part.of(trace)
         if self._processes.rank > 0:
             self._give(part)
@@ -60,5 +58,5 @@ class TraceGathering:
 
     def _line(self, rank: int) -> Line:
         processes = self._processes
-        device = torch.device("cpu")
-        return Line(self._group, processes.members[rank], 0, processes.describe(rank), device)
+        name = processes.describe(rank)
+        return Line(processes.messages, processes.members[rank], _TAG, name, torch.device("cpu"))
