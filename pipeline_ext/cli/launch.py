@@ -25,6 +25,9 @@ def team() -> Iterator[Team]:
     if processes() == 1:
         yield Team()
         return
-    dist.init_process_group("gloo")
+    # Started again, processes find torchrun's store as those before have left it; gloo would call these.
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     yield Team(dist.group.WORLD)
     dist.destroy_process_group()  # after an error the process ends: others may not come to end it together
