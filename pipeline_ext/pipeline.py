@@ -455,15 +455,17 @@ class Pipeline(UnsplitModel):
         return self._stepper.trace
 
     def gather_trace(self) -> Trace | None:
-        """``trace`` with the tasks of all processes, in the clock of rank 0; there alone, None elsewhere.
+        """``trace`` with the tasks of all the pipeline's processes, in rank 0's clock; None on the other ranks.
 
-        All processes of the pipeline call it together; where there is only one it is ``trace``. Raises as that
-        does; PeerError where a process is gone, or does not come within ``timeout``.
+        All call it together; where there is one process it is ``trace``. Raises as that does; PeerError where a
+        process is gone, or does not come within ``timeout``; DeadPipeline.
         """
-        self._lifetime.check()
         trace = self.trace
+        if self._gathering is None:
+            return trace
+        self._lifetime.check()
         with self._lifetime.one_at_a_time("gather_trace was called"):
-            return trace if self._gathering is None else self._gathering.gather(trace)
+            return self._gathering.gather(trace)
 
     def profile(self) -> Profile:
         """Seconds of F, B, or I and W, and messages of one microbatch, measured in the last ``step``."""

@@ -85,10 +85,15 @@ def merged(plan: _C.Plan, parts: Sequence[Part], ahead: Sequence[int]) -> Trace:
         [part.peak_by_rank[rank] for rank, part in enumerate(parts)],
     )
     messages = [sent for part in parts for sent in part.messages]
-    trace = Trace(plan, record, sorted(messages, key=lambda m: (m.skip or "", m.direction, m.boundary)))
+    trace = Trace(plan, record, sorted(messages, key=_place))
     trace.add_reductions(
         (stage, begin - offset, end - offset, nbytes)
         for part, offset in zip(parts, ahead)
         for stage, begin, end, nbytes in part.reductions
     )
     return trace
+
+
+def _place(sent: Messages) -> tuple[str, bool, int]:
+    """Where they come in a trace."""
+    return sent.skip or "", sent.direction == "backward", sent.boundary
