@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from launcher import SMALL, command, environment, torchrun
+from launcher import SMALL, command, environment, torchrun, train
 
 from pipeline_ext.cli import main
 from pipeline_ext.lm import checkpoint
@@ -35,7 +35,7 @@ def undisturbed(tmp_path_factory, text):
     """A run of two processes: its folder, and what it printed."""
     out = tmp_path_factory.mktemp("two")
     args = [*SMALL, "--steps", STEPS, "--data", text, "--out", out, "--json", out / "summary.json"]
-    result = torchrun(2, *args, cwd=out)
+    result = torchrun(2, train(*args), out)
     assert result.returncode == 0, result.stderr
     return out, result
 
@@ -70,7 +70,7 @@ def test_after_a_process_was_killed_a_restart_goes_on_to_the_same_losses(
     """From the last checkpoint, or from the beginning where there was none."""
     args = [*SMALL, "--steps", STEPS, "--data", text, "--checkpoint-every", 3]
     again = ["--out", tmp_path / "run", "--resume", "auto"]
-    result = torchrun(2, *args, *again, cwd=tmp_path, restarts=1, dies_in=step)
+    result = torchrun(2, train(*args, *again, dies_in=step), tmp_path, restarts=1)
     assert result.returncode == 0, result.stderr
     resumed = re.findall(r"after step (\d+)", result.stdout)
     assert resumed == ([f"{checkpoint_before}"] if checkpoint_before else [])
@@ -79,13 +79,13 @@ def test_after_a_process_was_killed_a_restart_goes_on_to_the_same_losses(
 
 def test_what_was_begun_in_two_processes_goes_on_in_one_and_in_three(tmp_path, text, alone):
     args = [*SMALL, "--steps", STEPS, "--data", text, "--checkpoint-every", 2, "--out", tmp_path / "run"]
-    result = torchrun(2, *args, cwd=tmp_path, dies_in=4)
+    result = torchrun(2, train(*args, dies_in=4), tmp_path)
     assert result.returncode != 0 and len(losses(tmp_path / "run")) == 3
     first = ["train", "--resume", tmp_path / "run", "--out", tmp_path / "one", "--stages", 4]
     assert main([str(part) for part in first]) == 0
     assert losses(tmp_path / "one") == pytest.approx(alone, rel=1e-5)
     many = ["--resume", tmp_path / "run", "--out", tmp_path / "many", "--stages", 3, "--schedule", "zb-h1"]
-    result = torchrun(3, *many, cwd=tmp_path)
+    result = torchrun(3, train(*many), tmp_path)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "many") == pytest.approx(alone, rel=1e-5)
 
@@ -96,7 +96,7 @@ def test_what_was_begun_in_one_process_goes_on_in_two(tmp_path, text):
     more = ["--resume", tmp_path / "begun", "--steps", STEPS + 8]
     assert main(["train", *map(str, more), "--out", str(tmp_path / "one")]) == 0
     several = ["--stages", 4, "--schedule", "zbv", "--out", tmp_path / "two"]
-    result = torchrun(2, *more, *several, cwd=tmp_path)
+    result = torchrun(2, train(*more, *several), tmp_path)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert len(losses(tmp_path / "two")) == STEPS + 8
@@ -105,7 +105,7 @@ def test_what_was_begun_in_one_process_goes_on_in_two(tmp_path, text):
 def test_ctrl_c_ends_all_processes_after_the_same_step(tmp_path, text):
     out = tmp_path / "run"
     process = subprocess.Popen(
-        command(2, *SMALL, "--steps", 100000, "--data", text, "--out", out),
+        command(2, train(*SMALL, "--steps", 100000, "--data", text, "--out", out)),
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -133,6 +133,6 @@ def test_ctrl_c_ends_all_processes_after_the_same_step(tmp_path, text):
     ],
 )
 def test_what_does_not_suit_the_processes_is_refused_in_a_sentence(tmp_path, text, args, message):
-    result = torchrun(2, *SMALL, "--data", text, *args, cwd=tmp_path)
+    result = torchrun(2, train(*SMALL, "--data", text, *args), tmp_path)
     assert result.returncode != 0 and message in result.stderr
     assert "step" not in result.stdout and not (tmp_path / "runs").exists()
