@@ -128,7 +128,7 @@ def _devices(pipe: Pipeline, options: Options) -> str:
 
 
 def _save_last_step(training: Training, out: Path, display: Display) -> list[Path]:
-    """Writes what all processes did in the last step; returns the files."""
+    """Writes what all processes did in the last step, and simulates it; returns the files."""
     written = [out / "trace.json", out / "timeline.png"]
     try:
         trace = training.pipe.gather_trace()
