@@ -33,6 +33,7 @@ from .stepper import Stepper
 from .transport.exchange import Exchange
 from .transport.link import FREE_LINK, LocalLink
 from .unsplit import LocalModel, UnsplitModel, repeated_names
+from .wrapped import WrappedStages
 
 PackLike = int | str | Mapping[int, int | str]
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
@@ -274,8 +275,9 @@ class Pipeline(UnsplitModel):
         if scaler is not None:
             scaler.scale(torch.ones((), device=self._devices[-1]))  # the first call makes what is read then
         shared = SharedParameters({stage.index: stage.modules() for stage in self._stages})
+        wrapped = WrappedStages(self._stages, microbatches)
         self._engine = make_engine(
-            self._devices, plan, self._stages, exchange_of, shared, reduction, chooses_pack, processes
+            self._devices, plan, self._stages, exchange_of, shared, reduction, wrapped, chooses_pack, processes
         )
         if reduction is not None:
             try:
@@ -292,6 +294,7 @@ class Pipeline(UnsplitModel):
             shared,
             self._first_steps,
             reduction,
+            wrapped,
             optimizer,
             scaler,
             ties,

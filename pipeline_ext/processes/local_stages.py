@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument
-from ..sharded import ShardedLayers
+from ..wrapped import reduced_in
 from .group import Processes
 
 StageLike = nn.Module | Callable[[], nn.Module]
@@ -77,11 +77,10 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 def _make_equal(modules: Sequence[nn.Module], replicas: dist.ProcessGroup) -> None:
-    """Gives every replica the first one's parameters and buffers, except for parameters they share out."""
+    """Gives every replica the first one's parameters and buffers; what is sharded is each one's own."""
     first = dist.get_process_group_ranks(replicas)[0]
+    own = reduced_in(modules)
     with torch.no_grad():
-        sharded = ShardedLayers(modules).parameters
         for tensor in dict.fromkeys(t for m in modules for t in (*m.parameters(), *m.buffers())):
-            if tensor in sharded:
-                continue
-            dist.broadcast(tensor, first, group=replicas)
+            if tensor not in own:
+                dist.broadcast(tensor, first, group=replicas)
