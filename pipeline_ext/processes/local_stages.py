@@ -1,6 +1,7 @@
 """The stages of the model that this process runs."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,12 @@ StageLike = nn.Module | Callable[[], nn.Module]
 
 
 def local_stages(
-    stages: Sequence[StageLike], rank_of_stage: Sequence[int], processes: Processes | None
+    stages: Sequence[StageLike], loss_fn: Any, rank_of_stage: Sequence[int], processes: Processes | None
 ) -> dict[int, nn.Module]:
     """The modules of this process's stages, by stage; of one process, all.
 
-    Those that are given as functions are made now, those on the meta device get memory and are initialised.
+    Those that are given as functions are made now, those on the meta device get memory and are initialised; a
+    ``loss_fn`` that is a module is a part of the last one in this.
     Raises InvalidArgument for what is no module, or cannot be initialised.
     """
     local = {
@@ -27,9 +29,11 @@ def local_stages(
         if processes is None or rank_of_stage[index] == processes.rank
     }
     if processes is not None:
-        _initialise(local.values())
+        has_loss = len(stages) - 1 in local and isinstance(loss_fn, nn.Module)
+        modules = [*local.values(), *([loss_fn] if has_loss else [])]
+        _initialise(modules)
         if processes.replicas is not None:
-            _make_equal(local.values(), processes.replicas)
+            _make_equal(modules, processes.replicas)
     return local
 
 
