@@ -18,7 +18,7 @@ import pipeline_ext as pe
 
 COUNT = 4  # microbatches
 
-WHOLE = torch.randn(2, 16, 12, generator=torch.Generator().manual_seed(2))  # batch and target of all replicas
+WHOLE = torch.randn(2, 16, 12, generator=torch.Generator().manual_seed(2))  # inputs and targets of both replicas
 
 alone = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -44,7 +44,7 @@ def replicated(stage, mesh):
 
 
 class Wrapped:
-    """A pipeline of wrapped stages with its optimizer, in processes of (pp, dp); the model is ``made(seed)``."""
+    """A pipeline of wrapped stages with its optimizer, in processes of a mesh (pp, dp)."""
 
     def __init__(self, wrap, seed=1, lr=1e-3):
         pp = dist.get_world_size() // 2
