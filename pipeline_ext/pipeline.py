@@ -258,7 +258,7 @@ class Pipeline(UnsplitModel):
         if ties is not None:
             ties.make_equal()
         if reduction is None and processes is not None and processes.replicas is not None:
-            reduction = GradientReduction(ProcessGroupMember(processes.replicas))
+            reduction = GradientReduction(processes.keep(ProcessGroupMember(processes.replicas)))
         self._num_stages = len(modules)
         self._stages = [
             Stage(
