@@ -74,7 +74,8 @@ class Pipeline(UnsplitModel):
         reactive: let a rank whose next planned task is not ready run another that is. The microbatches of
             one stage and kind keep their order, and the limit of microbatches in flight holds; so the
             gradients are the same. False: exactly the planned order; a ``schedule`` that lists it is refused
-            where ``pack`` or ``in_flight`` would change it.
+            where ``pack`` or ``in_flight`` would change it. Always False where ``mesh`` has dimensions beside
+            "pp" and "dp", whose processes are to communicate in one order (tensor parallelism).
         pack: K, how many microbatches' gradients leave a stage for the one before in one message: a number,
             ``"all"``, ``"auto"``, or a dict from boundaries to numbers (boundary b is between stages b and
             b + 1; one left out has 1). The stages upstream then hold more microbatches, by what the
@@ -108,8 +109,8 @@ class Pipeline(UnsplitModel):
         reduction: gives each of several replicas of the pipeline the mean of their gradients. None: one is made
             for the replicas of ``mesh``, if it has any.
         mesh: the processes that share the pipeline, one for each rank; all make it, with the same arguments. A
-            ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one;
-            or a process group. None: this process has all ranks.
+            ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one,
+            and others are left to the stages; or a process group. None: this process has all ranks.
 
     Raises:
         InvalidArgument: for anything above that cannot be used (InvalidSchedule for ``schedule``).
@@ -165,6 +166,7 @@ class Pipeline(UnsplitModel):
         processes = Processes.of(mesh)
         if processes is not None:
             devices = arguments.devices_of(processes.size, devices)
+            reactive = reactive and not processes.in_order
         given = device_choice.given(devices)
         if overlap is None:
             overlap = device_choice.of_ranks(given, 1)[0].type == "cuda"

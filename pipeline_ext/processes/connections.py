@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 # What waits longest is a receive, through a whole step; the step itself says when that is too long.
 _PATIENCE = timedelta(days=1)
@@ -36,12 +37,12 @@ class Connections:
         return self._gloo.recv(tensors, rank, tag)
 
     def broadcast(self, tensor: Tensor, rank: int) -> dist.Work:
-        """From ``rank`` to all."""
-        return self._gloo.broadcast(tensor, rank)
+        """From ``rank`` to all; of a tensor that processes share out, what each has of it."""
+        return self._gloo.broadcast(own_part(tensor), rank)
 
     def all_reduce(self, tensor: Tensor, timeout: timedelta | None = None) -> dist.Work:
-        """Makes ``tensor`` the sum of all processes'."""
-        return self._gloo.allreduce(tensor, timeout=timeout)
+        """Makes ``tensor`` the sum of all processes', part by part as ``broadcast``."""
+        return self._gloo.allreduce(own_part(tensor), timeout=timeout)
 
     def all_gather(self, found: list[Tensor], tensor: Tensor, timeout: timedelta) -> dist.Work:
         """Puts each process's ``tensor`` into its place in ``found``."""
@@ -53,3 +54,8 @@ class Connections:
             _left.append(self)
         else:
             self._gloo = None
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What of it is in this process, where several share it out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

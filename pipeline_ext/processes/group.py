@@ -39,15 +39,21 @@ class Processes:
         replicas: group of the processes that hold the same stages of other replicas; None without.
         number: of this process in the world.
         everyone: all processes of the pipeline and of its replicas.
+        in_order: whether stages may communicate with processes beside these, in one order of tasks.
         name: of this pipeline among those that the same processes share.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None, everyone: list[int]
+        self,
+        group: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None,
+        everyone: list[int],
+        in_order: bool = False,
     ) -> None:
         self.group = group
         self.replicas = replicas
         self.everyone = everyone
+        self.in_order = in_order
         self.members: list[int] = dist.get_process_group_ranks(group)
         self.rank: int = dist.get_group_rank(group, dist.get_rank())
         self.size = len(self.members)
@@ -87,7 +93,8 @@ class Processes:
         has_replicas = "dp" in names and mesh["dp"].size() > 1
         both = mesh[tuple(n for n in names if n in ("dp", "pp"))] if has_replicas else mesh["pp"]
         everyone = sorted(both.mesh.flatten().tolist())
-        return cls(mesh.get_group("pp"), mesh.get_group("dp") if has_replicas else None, everyone)
+        in_order = any(mesh[name].size() > 1 for name in names if name not in ("dp", "pp"))
+        return cls(mesh.get_group("pp"), mesh.get_group("dp") if has_replicas else None, everyone, in_order)
 
     @functools.cached_property
     def messages(self) -> Connections:
