@@ -8,15 +8,17 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .. import arguments
 from ..boundary import describe
+from ..endings import Body, Endings
 from ..errors import DeadPipeline, InvalidArgument
 from ..report.trace import Trace
 from ..shared import SharedParameters
 from ..stage import Stage
+from ..wrapped import reduced_in
 from .buckets import Bucket, fill_buckets
-from .endings import Body, Endings
 from .member import Member
 
 _REDUCIBLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -184,13 +186,10 @@ class GradientReduction:
     def _build(self, stages: Sequence[Stage], shared: SharedParameters) -> None:
         """Makes the buckets, and makes them anew when parameters were frozen, thawed, replaced or cast."""
         tied = shared.parameters()
+        others = {*tied, *reduced_in(module for stage in stages for module in stage.modules())}
         trained = {
             # Backward reaches the last parameters first.
-            stage.index: [
-                p
-                for p in reversed(stage.parameters())
-                if p.requires_grad and p not in tied and p not in stage.sharded.parameters
-            ]
+            stage.index: [p for p in reversed(stage.parameters()) if p.requires_grad and p not in others]
             for stage in stages
         }
         trained[_SHARED] = [p for p in tied if p.requires_grad]
@@ -198,6 +197,11 @@ class GradientReduction:
         if built_for == self._built_for:
             return
         for parameter in itertools.chain.from_iterable(trained.values()):
+            if isinstance(parameter, DTensor):
+                raise InvalidArgument(
+                    f"a parameter is a DTensor of shape {list(parameter.shape)} (tensor parallelism), and "
+                    'replicas reduce plain ones; wrap its stage in fully_shard(stage, mesh=mesh["dp"])'
+                )
             if parameter.dtype not in _REDUCIBLE:
                 raise InvalidArgument(
                     f"a parameter is {describe(parameter)}; replicas reduce float64, float32, float16 and "
