@@ -103,7 +103,8 @@ class Processes:
 
     def connect(self, purpose: str, members: Sequence[int]) -> Connections:
         """Between these processes, numbers in the world, this one among them; all of them do so together."""
-        store = dist.PrefixStore(f"{self.name}/{purpose}", self.store)
+        # Replicas connect at the same time, for the same purpose.
+        store = dist.PrefixStore(f"{self.name}/{purpose}/{'-'.join(map(str, members))}", self.store)
         return self.keep(Connections(store, members))
 
     def keep(self, opened: Opened) -> Opened:
