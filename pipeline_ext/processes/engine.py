@@ -19,7 +19,7 @@ from ..transport.remote import Receiver
 from ..wrapped import WrappedStages
 from .connections import Connections
 from .ends import ends_of
-from .group import Processes
+from .group import Processes, seconds
 from .notice import Notices
 
 _FOREVER = 1e7  # seconds
@@ -73,7 +73,8 @@ class ProcessEngine(HostEngine):
         Raises PeerError where one of them has failed, StepTimeout where one does not come in time.
         """
         over = self._failure.begin_wait()
-        work = among.all_reduce(tensor)
+        # Not for ever, or this process could not exit while another is stopped.
+        work = among.all_reduce(tensor, seconds(timeout + _GRACE))
         future = work.get_future()
         future.add_done_callback(lambda _: over.set())
         if not over.wait(min(timeout, threading.TIMEOUT_MAX)):

@@ -83,6 +83,7 @@ def freeze() -> None:
     """Stops this process (SIGSTOP) for as long as the test lasts."""
     _to_test.send_bytes(pickle.dumps(Gone("was stopped")))
     os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(TIMEOUT)  # this thread may run on until another one has taken the signal
 
 
 def die() -> None:
