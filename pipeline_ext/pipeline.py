@@ -33,6 +33,7 @@ from .stepper import Stepper
 from .transport.exchange import Exchange
 from .transport.link import FREE_LINK, LocalLink
 from .unsplit import LocalModel, UnsplitModel, repeated_names
+from .wrapped import WrappedStages
 
 PackLike = int | str | Mapping[int, int | str]
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
@@ -241,16 +242,19 @@ class Pipeline(UnsplitModel):
                     "reactive": [f"{bool(reactive)}"],
                     "in_flight": [f"{plan.limits}"],
                     **{
-                        f"stage {index}": describe_module(module)
-                        for index, module in enumerate(modules)
+                        name: describe_module(module)
+                        for name, module in [
+                            *((f"stage {index}", module) for index, module in enumerate(modules)),
+                            ("loss_fn", loss_fn),
+                        ]
                         if isinstance(module, nn.Module)
                     },
                 },
                 float(timeout),
             )
-        repeated = repeated_names(model)
-        ties = None if processes is None else Ties(modules, plan.rank_of_stage, processes)
-        local = local_stages(modules, plan.rank_of_stage, processes)
+        repeated = repeated_names(model, loss_fn)
+        ties = None if processes is None else Ties(modules, loss_fn, plan.rank_of_stage, processes)
+        local = local_stages(modules, loss_fn, plan.rank_of_stage, processes)
         if ties is not None:
             ties.make_equal()
         if reduction is None and processes is not None and processes.replicas is not None:
@@ -266,7 +270,7 @@ class Pipeline(UnsplitModel):
             )
             for index, module in local.items()
         ]
-        self._local = LocalModel(model, modules, local, repeated)
+        self._local = LocalModel(model, modules, local, repeated, loss_fn)
         self._group = None if processes is None else processes.group
         self._has_loss = loss_fn is not None
         self.tracing = bool(trace)
@@ -274,8 +278,9 @@ class Pipeline(UnsplitModel):
         if scaler is not None:
             scaler.scale(torch.ones((), device=self._devices[-1]))  # the first call makes what is read then
         shared = SharedParameters({stage.index: stage.modules() for stage in self._stages})
+        wrapped = WrappedStages(self._stages, microbatches)
         self._engine = make_engine(
-            self._devices, plan, self._stages, exchange_of, shared, reduction, chooses_pack, processes
+            self._devices, plan, self._stages, exchange_of, shared, reduction, wrapped, chooses_pack, processes
         )
         if reduction is not None:
             try:
@@ -292,6 +297,7 @@ class Pipeline(UnsplitModel):
             shared,
             self._first_steps,
             reduction,
+            wrapped,
             optimizer,
             scaler,
             ties,

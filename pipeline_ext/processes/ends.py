@@ -1,6 +1,7 @@
 """Where a plan's results go to, and come from, other processes."""
 
 import torch
+import torch.distributed as dist
 
 from .. import _C
 from ..transport.exchange import EndOf
@@ -40,10 +41,9 @@ def ends_of(plan: _C.Plan, processes: Processes) -> EndOf:
         number = first if skip is None else plan.num_stages + skips.index(skip)
         line = Line(
             processes.messages,
-            processes.members[peer],
+            dist.get_group_rank(processes.messages, processes.members[peer]),
             2 * (2 * number + forward),
             processes.describe(peer),
-            torch.device("cpu"),
         )
         way = Way(
             f"across boundary {first}" if skip is None else f"of skip {skip!r} of stage {first}",

@@ -16,6 +16,7 @@ from ..reduction import GradientReduction
 from ..shared import SharedParameters
 from ..transport.exchange import Exchange
 from ..transport.remote import Receiver
+from ..wrapped import WrappedStages
 from .ends import ends_of
 from .group import Processes
 from .notice import Notices
@@ -36,13 +37,14 @@ class ProcessEngine(HostEngine):
         shared: SharedParameters,
         guard: RecomputationGuard,
         reduction: GradientReduction | None,
+        wrapped: WrappedStages,
         processes: Processes,
     ) -> None:
         self._processes = processes
         self._failure = _Failure(processes.notices(), processes.everyone)
         self._rank_of_first_stage = plan.rank_of_stage[0]
         self._exchanges: list[Exchange] = []
-        super().__init__(plan, exchange_of, shared, guard, reduction, rank=processes.rank)
+        super().__init__(plan, exchange_of, shared, guard, reduction, wrapped, processes.rank)
         self._failure.watch(self._executor)
         self.close = functools.partial(_close, self.close, self._exchanges, self._failure)
 

@@ -73,7 +73,7 @@ class Processes:
                 f"mesh is of {mesh.device_type} devices; processes on CPUs can share a pipeline so far"
             )
         has_replicas = "dp" in names and mesh["dp"].size() > 1
-        both = mesh["dp", "pp"] if has_replicas else mesh["pp"]
+        both = mesh[tuple(n for n in names if n in ("dp", "pp"))] if has_replicas else mesh["pp"]
         everyone = sorted(both.mesh.flatten().tolist())
         return cls(mesh.get_group("pp"), mesh.get_group("dp") if has_replicas else None, everyone)
 

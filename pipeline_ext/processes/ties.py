@@ -33,12 +33,15 @@ class Ties:
     """The parameters of this process that others hold, too; made by all processes of a pipeline together."""
 
     def __init__(
-        self, stages: Sequence[nn.Module | Any], rank_of_stage: Sequence[int], processes: Processes
+        self, stages: Sequence[Any], loss_fn: Any, rank_of_stage: Sequence[int], processes: Processes
     ) -> None:
-        """To be made before the stages get memory here and none elsewhere, which would tell them apart."""
+        """To be made before the stages get memory here and none elsewhere, which would tell them apart.
+
+        The last stage's process has ``loss_fn``, too, which may be a module.
+        """
         holders: dict[nn.Parameter, set[int]] = {}
         places: dict[nn.Parameter, tuple[nn.Module, str]] = {}  # of this process
-        for stage, rank in zip(stages, rank_of_stage):
+        for stage, rank in [*zip(stages, rank_of_stage), (loss_fn, rank_of_stage[-1])]:
             for owner in stage.modules() if isinstance(stage, nn.Module) else ():
                 for name, parameter in owner._parameters.items():
                     if parameter is not None:

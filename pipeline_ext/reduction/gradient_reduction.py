@@ -11,12 +11,13 @@ from torch import nn
 
 from .. import arguments
 from ..boundary import describe
+from ..endings import Body, Endings
 from ..errors import DeadPipeline, InvalidArgument
 from ..report.trace import Trace
 from ..shared import SharedParameters
 from ..stage import Stage
+from ..wrapped import reduced_in
 from .buckets import Bucket, fill_buckets
-from .endings import Body, Endings
 from .member import Member
 
 _REDUCIBLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -184,13 +185,10 @@ class GradientReduction:
     def _build(self, stages: Sequence[Stage], shared: SharedParameters) -> None:
         """Makes the buckets, and makes them anew when parameters were frozen, thawed, replaced or cast."""
         tied = shared.parameters()
+        others = {*tied, *reduced_in(module for stage in stages for module in stage.modules())}
         trained = {
             # Backward reaches the last parameters first.
-            stage.index: [
-                p
-                for p in reversed(stage.parameters())
-                if p.requires_grad and p not in tied and p not in stage.sharded.parameters
-            ]
+            stage.index: [p for p in reversed(stage.parameters()) if p.requires_grad and p not in others]
             for stage in stages
         }
         trained[_SHARED] = [p for p in tied if p.requires_grad]
