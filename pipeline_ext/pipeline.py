@@ -15,6 +15,7 @@ from .errors import InvalidArgument, PipelineError
 from .lifetime import Lifetime
 from .pack_choice import PackChoice
 from .processes.agreement import check_agreement, describe_module
+from .processes.gathered_trace import TraceGathering
 from .processes.group import MeshLike, Processes
 from .processes.local_stages import local_stages
 from .processes.ties import Ties
@@ -272,6 +273,7 @@ class Pipeline(UnsplitModel):
         ]
         self._local = LocalModel(model, modules, local, repeated, loss_fn)
         self._group = None if processes is None else processes.group
+        self._gathering = None if processes is None else TraceGathering(processes, float(timeout))
         self._has_loss = loss_fn is not None
         self.tracing = bool(trace)
         self._devices = device_choice.of_ranks(given, plan.num_ranks)
@@ -457,6 +459,17 @@ class Pipeline(UnsplitModel):
                 else "there is no trace: this pipeline was made with trace=False; set tracing=True"
             )
         return self._stepper.trace
+
+    def gather_trace(self) -> Trace | None:
+        """``trace`` with the tasks of all processes, in the clock of rank 0; there alone, None elsewhere.
+
+        All processes of the pipeline call it together; where there is only one it is ``trace``. Raises as that
+        does; PeerError where a process is gone, or does not come within ``timeout``.
+        """
+        self._lifetime.check()
+        trace = self.trace
+        with self._lifetime.one_at_a_time("gather_trace was called"):
+            return trace if self._gathering is None else self._gathering.gather(trace)
 
     def profile(self) -> Profile:
         """Seconds of F, B, or I and W, and messages of one microbatch, measured in the last ``step``."""

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -20,3 +20,25 @@ def deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if pressed:
             signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def noted(active: bool) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed is what the function it yields tells; the second time it interrupts.
+
+    If not ``active``, so does the first.
+    """
+    pressed = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(*_: object) -> None:
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    if active:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        if active:
+            signal.signal(signal.SIGINT, before)
