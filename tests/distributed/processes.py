@@ -25,7 +25,17 @@ TIMEOUT = 60.0  # seconds within which all processes of a test end, imports and 
 os.environ.setdefault("RES_OPTIONS", "use-vc timeout:1 attempts:1")
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pipeline_ext", "torch.distributed.device_mesh", "torch.distributed.fsdp"])
+_context.set_forkserver_preload(
+    [
+        "pipeline_ext.pipelining",
+        "pytest",
+        "torch._dynamo",  # which the first optimizer imports
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp.sharded_grad_scaler",
+        "torch.distributed.pipelining",
+        "torch.distributed.tensor.parallel",
+    ]
+)
 
 _to_test: Connection | None = None  # in each of the processes
 

@@ -13,7 +13,8 @@ import huggingface as example  # noqa: E402
 
 
 def train():
-    return [example.main(name, steps=4) for name in ("gpt2", "llama")]  # the first ties its embedding to its head
+    # The first ties its embedding to its head.
+    return [example.main(name, steps=4) for name in ("gpt2", "llama")]
 
 
 def test_two_processes_train_as_the_unsplit_model_does():
