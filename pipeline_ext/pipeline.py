@@ -15,6 +15,7 @@ from .errors import InvalidArgument, PipelineError
 from .lifetime import Lifetime
 from .pack_choice import PackChoice
 from .processes.agreement import check_agreement, describe_module, skips_of_all
+from .processes.choosing import OneChooses
 from .processes.gathered_trace import TraceGathering
 from .processes.group import MeshLike, Processes
 from .processes.local_stages import initialise, local_stages
@@ -113,7 +114,8 @@ class Pipeline(UnsplitModel):
             for the replicas of ``mesh``, if it has any.
         mesh: the processes that share the pipeline, one for each rank; all make it, with the same arguments. A
             ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one;
-            or a process group. None: this process has all ranks.
+            or a process group. What is ``"auto"`` the process of rank 0 chooses for all. None: this process has
+            all ranks.
 
     Raises:
         InvalidArgument: for anything above that cannot be used (InvalidSchedule for ``schedule``).
@@ -253,7 +255,6 @@ class Pipeline(UnsplitModel):
             ]
             first_steps = first_steps_of(functools.partial(plan_of, skips=planned))
             plan = first_steps.plan
-        self._first_steps = first_steps
         repeated = repeated_names(model, loss_fn)
         ties = None if processes is None else Ties(modules, loss_fn, plan.rank_of_stage, processes)
         if ties is not None:
@@ -276,6 +277,9 @@ class Pipeline(UnsplitModel):
         self._local = LocalModel(model, modules, local, repeated, loss_fn)
         self._group = None if processes is None else processes.group
         self._gathering = None if processes is None else TraceGathering(processes, float(timeout))
+        self._first_steps = first_steps
+        if processes is not None:
+            first_steps.others = OneChooses(processes, self._gathering, float(timeout))
         self._has_loss = loss_fn is not None
         self.tracing = bool(trace)
         self._devices = device_choice.of_ranks(given, plan.num_ranks)

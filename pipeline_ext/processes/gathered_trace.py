@@ -1,6 +1,7 @@
 """The trace of a step that several processes have run, put together by that of rank 0."""
 
 import torch
+import torch.distributed as dist
 
 from ..errors import PeerError
 from ..report.merged import Part, merged
@@ -57,6 +58,5 @@ class TraceGathering:
         return Part.decode(encoded.numpy().tobytes()), ahead
 
     def _line(self, rank: int) -> Line:
-        processes = self._processes
-        name = processes.describe(rank)
-        return Line(processes.messages, processes.members[rank], _TAG, name, torch.device("cpu"))
+        group, number = self._processes.messages, self._processes.members[rank]
+        return Line(group, dist.get_group_rank(group, number), _TAG, self._processes.describe(rank))
