@@ -224,7 +224,8 @@ class Pipeline(UnsplitModel):
                 {
                     "microbatches": [f"{microbatches}"],
                     "num_stages": [f"{len(modules)}"],
-                    "pack": [f"{plan.packs}, forward {plan.packs_forward}"],
+                    "pack": [f"{pack}"],
+                    "pack_forward": [f"{pack_forward}"],
                     "pack_skips": [f"{pack_skips}"],
                     "schedule": [f"{schedule}", *plan.to_csv().splitlines()],
                     "wire": [f"{wire}"],
@@ -233,6 +234,7 @@ class Pipeline(UnsplitModel):
                     "overlap": [f"{bool(overlap)}"],
                     "reactive": [f"{bool(reactive)}"],
                     "in_flight": [f"{plan.limits}"],
+                    "costs": [f"{costs}"],
                     **{
                         name: describe_module(module)
                         for name, module in [

@@ -1,4 +1,4 @@
-"""What "auto" chooses over processes: one plan for all, and the gradients of plain autograd before and after."""
+"""What "auto" chooses over processes: one plan for all, and plain autograd's gradients before and after."""
 
 import contextlib
 import io
