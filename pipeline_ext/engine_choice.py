@@ -35,7 +35,7 @@ def make_engine(
 
     Raises InvalidArgument for what GPUs do not do, DeviceError where one cannot be used.
     """
-    wrapped.check(shared, plan.overlap, devices[0])
+    wrapped.check(shared, plan, devices[0])
     modules = [stage.module for stage in stages]
     if devices[0].type == "cpu":
         threads = plan.num_workers if processes is None else plan.num_workers // plan.num_ranks

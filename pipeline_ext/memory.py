@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch.distributed.tensor import DTensor
 
 from .errors import PipelineError
 
@@ -113,6 +114,11 @@ def share_memory(tensors: Sequence[Tensor]) -> bool:
 
 
 def _check_plain(tensor: Tensor) -> None:
+    if isinstance(tensor, DTensor):
+        raise PipelineError(
+            "a DTensor does not go from stage to stage; return its to_local() or full_tensor(), and in the "
+            "next stage make it anew with DTensor.from_local"
+        )
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested
     if not plain or tensor.layout is not torch.strided:
         kind = "nested tensor" if tensor.is_nested else f"{type(tensor).__name__} of {tensor.layout}"

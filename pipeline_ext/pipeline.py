@@ -79,7 +79,8 @@ class Pipeline(UnsplitModel):
         reactive: let a rank whose next planned task is not ready run another that is. The microbatches of
             one stage and kind keep their order, and the limit of microbatches in flight holds; so the
             gradients are the same. False: exactly the planned order; a ``schedule`` that lists it is refused
-            where ``pack`` or ``in_flight`` would change it.
+            where ``pack`` or ``in_flight`` would change it. Always False where ``mesh`` has dimensions beside
+            "pp" and "dp", whose processes are to communicate in one order (tensor parallelism).
         pack: K, how many microbatches' gradients leave a stage for the one before in one message: a number,
             ``"all"``, ``"auto"``, or a dict from boundaries to numbers (boundary b is between stages b and
             b + 1; one left out has 1). The stages upstream then hold more microbatches, by what the
@@ -113,9 +114,9 @@ class Pipeline(UnsplitModel):
         reduction: gives each of several replicas of the pipeline the mean of their gradients. None: one is made
             for the replicas of ``mesh``, if it has any.
         mesh: the processes that share the pipeline, one for each rank; all make it, with the same arguments. A
-            ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one;
-            or a process group. What is ``"auto"`` the process of rank 0 chooses for all. None: this process has
-            all ranks.
+            ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one,
+            and others are left to the stages; or a process group. What is ``"auto"`` the process of rank 0
+            chooses for all. None: this process has all ranks.
 
     Raises:
         InvalidArgument: for anything above that cannot be used (InvalidSchedule for ``schedule``).
@@ -171,6 +172,7 @@ class Pipeline(UnsplitModel):
         processes = Processes.of(mesh)
         if processes is not None:
             devices = arguments.devices_of(processes.size, devices)
+            reactive = reactive and not processes.in_order
         given = device_choice.given(devices)
         if overlap is None:
             overlap = device_choice.of_ranks(given, 1)[0].type == "cuda"
@@ -264,7 +266,7 @@ class Pipeline(UnsplitModel):
             initialise([*local.values(), *([loss_fn] if has_loss else [])], processes.replicas)
             ties.make_equal()
         if reduction is None and processes is not None and processes.replicas is not None:
-            reduction = GradientReduction(ProcessGroupMember(processes.replicas))
+            reduction = GradientReduction(processes.keep(ProcessGroupMember(processes.replicas)))
         self._num_stages = len(modules)
         self._stages = [
             Stage(
@@ -280,7 +282,7 @@ class Pipeline(UnsplitModel):
         self._group = None if processes is None else processes.group
         self._gathering = None if processes is None else TraceGathering(processes, float(timeout))
         self._first_steps = first_steps
-        if processes is not None:
+        if processes is not None and first_steps.chooses:
             first_steps.others = OneChooses(processes, self._gathering, float(timeout))
         self._has_loss = loss_fn is not None
         self.tracing = bool(trace)
@@ -473,15 +475,17 @@ class Pipeline(UnsplitModel):
         return self._stepper.trace
 
     def gather_trace(self) -> Trace | None:
-        """``trace`` with the tasks of all processes, in the clock of rank 0; there alone, None elsewhere.
+        """``trace`` with the tasks of all the pipeline's processes, in rank 0's clock; None on the other ranks.
 
-        All processes of the pipeline call it together; where there is only one it is ``trace``. Raises as that
-        does; PeerError where a process is gone, or does not come within ``timeout``.
+        All call it together; where there is one process it is ``trace``. Raises as that does; PeerError where a
+        process is gone, or does not come within ``timeout``; DeadPipeline.
         """
-        self._lifetime.check()
         trace = self.trace
+        if self._gathering is None:
+            return trace
+        self._lifetime.check()
         with self._lifetime.one_at_a_time("gather_trace was called"):
-            return trace if self._gathering is None else self._gathering.gather(trace)
+            return self._gathering.gather(trace)
 
     def profile(self) -> Profile:
         """Seconds of F, B, or I and W, and messages of one microbatch, measured in the last ``step``."""

@@ -14,8 +14,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from . import _C
 from .endings import Body, Endings
 from .errors import InvalidArgument
 from .shared import SharedParameters
@@ -36,12 +38,18 @@ class WrappedStages:
     def __init__(self, stages: Sequence[Stage], microbatches: int) -> None:
         self._ddp = {stage.index: layers_of(DistributedDataParallel, stage) for stage in stages}
         self._sharded = {stage.index: layers_of(FSDPModule, stage) for stage in stages}
+        self._shared_out = {p for stage in stages for p in stage.parameters() if isinstance(p, DTensor)}
         self._microbatches = microbatches
         self._endings = Endings(self._ddp, self._reduce)
 
-    def check(self, shared: SharedParameters, overlap: bool, device: torch.device) -> None:
-        """Raises InvalidArgument for wrapped stages that cannot run so."""
+    def check(self, shared: SharedParameters, plan: _C.Plan, device: torch.device) -> None:
+        """Raises InvalidArgument for wrapped or tensor-parallel stages that cannot run so."""
         wrapped = [*self._all(self._ddp), *self._all(self._sharded)]
+        if (plan.overlap or plan.reactive) and not self._shared_out <= reduced_in(wrapped):
+            raise InvalidArgument(
+                "a stage has DTensor parameters (tensor parallelism), whose processes are to run all tasks in "
+                "one order; give overlap=False and reactive=False"
+            )
         if not wrapped:
             return
         if device.type != "cpu":
@@ -54,7 +62,7 @@ class WrappedStages:
                 "several stages hold a parameter that fully_shard or DistributedDataParallel reduces in one of "
                 "them; leave the layers that hold it unwrapped"
             )
-        if overlap and any(self._sharded.values()):
+        if plan.overlap and any(self._sharded.values()):
             raise InvalidArgument(
                 "a stage is wrapped in fully_shard, which cannot run forward and backward at the same time; "
                 "give overlap=False"

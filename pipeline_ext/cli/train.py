@@ -67,10 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
         if resumed is not None:
             training.resume(resumed)
+        parameters = count_parameters(model)
+        del model  # of several processes each keeps its own stages
         team.check_agreement({"the training data": corpus.fingerprint, "the last step": training.step})
         display = Display(training.summary, steps=options.steps, quiet=not team.is_first)
         display.header(
-            model=f"GPT over bytes, {count_parameters(model) / 1e6:.2f} M parameters "
+            model=f"GPT over bytes, {parameters / 1e6:.2f} M parameters "
             f"({options.layers} blocks, width {options.width})",
             data=f"{corpus.name}, {len(corpus.train) / 1e6:.1f} MB",
             batch=f"{options.batch} x {options.context} bytes in {options.microbatches} microbatches",
@@ -126,7 +128,7 @@ def _devices(pipe: Pipeline, options: Options) -> str:
 
 
 def _save_last_step(training: Training, out: Path, display: Display) -> list[Path]:
-    """Writes what all processes did in the last step; returns the files."""
+    """Writes what all processes did in the last step, and simulates it; returns the files."""
     written = [out / "trace.json", out / "timeline.png"]
     try:
         trace = training.pipe.gather_trace()

@@ -24,9 +24,9 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def noted(active: bool) -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed is what the function it yields tells; the second time it interrupts.
+    """Yields a function that tells whether Ctrl-C has been pressed; only a second one interrupts the block.
 
-    If not ``active``, so does the first.
+    If not ``active`` the first does, as ever.
     """
     pressed = []
     before = signal.getsignal(signal.SIGINT)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from ..errors import PeerError
 from ..report.trace import Trace
+from .connections import Connections
 from .gathered_trace import TraceGathering
 from .group import Processes, seconds
 
@@ -24,6 +25,10 @@ class OneChooses:
         replicas = processes.replicas
         self._is_first_replica = replicas is None or dist.get_rank(replicas) == 0
         self.chooses = self._is_first_replica and processes.rank == 0
+        self._between: list[Connections] = [processes.messages]  # that a choice passes through, to their rank 0
+        if replicas is not None and processes.rank == 0:
+            members = dist.get_process_group_ranks(replicas)
+            self._between.insert(0, processes.connect("choices", members))
 
     def gather(self, trace: Trace) -> Trace | None:
         """Raises PeerError for a process that is gone, or does not come in time."""
@@ -37,25 +42,24 @@ class OneChooses:
                 said = {"choice": choose()}
             except BaseException as error:
                 said, failure = {"error": f"{type(error).__name__}: {error}"}, error
-        processes = self._processes
-        if processes.replicas is not None and processes.rank == 0:
-            said = self._broadcast(said, processes.replicas, dist.get_global_rank(processes.replicas, 0))
-        said = self._broadcast(said, processes.messages, processes.members[0])
+        for connections in self._between:
+            said = self._broadcast(said, connections)
         if failure is not None:
             raise failure
         if "error" in said:
-            raise PeerError(f"{processes.describe(0)} was to choose a plan, and raised {said['error']}")
+            raise PeerError(f"{self._processes.describe(0)} was to choose a plan: {said['error']}")
         return said["choice"]
 
-    def _broadcast(self, said: Any, group: dist.ProcessGroup, first: int) -> Any:
-        """What the process with number ``first`` has said; None in the others."""
+    def _broadcast(self, said: Any, connections: Connections) -> Any:
+        """What the process of rank 0 among these has to say."""
         encoded = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
         size = torch.tensor([len(encoded)])
         try:
-            dist.broadcast(size, first, group, async_op=True).wait(self._timeout)
-            if dist.get_rank() != first:
+            connections.broadcast(size, 0).wait(self._timeout)
+            if connections.rank > 0:
                 encoded = torch.empty(size.item(), dtype=torch.uint8)
-            dist.broadcast(encoded, first, group, async_op=True).wait(self._timeout)
+            connections.broadcast(encoded, 0).wait(self._timeout)
         except RuntimeError as error:
-            raise PeerError(f"process {first} has not said which plan to follow: {error}") from error
+            chooser = connections.members[0]
+            raise PeerError(f"process {chooser} has not said which plan to follow: {error}") from error
         return json.loads(encoded.numpy().tobytes())

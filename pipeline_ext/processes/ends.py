@@ -1,7 +1,6 @@
 """Where a plan's results go to, and come from, other processes."""
 
 import torch
-import torch.distributed as dist
 
 from .. import _C
 from ..transport.exchange import EndOf
@@ -41,7 +40,7 @@ def ends_of(plan: _C.Plan, processes: Processes) -> EndOf:
         number = first if skip is None else plan.num_stages + skips.index(skip)
         line = Line(
             processes.messages,
-            dist.get_group_rank(processes.messages, processes.members[peer]),
+            peer,
             2 * (2 * number + forward),
             processes.describe(peer),
         )

@@ -17,6 +17,7 @@ from ..shared import SharedParameters
 from ..transport.exchange import Exchange
 from ..transport.remote import Receiver
 from ..wrapped import WrappedStages
+from .connections import Connections
 from .ends import ends_of
 from .group import Processes
 from .notice import Notices
@@ -46,7 +47,7 @@ class ProcessEngine(HostEngine):
         self._exchanges: list[Exchange] = []
         super().__init__(plan, exchange_of, shared, guard, reduction, wrapped, processes.rank)
         self._failure.watch(self._executor)
-        self.close = functools.partial(_close, self.close, self._exchanges, self._failure)
+        self.close = functools.partial(_close, self.close, self._exchanges, self._failure, processes)
 
     @property
     def death(self) -> str:
@@ -63,17 +64,16 @@ class ProcessEngine(HostEngine):
 
     def agreed(self, count: int | None) -> int:
         told = torch.tensor([0 if count is None else count])
-        first = self._processes.members[self._rank_of_first_stage]
-        dist.broadcast(told, first, group=self._processes.messages)
+        self._processes.messages.broadcast(told, self._rank_of_first_stage).wait()
         return int(told)
 
-    def add_up(self, tensor: Tensor, group: dist.ProcessGroup, timeout: float) -> None:
-        """Makes ``tensor`` the sum of those of the group's processes.
+    def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
+        """Makes ``tensor`` the sum of those of the processes that are connected.
 
         Raises PeerError where one of them has failed, StepTimeout where one does not come in time.
         """
         over = self._failure.begin_wait()
-        work = dist.all_reduce(tensor, group=group, async_op=True)
+        work = among.all_reduce(tensor)
         future = work.get_future()
         future.add_done_callback(lambda _: over.set())
         if not over.wait(min(timeout, threading.TIMEOUT_MAX)):
@@ -174,8 +174,11 @@ def _flush(exchange: Exchange, settled: threading.Event) -> None:
     settled.set()
 
 
-def _close(close: Callable[[], None], exchanges: list[Exchange], failure: _Failure) -> None:
+def _close(
+    close: Callable[[], None], exchanges: list[Exchange], failure: _Failure, processes: Processes
+) -> None:
     for exchange in exchanges:
         exchange.close(_LEAVING if failure.is_known else _PARTING)
     close()
     failure.close()
+    processes.close(idle=not failure.is_known)

@@ -1,7 +1,6 @@
 """The trace of a step that several processes have run, put together by that of rank 0."""
 
 import torch
-import torch.distributed as dist
 
 from ..errors import PeerError
 from ..report.merged import Part, merged
@@ -30,9 +29,7 @@ class TraceGathering:
         if self._processes.rank > 0:
             self._give(part)
             return None
-        others = [self._take(rank) for rank in range(1, self._processes.size)]
-        parts, ahead = zip((part, 0), *others)
-        return merged(trace.plan, parts, ahead)
+        return merged(trace.plan, [part, *map(self._take, range(1, self._processes.size))])
 
     def _give(self, part: Part) -> None:
         line = self._line(0)
@@ -44,8 +41,8 @@ class TraceGathering:
         except RuntimeError as error:
             raise PeerError(f"{line.name} has not taken this process's trace: {error}") from error
 
-    def _take(self, rank: int) -> tuple[Part, int]:
-        """What a rank has recorded, and by how much its clock is ahead."""
+    def _take(self, rank: int) -> Part:
+        """What another rank has recorded, in this one's clock."""
         line = self._line(rank)
         try:
             ahead = clocks.ask(line, self._timeout)
@@ -55,8 +52,7 @@ class TraceGathering:
             line.receive(encoded).wait(self._timeout)
         except RuntimeError as error:
             raise PeerError(f"{line.name} has not given its trace: {error}") from error
-        return Part.decode(encoded.numpy().tobytes()), ahead
+        return Part.decode(encoded.numpy().tobytes()).earlier(ahead)
 
     def _line(self, rank: int) -> Line:
-        group, number = self._processes.messages, self._processes.members[rank]
-        return Line(group, dist.get_group_rank(group, number), _TAG, self._processes.describe(rank))
+        return Line(self._processes.messages, rank, _TAG, self._processes.describe(rank))

@@ -1,17 +1,30 @@
 """The processes that share a pipeline: a rank of the plan each."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InvalidArgument
+from .connections import Connections
 from .notice import Notices
 
 MeshLike = DeviceMesh | dist.ProcessGroup | None
+
+
+class Closable(Protocol):
+    """What a pipeline opens, and closes."""
+
+    def close(self, idle: bool) -> None:
+        """``idle``: nobody waits in it."""
+
+
+Opened = TypeVar("Opened", bound=Closable)
 
 _made: Counter[tuple[int, ...]] = Counter()  # pipelines, by the processes that share them
 
@@ -23,19 +36,24 @@ class Processes:
         rank, size: in the pipeline.
         members: the pipeline's processes by rank, as numbers in the world.
         group: of them, as it was given.
-        messages: of them too; of this pipeline's messages alone.
         replicas: group of the processes that hold the same stages of other replicas; None without.
         number: of this process in the world.
         everyone: all processes of the pipeline and of its replicas.
+        in_order: whether stages may communicate with processes beside these, in one order of tasks.
         name: of this pipeline among those that the same processes share.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None, everyone: list[int]
+        self,
+        group: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None,
+        everyone: list[int],
+        in_order: bool = False,
     ) -> None:
         self.group = group
         self.replicas = replicas
         self.everyone = everyone
+        self.in_order = in_order
         self.members: list[int] = dist.get_process_group_ranks(group)
         self.rank: int = dist.get_group_rank(group, dist.get_rank())
         self.size = len(self.members)
@@ -44,7 +62,7 @@ class Processes:
         self.name = f"pipeline_ext/{'-'.join(map(str, everyone))}/{_made[key]}"
         _made[key] += 1
         self.store = dist.distributed_c10d._get_default_store()
-        self._messages: dist.ProcessGroup | None = None
+        self._opened: list[Closable] = []
 
     @classmethod
     def of(cls, mesh: MeshLike) -> "Processes | None":
@@ -75,25 +93,29 @@ class Processes:
         has_replicas = "dp" in names and mesh["dp"].size() > 1
         both = mesh[tuple(n for n in names if n in ("dp", "pp"))] if has_replicas else mesh["pp"]
         everyone = sorted(both.mesh.flatten().tolist())
-        return cls(mesh.get_group("pp"), mesh.get_group("dp") if has_replicas else None, everyone)
+        in_order = any(mesh[name].size() > 1 for name in names if name not in ("dp", "pp"))
+        return cls(mesh.get_group("pp"), mesh.get_group("dp") if has_replicas else None, everyone, in_order)
 
-    @property
-    def messages(self) -> dist.ProcessGroup:
-        if self._messages is None:
-            self._messages = self.new_group(self.members)
-        return self._messages
+    @functools.cached_property
+    def messages(self) -> Connections:
+        """Of the pipeline's processes, by rank, for its messages."""
+        return self.connect("messages", self.members)
 
-    @staticmethod
-    def new_group(members: Sequence[int]) -> dist.ProcessGroup:
-        """Of these processes, numbers in the world, for one purpose; all of a pipeline make it together.
+    def connect(self, purpose: str, members: Sequence[int]) -> Connections:
+        """Between these processes, numbers in the world, this one among them; all of them do so together."""
+        # Replicas connect at the same time, for the same purpose.
+        store = dist.PrefixStore(f"{self.name}/{purpose}/{'-'.join(map(str, members))}", self.store)
+        return self.keep(Connections(store, members))
 
-        A process that is not among them gets a group of its own, for torch names groups by how many each
-        process has made before, and later ones could not meet.
-        """
-        here = dist.get_rank()
-        members = list(members) if here in members else [here]
-        # What waits longest is a receive, through a whole step; the step itself says when that is too long.
-        return dist.new_group(members, timedelta(days=1), "gloo", use_local_synchronization=True)
+    def keep(self, opened: Opened) -> Opened:
+        """``opened`` is closed with the rest."""
+        self._opened.append(opened)
+        return opened
+
+    def close(self, idle: bool) -> None:
+        """Ends what was opened for this pipeline alone; ``idle``: nobody waits in it."""
+        while self._opened:
+            self._opened.pop().close(idle)
 
     def notices(self) -> Notices:
         """What tells all these processes of a failure."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgument
 from ..wrapped import reduced_in
+from .connections import own_part
 from .group import Processes
 
 StageLike = nn.Module | Callable[[], nn.Module]
@@ -87,4 +88,4 @@ def _make_equal(modules: Sequence[nn.Module], replicas: dist.ProcessGroup) -> No
     with torch.no_grad():
         for tensor in dict.fromkeys(t for m in modules for t in (*m.parameters(), *m.buffers())):
             if tensor not in own:
-                dist.broadcast(tensor, first, group=replicas)
+                dist.broadcast(own_part(tensor), first, group=replicas)

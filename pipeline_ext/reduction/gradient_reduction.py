@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .. import arguments
 from ..boundary import describe
@@ -196,6 +197,11 @@ class GradientReduction:
         if built_for == self._built_for:
             return
         for parameter in itertools.chain.from_iterable(trained.values()):
+            if isinstance(parameter, DTensor):
+                raise InvalidArgument(
+                    f"a parameter is a DTensor of shape {list(parameter.shape)} (tensor parallelism), and "
+                    'replicas reduce plain ones; wrap its stage in fully_shard(stage, mesh=mesh["dp"])'
+                )
             if parameter.dtype not in _REDUCIBLE:
                 raise InvalidArgument(
                     f"a parameter is {describe(parameter)}; replicas reduce float64, float32, float16 and "

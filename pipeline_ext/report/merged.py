@@ -10,7 +10,7 @@ from .trace import Trace
 
 
 class Part(NamedTuple):
-    """What the process of one rank has recorded: plain numbers, times in nanoseconds of its own clock."""
+    """What the process of one rank has recorded: plain numbers, times in nanoseconds of one clock."""
 
     begin: int
     end: int
@@ -37,6 +37,15 @@ class Part(NamedTuple):
             ],
         )
 
+    def earlier(self, by: int) -> "Part":
+        """With all times so many nanoseconds earlier."""
+        return self._replace(
+            begin=self.begin - by,
+            end=self.end - by,
+            tasks=[(task, begin - by, end - by) for task, begin, end in self.tasks],
+            reductions=[(stage, begin - by, end - by, n) for stage, begin, end, n in self.reductions],
+        )
+
     def encode(self) -> bytes:
         """For ``decode``, in another process."""
         return json.dumps(self).encode()
@@ -58,37 +67,29 @@ class _Record(NamedTuple):
     peak_by_rank: list[int]
 
 
-def merged(plan: _C.Plan, parts: Sequence[Part], ahead: Sequence[int]) -> Trace:
-    """The trace of a step whose ranks recorded ``parts``, in the clock of rank 0.
+def merged(plan: _C.Plan, parts: Sequence[Part]) -> Trace:
+    """The trace of a step from what its ranks have recorded, by rank, in one clock.
 
     It begins where the process did that ran the first task: others may have come early and waited.
-
-    Args:
-        parts: by rank.
-        ahead: by rank, nanoseconds by which its clock is ahead of rank 0's.
     """
     task_begin, task_end = [0] * len(plan), [0] * len(plan)
-    for part, offset in zip(parts, ahead, strict=True):
+    for part in parts:
         for task, begin, end in part.tasks:
-            task_begin[task], task_end[task] = begin - offset, end - offset
-
-    def first_task(rank: int) -> int:
-        return min(begin for _, begin, _ in parts[rank].tasks) - ahead[rank]
-
-    first = min(range(len(parts)), key=first_task)
+            task_begin[task], task_end[task] = begin, end
+    first = min(parts, key=lambda part: min(begin for _, begin, _ in part.tasks))
     record = _Record(
-        parts[first].begin - ahead[first],
-        max(part.end - offset for part, offset in zip(parts, ahead)),
+        first.begin,
+        max(part.end for part in parts),
         task_begin,
         task_end,
         [parts[rank].peak_by_stage[stage] for stage, rank in enumerate(plan.rank_of_stage)],
         [part.peak_by_rank[rank] for rank, part in enumerate(parts)],
     )
-    messages = [sent for part in parts for sent in part.messages]
-    trace = Trace(plan, record, sorted(messages, key=lambda m: (m.skip or "", m.direction, m.boundary)))
-    trace.add_reductions(
-        (stage, begin - offset, end - offset, nbytes)
-        for part, offset in zip(parts, ahead)
-        for stage, begin, end, nbytes in part.reductions
-    )
+    trace = Trace(plan, record, sorted((sent for part in parts for sent in part.messages), key=_place))
+    trace.add_reductions(times for part in parts for times in part.reductions)
     return trace
+
+
+def _place(sent: Messages) -> tuple[str, bool, int]:
+    """Where they come in a trace."""
+    return sent.skip or "", sent.direction == "backward", sent.boundary

@@ -60,7 +60,7 @@ class Trace:
 
     @cached_property
     def tasks(self) -> list[TaskRecord]:
-        """The tasks that ran in this process, in the order in which they began."""
+        """The tasks that ran in this process, of ``gather_trace`` in all, in the order in which they began."""
         zero = self.record.begin
         begin, end = (
             [(time - zero) * 1e-9 for time in times]

@@ -1,4 +1,4 @@
-"""``pipeline-ext train`` in the processes that a real torchrun starts on this machine."""
+"""Programs in the processes that a real torchrun starts on this machine."""
 
 import os
 import subprocess
@@ -10,12 +10,17 @@ SMALL = "--batch 8 --context 16 --width 16 --heads 2 --microbatches 4 --threads 
 DYING = Path(__file__).with_name("dying_train.py")
 
 
-def command(size: int, *args: object, restarts: int = 0, dies_in: int | None = None) -> list[str]:
-    """``size`` processes; with ``dies_in`` one kills itself in that step, unless it has been started again."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    torchrun += [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+def train(*args: object, dies_in: int | None = None) -> list[object]:
+    """The command; with ``dies_in`` process 1 kills itself in that step, unless it has been started again."""
     program = ["-m", "pipeline_ext"] if dies_in is None else [DYING, dies_in]
-    return [str(part) for part in (*torchrun, *program, "train", *args)]
+    return [*program, "train", *args]
+
+
+def command(size: int, program: list[object], restarts: int = 0) -> list[str]:
+    """That starts ``size`` processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval=0.1"]
+    torchrun += [f"--nproc-per-node={size}", f"--max-restarts={restarts}"]
+    return [*torchrun, *map(str, program)]
 
 
 def environment() -> dict[str, str]:
@@ -23,9 +28,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 
-def torchrun(size: int, *args: object, cwd: Path, **options: int) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    size: int, program: list[object], cwd: Path, restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Runs it to its end."""
     return subprocess.run(
-        command(size, *args, **options),
+        command(size, program, restarts),
         cwd=cwd,
         env=environment(),
         capture_output=True,

@@ -118,4 +118,4 @@ def interrupted(*_, **__):
 
 def test_where_one_is_interrupted_nothing_is_chosen_and_all_can_try_again():
     _, told = run(2, fail_to_choose)
-    assert told == "rank 0 (process 0) was to choose a plan, and raised KeyboardInterrupt: "
+    assert told == "rank 0 (process 0) was to choose a plan: KeyboardInterrupt: "

@@ -1,12 +1,13 @@
 """The train command under torchrun: a process for each rank, one run."""
 
 import json
+import re
 import signal
 import subprocess
 import time
 
 import pytest
-from launcher import SMALL, command, environment, torchrun
+from launcher import SMALL, command, environment, torchrun, train
 
 from pipeline_ext.cli import main
 from pipeline_ext.lm import checkpoint
@@ -34,7 +35,7 @@ def undisturbed(tmp_path_factory, text):
     """A run of two processes: its folder, and what it printed."""
     out = tmp_path_factory.mktemp("two")
     args = [*SMALL, "--steps", STEPS, "--data", text, "--out", out, "--json", out / "summary.json"]
-    result = torchrun(2, *args, cwd=out)
+    result = torchrun(2, train(*args), out)
     assert result.returncode == 0, result.stderr
     return out, result
 
@@ -62,49 +63,49 @@ def test_one_run_is_shown_and_written(undisturbed, alone):
     assert len(tasks) == len(set(tasks)) == 2 * 2 * 4
 
 
-@pytest.mark.parametrize("step, checkpoints", [(8, 3), (2, 3)])
+@pytest.mark.parametrize("step, checkpoint_before", [(8, 6), (2, 0)])
 def test_after_a_process_was_killed_a_restart_goes_on_to_the_same_losses(
-    tmp_path, text, undisturbed, step, checkpoints
+    tmp_path, text, undisturbed, step, checkpoint_before
 ):
-    """From the last checkpoint, and from the beginning where there was none."""
-    args = [*SMALL, "--steps", STEPS, "--data", text, "--checkpoint-every", checkpoints]
+    """From the last checkpoint, or from the beginning where there was none."""
+    args = [*SMALL, "--steps", STEPS, "--data", text, "--checkpoint-every", 3]
     again = ["--out", tmp_path / "run", "--resume", "auto"]
-    result = torchrun(2, *args, *again, cwd=tmp_path, restarts=1, dies_in=step)
+    result = torchrun(2, train(*args, *again, dies_in=step), tmp_path, restarts=1)
     assert result.returncode == 0, result.stderr
-    done = (step - 1) // checkpoints * checkpoints
-    assert (f"resumed   after step {done}" in result.stdout) == (done > 0)
+    resumed = re.findall(r"after step (\d+)", result.stdout)
+    assert resumed == ([f"{checkpoint_before}"] if checkpoint_before else [])
     assert losses(tmp_path / "run") == losses(undisturbed[0])
 
 
 def test_what_was_begun_in_two_processes_goes_on_in_one_and_in_three(tmp_path, text, alone):
     args = [*SMALL, "--steps", STEPS, "--data", text, "--checkpoint-every", 2, "--out", tmp_path / "run"]
-    result = torchrun(2, *args, cwd=tmp_path, dies_in=4)
+    result = torchrun(2, train(*args, dies_in=4), tmp_path)
     assert result.returncode != 0 and len(losses(tmp_path / "run")) == 3
     first = ["train", "--resume", tmp_path / "run", "--out", tmp_path / "one", "--stages", 4]
     assert main([str(part) for part in first]) == 0
     assert losses(tmp_path / "one") == pytest.approx(alone, rel=1e-5)
     many = ["--resume", tmp_path / "run", "--out", tmp_path / "many", "--stages", 3, "--schedule", "zb-h1"]
-    result = torchrun(3, *many, cwd=tmp_path)
+    result = torchrun(3, train(*many), tmp_path)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "many") == pytest.approx(alone, rel=1e-5)
 
 
-def test_what_was_begun_in_one_process_goes_on_in_two(tmp_path, text, alone):
-    begun = [*SMALL, "--steps", STEPS, "--data", text, "--out", tmp_path, "--stages", 1]
-    assert main(["train", *map(str, begun)]) == 0
-    # The last checkpoint is of the last step; what came before it is done again, by more steps.
-    result = torchrun(
-        2, "--resume", tmp_path, "--stages", 4, "--schedule", "zbv", "--steps", STEPS + 4, cwd=tmp_path
-    )
+def test_what_was_begun_in_one_process_goes_on_in_two(tmp_path, text):
+    begun = ["--steps", STEPS, "--data", text, "--out", tmp_path / "begun", "--stages", 1]
+    assert main(["train", *SMALL, *map(str, begun)]) == 0
+    more = ["--resume", tmp_path / "begun", "--steps", STEPS + 8]
+    assert main(["train", *map(str, more), "--out", str(tmp_path / "one")]) == 0
+    several = ["--stages", 4, "--schedule", "zbv", "--out", tmp_path / "two"]
+    result = torchrun(2, train(*more, *several), tmp_path)
     assert result.returncode == 0, result.stderr
-    assert losses(tmp_path)[:STEPS] == pytest.approx(alone, rel=1e-5)
-    assert len(losses(tmp_path)) == STEPS + 4
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert len(losses(tmp_path / "two")) == STEPS + 8
 
 
 def test_ctrl_c_ends_all_processes_after_the_same_step(tmp_path, text):
     out = tmp_path / "run"
     process = subprocess.Popen(
-        command(2, *SMALL, "--steps", 100000, "--data", text, "--out", out),
+        command(2, train(*SMALL, "--steps", 100000, "--data", text, "--out", out)),
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -132,6 +133,6 @@ def test_ctrl_c_ends_all_processes_after_the_same_step(tmp_path, text):
     ],
 )
 def test_what_does_not_suit_the_processes_is_refused_in_a_sentence(tmp_path, text, args, message):
-    result = torchrun(2, *SMALL, "--data", text, *args, cwd=tmp_path)
+    result = torchrun(2, train(*SMALL, "--data", text, *args), tmp_path)
     assert result.returncode != 0 and message in result.stderr
     assert "step" not in result.stdout and not (tmp_path / "runs").exists()
