@@ -53,7 +53,7 @@ class Ties:
             if len(ranks) > 1 and parameter in places:
                 members = tuple(processes.members[rank] for rank in sorted(ranks))
                 if members not in opened:
-                    opened[members] = processes.connect(f"ties of {members}", members)
+                    opened[members] = processes.connect("ties", members)
                 self._ties.append(_Tie(*places[parameter], opened[members]))
 
     def make_equal(self) -> None:

@@ -12,13 +12,14 @@ from torch.distributed.tensor import DTensor
 
 from .. import arguments
 from ..boundary import describe
-from ..endings import Body, Endings
+from ..endings import Body
 from ..errors import DeadPipeline, InvalidArgument
 from ..report.trace import Trace
 from ..shared import SharedParameters
 from ..stage import Stage
 from ..wrapped import reduced_in
 from .buckets import Bucket, fill_buckets
+from .departures import Departures
 from .member import Member
 
 _REDUCIBLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -32,8 +33,8 @@ _attaching = threading.Lock()
 class GradientReduction:
     """Gives every replica the mean of the replicas' gradients; for ``Pipeline(reduction=...)``.
 
-    When a stage and those after it have ended their last backwards, its gradients leave in flat buffers, while
-    the stages before it still compute; ``step`` returns when all hold the mean. ``.grad`` is a view of such a
+    In a stage's last backward, and once those of the stages after it have ended, its gradients leave in flat
+    buffers as these fill up; ``step`` returns when all hold the mean. ``.grad`` is a view of such a
     buffer from step to step: clone what is to be kept. Example, for one of several processes::
 
         member = pe.ProcessGroupMember(torch.distributed.group.WORLD)
@@ -64,7 +65,7 @@ class GradientReduction:
         self._stages: Sequence[Stage] | None = None
         self._shared: SharedParameters | None = None
         self._microbatches = 0
-        self._endings: Endings | None = None
+        self._departures = Departures(lambda bucket: bucket.send(member))
         self._built_for: list[list[tuple]] | None = None
         self._buckets: dict[int, list[Bucket]] = {}  # by stage; last, of what several stages hold
         self._steps = 0
@@ -96,11 +97,10 @@ class GradientReduction:
                 )
             _in_use.add(self._member)
         self._stages, self._shared, self._microbatches = stages, shared, microbatches
-        self._endings = Endings((stage.index for stage in stages), self._send)
 
     def watch(self, stage: int, backward: Body) -> Body:
-        """``backward`` of a stage, B or W; the last one of a step sends the stage's gradients."""
-        return self._endings.watch(stage, backward)
+        """``backward`` of a stage, B or W; in the last one of a step the stage's gradients leave."""
+        return self._departures.watch(stage, backward)
 
     @contextlib.contextmanager
     def step(self, timeout: float, sends: bool = True) -> Iterator[None]:
@@ -126,10 +126,11 @@ class GradientReduction:
         self._in_step = True
         try:
             if sends:
-                self._endings.begin(self._microbatches)
+                of_stages = {stage: found for stage, found in self._buckets.items() if stage != _SHARED}
+                self._departures.begin(of_stages, self._microbatches)
                 self._member.begin(self._plan(), timeout)
             else:
-                self._endings.pause()
+                self._departures.pause()
             yield
         except BaseException as error:
             self._member.abort(error)
@@ -151,7 +152,8 @@ class GradientReduction:
             for bucket in self._all():
                 bucket.keep()
             return
-        self._send(_SHARED)
+        for bucket in self._buckets[_SHARED]:
+            bucket.send(self._member)
         for bucket in self._all():
             bucket.finish(timeout)
         if trace is not None:
@@ -169,10 +171,6 @@ class GradientReduction:
 
     def _all(self) -> Iterator[Bucket]:
         return itertools.chain.from_iterable(self._buckets.values())
-
-    def _send(self, stage: int) -> None:
-        for bucket in self._buckets[stage]:
-            bucket.send(self._member)
 
     def _plan(self) -> list[str]:
         """What this step reduces, in words."""

@@ -18,7 +18,7 @@ import pipeline_ext as pe
 
 COUNT = 4  # microbatches
 
-WHOLE = torch.randn(2, 16, 12, generator=torch.Generator().manual_seed(2))  # inputs and targets of both replicas
+WHOLE = torch.randn(2, 16, 12, generator=torch.Generator().manual_seed(2))  # of both replicas
 
 alone = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
