@@ -417,7 +417,7 @@ def hold_few_messages(name, microbatches):
     for _ in range(2):
         step(schedule, modules, count, x, y)
     incoming = [c for c in schedule._runner._train.exchange._remote if isinstance(c, Incoming)]
-    return [len(channel._free._free) for channel in incoming]
+    return [len(channel._packets._free) for channel in incoming]
 
 
 def test_memory_for_receives_does_not_grow_with_the_microbatches():
