@@ -260,8 +260,9 @@ class Pipeline(UnsplitModel):
             first_steps = first_steps_of(functools.partial(plan_of, skips=planned))
             plan = first_steps.plan
         repeated = repeated_names(model, loss_fn)
-        ties = None if processes is None else Ties(modules, loss_fn, plan.rank_of_stage, processes)
-        if ties is not None:
+        ties = None
+        if processes is not None:
+            ties = Ties(modules, loss_fn, plan.rank_of_stage, processes)
             has_loss = len(modules) - 1 in local and isinstance(loss_fn, nn.Module)
             initialise([*local.values(), *([loss_fn] if has_loss else [])], processes.replicas)
             ties.make_equal()

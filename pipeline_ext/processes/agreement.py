@@ -1,6 +1,7 @@
 """What the processes of a pipeline tell one another before anything runs: that they were given the same."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -80,7 +81,7 @@ def describe_module(module: nn.Module) -> list[str]:
 
 
 def _code(found: type[nn.Module]) -> str:
-    code = getattr(found.forward, "__code__", None)
+    code = getattr(inspect.unwrap(found.forward), "__code__", None)
     if code is None:
         return "of its own"
     plain = [value for value in code.co_consts if isinstance(value, (int, float, str, type(None)))]
