@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import _C, arguments, auto, microbatch, partition, planning
 from . import devices as device_choice
-from .engine_choice import make_engine
+from .engine_choice import described_device, make_engine
 from .errors import InvalidArgument, PipelineError
 from .lifetime import Lifetime
 from .pack_choice import PackChoice
@@ -163,7 +163,7 @@ class Pipeline(UnsplitModel):
             arguments.check_scaler(scaler, optimizer, many=mesh is not None)
         processes = Processes.of(mesh)
         if processes is not None:
-            devices = arguments.devices_of(processes.size, devices)
+            devices = device_choice.of_process(devices, processes.have_gpus, processes.size)
         given = device_choice.given(devices)
         if overlap is None:
             overlap = device_choice.of_ranks(given, 1)[0].type == "cuda"
@@ -230,6 +230,7 @@ class Pipeline(UnsplitModel):
             check_agreement(
                 processes,
                 {
+                    "devices": [described_device(given[0])],
                     "microbatches": [f"{microbatches}"],
                     "num_stages": [f"{len(modules)}"],
                     "pack": [f"{plan.packs}, forward {plan.packs_forward}"],
@@ -267,7 +268,7 @@ class Pipeline(UnsplitModel):
             for index, module in local.items()
         ]
         self._local = LocalModel(model, modules, local, repeated)
-        self._group = None if processes is None else processes.group
+        self._group = None if processes is None else processes.messages
         self._has_loss = loss_fn is not None
         self.tracing = bool(trace)
         self._devices = device_choice.of_ranks(given, plan.num_ranks)

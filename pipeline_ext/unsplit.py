@@ -120,8 +120,7 @@ class UnsplitModel:
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         # float64: of one type in all processes, whatever their parameters are of, and exact.
-        device = next((p.device for p in self.parameters()), None)
-        sent = norm.to(device, torch.float64)
+        sent = norm.to("cpu", torch.float64)
         norms = [torch.empty_like(sent) for _ in range(self._group.size())]
         dist.all_gather(norms, sent, group=self._group)
         return [received.to(torch.promote_types(norm.dtype, torch.float32)) for received in norms]

@@ -55,6 +55,9 @@ class Double:
         self.standin.drain()  # what has been copied between devices is there
         self.standin.note(f"{NOTE} {self.standin.number(handle)}")
 
+    def on(self, device):
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def restored(self, devices):
         device, current = self.device, list(self.current)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -28,11 +29,17 @@ class Processes:
         number: of this process in the world.
         everyone: all processes of the pipeline and of its replicas.
         name: of this pipeline among those that the same processes share.
+        have_gpus: whether each is meant to have a GPU.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, replicas: dist.ProcessGroup | None, everyone: list[int]
+        self,
+        group: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None,
+        everyone: list[int],
+        have_gpus: bool,
     ) -> None:
+        self.have_gpus = have_gpus
         self.group = group
         self.replicas = replicas
         self.everyone = everyone
@@ -57,7 +64,8 @@ class Processes:
                 "first, in a script that torchrun starts"
             )
         if isinstance(mesh, dist.ProcessGroup):
-            return cls(mesh, None, sorted(dist.get_process_group_ranks(mesh)))
+            have_gpus = "nccl" in dist.get_backend_config(mesh)
+            return cls(mesh, None, sorted(dist.get_process_group_ranks(mesh)), have_gpus)
         if not isinstance(mesh, DeviceMesh):
             raise InvalidArgument(
                 f"mesh is {mesh!r}; give a DeviceMesh with a dimension named 'pp', or a process group"
@@ -68,14 +76,15 @@ class Processes:
                 f"mesh has the dimensions {list(names)}; name the one whose processes hold the stages 'pp', "
                 'as in init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))'
             )
-        if mesh.device_type != "cpu":
+        if mesh.device_type not in ("cpu", "cuda"):
             raise InvalidArgument(
-                f"mesh is of {mesh.device_type} devices; processes on CPUs can share a pipeline so far"
+                f"mesh is of {mesh.device_type} devices; processes with CPUs or CUDA devices share a pipeline"
             )
         has_replicas = "dp" in names and mesh["dp"].size() > 1
         both = mesh["dp", "pp"] if has_replicas else mesh["pp"]
         everyone = sorted(both.mesh.flatten().tolist())
-        return cls(mesh.get_group("pp"), mesh.get_group("dp") if has_replicas else None, everyone)
+        replicas = mesh.get_group("dp") if has_replicas else None
+        return cls(mesh.get_group("pp"), replicas, everyone, mesh.device_type == "cuda")
 
     @property
     def messages(self) -> dist.ProcessGroup:
@@ -83,8 +92,14 @@ class Processes:
             self._messages = self.new_group(self.members)
         return self._messages
 
+    def agree(self, count: int | None, rank: int) -> int:
+        """What process ``rank`` of the pipeline says; the others' ``count`` does not matter."""
+        told = torch.tensor([0 if count is None else count])
+        dist.broadcast(told, self.members[rank], group=self.messages)
+        return int(told)
+
     @staticmethod
-    def new_group(members: Sequence[int]) -> dist.ProcessGroup:
+    def new_group(members: Sequence[int], backend: str = "gloo") -> dist.ProcessGroup:
         """Of these processes, numbers in the world, for one purpose; all of a pipeline make it together.
 
         A process that is not among them gets a group of its own, for torch names groups by how many each
@@ -93,7 +108,7 @@ class Processes:
         here = dist.get_rank()
         members = list(members) if here in members else [here]
         # What waits longest is a receive, through a whole step; the step itself says when that is too long.
-        return dist.new_group(members, timedelta(days=1), "gloo", use_local_synchronization=True)
+        return dist.new_group(members, timedelta(days=1), backend, use_local_synchronization=True)
 
     def notices(self) -> Notices:
         """What tells all these processes of a failure."""

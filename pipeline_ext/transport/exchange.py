@@ -12,13 +12,16 @@ from .channel import Channel, Passage
 from .link import FREE_LINK, LocalLink
 from .remote import Incoming, Outgoing, Receiver
 from .skip_channel import SkipChannel
+from .stream_ends import StreamIncoming, StreamOutgoing
 
 if TYPE_CHECKING:
     from ..step import Step
 
 
-AnyChannel = Channel | Outgoing | Incoming | None
-EndOf = Callable[[int, int, int, torch.dtype | None, str | None], Outgoing | Incoming | None]
+ToProcess = Outgoing | StreamOutgoing
+FromProcess = Incoming | StreamIncoming
+AnyChannel = Channel | ToProcess | FromProcess | None
+EndOf = Callable[[int, int, int, torch.dtype | None, str | None], ToProcess | FromProcess | None]
 
 
 class Messages(NamedTuple):
@@ -114,10 +117,15 @@ class Exchange:
         self._neighbours = [c for c in (*self._forward, *self._backward) if c is not None]
         self._remote = [c for c in (*self._neighbours, *of_skips) if isinstance(c, Outgoing | Incoming)]
         self._releasing = [  # by stage: the channels to it whose results lie in buffers
-            [c for c in channels if c is not None and not c.hands_over and not isinstance(c, Outgoing)]
+            [c for c in channels if c is not None and not c.hands_over and not isinstance(c, ToProcess)]
             for channels in to_stage
         ]
         self._step: Step | None = None
+
+    @property
+    def step(self) -> "Step":
+        """The step that runs."""
+        return self._step
 
     @property
     def packs(self) -> bool:
@@ -131,7 +139,7 @@ class Exchange:
             if isinstance(channel, Incoming):
                 continue  # it begins with ``listen``
             channel.begin()
-            if not self._trains and not isinstance(channel, Outgoing):
+            if not self._trains and isinstance(channel, Channel | SkipChannel):
                 channel.forget()  # an evaluation does not depend on those before
 
     def listen(self, receiver: Receiver) -> None:
@@ -183,7 +191,7 @@ class Exchange:
         return [
             Messages(b, way, c.sent, c.packed_nbytes, c.result_nbytes, c.seconds, skip)
             for way, b, c, skip in crossing
-            if c is not None and not isinstance(c, Incoming)
+            if c is not None and not isinstance(c, FromProcess)
         ]
 
     def send_value(self, stage: int, m: int, value: Any) -> None:
@@ -192,17 +200,17 @@ class Exchange:
         if channel.hands_over:
             channel.send(m, (value,))
         else:
-            if isinstance(channel, Outgoing):
+            if isinstance(channel, ToProcess):
                 value = (value, self._step.passed_on(stage, m))
             leaves, spec = pytree.tree_flatten(value)
             channel.send(m, [*leaves, spec])
 
     def carry_value(self, stage: int, m: int) -> None:
-        """Takes what ``stage`` has sent on to the next stage's device, if that is another."""
+        """Takes what ``stage`` has sent on to the next stage's device or process, if that is another."""
         self._forward[stage].carry(m)
 
     def carry_gradients(self, stage: int, m: int) -> None:
-        """Takes the gradients that ``stage`` has sent back to the device of the stage before."""
+        """Takes the gradients that ``stage`` has sent back to the device or process of the stage before."""
         self._backward[stage - 1].carry(m)
 
     def receive_value(self, stage: int, m: int) -> Any:
@@ -212,7 +220,7 @@ class Exchange:
         if channel.hands_over:
             return last
         value = pytree.tree_unflatten(leaves, last)
-        if isinstance(channel, Incoming):
+        if isinstance(channel, FromProcess):
             value, known = value
             self._step.take_in(stage, m, known)
         return value
@@ -220,7 +228,7 @@ class Exchange:
     def send_gradients(self, stage: int, m: int, gradients: list[Tensor | None]) -> None:
         """Sends the gradients of what ``stage`` was sent back to the stage before."""
         channel = self._backward[stage - 1]
-        if isinstance(channel, Outgoing):
+        if isinstance(channel, ToProcess):
             # By the last message the last stage has run all forwards: the loss is known.
             gradients = [*gradients, self._step.known_loss() if channel.completes(m) else None]
         channel.send(m, gradients)
@@ -231,7 +239,7 @@ class Exchange:
             return ()
         channel = self._backward[stage]
         gradients = channel.receive(m)
-        if isinstance(channel, Incoming):
+        if isinstance(channel, FromProcess):
             *gradients, loss = gradients
             if loss is not None:
                 self._step.learn_loss(loss)

@@ -1,0 +1,109 @@
+"""Processes with a GPU each, for machines without one: a stand-in driver and a ``Double`` in every process.
+
+NCCL's part is played by CuPy's communicator as a fake, which moves bytes through the store, or by gloo.
+"""
+
+import ctypes
+import itertools
+import os
+import sys
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import device_double
+import pytest
+import torch.distributed as dist
+from standin_driver import StandIn
+
+from pipeline_ext.cuda import nccl
+from pipeline_ext.processes.group import Processes
+
+
+class Sent(NamedTuple):
+    """A send or receive of NCCL."""
+
+    call: str
+    way: str  # of those of one process: by the order in which they were made
+    nbytes: int
+    stream: int  # its handle
+
+
+class Gpu(NamedTuple):
+    """What a process has in place of a GPU and NCCL."""
+
+    standin: StandIn
+    double: device_double.Double
+    calls: list[Sent]
+
+
+def install(library, carrier):
+    """Gives this process, which ends with the test, one GPU. ``carrier``: "CuPy" or "torch"."""
+    os.environ["PIPELINE_EXT_LIBCUDA"] = str(library)
+    standin = StandIn(library)
+    standin.reset(1)
+    patch = pytest.MonkeyPatch()
+    double = device_double.install(patch, standin, devices=1)
+    calls = []
+    if carrier == "CuPy":
+        fake = _fake_nccl(calls)
+        patch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(nccl=fake)))
+        patch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(nccl=fake))
+    else:
+        new_group = Processes.new_group
+        patch.setattr(Processes, "new_group", lambda self, members, backend="gloo": new_group(members))
+        for name in ("send", "receive"):
+            patch.setattr(nccl.TorchPair, name, _noted(calls, name, getattr(nccl.TorchPair, name), double))
+    return Gpu(standin, double, calls)
+
+
+def _noted(calls, name, method, double):
+    ways = {}
+
+    def noted(pair, buffer):
+        way = ways.setdefault(id(pair), f"way {len(ways)}")
+        calls.append(Sent(name, way, buffer.numel(), double.current[0]))
+        method(pair, buffer)
+
+    return noted
+
+
+def _fake_nccl(calls):
+    store = dist.distributed_c10d._get_default_store().clone()
+
+    class NcclCommunicator:
+        def __init__(self, size, number, rank):
+            assert size == 2 and len(number) == 128
+            self.name, self.rank = str(number), rank
+            self.numbers = itertools.count()
+            self.aborted = False
+            # As NCCL: returns when both have called it.
+            store.set(f"{self.name}/{rank}", "here")
+            store.wait([f"{self.name}/{1 - rank}"])
+
+        def send(self, address, count, kind, peer, stream):
+            self._check("send", count, kind, peer, stream)
+            assert self.rank == 0
+            store.set(f"{self.name}/message {next(self.numbers)}", ctypes.string_at(address, count))
+
+        def recv(self, address, count, kind, peer, stream):
+            self._check("receive", count, kind, peer, stream)
+            assert self.rank == 1
+            came = store.get(f"{self.name}/message {next(self.numbers)}")
+            assert len(came) == count, "NCCL would hang, or write where it must not"
+            ctypes.memmove(address, came, count)
+
+        def abort(self):
+            self.aborted = True
+
+        def _check(self, call, count, kind, peer, stream):
+            if self.aborted:
+                raise RuntimeError("NCCL_ERROR_INVALID_ARGUMENT: invalid argument")
+            assert kind == "uint8" and peer == 1 - self.rank
+            calls.append(Sent(call, self.name, count, stream))
+
+    return SimpleNamespace(
+        available=True,
+        NCCL_UINT8="uint8",
+        NcclCommunicator=NcclCommunicator,
+        get_unique_id=lambda: tuple(byte - 128 for byte in os.urandom(128)),
+    )
