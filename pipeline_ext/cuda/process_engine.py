@@ -79,15 +79,15 @@ class DeviceProcessEngine(DeviceEngine):
     def run(self, route: DeviceRoute, *, timeout: float, record: bool) -> DeviceStep | NotRun:
         try:
             self._kinds.begin(route.plan, route.exchange.step, timeout)
+            result = super().run(route, timeout=timeout, record=record)
         except StepTimeout as error:
-            self._failure.seek()
-            return NotRun("timed out", f"  {error}")
+            result = NotRun("timed out", f"  {error}")
         except PeerError as error:
-            return NotRun("failed", "", error)
-        result = super().run(route, timeout=timeout, record=record)
-        if result.outcome == "timed out":
-            self._failure.seek()
-        if result.outcome == "done" and self._failure.error is not None:
+            result = NotRun("failed", "", error)
+        if self._failure.error is None:
+            if result.outcome == "timed out" or isinstance(result.error, PeerError):
+                self._failure.seek()
+        elif result.error is None or isinstance(result.error, PeerError):
             return NotRun("failed", "", self._failure.error)
         return result
 
