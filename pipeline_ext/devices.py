@@ -53,8 +53,8 @@ def of_process(devices: DevicesLike, have_gpus: bool, size: int) -> Sequence[str
         devices = [f"cuda:{_own_gpu()}" if have_gpus else "cpu"]
     if not isinstance(devices, (list, tuple)) or len(devices) != 1:
         raise InvalidArgument(
-            f"devices is {devices!r}; with mesh, whose processes are the ranks, give a list with this process's "
-            'device alone, as in ["cuda:0"], or leave it out'
+            f"devices is {devices!r}; with mesh, whose processes are the ranks, give a list with this "
+            'process\'s device alone, as in ["cuda:0"], or leave it out'
         )
     return list(devices) * size
 

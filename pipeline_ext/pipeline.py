@@ -241,6 +241,7 @@ class Pipeline(UnsplitModel):
                     "overlap": [f"{bool(overlap)}"],
                     "reactive": [f"{bool(reactive)}"],
                     "in_flight": [f"{plan.limits}"],
+                    "graphs": [f"{bool(graphs)}"],
                     **{
                         f"stage {index}": describe_module(module)
                         for index, module in enumerate(modules)

@@ -181,7 +181,8 @@ class _Recorder(TorchDispatchMode):
             for function, args, kwargs, result in self.calls:
                 again = function(*args, **kwargs)
                 for old, new in zip(_tensors(result), _tensors(again)):
-                    if old.data_ptr() != new.data_ptr():
+                    # Of other shape is what was empty and has been given memory since.
+                    if old.data_ptr() != new.data_ptr() and old.shape == new.shape:
                         old.copy_(new)
 
 

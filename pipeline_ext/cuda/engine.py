@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -96,6 +96,10 @@ class DeviceEngine:
 
     def failed(self, reason: str) -> None:
         pass
+
+    def agreed_kind(self, kind: Hashable | None, timeout: float) -> Hashable | None:
+        """What all processes together see a step as, of what this one sees; None where one sees None."""
+        return kind
 
     def arrive(self, value: Any, stage: int) -> Any:
         return torch_side.move(value, self._of_stage[stage])

@@ -55,15 +55,22 @@ class Kinds:
 
         Raises PeerError where one has failed or gone, StepTimeout where one does not come in time.
         """
-        self._count += 1
-        mine = torch.tensor([_latest(self._numbers, self._kind_of(plan, step), self._count)])
-        found = [torch.empty_like(mine) for _ in self._processes.members]
-        work = dist.all_gather(found, mine, group=self._processes.messages, async_op=True)
-        self._failure.finish(work, timeout, "all processes to begin a step")
-        self._now = "-".join(str(int(number)) for number in found)
+        self._now = self.agree(self._kind_of(plan, step), timeout)
         self._is_new = self._now not in self._met
         self._contents = _latest(self._met, self._now, {})
         self._descriptions.timeout = timeout
+
+    def agree(self, kind: Hashable | None, timeout: float) -> str | None:
+        """The kind of a step in all processes together, of the one that each sees; None where one sees None.
+
+        Raises as ``begin`` does.
+        """
+        self._count += 1
+        mine = torch.tensor([0 if kind is None else _latest(self._numbers, kind, self._count)])
+        found = [torch.empty_like(mine) for _ in self._processes.members]
+        work = dist.all_gather(found, mine, group=self._processes.messages, async_op=True)
+        self._failure.finish(work, timeout, "all processes to begin a step")
+        return "-".join(str(int(number)) for number in found) if all(found) else None
 
     def of_way(self, way: Way, name: str) -> "KindsOfWay":
         """The ``Catalogue`` of a way, whose name no other has."""

@@ -1,7 +1,7 @@
 """Ranks as processes, each with a GPU: NCCL carries messages between their streams. Not yet run on GPUs."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,7 +91,12 @@ class DeviceProcessEngine(DeviceEngine):
             return NotRun("failed", "", self._failure.error)
         return result
 
+    def agreed_kind(self, kind: Hashable | None, timeout: float) -> str | None:
+        return self._kinds.agree(kind, timeout)
+
     def failed(self, reason: str) -> None:
+        if self._capturing:
+            return  # nothing has run: steps go on without a graph
         self._failure.tell(reason)
         self._waits.fail()
 

@@ -129,8 +129,8 @@ class Exchange:
 
     @property
     def packs(self) -> bool:
-        """Whether any results are packed, not handed over."""
-        return any(not channel.hands_over for channel in self._neighbours)
+        """Whether any results are packed, neither handed over nor copied."""
+        return not all(c.hands_over or getattr(c, "is_plain", False) for c in self._neighbours)
 
     def begin(self, step: "Step") -> None:
         """Prepares for a step."""

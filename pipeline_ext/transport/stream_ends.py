@@ -46,7 +46,11 @@ class Catalogue(Protocol):
 
 
 class StreamOutgoing:
-    """The sender's end. Attributes as of ``Channel``; nobody here knows how long messages travel."""
+    """The sender's end. Attributes as of ``Channel``; nobody here knows how long messages travel.
+
+    Attributes:
+        is_plain: whether each result goes alone, and as it is.
+    """
 
     hands_over = False
     seconds = 0.0
@@ -56,6 +60,7 @@ class StreamOutgoing:
         self._crossing = crossing
         self._catalogue = catalogue
         self._device = device
+        self.is_plain = _is_plain(way)
         self._index = {m: index for index, group in enumerate(way.groups) for m in group}
         self.begin()
 
@@ -104,7 +109,9 @@ class StreamOutgoing:
             self._catalogue.tell(index, filling.contents)
         format = filling.contents.format
         buffer = self._crossing.take(format.nbytes, self._device)
-        if filling.tensors:
+        if self.is_plain:
+            format.copy(filling.regions, buffer)
+        elif filling.tensors:
             filling.pack(buffer)
         self._crossing.packed(results, buffer)
         self._packed[index] = buffer, format.sent_nbytes
@@ -113,7 +120,11 @@ class StreamOutgoing:
 
 
 class StreamIncoming:
-    """The receiver's end."""
+    """The receiver's end.
+
+    Attributes:
+        is_plain: as of the sender's.
+    """
 
     hands_over = False
 
@@ -121,6 +132,7 @@ class StreamIncoming:
         self._way = way
         self._crossing = crossing
         self._catalogue = catalogue
+        self.is_plain = _is_plain(way)
         self._index = {m: index for index, group in enumerate(way.groups) for m in group}
         self.begin()
 
@@ -151,3 +163,7 @@ class StreamIncoming:
         result = self._arrived.pop(m, None)
         if result is not None:
             result.message.read()
+
+
+def _is_plain(way: Way) -> bool:
+    return way.wire is None and max(map(len, way.groups)) == 1

@@ -5,6 +5,7 @@ NCCL's part is played by CuPy's communicator as a fake, which moves bytes throug
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import device_double
 import pytest
+import torch
 import torch.distributed as dist
 from standin_driver import StandIn
 
@@ -48,7 +50,7 @@ def install(library, carrier):
     double = device_double.install(patch, standin, devices=1)
     calls = []
     if carrier == "CuPy":
-        fake = _fake_nccl(calls)
+        fake = _fake_nccl(calls, double)
         patch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(nccl=fake)))
         patch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(nccl=fake))
     else:
@@ -72,8 +74,21 @@ def _noted(calls, name, method, double):
     return noted
 
 
-def _fake_nccl(calls):
+def _fake_nccl(calls, double):
     store = dist.distributed_c10d._get_default_store().clone()
+
+    ends = []
+
+    # As operations of torch they are captured, when they do nothing, and replayed.
+    def move(call, buffer, end):
+        if not double.capturing:
+            getattr(ends[end], f"move_{call}")(buffer)
+
+    library = torch.library.Library("fake_nccl", "DEF")
+    library.define("send(Tensor buffer, int end) -> ()")
+    library.define("receive(Tensor(a!) buffer, int end) -> ()")
+    for call in ("send", "receive"):
+        library.impl(call, functools.partial(move, call), "CPU")
 
     class NcclCommunicator:
         def __init__(self, size, number, rank):
@@ -84,21 +99,30 @@ def _fake_nccl(calls):
             # As NCCL: returns when both have called it.
             store.set(f"{self.name}/{rank}", "here")
             store.wait([f"{self.name}/{1 - rank}"])
+            self.end = len(ends)
+            ends.append(self)
 
         def send(self, address, count, kind, peer, stream):
             self._check("send", count, kind, peer, stream)
             assert self.rank == 0
-            store.set(f"{self.name}/message {next(self.numbers)}", ctypes.string_at(address, count))
+            torch.ops.fake_nccl.send(_bytes_at(address, count), self.end)
 
         def recv(self, address, count, kind, peer, stream):
             self._check("receive", count, kind, peer, stream)
             assert self.rank == 1
+            torch.ops.fake_nccl.receive(_bytes_at(address, count), self.end)
+
+        def move_send(self, buffer):
+            store.set(f"{self.name}/message {next(self.numbers)}", bytes(buffer.numpy()))
+
+        def move_receive(self, buffer):
             self.awaited = f"{self.name}/message {next(self.numbers)}"
             with contextlib.suppress(dist.DistError):  # on a GPU no host would wait for it
                 store.wait([self.awaited], timedelta(seconds=10))
                 came = store.get(self.awaited)
-                assert len(came) in (count, 0), "NCCL would hang, or write where it must not"
-                ctypes.memmove(address, came, len(came))
+                assert len(came) in (len(buffer), 0), "NCCL would hang, or write where it must not"
+                if came:
+                    buffer.copy_(torch.frombuffer(bytearray(came), dtype=torch.uint8))
 
         def abort(self):
             self.aborted = True
@@ -111,8 +135,13 @@ def _fake_nccl(calls):
             calls.append(Sent(call, self.name, count, stream))
 
     return SimpleNamespace(
+        library=library,  # whose operations are there as long as it is
         available=True,
         NCCL_UINT8="uint8",
         NcclCommunicator=NcclCommunicator,
         get_unique_id=lambda: tuple(byte - 128 for byte in os.urandom(128)),
     )
+
+
+def _bytes_at(address, count):
+    return torch.frombuffer((ctypes.c_uint8 * count).from_address(address), dtype=torch.uint8)

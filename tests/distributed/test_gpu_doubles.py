@@ -1,4 +1,4 @@
-"""Pipelines whose ranks are processes with a GPU each, played on the CPU: gradients, messages, order, failures."""
+"""Pipelines whose ranks are processes with a GPU each, played on the CPU: gradients, messages, failures."""
 
 import pytest
 import torch
@@ -135,7 +135,8 @@ def changes_shape(library):
 
 def test_a_shape_that_hangs_on_values_is_refused_and_every_process_hears_why(standin_library):
     first, second = outcomes(2, changes_shape, standin_library)
-    assert first.kind is pe.StageError and "the activations of microbatch 0 across boundary 0 differ" in first.message
+    assert first.kind is pe.StageError
+    assert "the activations of microbatch 0 across boundary 0 differ in shape" in first.message
     assert second.kind is pe.PeerError and "process 0 failed: 0F0 raised PipelineError" in second.message
 
 
@@ -188,6 +189,66 @@ def test_a_process_that_is_killed_is_named_as_the_next_step_begins(standin_libra
     first, second = outcomes(2, loses_one, standin_library)
     assert isinstance(second, Gone)
     assert first.kind is pe.PeerError and "process 1 does not answer" in first.message
+
+
+def graphs(library, options):
+    gpu = install(library, "CuPy")
+    model = chain(4)
+    plain = twin(model)
+    with pipeline(model, 2, 4, graphs=True, **options) as pipe:
+        for number, rows in enumerate([8, 8, 8, 8, 11, 11, 11, 8]):
+            x, y = batch(rows, number)
+            for m in (model, plain):
+                m.zero_grad()
+            losses = []
+            expected = reference_step(plain, x, y, 4, F.mse_loss)
+            assert torch.equal(pipe.step(x, target=y, losses=losses), expected)
+            grads = gradients(plain)
+            assert all(torch.equal(p.grad, grads[name]) for name, p in pipe.named_parameters())
+            assert len(losses) == 4 * (dist.get_rank() == 1)
+        return gpu.double.launches, pipe.graph.captured, pipe.graph.fallback
+
+
+def test_sends_and_receives_are_in_the_steps_graph(standin_library):
+    assert run(2, graphs, standin_library, {}) == [(4, 2, None)] * 2
+
+
+def test_packed_messages_leave_steps_without_a_graph(standin_library):
+    for launches, captured, fallback in run(2, graphs, standin_library, {"pack": 2}):
+        assert (launches, captured) == (0, 0) and "results are packed" in fallback
+
+
+class Item(nn.Module):
+    """Cannot be captured."""
+
+    def __init__(self, double):
+        super().__init__()
+        self.double = double
+
+    def forward(self, x):
+        if self.double.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return x
+
+
+def one_cannot_capture(library):
+    gpu = install(library, "CuPy")
+    model = chain(4)
+    plain = twin(model)
+    model[4] = nn.Sequential(model[4], Item(gpu.double))
+    x, y = batch(8)
+    with pipeline(model, 2, 4, graphs=True) as pipe:
+        for _ in range(5):
+            for m in (model, plain):
+                m.zero_grad()
+            assert torch.equal(pipe.step(x, target=y), reference_step(plain, x, y, 4, F.mse_loss))
+        return pipe.graph.fallback
+
+
+def test_where_one_process_cannot_capture_all_run_without_a_graph(standin_library):
+    first, second = run(2, one_cannot_capture, standin_library)
+    assert first == "it cannot be captured in another process"
+    assert "RuntimeError: operation not permitted when stream is capturing" in second
 
 
 def nothing_stops_the_host(library):
