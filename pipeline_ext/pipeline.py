@@ -63,7 +63,9 @@ class Pipeline(UnsplitModel):
             returns a tensor without dimensions. If it is a module, its parameters are trained too.
         devices: one entry for each rank, CPUs or CUDA devices; several ranks may share one. None: as many ranks
             as stages, or half as many for a schedule that holds several stages on a rank, spread over all GPUs
-            that torch sees; without any, on the CPU. Stages are moved to their devices, in place.
+            that torch sees; without any, on the CPU. Stages are moved to their devices, in place. With ``mesh``
+            this process's one device alone, as ``["cuda:0"]``; None: where mesh is of "cuda", or a group with
+            NCCL, the GPU of torchrun's LOCAL_RANK, otherwise the CPU.
         cuts, balance, sample: where to cut; see ``pipeline_ext.partition.cut``.
         loss_reduction: ``"mean"`` weights a microbatch's loss by its share of the batch's rows, ``"sum"``
             by 1.

@@ -10,6 +10,7 @@ from device_double import install
 from torch import nn
 
 import pipeline_ext as pe
+from pipeline_ext.devices import of_process
 
 TRAIN = """
 import torch
@@ -44,6 +45,17 @@ def test_without_a_driver_pipelines_run_on_the_cpu(library):
     assert python(TRAIN, **environment) == "True cpu"
     said = python(ON_A_GPU.replace("SETUP", ""), **environment)
     assert said.startswith("there is no CUDA driver:") and library in said
+
+
+@pytest.mark.parametrize("local_rank, expected", [("0", 0), ("1", 1), ("3", 1), (None, 0)])
+def test_a_process_takes_the_gpu_of_its_local_rank_among_those_it_sees(gpus, monkeypatch, local_rank, expected):
+    if local_rank is None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert of_process(None, True, 4) == [f"cuda:{expected}"] * 4
+    assert of_process(None, False, 4) == ["cpu"] * 4
+    assert of_process(["cuda:1"], False, 2) == ["cuda:1"] * 2
 
 
 SCRIPT = "import ctypes, os; standin = ctypes.CDLL(os.environ['PIPELINE_EXT_LIBCUDA'])"

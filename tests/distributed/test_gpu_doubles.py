@@ -271,6 +271,8 @@ def nothing_stops_the_host(library):
                     crosses = plan.describe(task)[3] != dist.get_rank()
                     before = streams.sent_by(task) if crosses else streams.step_of(task)
                     assert before in order.before[streams.step_of(after)]
+        ran = [task.task for task in pipe.trace.tasks]
+        assert sorted(ran) == [t for t in range(len(plan)) if plan.describe(t)[3] == dist.get_rank()]
         custody = pipe._routes.train.custody
         keep = custody.keep
 
