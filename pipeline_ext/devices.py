@@ -9,6 +9,7 @@ from torch import nn
 from . import _C
 from .cuda import torch_side
 from .errors import DeviceError, InvalidArgument
+from .processes.group import Processes
 
 DevicesLike = Sequence[str | torch.device] | None
 
@@ -43,20 +44,25 @@ def given(devices: DevicesLike) -> list[torch.device] | None:
     return found
 
 
-def of_process(devices: DevicesLike, have_gpus: bool, size: int) -> Sequence[str | torch.device]:
-    """This process's device, for each of the ``size`` processes of a mesh: the others' are not seen from here.
+def of_process(devices: DevicesLike, processes: Processes) -> Sequence[str | torch.device]:
+    """This process's device, for each process of the pipeline: the others' are not seen from here.
 
-    ``devices`` of None: where they ``have_gpus`` that of torchrun's LOCAL_RANK, or without it the current one.
-    Raises InvalidArgument for more than one.
+    ``devices`` of None: where processes have GPUs that of torchrun's LOCAL_RANK, or without it the current one.
+    Raises InvalidArgument for more than one, and for a GPU where there are replicas.
     """
     if devices is None:
-        devices = [f"cuda:{_own_gpu()}" if have_gpus else "cpu"]
+        devices = [f"cuda:{_own_gpu()}" if processes.have_gpus else "cpu"]
     if not isinstance(devices, (list, tuple)) or len(devices) != 1:
         raise InvalidArgument(
             f"devices is {devices!r}; with mesh, whose processes are the ranks, give a list with this "
             'process\'s device alone, as in ["cuda:0"], or leave it out'
         )
-    return list(devices) * size
+    if processes.replicas is not None and _device(devices[0]).type == "cuda":
+        raise InvalidArgument(
+            'mesh has a dimension "dp", over which gradients of CPUs are averaged, and not yet those of GPUs; '
+            'leave it out, or give devices=["cpu"]'
+        )
+    return list(devices) * processes.size
 
 
 def of_ranks(given: list[torch.device] | None, num_ranks: int) -> list[torch.device]:

@@ -49,8 +49,7 @@ def make_engine(
         return HostEngine(plan, exchange_of, shared, guard, reduction)
     if reduction is not None:
         raise InvalidArgument(
-            'reduction, or a dimension "dp" of mesh, averages gradients of ranks on CPUs; leave it out, or '
-            'give devices=["cpu", ...]'
+            'reduction averages gradients of ranks on CPUs; leave it out, or give devices=["cpu", ...]'
         )
     if chooses_pack:
         raise InvalidArgument(

@@ -165,7 +165,7 @@ class Pipeline(UnsplitModel):
             arguments.check_scaler(scaler, optimizer, many=mesh is not None)
         processes = Processes.of(mesh)
         if processes is not None:
-            devices = device_choice.of_process(devices, processes.have_gpus, processes.size)
+            devices = device_choice.of_process(devices, processes)
         given = device_choice.given(devices)
         if overlap is None:
             overlap = device_choice.of_ranks(given, 1)[0].type == "cuda"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,9 +54,10 @@ def test_a_process_takes_the_gpu_of_its_local_rank_among_those_it_sees(gpus, mon
         monkeypatch.delenv("LOCAL_RANK", raising=False)
     else:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert of_process(None, True, 4) == [f"cuda:{expected}"] * 4
-    assert of_process(None, False, 4) == ["cpu"] * 4
-    assert of_process(["cuda:1"], False, 2) == ["cuda:1"] * 2
+    with_gpus, without = (SimpleNamespace(have_gpus=have, size=4, replicas=None) for have in (True, False))
+    assert of_process(None, with_gpus) == [f"cuda:{expected}"] * 4
+    assert of_process(None, without) == ["cpu"] * 4
+    assert of_process(["cuda:1"], without) == ["cuda:1"] * 4
 
 
 SCRIPT = "import ctypes, os; standin = ctypes.CDLL(os.environ['PIPELINE_EXT_LIBCUDA'])"

@@ -1,5 +1,6 @@
 """Ranks as processes, each with a GPU: NCCL carries messages between their streams. Not yet run on GPUs."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
@@ -130,7 +131,8 @@ class _Waits(NamedTuple):
         """Ends that."""
         self.descriptions.give_up()
         for pair in self.pairs.values():
-            pair.abort()
+            with contextlib.suppress(RuntimeError):  # it has ended already
+                pair.abort()
 
 
 def _close(close: Callable[[], None], failure: Failure) -> None:

@@ -166,4 +166,4 @@ class StreamIncoming:
 
 
 def _is_plain(way: Way) -> bool:
-    return way.wire is None and max(map(len, way.groups)) == 1
+    return way.wire is None and all(len(group) == 1 for group in way.groups)
