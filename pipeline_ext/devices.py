@@ -59,8 +59,8 @@ def of_process(devices: DevicesLike, processes: Processes) -> Sequence[str | tor
         )
     if processes.replicas is not None and _device(devices[0]).type == "cuda":
         raise InvalidArgument(
-            'mesh has a dimension "dp", over which gradients of CPUs are averaged, and not yet those of GPUs; give '
-            'mesh["pp"] and average .grad yourself after each step, or give devices=["cpu"]'
+            'mesh has a dimension "dp", over which gradients of CPUs are averaged, and not yet those of GPUs; '
+            'give mesh["pp"] and average .grad yourself after each step, or give devices=["cpu"]'
         )
     return list(devices) * processes.size
 
