@@ -296,6 +296,16 @@ class StreamExecutor:
     @property
     def dead(self) -> bool: ...
 
+class MessageTemplate:
+    def __init__(
+        self,
+        places: Sequence[tuple[torch.dtype, Sequence[int], int, int]],
+        requires_grad: Sequence[bool],
+        parts: Sequence[Any],
+        alignment: int,
+    ) -> None: ...
+    def pack(self, results: Sequence[Sequence[Any]], buffer: Array) -> bool: ...
+
 class NativePacker:
     def __init__(self, layout: Layout, tensors: Sequence[Array]) -> None: ...
     def rebind(self, tensors: Sequence[Array]) -> None: ...

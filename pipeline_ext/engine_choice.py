@@ -19,6 +19,7 @@ from .reduction import GradientReduction
 from .shared import SharedParameters
 from .stage import Stage
 from .transport.exchange import Exchange
+from .wrapped import WrappedStages
 
 
 def described_device(device: torch.device) -> str:
@@ -33,6 +34,7 @@ def make_engine(
     exchange_of: Callable[..., Exchange],
     shared: SharedParameters,
     reduction: GradientReduction | None,
+    wrapped: WrappedStages,
     chooses_pack: bool,
     processes: Processes | None,
 ) -> Engine:
@@ -40,13 +42,14 @@ def make_engine(
 
     Raises InvalidArgument for what GPUs do not do, DeviceError where one cannot be used.
     """
+    wrapped.check(shared, plan, devices[0])
     modules = [stage.module for stage in stages]
     if devices[0].type == "cpu":
         threads = plan.num_workers if processes is None else plan.num_workers // plan.num_ranks
         guard = RecomputationGuard(modules, overlap=plan.overlap, threads=threads)
         if processes is not None:
-            return ProcessEngine(plan, exchange_of, shared, guard, reduction, processes)
-        return HostEngine(plan, exchange_of, shared, guard, reduction)
+            return ProcessEngine(plan, exchange_of, shared, guard, reduction, wrapped, processes)
+        return HostEngine(plan, exchange_of, shared, guard, reduction, wrapped)
     if reduction is not None:
         raise InvalidArgument(
             'reduction averages gradients of ranks on CPUs; leave it out, or give devices=["cpu", ...]'

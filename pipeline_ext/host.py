@@ -12,6 +12,7 @@ from .reduction import GradientReduction
 from .shared import SharedParameters
 from .stage import Stage
 from .transport.exchange import Exchange
+from .wrapped import WrappedStages
 
 
 class HostRoute(NamedTuple):
@@ -34,6 +35,7 @@ class HostEngine:
         shared: SharedParameters,
         guard: RecomputationGuard,
         reduction: GradientReduction | None,
+        wrapped: WrappedStages,
         rank: int | None = None,
     ) -> None:
         """Every plan to come has as many workers as ``plan``. ``rank``: of the plan; None: all."""
@@ -44,6 +46,7 @@ class HostEngine:
         self._shared = shared
         self._guard = guard
         self._reduction = reduction
+        self._wrapped = wrapped
 
     @property
     def dead(self) -> bool:
@@ -52,8 +55,8 @@ class HostEngine:
     def bodies(self, stages: list[Stage]) -> Bodies:
         bodies = {}
         for stage in stages:
-            backward = self._guard.watch(stage.backward)
-            weight_gradient = self._guard.watch(stage.weight_gradient)
+            backward = self._wrapped.watch(stage.index, self._guard.watch(stage.backward))
+            weight_gradient = self._wrapped.watch(stage.index, self._guard.watch(stage.weight_gradient))
             if self._reduction is not None:
                 backward = self._reduction.watch(stage.index, backward)
                 weight_gradient = self._reduction.watch(stage.index, weight_gradient)

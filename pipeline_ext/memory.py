@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch.distributed.tensor import DTensor
 
 from .errors import PipelineError
 
 # Regions begin at multiples of it: on alignment too sums and products may depend, to the last bit.
-_ALIGNMENT = 64
+REGION_ALIGNMENT = 64
 
 # A tensor with gaps in memory travels with them, up to this many times its own size; then without.
 _WIDEST = 4
@@ -25,6 +26,16 @@ class Look(NamedTuple):
     negative: bool
     region: int
     offset: int  # bytes, from where its region begins
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether it takes its memory in the order of its elements, without gaps."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride)):
+            if size != 1 and stride != expected:
+                return 0 in self.shape
+            expected *= size
+        return True
 
     def see(self, storage: UntypedStorage, begin: int) -> Tensor:
         """Such a tensor in other memory, where its region begins at byte ``begin``; its version is its own."""
@@ -66,7 +77,7 @@ def find_regions(tensors: Sequence[Tensor]) -> tuple[list[Look], list[Region]]:
         if not others and end - begin > _WIDEST * tensors[i].nbytes > 0:
             tensors[i] = tensors[i].contiguous()
             storage, begin, end = _place(tensors[i])
-        begin = begin // _ALIGNMENT * _ALIGNMENT
+        begin = begin // REGION_ALIGNMENT * REGION_ALIGNMENT
         regions.append(Region(storage, begin, max([end, *(places[j].end for j in others)])))
         for j in group:
             tensor = tensors[j]
@@ -84,8 +95,12 @@ def find_regions(tensors: Sequence[Tensor]) -> tuple[list[Look], list[Region]]:
 
 def is_shared(tensor: Tensor) -> bool:
     """Whether another tensor looks into its memory: one that views it, or that autograd made from it."""
-    storage = tensor.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor, and `storage` itself
+    return uses_of(tensor) > 2  # the tensor, and the storage's own object
+
+
+def uses_of(tensor: Tensor) -> int:
+    """How many objects hold its memory."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def share_memory(tensors: Sequence[Tensor]) -> bool:
@@ -99,6 +114,11 @@ def share_memory(tensors: Sequence[Tensor]) -> bool:
 
 
 def _check_plain(tensor: Tensor) -> None:
+    if isinstance(tensor, DTensor):
+        raise PipelineError(
+            "a DTensor does not go from stage to stage; return its to_local() or full_tensor(), and in the "
+            "next stage make it anew with DTensor.from_local"
+        )
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested
     if not plain or tensor.layout is not torch.strided:
         kind = "nested tensor" if tensor.is_nested else f"{type(tensor).__name__} of {tensor.layout}"

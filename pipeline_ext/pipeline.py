@@ -15,6 +15,7 @@ from .errors import InvalidArgument, PipelineError
 from .lifetime import Lifetime
 from .pack_choice import PackChoice
 from .processes.agreement import check_agreement, describe_module
+from .processes.gathered_trace import TraceGathering
 from .processes.group import MeshLike, Processes
 from .processes.local_stages import local_stages
 from .processes.ties import Ties
@@ -33,6 +34,7 @@ from .stepper import Stepper
 from .transport.exchange import Exchange
 from .transport.link import FREE_LINK, LocalLink
 from .unsplit import LocalModel, UnsplitModel, repeated_names
+from .wrapped import WrappedStages
 
 PackLike = int | str | Mapping[int, int | str]
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
@@ -75,7 +77,8 @@ class Pipeline(UnsplitModel):
         reactive: let a rank whose next planned task is not ready run another that is. The microbatches of
             one stage and kind keep their order, and the limit of microbatches in flight holds; so the
             gradients are the same. False: exactly the planned order; a ``schedule`` that lists it is refused
-            where ``pack`` or ``in_flight`` would change it.
+            where ``pack`` or ``in_flight`` would change it. Always False where ``mesh`` has dimensions beside
+            "pp" and "dp", whose processes are to communicate in one order (tensor parallelism).
         pack: K, how many microbatches' gradients leave a stage for the one before in one message: a number,
             ``"all"``, ``"auto"``, or a dict from boundaries to numbers (boundary b is between stages b and
             b + 1; one left out has 1). The stages upstream then hold more microbatches, by what the
@@ -109,8 +112,8 @@ class Pipeline(UnsplitModel):
         reduction: gives each of several replicas of the pipeline the mean of their gradients. None: one is made
             for the replicas of ``mesh``, if it has any.
         mesh: the processes that share the pipeline, one for each rank; all make it, with the same arguments. A
-            ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one;
-            or a process group. None: this process has all ranks.
+            ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one,
+            and others are left to the stages; or a process group. None: this process has all ranks.
 
     Raises:
         InvalidArgument: for anything above that cannot be used (InvalidSchedule for ``schedule``).
@@ -166,6 +169,7 @@ class Pipeline(UnsplitModel):
         processes = Processes.of(mesh)
         if processes is not None:
             devices = device_choice.of_process(devices, processes)
+            reactive = reactive and not processes.in_order
         given = device_choice.given(devices)
         if overlap is None:
             overlap = device_choice.of_ranks(given, 1)[0].type == "cuda"
@@ -245,20 +249,23 @@ class Pipeline(UnsplitModel):
                     "in_flight": [f"{plan.limits}"],
                     "graphs": [f"{bool(graphs)}"],
                     **{
-                        f"stage {index}": describe_module(module)
-                        for index, module in enumerate(modules)
+                        name: describe_module(module)
+                        for name, module in [
+                            *((f"stage {index}", module) for index, module in enumerate(modules)),
+                            ("loss_fn", loss_fn),
+                        ]
                         if isinstance(module, nn.Module)
                     },
                 },
                 float(timeout),
             )
-        repeated = repeated_names(model)
-        ties = None if processes is None else Ties(modules, plan.rank_of_stage, processes)
-        local = local_stages(modules, plan.rank_of_stage, processes)
+        repeated = repeated_names(model, loss_fn)
+        ties = None if processes is None else Ties(modules, loss_fn, plan.rank_of_stage, processes)
+        local = local_stages(modules, loss_fn, plan.rank_of_stage, processes)
         if ties is not None:
             ties.make_equal()
         if reduction is None and processes is not None and processes.replicas is not None:
-            reduction = GradientReduction(ProcessGroupMember(processes.replicas))
+            reduction = GradientReduction(processes.keep(ProcessGroupMember(processes.replicas)))
         self._num_stages = len(modules)
         self._stages = [
             Stage(
@@ -270,16 +277,18 @@ class Pipeline(UnsplitModel):
             )
             for index, module in local.items()
         ]
-        self._local = LocalModel(model, modules, local, repeated)
-        self._group = None if processes is None else processes.messages
+        self._local = LocalModel(model, modules, local, repeated, loss_fn)
+        self._group = None if processes is None else processes.group
+        self._gathering = None if processes is None else TraceGathering(processes, float(timeout))
         self._has_loss = loss_fn is not None
         self.tracing = bool(trace)
         self._devices = device_choice.of_ranks(given, plan.num_ranks)
         if scaler is not None:
             scaler.scale(torch.ones((), device=self._devices[-1]))  # the first call makes what is read then
         shared = SharedParameters({stage.index: stage.modules() for stage in self._stages})
+        wrapped = WrappedStages(self._stages, microbatches)
         self._engine = make_engine(
-            self._devices, plan, self._stages, exchange_of, shared, reduction, chooses_pack, processes
+            self._devices, plan, self._stages, exchange_of, shared, reduction, wrapped, chooses_pack, processes
         )
         if reduction is not None:
             try:
@@ -296,6 +305,7 @@ class Pipeline(UnsplitModel):
             shared,
             self._first_steps,
             reduction,
+            wrapped,
             optimizer,
             scaler,
             ties,
@@ -455,6 +465,19 @@ class Pipeline(UnsplitModel):
                 else "there is no trace: this pipeline was made with trace=False; set tracing=True"
             )
         return self._stepper.trace
+
+    def gather_trace(self) -> Trace | None:
+        """``trace`` with the tasks of all the pipeline's processes, in rank 0's clock; None on the other ranks.
+
+        All call it together; where there is one process it is ``trace``. Raises as that does; PeerError where a
+        process is gone, or does not come within ``timeout``; DeadPipeline.
+        """
+        trace = self.trace
+        if self._gathering is None:
+            return trace
+        self._lifetime.check()
+        with self._lifetime.one_at_a_time("gather_trace was called"):
+            return self._gathering.gather(trace)
 
     def profile(self) -> Profile:
         """Seconds of F, B, or I and W, and messages of one microbatch, measured in the last ``step``."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from . import boundary
 from .abandoned import this_thread
 from .errors import DeadPipeline, InvalidArgument
-from .sharded import ShardedLayers
 from .skips import NamedSkip
 from .split_backward import WeightGradients, find_input_gradients, run_backward
 from .stage_skips import StageSkips
@@ -54,7 +53,6 @@ class Stage:
     Attributes:
         is_last: whether it is the model's last, and its output the model's.
         thread: what stands for the thread that runs a backward of this stage.
-        sharded: its layers that ``fully_shard`` has sharded over replicas.
         unsplit: why the last I ran the backward whole; empty where it did not.
     """
 
@@ -73,7 +71,6 @@ class Stage:
         self.unsplit = ""
         self.is_last = is_last
         self._loss_fn = loss_fn
-        self.sharded = ShardedLayers(self.modules())
         self._step: Step | None = None
         self._entrance = boundary.Entrance()
         self._skips = StageSkips(index, skips)
@@ -93,13 +90,11 @@ class Stage:
         self._step = step
         self._entrance.begin()
         self._skips.begin()
-        self.sharded.begin(len(step.losses), step.syncs)
         self._in_flight = {}
         self._weight_grads = {}
 
     def end(self) -> None:
         """Lets go of everything that belongs to the step."""
-        self.sharded.end()
         self._step = None
         self._in_flight = {}
         self._weight_grads = {}
@@ -154,11 +149,6 @@ class Stage:
         self.thread = this_thread()
         step = self._step
         step.context.apply()
-        if self.sharded:
-            self.unsplit = "fully_shard reduces gradients in the course of a whole backward"
-            self._run_backward(step, m)
-            self.thread = None
-            return
         outputs, grads, in_flight = self._begin_backward(step, m)
         if outputs:
             found = find_input_gradients(
@@ -191,7 +181,6 @@ class Stage:
         step.exchange.release(self.index, m)
 
     def _run_backward(self, step: Step, m: int) -> None:
-        self.sharded.begin_backward()
         outputs, grads, in_flight = self._begin_backward(step, m)
         if outputs:
             run_backward(outputs, grads)

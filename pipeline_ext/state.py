@@ -22,6 +22,7 @@ from . import optimizer_state
 from .errors import InvalidArgument, PipelineError
 from .files import folder_at, put_folder, whole_file
 from .pipeline import Pipeline
+from .unsplit import LOSS, UnsplitModel
 
 _EXTRA = "extra.pt"
 
@@ -54,7 +55,8 @@ def save_checkpoint(
     with _together(what):
         _check_place(path)
         packed = _packed(extra)
-        state = dict(model.state_dict())
+        with _at_rest(model, "save_checkpoint was called") as module:
+            state = dict(module.state_dict())
         if optimizer is not None:
             state |= optimizer_state.by_name(optimizer, optimizer_state.names(model, optimizer))
     with _together(what):
@@ -88,7 +90,8 @@ def load_checkpoint(
         reader = dcp.FileSystemReader(folder)
         extra_file = folder / _EXTRA  # none in what torch.distributed.checkpoint alone has written
         extra = torch.load(extra_file, weights_only=True) if extra_file.exists() else {}
-        state = model.state_dict()
+        with _at_rest(model, "load_checkpoint was called") as module:
+            state = module.state_dict()
         names = {} if optimizer is None else optimizer_state.names(model, optimizer)
         kept = optimizer_state.room_for(reader.read_metadata().state_dict_metadata, names)
     with _together(what):
@@ -99,10 +102,16 @@ def load_checkpoint(
     with _together(what):
         dcp.load(loaded, storage_reader=reader, planner=_StrictPlanner())
     state.update(loaded)
-    model.load_state_dict(state)
+    with _at_rest(model, "load_checkpoint was called") as module:
+        module.load_state_dict(state)
     if optimizer is not None:
         optimizer.load_state_dict(packed)
     return extra
+
+
+def _at_rest(model: UnsplitModel | nn.Module, what: str) -> contextlib.AbstractContextManager[nn.Module]:
+    """What of a model is saved, a trained loss function included; see ``UnsplitModel.at_rest``."""
+    return model.at_rest(what) if isinstance(model, UnsplitModel) else contextlib.nullcontext(model)
 
 
 class _WholeWriter(dcp.FileSystemWriter):
@@ -126,7 +135,10 @@ class _WholeWriter(dcp.FileSystemWriter):
 
 
 class _StrictPlanner(dcp.DefaultLoadPlanner):
-    """Refuses a checkpoint of which no process wants some part, but for the optimizer's."""
+    """Refuses a checkpoint of which no process wants some part.
+
+    An optimizer's may be left, and that of a loss function where there is none that is trained.
+    """
 
     def create_local_plan(self) -> dcp.LoadPlan:
         try:
@@ -136,8 +148,11 @@ class _StrictPlanner(dcp.DefaultLoadPlanner):
 
     def create_global_plan(self, global_plan: list[dcp.LoadPlan]) -> list[dcp.LoadPlan]:
         wanted = {item.dest_index.fqn for plan in global_plan for item in plan.items}
+        others = optimizer_state.BEGINNINGS
+        if not any(name.startswith(LOSS) for name in wanted):
+            others = (*others, LOSS)
         for key in self.metadata.state_dict_metadata:
-            if key not in wanted and not key.startswith(optimizer_state.BEGINNINGS):
+            if key not in wanted and not key.startswith(others):
                 raise InvalidArgument(f"it holds {key!r}, which the model has not")
         return super().create_global_plan(global_plan)
 

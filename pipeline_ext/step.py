@@ -64,12 +64,10 @@ class Step:
         weighted: bool = False,
         scaler: torch.amp.GradScaler | None = None,
         keep_outputs: bool = True,
-        syncs: bool = True,
     ) -> None:
         """``rows`` of the batch, and ``inputs``: None where another process has the first stage.
 
         ``weighted``: by its share of the rows is how a microbatch's loss enters the total.
-        ``syncs``: replicas reduce their gradients as it ends.
         """
         self.exchange = exchange
         self.inputs = inputs
@@ -82,7 +80,6 @@ class Step:
         self._scaler = scaler
         self._loss: Tensor | None = None  # the total, as another process has told it
         self.keep_outputs = keep_outputs
-        self.syncs = syncs
         self.has_trained = False  # whether any backward had something to differentiate
         # By stage: what it adds to the total loss, weighted.
         self.contributions: list[list[Sequence[Tensor]]] = [

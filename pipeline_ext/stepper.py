@@ -19,6 +19,7 @@ from .routes import Routes
 from .shared import SharedParameters
 from .stage import Stage
 from .step import Batch, Outcome, Step
+from .wrapped import WrappedStages
 
 
 class Stepper:
@@ -37,6 +38,7 @@ class Stepper:
         shared: SharedParameters,
         first_steps: FirstSteps,
         reduction: GradientReduction | None,
+        wrapped: WrappedStages,
         optimizer: torch.optim.Optimizer | None,
         scaler: torch.amp.GradScaler | None,
         ties: Ties | None,
@@ -55,6 +57,7 @@ class Stepper:
         self._shared = shared
         self._first_steps = first_steps
         self._reduction = reduction
+        self._wrapped = wrapped
         self._optimizer = optimizer
         self._scaler = scaler
         self._ties = ties
@@ -78,12 +81,11 @@ class Stepper:
             weighted=self._weighted,
             scaler=self._scaler,
             keep_outputs=batch.keep_outputs,
-            syncs=self.syncs,
         )
         if self._ties is not None:
             self._ties.begin()
         self._shared.begin()
-        with self._replicas():
+        with self._replicas(), self._wrapped.step(self.syncs):
             result = self._run(self._routes.train, step, record=batch.record)
             if not step.has_trained and self._has_loss:
                 raise PipelineError(
@@ -166,7 +168,8 @@ class Stepper:
         for stage in self._stages:
             stage.begin(step)
         try:
-            result = self._engine.run(route, timeout=self._timeout, record=record or measures)
+            with self._wrapped.gathered():
+                result = self._engine.run(route, timeout=self._timeout, record=record or measures)
         except BaseException as interrupt:
             self._engine.failed(f"{type(interrupt).__name__}: {interrupt}")
             self.give_up(training)

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from models import chain, tree, tree_batch, tree_loss
 from reference import assert_same_gradients, gradients, twin
 from replicas import SOON, Replicas, average, batches, reference_replicas
@@ -382,3 +383,59 @@ def test_gradients_of_the_last_stage_are_reduced_while_the_first_computes(schedu
             assert waited.begin < first.begin <= first.end
         pipe.trace.save(tmp_path / "trace.json")
         assert (tmp_path / "trace.json").read_text().count("reduce stage 1") == 2  # begin and end
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_in_a_last_backward_buffers_leave_as_they_fill_up(schedule):
+    """The first layer's last backward waits until a gradient of the layer after it has been reduced."""
+    members = []
+
+    def telling(member):
+        members.append(Telling(member))
+        return members[-1]
+
+    model = nn.Sequential(nn.Sequential(Waiting(), nn.Linear(12, 12)))
+    plains = [twin(model), twin(model)]
+    at_once = threading.Event()
+    at_once.set()
+    with Replicas(model, 1, 3, schedule, F.mse_loss, members=telling, bucket_bytes=1) as replicas:
+        for step in range(2):
+            parts = batches()
+            for m in (*replicas.models, *plains):
+                m.zero_grad()
+                m[0][0].counter.clear()
+                m[0][0].event = at_once
+            if step == 1:  # in the first nobody knows yet when a buffer is full
+                for m, member in zip(replicas.models, members):
+                    member.event.clear()
+                    m[0][0].event = member.event
+            reference_replicas(plains, parts, 3, F.mse_loss)
+            replicas.step(parts)
+            assert_means(replicas, plains)
+        for pipe in replicas.pipes:
+            last = max(record.end for record in pipe.trace.tasks)
+            assert sum(record.begin < last for record in pipe.trace.reductions) >= 2
+
+
+class Twice(nn.Module):
+    """Adds to its weight's gradient twice in a backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.last = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = torch.utils.checkpoint.checkpoint(self.linear, x, use_reentrant=True)
+        return self.last(x)
+
+
+def test_a_buffer_waits_for_all_that_is_added_to_it():
+    model = nn.Sequential(nn.Linear(12, 12), Twice())
+    plains = [twin(model), twin(model)]
+    with Replicas(model, 1, 3, "1f1b", F.mse_loss, bucket_bytes=1) as replicas:
+        for _ in range(3):
+            parts = batches()
+            reference_replicas(plains, parts, 3, F.mse_loss)
+            replicas.step(parts)
+            assert_means(replicas, plains)

@@ -227,6 +227,27 @@ def test_what_cannot_be_resumed_is_refused_in_a_sentence(
     assert losses(stopped) == before
 
 
+def test_a_command_that_resumes_what_has_begun_can_be_given_again(tmp_path, text, capsys):
+    whole = tmp_path / "whole"
+    train(text, "--steps", 12, "--out", whole)
+    again = ["--steps", 12, "--checkpoint-every", 5, "--out", tmp_path / "run", "--resume", "auto"]
+    for crash in (3, 7):  # before there is a checkpoint, and after
+        with crash_after(crash):
+            train(text, *again)
+    capsys.readouterr()
+    train(text, *again)
+    assert "after step 5" in capsys.readouterr().out
+    assert losses(tmp_path / "run") == losses(whole)
+    train(text, *again)  # nothing is left to do
+    assert "12 of 12, resumed after 12" in capsys.readouterr().out
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_what_has_begun_is_looked_for_in_out_alone(text, capsys):
+    assert main(["train", *SMALL, "--data", text, "--resume", "auto"]) == 2
+    assert "--resume auto goes on with the run in --out, which is not given" in capsys.readouterr().err
+
+
 def test_a_new_run_does_not_write_over_the_checkpoint_of_another(text, stopped, capsys):
     before = losses(stopped)
     assert main(["train", *SMALL, "--data", text, "--out", str(stopped)]) == 2

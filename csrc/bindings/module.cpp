@@ -10,4 +10,5 @@ PYBIND11_MODULE(_C, m) {
   pe::bind_runtime(m);
   pe::bind_cuda(m);
   pe::bind_packing(m);
+  pe::bind_message_template(m);
 }

@@ -26,5 +26,6 @@ void bind_search(pybind11::module_& m);
 void bind_runtime(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
 void bind_packing(pybind11::module_& m);
+void bind_message_template(pybind11::module_& m);
 
 }  // namespace pe

@@ -16,21 +16,21 @@ _PLAIN_LINES = 20  # of a whole run, where there is no terminal
 
 
 class Display:
-    """Shows one training run."""
+    """Shows one training run, or, ``quiet``, nothing of it."""
 
-    def __init__(self, summary: Summary, steps: int) -> None:
+    def __init__(self, summary: Summary, steps: int, quiet: bool = False) -> None:
         self._summary = summary
         self._steps = steps
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, quiet=quiet)
 
-    def header(self, *, model: str, data: str, batch: str, ranks: int, devices: str) -> None:
+    def header(self, *, model: str, data: str, batch: str, ranks: str, devices: str) -> None:
         """Model, data, stages, devices, schedule, microbatches, predicted bubble."""
         table = Table.grid(padding=(0, 2))
         for name, value in (
             ("model", model),
             ("data", data),
             ("batch", batch),
-            ("stages", f"{self._summary.stages} on {ranks} ranks"),
+            ("stages", f"{self._summary.stages} on {ranks}"),
             ("devices", devices),
             ("schedule", self._summary.schedule),
             ("bubble", f"{self._summary.bubble_predicted:.1%} predicted, if all stages cost the same"),

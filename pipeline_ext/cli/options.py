@@ -21,6 +21,7 @@ _FIXED = ("preset", "batch", "context", "width", "layers", "heads", "seed")  # f
 WIRES = ("none", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 AUTOCASTS = ("none", "bfloat16")
 _NOT_SAVED = ("resume", "out", "json")  # a checkpoint does not say where to write
+_IF_BEGUN = "auto"  # in place of what --resume goes on from
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ class Options:
     out: str | None = None
     json: str | None = None
 
-    def engine(self) -> dict[str, Any]:
+    def engine(self, processes: int = 1) -> dict[str, Any]:
         """Where and how the stages are to run, as ``Pipeline`` takes it; what it may choose is left out."""
         settings: dict[str, Any] = {}
-        if self.device not in ("auto", "cuda"):
+        if self.device not in ("auto", "cuda") and processes == 1:
             settings["devices"] = [self.device] * self._ranks()
         if self.overlap is not None:
             settings["overlap"] = self.overlap
@@ -152,22 +153,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "go on with the run in this folder, or of this checkpoint file, as if it had never stopped. Options "
         "not given are the run's, --threads too. The data's bytes, "
         f"{', '.join('--' + name for name in _FIXED)} stay as they are; with other --steps, "
-        "--learning-rate, --microbatches or --threads the losses differ from those of the run left alone",
+        "--learning-rate, --microbatches or --threads the losses differ from those of the run left alone. "
+        f"{_IF_BEGUN}: with the run in --out if it has a checkpoint there, or else begin one: so a command can "
+        "be given again as it is, as torchrun does",
         metavar="PATH",
     )
     add("--out", "folder to write to; none: runs/DATE-TIME, or that of the resumed run", metavar="DIR")
     add("--json", "also write the closing table there, as one JSON object", metavar="FILE")
 
 
-def read_options(arguments: argparse.Namespace) -> tuple[Options, Checkpoint | None]:
-    """The options of a run, and the checkpoint it goes on from.
+def read_options(arguments: argparse.Namespace, processes: int = 1) -> tuple[Options, Checkpoint | None]:
+    """The options of a run of so many processes, and the checkpoint it goes on from.
 
     Raises InvalidArgument for options that do not go together, or not with the checkpoint.
     """
     names = {field.name for field in fields(Options)}
     given = {key: value for key, value in vars(arguments).items() if key in names}
+    if processes > 1 and given.get("device", "auto") == "auto":
+        given["device"] = "cpu"
     resumed = None
-    if "resume" in given:
+    if_begun = given.get("resume") == _IF_BEGUN
+    if if_begun:
+        given["resume"] = _begun(given.get("out"))
+    if given.get("resume") is not None:
         path = Path(given["resume"])
         path = path / checkpoint.NAME if path.is_dir() else path
         given["resume"] = str(path)
@@ -181,14 +189,14 @@ def read_options(arguments: argparse.Namespace) -> tuple[Options, Checkpoint | N
         preset = given.get("preset", "gpu-small" if _on_gpu(given.get("device", "auto")) else "cpu")
         options = Options(preset=preset, **PRESETS[preset])
     options = replace(options, **given)
-    _check_device(options)
+    _check_device(options, processes)
     if options.width % options.heads:
         raise InvalidArgument(f"--heads {options.heads} does not divide --width {options.width}")
     if options.batch < options.microbatches:
         raise InvalidArgument(
             f"--batch {options.batch} has too few rows for --microbatches {options.microbatches}"
         )
-    if resumed is not None and resumed.step >= options.steps:
+    if resumed is not None and resumed.step >= options.steps and not if_begun:
         raise InvalidArgument(
             f"the checkpoint {options.resume!r} is of step {resumed.step}, so nothing is left to do for "
             f"--steps {options.steps}; give more --steps to go on"
@@ -200,7 +208,22 @@ def _on_gpu(device: str) -> bool:
     return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
-def _check_device(options: Options) -> None:
+def _begun(out: str | None) -> str | None:
+    """The checkpoint of the run in this folder; None: there is none yet."""
+    if out is None:
+        raise InvalidArgument(
+            f"--resume {_IF_BEGUN} goes on with the run in --out, which is not given; give --out DIR, too"
+        )
+    path = Path(out) / checkpoint.NAME
+    return str(path) if path.exists() else None
+
+
+def _check_device(options: Options, processes: int) -> None:
+    if processes > 1 and options.device != "cpu":
+        raise InvalidArgument(
+            f"--device is {options.device}, and {processes} processes can share a pipeline on CPUs so far; "
+            "give --device cpu, or start the command without torchrun"
+        )
     if options.device.startswith("cuda"):
         gpus = torch.cuda.device_count()
         if int(options.device.partition(":")[2] or 0) >= gpus:

@@ -4,18 +4,22 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..errors import DeadPipeline, InvalidArgument, PipelineError
-from ..lm import checkpoint
+from ..errors import DeadPipeline, InvalidArgument, InvalidSchedule, PipelineError
+from ..lm import checkpoint, interrupt
 from ..lm.corpus import Corpus
 from ..lm.gpt import count_parameters, gpt, loss_fn
+from ..lm.team import Team
 from ..lm.training import Training, begin_log
 from ..pipeline import Pipeline
+from ..simulation import simulate
+from . import launch
 from .display import Display
 from .options import Options, add_arguments, dtype, read_options
 
@@ -34,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns its exit status."""
-    options, resumed = read_options(arguments)
+    options, resumed = read_options(arguments, launch.processes())
     out = _folder(options)
     if options.json:
         summary_file = Path(options.json)
@@ -46,19 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     model = gpt(
         context=options.context, width=options.width, layers=options.layers, heads=options.heads
     )
-    with Pipeline(
-        model,
-        num_stages=options.stages,
-        microbatches=options.microbatches,
-        schedule=options.schedule,
-        loss_fn=loss_fn,
-        **options.engine(),
-        **options.messages(),
-    ) as pipe:
-        cores = len(os.sched_getaffinity(0))
-        options = replace(
-            options, threads=options.threads or max(1, cores // pipe.plan.num_ranks)
-        )
+    with launch.team() as team, _pipeline(model, options, team) as pipe:
+        options = replace(options, threads=options.threads or _threads(pipe, team))
         torch.set_num_threads(options.threads)
         training = Training(
             model,
@@ -70,23 +63,31 @@ def run(arguments: argparse.Namespace) -> int:
             learning_rate=options.learning_rate,
             seed=options.seed,
             autocast=dtype(options.autocast),
+            team=team,
         )
         if resumed is not None:
             training.resume(resumed)
-        out.mkdir(parents=True, exist_ok=True)
-        log = out / "metrics.jsonl"
-        begin_log(log, Path(options.resume).with_name(log.name) if resumed else log, training.step)
-        display = Display(training.summary, steps=options.steps)
+        parameters = count_parameters(model)
+        del model  # of several processes each keeps its own stages
+        team.check_agreement({"the training data": corpus.fingerprint, "the last step": training.step})
+        display = Display(training.summary, steps=options.steps, quiet=not team.is_first)
         display.header(
-            model=f"GPT over bytes, {count_parameters(model) / 1e6:.2f} M parameters "
+            model=f"GPT over bytes, {parameters / 1e6:.2f} M parameters "
             f"({options.layers} blocks, width {options.width})",
             data=f"{corpus.name}, {len(corpus.train) / 1e6:.1f} MB",
             batch=f"{options.batch} x {options.context} bytes in {options.microbatches} microbatches",
-            ranks=pipe.plan.num_ranks,
-            devices=_devices(model, options),
+            ranks=f"{pipe.plan.num_ranks} ranks" + (", a process each" if team.size > 1 else ""),
+            devices=_devices(pipe, options),
         )
-        _train(training, log, display, options)
-        written = [log, out / checkpoint.NAME, *_save_last_step(pipe, out, display)]
+        log = out / "metrics.jsonl"
+        if team.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            begin_log(log, Path(options.resume).with_name(log.name) if resumed else log, training.step)
+        with interrupt.noted(team.size > 1) as stops:
+            _train(training, log, display, options, stops)
+        written = [log, out / checkpoint.NAME, *_save_last_step(training, out, display)]
+    if not team.is_first:
+        return 0
     if options.json:
         summary_file.write_text(json.dumps(training.summary.as_json(), indent=2) + "\n")
         written.append(summary_file)
@@ -94,20 +95,48 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _devices(model: nn.Module, options: Options) -> str:
+def _pipeline(model: nn.Module, options: Options, team: Team) -> Pipeline:
+    try:
+        return Pipeline(
+            model,
+            num_stages=options.stages,
+            microbatches=options.microbatches,
+            schedule=options.schedule,
+            loss_fn=loss_fn,
+            mesh=team.group,
+            **options.engine(team.size),
+            **options.messages(),
+        )
+    except InvalidSchedule as error:
+        if team.size == 1:
+            raise
+        raise InvalidSchedule(f"{error} (torchrun has started {team.size} processes, a rank each)") from error
+
+
+def _threads(pipe: Pipeline, team: Team) -> int:
+    """Intra-op threads of a rank, so that those on this machine share its cores."""
+    ranks_here = pipe.plan.num_ranks if team.size == 1 else launch.processes_here()
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
+def _devices(pipe: Pipeline, options: Options) -> str:
     """Where the model is and how it computes, for people."""
-    names = sorted({str(parameter.device) for parameter in model.parameters()})
+    names = sorted({str(parameter.device) for parameter in pipe.parameters()})
     if options.autocast != "none":
         names.append(f"{options.autocast} autocast")
     return ", ".join([*names, "CUDA graphs"] if options.graphs else names)
 
 
-def _save_last_step(pipe: Pipeline, out: Path, display: Display) -> list[Path]:
-    """Writes what the last step did; returns the files."""
+def _save_last_step(training: Training, out: Path, display: Display) -> list[Path]:
+    """Writes what all processes did in the last step, and simulates it; returns the files."""
     written = [out / "trace.json", out / "timeline.png"]
     try:
+        trace = training.pipe.gather_trace()
+        if trace is None:
+            return []
+        training.summary.bubble_simulated = simulate(trace.plan, trace.profile().costs(trace.plan)).bubble
         for path in written:
-            pipe.trace.save(path)
+            trace.save(path)
     except PipelineError as error:  # no step, no matplotlib, or no room
         display.note(str(error))
     return [path for path in written if path.exists()]
@@ -128,31 +157,38 @@ def _folder(options: Options) -> Path:
     return out
 
 
-def _train(training: Training, log: Path, display: Display, options: Options) -> None:
-    """Validates, trains, validates; Ctrl-C ends the training, a second one the last validation too."""
-    summary = training.summary
+def _train(
+    training: Training, log: Path, display: Display, options: Options, stops: Callable[[], bool]
+) -> None:
+    """Validates, trains, validates; Ctrl-C ends the training, a second one the last validation too.
+
+    So does ``stops()``, after the step in which it has been true in one of the processes.
+    """
+    summary, team = training.summary, training.team
 
     def save() -> None:
-        checkpoint.write(log.with_name(checkpoint.NAME), training.checkpoint(options.to_save()))
+        state = training.checkpoint(options.to_save())
+        if state is not None:
+            checkpoint.write(log.with_name(checkpoint.NAME), state)
 
     try:
         summary.val_bpb_first = training.validate()
         display.validation("before", summary.val_bpb_first)
         with display.progress() as show:
-            for metrics in training.run(log):
+            for metrics in training.run(log if team.is_first else Path(os.devnull), stops):
                 show(metrics)
                 if options.checkpoint_every and metrics.step % options.checkpoint_every == 0:
                     save()
     except KeyboardInterrupt:
-        pass
+        if team.size > 1:
+            raise  # none of the others can go on without this one
     try:
         save()
         if training.step < training.steps:
             display.stopped()
         if summary.steps:
-            if summary.steps[-1].bubble is not None:
-                summary.bubble_simulated = training.pipe.simulate().bubble
             summary.val_bpb_last = training.validate()
             display.validation("after", summary.val_bpb_last)
     except (KeyboardInterrupt, DeadPipeline):  # dead: two Ctrl-C in one step
-        pass
+        if team.size > 1:
+            raise

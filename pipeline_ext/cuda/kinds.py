@@ -5,7 +5,6 @@ from collections.abc import Hashable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -13,7 +12,7 @@ from .. import _C
 from ..errors import PipelineError
 from ..holdings import Holdings
 from ..processes.failure import Failure
-from ..processes.group import Processes
+from ..processes.group import Processes, seconds
 from ..stage import Stage
 from ..step import Step
 from ..transport.contents import Contents
@@ -68,7 +67,7 @@ class Kinds:
         self._count += 1
         mine = torch.tensor([0 if kind is None else _latest(self._numbers, kind, self._count)])
         found = [torch.empty_like(mine) for _ in self._processes.members]
-        work = dist.all_gather(found, mine, group=self._processes.messages, async_op=True)
+        work = self._processes.messages.all_gather(found, mine, seconds(timeout))
         self._failure.finish(work, timeout, "all processes to begin a step")
         return "-".join(str(int(number)) for number in found) if all(found) else None
 

@@ -71,25 +71,28 @@ class CupyPair:
 class TorchPair:
     """A process group of torch's: it uses a stream of its own, which ours and it wait for."""
 
-    def __init__(self, group: dist.ProcessGroup, peer: int) -> None:
-        """``peer``: number of the other process in the world."""
-        self._group = group
-        self._peer = peer
+    def __init__(self, processes: Processes, name: str, device: torch.device, is_sender: bool) -> None:
+        """Both ends are made before the first message."""
+        store = dist.PrefixStore(f"{processes.name}/nccl/{name}", processes.store)
+        with torch_side.on(device):
+            # The step itself says when a receive has waited for too long.
+            self._group = dist.ProcessGroupNCCL(store, 0 if is_sender else 1, 2, timedelta(days=1))
+        self._peer = 1 if is_sender else 0
 
     def send(self, buffer: Tensor) -> None:
-        self._enqueue(dist.isend, buffer)
+        self._enqueue(self._group.send, buffer)
 
     def receive(self, buffer: Tensor) -> None:
-        self._enqueue(dist.irecv, buffer)
+        self._enqueue(self._group.recv, buffer)
 
     def abort(self) -> None:
         self._group.abort()
 
     def _enqueue(self, call: Any, buffer: Tensor) -> None:
         try:
-            call(buffer, self._peer, self._group).wait()  # of NCCL the stream waits, and not the host
+            call([buffer], self._peer, 0).wait()  # of NCCL the stream waits, and not the host
         except RuntimeError as error:
-            raise PeerError(f"process {self._peer} cannot be reached: {error}") from error
+            raise PeerError(f"NCCL cannot reach the other process: {error}") from error
 
 
 def carrier() -> str:
@@ -109,18 +112,10 @@ def make_pairs(
     All processes of a pipeline make them together and in one order, as each one waits for the other.
     """
     pairs: dict[tuple[int, str], Pair] = {}
-    by = carrier()
+    make = CupyPair if carrier() == "CuPy" else TorchPair
     for boundary, ranks in enumerate(zip(rank_of_stage, rank_of_stage[1:])):
-        if ranks[0] == ranks[1]:
+        if ranks[0] == ranks[1] or processes.rank not in ranks:
             continue
-        for way, (sender, receiver) in (("F", ranks), ("B", ranks[::-1])):
-            is_here = processes.rank in ranks
-            is_sender = processes.rank == sender
-            if by == "torch":
-                group = processes.new_group(sorted(processes.members[rank] for rank in ranks), "nccl")
-                peer = processes.members[receiver if is_sender else sender]
-                if is_here:
-                    pairs[boundary, way] = TorchPair(group, peer)
-            elif is_here:
-                pairs[boundary, way] = CupyPair(processes, f"{boundary}{way}", device, is_sender)
+        for way, sender in zip("FB", ranks):
+            pairs[boundary, way] = make(processes, f"{boundary}{way}", device, processes.rank == sender)
     return pairs

@@ -6,10 +6,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import PeerError, StepTimeout
+from ..processes.connections import Connections
 from ..processes.ends import ends_of
 from ..processes.failure import Failure
 from ..processes.group import Processes
@@ -57,7 +57,7 @@ class DeviceProcessEngine(DeviceEngine):
         self._pairs = make_pairs(rank_of_stage, processes, self.devices[0])
         self._waits = _Waits(descriptions, self._pairs)
         self._failure.watch(self._waits)
-        self.close = functools.partial(_close, self.close, self._failure)
+        self.close = functools.partial(_close, self.close, self._failure, processes)
 
     @property
     def death(self) -> str:
@@ -70,10 +70,10 @@ class DeviceProcessEngine(DeviceEngine):
     def agreed(self, count: int | None) -> int:
         return self._processes.agree(count, self._rank_of_first_stage)
 
-    def add_up(self, tensor: Tensor, group: dist.ProcessGroup, timeout: float) -> None:
+    def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
         """As ``ProcessEngine``; by way of the host."""
         total = tensor.cpu()
-        work = dist.all_reduce(total, group=group, async_op=True)
+        work = among.all_reduce(total)
         self._failure.finish(work, timeout, "processes that hold one of its parameters, too")
         tensor.copy_(total)
 
@@ -135,6 +135,7 @@ class _Waits(NamedTuple):
                 pair.abort()
 
 
-def _close(close: Callable[[], None], failure: Failure) -> None:
+def _close(close: Callable[[], None], failure: Failure, processes: Processes) -> None:
     close()
     failure.close()
+    processes.close(idle=not failure.is_known)

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -20,3 +20,25 @@ def deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if pressed:
             signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def noted(active: bool) -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C has been pressed; only a second one interrupts the block.
+
+    If not ``active`` the first does, as ever.
+    """
+    pressed = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(*_: object) -> None:
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    if active:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        if active:
+            signal.signal(signal.SIGINT, before)

@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -21,6 +21,8 @@ from . import interrupt
 from .checkpoint import Checkpoint
 from .corpus import Corpus
 from .gpt import bits, loss_fn
+from .team import Team
+from .unsplit_state import UnsplitState
 
 _VALIDATION_BATCHES = 12
 _TIMED_STEPS = 4  # of graphs: two warm it up, the third captures it
@@ -150,27 +152,32 @@ class Training:
         learning_rate: float,
         seed: int,
         autocast: torch.dtype | None = None,
+        team: Team | None = None,
     ) -> None:
+        """``team``: the processes that share ``pipe``; None: there is only this one."""
         self.pipe = pipe
+        self.team = team or Team()
         self.steps = steps
         self.step = 0
-        self._model = model
+        self._stopped = False
         self._corpus = corpus
         self._batch = batch
         self._peak_rate = learning_rate
         self._generator = torch.Generator().manual_seed(seed)
         self._validation = corpus.validation(rows=32, batches=_VALIDATION_BATCHES)
-        device = next(model.parameters()).device.type
+        device = next(pipe.parameters()).device.type
         self._precision = functools.partial(
             torch.autocast, device, dtype=autocast or torch.bfloat16, enabled=autocast is not None
         )
         self._optimizer = torch.optim.AdamW(
-            model.parameters(),
+            pipe.parameters(),
             lr=learning_rate,
             betas=(0.9, 0.95),
             weight_decay=0.1,
             fused=True if device == "cuda" else None,  # without: copies as large as the model
         )
+        names = [name for name, _ in model.named_parameters()]
+        self._state = UnsplitState(pipe, self._optimizer, names, self.team)
         self.summary = Summary(
             schedule=schedule,
             stages=pipe.num_stages,
@@ -181,12 +188,16 @@ class Training:
         )
         self._remember_random_state()
 
-    def checkpoint(self, options: dict) -> Checkpoint:
-        """The state after the last whole step; its tensors are the model's own."""
+    def checkpoint(self, options: dict) -> Checkpoint | None:
+        """The state after the last whole step, in the first process; None in the others."""
+        state = self._state.gather()
+        if state is None:
+            return None
+        model, optimizer = state
         return Checkpoint(
             step=self.step,
-            model=self.pipe.state_dict(),
-            optimizer=self._optimizer.state_dict(),
+            model=model,
+            optimizer=optimizer,
             batches=self._batches,
             random=self._random,
             data=self._corpus.fingerprint,
@@ -206,8 +217,7 @@ class Training:
                 "that did; resume with the same data, or start a new run without --resume"
             )
         try:
-            self.pipe.load_state_dict(checkpoint.model)
-            self._optimizer.load_state_dict(checkpoint.optimizer)
+            self._state.load(checkpoint.model, checkpoint.optimizer)
             self._generator.set_state(checkpoint.batches)
             torch.set_rng_state(checkpoint.random)
             if torch.cuda.is_initialized():
@@ -222,22 +232,31 @@ class Training:
 
     def validate(self) -> float:
         """Bits per byte on the held-out data."""
-        self._model.eval()
+        self._set_mode(training=False)
         losses = []
         for x, y in self._validation:
             with self._precision():
                 logits = self.pipe.eval(x)
-            losses.append(loss_fn(logits, y.to(logits.device)).item())
-        self._model.train()
-        return bits(statistics.fmean(losses))
+            if logits is not None:  # another process has the last stage
+                losses.append(loss_fn(logits, y.to(logits.device)).item())
+        self._set_mode(training=True)
+        here = [statistics.fmean(losses)] if losses else [0.0]
+        return bits(self.team.all_of(here).sum().item())
 
-    def run(self, log: Path) -> Iterator[StepMetrics]:
-        """Trains and yields after each step; appends a line to ``log`` for each."""
+    def _set_mode(self, training: bool) -> None:
+        for stage in self.pipe.stage_modules:
+            stage.train(training)
+
+    def run(self, log: Path, stops: Callable[[], bool] = lambda: False) -> Iterator[StepMetrics]:
+        """Trains and yields after each step; appends a line to ``log`` for each.
+
+        All processes end after the step in which ``stops()`` has been true in one of them.
+        """
         with log.open("a") as lines:
-            while self.step < self.steps:
-                yield self._train_one(lines)
+            while self.step < self.steps and not self._stopped:
+                yield self._train_one(lines, stops)
 
-    def _train_one(self, log: TextIO) -> StepMetrics:
+    def _train_one(self, log: TextIO, stops: Callable[[], bool]) -> StepMetrics:
         step = self.step + 1
         x, y = self._corpus.batch(self._batch, self._generator)
         begin = time.perf_counter()
@@ -248,7 +267,7 @@ class Training:
         self.pipe.tracing = self._is_timed(step)
         with self._precision():
             loss: Tensor = self.pipe.step(x, target=y)
-        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self.pipe.clip_grad_norm_(1.0)
         with interrupt.deferred():
             self._optimizer.step()
             nats = loss.item()  # waits for the GPU
@@ -259,7 +278,7 @@ class Training:
                 bits_per_byte=bits(nats),
                 tokens_per_second=x.numel() / seconds,
                 step_ms=seconds * 1e3,
-                bubble=self.pipe.trace.bubble if self.pipe.tracing else None,
+                bubble=self._hear_of_all(stops()),
                 learning_rate=rate,
             )
             log.write(json.dumps(asdict(metrics)) + "\n")
@@ -268,6 +287,17 @@ class Training:
             self._remember_random_state()
             self._add_to_summary(metrics)
         return metrics
+
+    def _hear_of_all(self, stops: bool) -> float | None:
+        """The step's bubble over all ranks, None if it was not timed. Notes what else they tell."""
+        trace = self.pipe.trace if self.pipe.tracing else None
+        found = self.team.all_of([stops] if trace is None else [stops, trace.bubble, *trace.peak_in_flight])
+        self._stopped = bool(found[:, 0].any())
+        if trace is None:
+            return None
+        peaks = zip(self.summary.peak_in_flight, found[:, 2:].amax(0).int().tolist())
+        self.summary.peak_in_flight = [max(pair) for pair in peaks]
+        return found[:, 1].mean().item()
 
     def _remember_random_state(self) -> None:
         """That of the last whole step: one that is stopped has drawn its batch already."""
@@ -279,11 +309,8 @@ class Training:
         self.summary.steps.append(metrics)
         self.summary.messages_per_step = self.pipe.plan.num_messages
         self.summary.schedule_choice = self.pipe.schedule_choice
-        if metrics.bubble is not None:
-            if self.pipe.schedule_choice is not None:
-                self.summary.seconds_since_choice.append(self.pipe.trace.step_time)
-            peaks = zip(self.summary.peak_in_flight, self.pipe.trace.peak_in_flight)
-            self.summary.peak_in_flight = [max(pair) for pair in peaks]
+        if metrics.bubble is not None and self.pipe.schedule_choice is not None:
+            self.summary.seconds_since_choice.append(self.pipe.trace.step_time)
 
     def _is_timed(self, step: int) -> bool:
         """A graph that takes times is another one, and slower: of graphs only the last are timed."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineContext
 
-from . import replicas
+from . import sharding
 from .torch_stage import TorchStage
 
 _TAKES_GRADIENTS = (_ComputationType.FULL_BACKWARD, _ComputationType.BACKWARD_INPUT)
@@ -76,7 +76,7 @@ class Calls:
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Has FSDP reduce. Losses have their weights already, so nothing is scaled."""
-        replicas.reduce_fsdp(self._stage.torch_stage)
+        sharding.reduce(self._stage)
 
     def scale_grads(self, grad_scale_factor: int) -> None:
         """Losses have their weights already."""

@@ -13,6 +13,7 @@ from ..processes.group import Processes
 from ..recomputation import RecomputationGuard
 from ..shared import SharedParameters
 from ..transport.exchange import Exchange
+from ..wrapped import WrappedStages
 
 _TIMEOUT = 1800.0  # seconds, in one process
 
@@ -23,7 +24,13 @@ def make_engine(plan: _C.Plan, schedule: Any, stage: Any) -> HostEngine:
     Raises InvalidArgument, with several processes, for stages on GPUs, or where the schedules differ.
     """
     # A parameter of several local stages needs no care: one thread runs them all.
-    parts = (plan, Exchange, SharedParameters({}), RecomputationGuard((), overlap=False, threads=1), None)
+    nothing = (
+        SharedParameters({}),
+        RecomputationGuard((), overlap=False, threads=1),
+        None,
+        WrappedStages((), plan.num_microbatches),
+    )
+    parts = (plan, Exchange, *nothing)
     if stage.group_size == 1:
         return HostEngine(*parts)
     if stage.device.type != "cpu":

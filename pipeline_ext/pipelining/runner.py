@@ -1,5 +1,6 @@
 """What runs the steps of one schedule object."""
 
+import contextlib
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from ..engine import Route
 from ..errors import PipelineError
 from ..failure import NO_GRADIENTS, reason, step_error
 from ..lifetime import Lifetime
+from ..wrapped import WrappedStages
 from .custom import calls_in_place
 from .engine import make_engine, timeout_of
 from .order import order_of, texts
@@ -35,6 +37,7 @@ class Runner:
         self._losses = _Losses()
         self._stages = {stage.stage_index: TorchStage(stage, self._losses) for stage in stages}
         first, count = stages[0], schedule._n_microbatches
+        self._wrapped = WrappedStages(list(self._stages.values()), count)
         order = order_of(schedule)
         if order is None:
             homes = [first.stage_index_to_group_rank[s] for s in range(first.num_stages)]
@@ -79,7 +82,8 @@ class Runner:
             self._tasks.begin(context, caller)
             self._losses.begin(self._schedule, targets, loss_kwargs)
             try:
-                self._run(route, step)
+                with self._wrapped.accumulating() if trains else contextlib.nullcontext():
+                    self._run(route, step)
             finally:
                 self._tasks.end()
                 self._losses.end()

@@ -9,7 +9,7 @@ from torch.distributed.pipelining.schedules import _Action, _ComputationType, _P
 
 from ..context import CallerContext
 from ..engine import Bodies, Body
-from . import custom, replicas
+from . import custom, sharding
 from .order import Cell
 from .torch_stage import TorchStage
 
@@ -92,17 +92,17 @@ class Tasks:
 
     def _attend_to(self, action: _Action) -> None:
         """Runs what is listed beside the tasks: for FSDP, or a custom function."""
-        stage = self._stages[action.stage_index].torch_stage
+        stage = self._stages[action.stage_index]
         if action.computation_type in self._functions:
             self._call(self._functions[action.computation_type], action)
         elif action.computation_type == _ComputationType.UNSHARD:
-            for work in replicas.unshard(stage):
+            for work in sharding.unshard(stage.module):
                 self._schedule.unshard_ops[action.stage_index].append(work)
         elif action.computation_type == _ComputationType.RESHARD:
-            replicas.reshard(stage)
+            sharding.reshard(stage.module)
             self._schedule.unsharded_stages.discard(action.stage_index)
         else:
-            replicas.reduce_fsdp(stage)
+            sharding.reduce(stage)
 
     def _call(self, function: Any, action: _Action) -> None:
         with self._caller.forward():

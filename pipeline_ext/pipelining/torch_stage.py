@@ -6,13 +6,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.distributed.pipelining.stage import _PipelineStageBase
+from torch.nn.parallel import DistributedDataParallel
 
 from .. import boundary
 from ..abandoned import this_thread
 from ..split_backward import find_input_gradients, run_backward
 from ..stage import Stage, _InFlight
 from ..step import Step
-from . import replicas
+from ..wrapped import layers_of, reduce_ddp
 from .links import link_of
 
 
@@ -79,11 +80,10 @@ class TorchStage(Stage):
     def weight_gradient(self, m: int) -> None:
         self.thread = this_thread()
         self._step.context.apply()
-        with replicas.accumulating(self.module):
-            if m in self._delayed:
-                self._delayed.pop(m)()
-            elif m in self._weight_grads:
-                self._weight_grads.pop(m).add()
+        if m in self._delayed:
+            self._delayed.pop(m)()
+        elif m in self._weight_grads:
+            self._weight_grads.pop(m).add()
         self.thread = None
         self.finish(m)
 
@@ -121,30 +121,28 @@ class TorchStage(Stage):
     def differentiate(self, m: int, loss: Tensor | None) -> None:
         """Runs the whole backward. ``loss`` is the last stage's."""
         outputs, grads, received = self._begin(m, loss)
-        with replicas.accumulating(self.module):
-            if outputs:
-                run_backward(outputs, grads)
-            if self.torch_stage.dw_builder is not None:
-                self.torch_stage.dw_builder()()
+        if outputs:
+            run_backward(outputs, grads)
+        if self.torch_stage.dw_builder is not None:
+            self.torch_stage.dw_builder()()
         self._end(m, received)
 
     def differentiate_inputs(self, m: int, loss: Tensor | None) -> None:
         """Runs what leads to the inputs, or all but what ``dw_builder`` delays."""
         outputs, grads, received = self._begin(m, loss)
         step = self._step
-        with replicas.accumulating(self.module):
-            if self.torch_stage.dw_builder is not None:
-                if outputs:
-                    run_backward(outputs, grads)
-                self._delayed[m] = self.torch_stage.dw_builder()
-            elif outputs:
-                self._weight_grads[m] = find_input_gradients(
-                    outputs,
-                    grads,
-                    [tensor.leaf for tensor in received],
-                    weights=self.parameters,
-                    check=lambda: self._check_current(step),
-                )
+        if self.torch_stage.dw_builder is not None:
+            if outputs:
+                run_backward(outputs, grads)
+            self._delayed[m] = self.torch_stage.dw_builder()
+        elif outputs:
+            self._weight_grads[m] = find_input_gradients(
+                outputs,
+                grads,
+                [tensor.leaf for tensor in received],
+                weights=self.parameters,
+                check=lambda: self._check_current(step),
+            )
         self._end(m, received)
 
     def take_gradients(self, m: int) -> list[Tensor | None]:
@@ -163,7 +161,8 @@ class TorchStage(Stage):
         self.release(m)
         self._finished += 1
         if self._finished == len(self._step.inputs):
-            replicas.reduce_ddp(self.module)
+            for module in layers_of(DistributedDataParallel, self):
+                reduce_ddp(module)
 
     def release(self, m: int) -> None:
         """What has come for microbatch ``m`` is needed no more."""

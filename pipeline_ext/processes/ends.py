@@ -49,10 +49,9 @@ def ends_of(
         number = first if skip is None else plan.num_stages + skips.index(skip)
         line = Line(
             processes.messages,
-            processes.members[peer],
+            peer,
             2 * (2 * number + forward),
             processes.describe(peer),
-            torch.device("cpu"),
         )
         way = Way(
             f"across boundary {first}" if skip is None else f"of skip {skip!r} of stage {first}",

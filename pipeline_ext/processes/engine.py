@@ -4,7 +4,6 @@ import functools
 import threading
 from collections.abc import Callable
 
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import _C
@@ -14,6 +13,8 @@ from ..reduction import GradientReduction
 from ..shared import SharedParameters
 from ..transport.exchange import Exchange
 from ..transport.remote import Receiver
+from ..wrapped import WrappedStages
+from .connections import Connections
 from .ends import ends_of
 from .failure import Failure
 from .group import Processes
@@ -33,15 +34,16 @@ class ProcessEngine(HostEngine):
         shared: SharedParameters,
         guard: RecomputationGuard,
         reduction: GradientReduction | None,
+        wrapped: WrappedStages,
         processes: Processes,
     ) -> None:
         self._processes = processes
         self._failure = Failure(processes.notices(), processes.everyone)
         self._rank_of_first_stage = plan.rank_of_stage[0]
         self._exchanges: list[Exchange] = []
-        super().__init__(plan, exchange_of, shared, guard, reduction, rank=processes.rank)
+        super().__init__(plan, exchange_of, shared, guard, reduction, wrapped, processes.rank)
         self._failure.watch(self._executor)
-        self.close = functools.partial(_close, self.close, self._exchanges, self._failure)
+        self.close = functools.partial(_close, self.close, self._exchanges, self._failure, processes)
 
     @property
     def death(self) -> str:
@@ -59,12 +61,12 @@ class ProcessEngine(HostEngine):
     def agreed(self, count: int | None) -> int:
         return self._processes.agree(count, self._rank_of_first_stage)
 
-    def add_up(self, tensor: Tensor, group: dist.ProcessGroup, timeout: float) -> None:
-        """Makes ``tensor`` the sum of those of the group's processes.
+    def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
+        """Makes ``tensor`` the sum of those of the processes that are connected.
 
         Raises PeerError where one of them has failed, StepTimeout where one does not come in time.
         """
-        work = dist.all_reduce(tensor, group=group, async_op=True)
+        work = among.all_reduce(tensor)
         self._failure.finish(work, timeout, "processes that hold one of its parameters, too")
 
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
@@ -90,8 +92,11 @@ def _flush(exchange: Exchange, settled: threading.Event) -> None:
     settled.set()
 
 
-def _close(close: Callable[[], None], exchanges: list[Exchange], failure: Failure) -> None:
+def _close(
+    close: Callable[[], None], exchanges: list[Exchange], failure: Failure, processes: Processes
+) -> None:
     for exchange in exchanges:
         exchange.close(_LEAVING if failure.is_known else _PARTING)
     close()
     failure.close()
+    processes.close(idle=not failure.is_known)

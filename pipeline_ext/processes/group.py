@@ -1,18 +1,31 @@
 """The processes that share a pipeline: a rank of the plan each."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InvalidArgument
+from .connections import Connections
 from .notice import Notices
 
 MeshLike = DeviceMesh | dist.ProcessGroup | None
+
+
+class Closable(Protocol):
+    """What a pipeline opens, and closes."""
+
+    def close(self, idle: bool) -> None:
+        """``idle``: nobody waits in it."""
+
+
+Opened = TypeVar("Opened", bound=Closable)
 
 _made: Counter[tuple[int, ...]] = Counter()  # pipelines, by the processes that share them
 
@@ -24,10 +37,10 @@ class Processes:
         rank, size: in the pipeline.
         members: the pipeline's processes by rank, as numbers in the world.
         group: of them, as it was given.
-        messages: of them too; of this pipeline's messages alone.
         replicas: group of the processes that hold the same stages of other replicas; None without.
         number: of this process in the world.
         everyone: all processes of the pipeline and of its replicas.
+        in_order: whether stages may communicate with processes beside these, in one order of tasks.
         name: of this pipeline among those that the same processes share.
         have_gpus: whether each is meant to have a GPU.
     """
@@ -37,12 +50,14 @@ class Processes:
         group: dist.ProcessGroup,
         replicas: dist.ProcessGroup | None,
         everyone: list[int],
-        have_gpus: bool,
+        in_order: bool = False,
+        have_gpus: bool = False,
     ) -> None:
         self.have_gpus = have_gpus
         self.group = group
         self.replicas = replicas
         self.everyone = everyone
+        self.in_order = in_order
         self.members: list[int] = dist.get_process_group_ranks(group)
         self.rank: int = dist.get_group_rank(group, dist.get_rank())
         self.size = len(self.members)
@@ -51,7 +66,7 @@ class Processes:
         self.name = f"pipeline_ext/{'-'.join(map(str, everyone))}/{_made[key]}"
         _made[key] += 1
         self.store = dist.distributed_c10d._get_default_store()
-        self._messages: dist.ProcessGroup | None = None
+        self._opened: list[Closable] = []
 
     @classmethod
     def of(cls, mesh: MeshLike) -> "Processes | None":
@@ -65,7 +80,7 @@ class Processes:
             )
         if isinstance(mesh, dist.ProcessGroup):
             have_gpus = "nccl" in dist.get_backend_config(mesh)
-            return cls(mesh, None, sorted(dist.get_process_group_ranks(mesh)), have_gpus)
+            return cls(mesh, None, sorted(dist.get_process_group_ranks(mesh)), have_gpus=have_gpus)
         if not isinstance(mesh, DeviceMesh):
             raise InvalidArgument(
                 f"mesh is {mesh!r}; give a DeviceMesh with a dimension named 'pp', or a process group"
@@ -81,34 +96,38 @@ class Processes:
                 f"mesh is of {mesh.device_type} devices; processes with CPUs or CUDA devices share a pipeline"
             )
         has_replicas = "dp" in names and mesh["dp"].size() > 1
-        both = mesh["dp", "pp"] if has_replicas else mesh["pp"]
+        both = mesh[tuple(n for n in names if n in ("dp", "pp"))] if has_replicas else mesh["pp"]
         everyone = sorted(both.mesh.flatten().tolist())
         replicas = mesh.get_group("dp") if has_replicas else None
-        return cls(mesh.get_group("pp"), replicas, everyone, mesh.device_type == "cuda")
+        in_order = any(mesh[name].size() > 1 for name in names if name not in ("dp", "pp"))
+        return cls(mesh.get_group("pp"), replicas, everyone, in_order, mesh.device_type == "cuda")
 
-    @property
-    def messages(self) -> dist.ProcessGroup:
-        if self._messages is None:
-            self._messages = self.new_group(self.members)
-        return self._messages
+    @functools.cached_property
+    def messages(self) -> Connections:
+        """Of the pipeline's processes, by rank, for its messages."""
+        return self.connect("messages", self.members)
 
     def agree(self, count: int | None, rank: int) -> int:
         """What process ``rank`` of the pipeline says; the others' ``count`` does not matter."""
         told = torch.tensor([0 if count is None else count])
-        dist.broadcast(told, self.members[rank], group=self.messages)
+        self.messages.broadcast(told, rank).wait()
         return int(told)
 
-    @staticmethod
-    def new_group(members: Sequence[int], backend: str = "gloo") -> dist.ProcessGroup:
-        """Of these processes, numbers in the world, for one purpose; all of a pipeline make it together.
+    def connect(self, purpose: str, members: Sequence[int]) -> Connections:
+        """Between these processes, numbers in the world, this one among them; all of them do so together."""
+        # Replicas connect at the same time, for the same purpose.
+        store = dist.PrefixStore(f"{self.name}/{purpose}/{'-'.join(map(str, members))}", self.store)
+        return self.keep(Connections(store, members))
 
-        A process that is not among them gets a group of its own, for torch names groups by how many each
-        process has made before, and later ones could not meet.
-        """
-        here = dist.get_rank()
-        members = list(members) if here in members else [here]
-        # What waits longest is a receive, through a whole step; the step itself says when that is too long.
-        return dist.new_group(members, timedelta(days=1), backend, use_local_synchronization=True)
+    def keep(self, opened: Opened) -> Opened:
+        """``opened`` is closed with the rest."""
+        self._opened.append(opened)
+        return opened
+
+    def close(self, idle: bool) -> None:
+        """Ends what was opened for this pipeline alone; ``idle``: nobody waits in it."""
+        while self._opened:
+            self._opened.pop().close(idle)
 
     def notices(self) -> Notices:
         """What tells all these processes of a failure."""

@@ -1,24 +1,27 @@
 """The stages of the model that this process runs."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument
-from ..sharded import ShardedLayers
+from ..wrapped import reduced_in
+from .connections import own_part
 from .group import Processes
 
 StageLike = nn.Module | Callable[[], nn.Module]
 
 
 def local_stages(
-    stages: Sequence[StageLike], rank_of_stage: Sequence[int], processes: Processes | None
+    stages: Sequence[StageLike], loss_fn: Any, rank_of_stage: Sequence[int], processes: Processes | None
 ) -> dict[int, nn.Module]:
     """The modules of this process's stages, by stage; of one process, all.
 
-    Those that are given as functions are made now, those on the meta device get memory and are initialised.
+    Those that are given as functions are made now, those on the meta device get memory and are initialised; a
+    ``loss_fn`` that is a module is a part of the last one in this.
     Raises InvalidArgument for what is no module, or cannot be initialised.
     """
     local = {
@@ -27,9 +30,11 @@ def local_stages(
         if processes is None or rank_of_stage[index] == processes.rank
     }
     if processes is not None:
-        _initialise(local.values())
+        has_loss = len(stages) - 1 in local and isinstance(loss_fn, nn.Module)
+        modules = [*local.values(), *([loss_fn] if has_loss else [])]
+        _initialise(modules)
         if processes.replicas is not None:
-            _make_equal(local.values(), processes.replicas)
+            _make_equal(modules, processes.replicas)
     return local
 
 
@@ -77,11 +82,10 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 def _make_equal(modules: Sequence[nn.Module], replicas: dist.ProcessGroup) -> None:
-    """Gives every replica the first one's parameters and buffers, except for parameters they share out."""
+    """Gives every replica the first one's parameters and buffers; what is sharded is each one's own."""
     first = dist.get_process_group_ranks(replicas)[0]
+    own = reduced_in(modules)
     with torch.no_grad():
-        sharded = ShardedLayers(modules).parameters
         for tensor in dict.fromkeys(t for m in modules for t in (*m.parameters(), *m.buffers())):
-            if tensor in sharded:
-                continue
-            dist.broadcast(tensor, first, group=replicas)
+            if tensor not in own:
+                dist.broadcast(own_part(tensor), first, group=replicas)

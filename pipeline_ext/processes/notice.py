@@ -68,12 +68,15 @@ class Notices:
         return {}
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread, and the connection to the store."""
+        if self._closed.is_set():
+            return
         self._closed.set()
         with contextlib.suppress(DistError):
             self._write(self._rank, {})
         if self._watcher not in (None, threading.current_thread()):
             self._watcher.join(_GRACE)
+        self._store = None
 
     def _write(self, rank: int, letter: dict[str, Any]) -> None:
         self._store.set(f"{rank}/{self._store.add(f'{rank}', 1)}", json.dumps(letter))

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from .connections import Connections
 from .group import Processes
 
-Add = Callable[[Tensor, dist.ProcessGroup], None]  # makes a tensor the sum of those of a group's processes
+Add = Callable[[Tensor, Connections], None]  # makes a tensor the sum of those of connected processes
 
 
 class _Tie(NamedTuple):
@@ -21,8 +21,7 @@ class _Tie(NamedTuple):
 
     owner: nn.Module
     name: str
-    group: dist.ProcessGroup  # of them all
-    first: int  # of them, as a number in the world
+    among: Connections  # of them all
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -33,38 +32,40 @@ class Ties:
     """The parameters of this process that others hold, too; made by all processes of a pipeline together."""
 
     def __init__(
-        self, stages: Sequence[nn.Module | Any], rank_of_stage: Sequence[int], processes: Processes
+        self, stages: Sequence[Any], loss_fn: Any, rank_of_stage: Sequence[int], processes: Processes
     ) -> None:
-        """To be made before the stages get memory here and none elsewhere, which would tell them apart."""
+        """To be made before the stages get memory here and none elsewhere, which would tell them apart.
+
+        The last stage's process has ``loss_fn``, too, which may be a module.
+        """
         holders: dict[nn.Parameter, set[int]] = {}
         places: dict[nn.Parameter, tuple[nn.Module, str]] = {}  # of this process
-        for stage, rank in zip(stages, rank_of_stage):
+        for stage, rank in [*zip(stages, rank_of_stage), (loss_fn, rank_of_stage[-1])]:
             for owner in stage.modules() if isinstance(stage, nn.Module) else ():
                 for name, parameter in owner._parameters.items():
                     if parameter is not None:
                         holders.setdefault(parameter, set()).add(rank)
                         if rank == processes.rank:
                             places.setdefault(parameter, (owner, name))
-        groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        opened: dict[tuple[int, ...], Connections] = {}
         self._ties = []
         for parameter, ranks in holders.items():
-            if len(ranks) > 1:
+            if len(ranks) > 1 and parameter in places:
                 members = tuple(processes.members[rank] for rank in sorted(ranks))
-                if members not in groups:
-                    groups[members] = processes.new_group(members)
-                if parameter in places:
-                    self._ties.append(_Tie(*places[parameter], groups[members], members[0]))
+                if members not in opened:
+                    opened[members] = processes.connect("ties", members)
+                self._ties.append(_Tie(*places[parameter], opened[members]))
 
     def make_equal(self) -> None:
         """Gives all the values that the first process has."""
         with torch.no_grad():
             for tie in self._ties:
-                dist.broadcast(tie.parameter, tie.first, group=tie.group)
+                tie.among.broadcast(tie.parameter, 0).wait()
 
     def begin(self) -> None:
         """Leaves the gradients of earlier steps to the first process alone, lest they count several times."""
         for tie in self._ties:
-            if tie.first != dist.get_rank():
+            if tie.among.rank > 0:
                 tie.parameter.grad = None
 
     def end(self, add: Add) -> None:
@@ -72,12 +73,12 @@ class Ties:
         for tie in self._ties:
             parameter = tie.parameter
             reached = torch.tensor(float(parameter.grad is not None))
-            add(reached, tie.group)
+            add(reached, tie.among)
             if not reached:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             total = parameter.grad.contiguous()
-            add(total, tie.group)
+            add(total, tie.among)
             if total is not parameter.grad:
                 parameter.grad.copy_(total)

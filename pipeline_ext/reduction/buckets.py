@@ -20,7 +20,7 @@ class Bucket:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], wire: torch.dtype | None) -> None:
-        self._parameters = parameters
+        self.parameters = parameters
         dtype, device = parameters[0].dtype, parameters[0].device
         # Beside the gradients travels a number for each: 1 where there is one, 0 where there is none.
         tensors = [*parameters, torch.empty(len(parameters), dtype=dtype, device=device)]
@@ -64,7 +64,7 @@ class Bucket:
 
     def check(self) -> None:
         """Raises InvalidArgument for a gradient that cannot be packed."""
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             if parameter.grad is not None and parameter.grad.layout is not torch.strided:
                 raise InvalidArgument(
                     f"the gradient of a parameter of shape {list(parameter.shape)} is sparse, and replicas "
@@ -73,25 +73,25 @@ class Bucket:
 
     def clone_misplaced(self, buffers: Collection[int]) -> None:
         """Clones gradients that lie in ``buffers`` at another's place, where both would be written."""
-        for i, parameter in enumerate(self._parameters):
+        for i, parameter in enumerate(self.parameters):
             grad = parameter.grad
             if grad is not None and self._is_foreign(i, grad) and grad.untyped_storage().data_ptr() in buffers:
                 parameter.grad = grad.clone()
 
     def bind(self) -> None:
         """Gives each parameter that has no gradient a zeroed view of the buffer, to be added to."""
-        empty = [i for i, parameter in enumerate(self._parameters) if parameter.grad is None]
+        empty = [i for i, parameter in enumerate(self.parameters) if parameter.grad is None]
         if empty:
             torch._foreach_zero_([self._views[i] for i in empty])
         for i in empty:
-            self._parameters[i].grad = self._views[i]
+            self.parameters[i].grad = self._views[i]
         self._zeroed = {i: self._views[i]._version for i in empty}
 
     def send(self, member: Member) -> None:
         """Begins the reduction of the gradients as they are now."""
         foreign: dict[int, Tensor] = {}
         self._absent = []
-        for i, parameter in enumerate(self._parameters):
+        for i, parameter in enumerate(self.parameters):
             if parameter.grad is None:
                 self._views[i].zero_()
                 self._absent.append(i)
@@ -121,22 +121,22 @@ class Bucket:
             self._packer.unpack(self._buffer)
         *_, present = self._views
         for i in self._absent:
-            self._parameters[i].grad = self._views[i] if present[i] else None
+            self.parameters[i].grad = self._views[i] if present[i] else None
 
     def keep(self) -> None:
         """Ends a step that reduces nothing: what had no gradient, and was added none, has none."""
         for i in self._zeroed:
             if self._is_untouched(i):
-                self._parameters[i].grad = None
+                self.parameters[i].grad = None
 
     def clear(self) -> None:
         """Takes all gradients away."""
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = None
 
     def _is_untouched(self, i: int) -> bool:
         """Whether the gradient of parameter ``i`` is the zeroed view that the step began with."""
-        grad, view = self._parameters[i].grad, self._views[i]
+        grad, view = self.parameters[i].grad, self._views[i]
         # What is written through .data leaves the version as it is.
         return grad is view and grad._version == self._zeroed.get(i) and not view.any()
 
@@ -154,7 +154,7 @@ class Bucket:
 
     def _stamps(self) -> list[tuple[int, int] | None]:
         """What tells whether a gradient was replaced or changed."""
-        grads = (parameter.grad for parameter in self._parameters)
+        grads = (parameter.grad for parameter in self.parameters)
         return [None if grad is None else (id(grad), grad._version) for grad in grads]
 
 

@@ -8,15 +8,18 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .. import arguments
 from ..boundary import describe
+from ..endings import Body
 from ..errors import DeadPipeline, InvalidArgument
 from ..report.trace import Trace
 from ..shared import SharedParameters
 from ..stage import Stage
+from ..wrapped import reduced_in
 from .buckets import Bucket, fill_buckets
-from .endings import Body, Endings
+from .departures import Departures
 from .member import Member
 
 _REDUCIBLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -30,8 +33,8 @@ _attaching = threading.Lock()
 class GradientReduction:
     """Gives every replica the mean of the replicas' gradients; for ``Pipeline(reduction=...)``.
 
-    When a stage and those after it have ended their last backwards, its gradients leave in flat buffers, while
-    the stages before it still compute; ``step`` returns when all hold the mean. ``.grad`` is a view of such a
+    In a stage's last backward, and once those of the stages after it have ended, its gradients leave in flat
+    buffers as these fill up; ``step`` returns when all hold the mean. ``.grad`` is a view of such a
     buffer from step to step: clone what is to be kept. Example, for one of several processes::
 
         member = pe.ProcessGroupMember(torch.distributed.group.WORLD)
@@ -62,7 +65,7 @@ class GradientReduction:
         self._stages: Sequence[Stage] | None = None
         self._shared: SharedParameters | None = None
         self._microbatches = 0
-        self._endings: Endings | None = None
+        self._departures = Departures(lambda bucket: bucket.send(member))
         self._built_for: list[list[tuple]] | None = None
         self._buckets: dict[int, list[Bucket]] = {}  # by stage; last, of what several stages hold
         self._steps = 0
@@ -94,11 +97,10 @@ class GradientReduction:
                 )
             _in_use.add(self._member)
         self._stages, self._shared, self._microbatches = stages, shared, microbatches
-        self._endings = Endings((stage.index for stage in stages), self._send)
 
     def watch(self, stage: int, backward: Body) -> Body:
-        """``backward`` of a stage, B or W; the last one of a step sends the stage's gradients."""
-        return self._endings.watch(stage, backward)
+        """``backward`` of a stage, B or W; in the last one of a step the stage's gradients leave."""
+        return self._departures.watch(stage, backward)
 
     @contextlib.contextmanager
     def step(self, timeout: float, sends: bool = True) -> Iterator[None]:
@@ -124,10 +126,11 @@ class GradientReduction:
         self._in_step = True
         try:
             if sends:
-                self._endings.begin(self._microbatches)
+                of_stages = {stage: found for stage, found in self._buckets.items() if stage != _SHARED}
+                self._departures.begin(of_stages, self._microbatches)
                 self._member.begin(self._plan(), timeout)
             else:
-                self._endings.pause()
+                self._departures.pause()
             yield
         except BaseException as error:
             self._member.abort(error)
@@ -149,7 +152,8 @@ class GradientReduction:
             for bucket in self._all():
                 bucket.keep()
             return
-        self._send(_SHARED)
+        for bucket in self._buckets[_SHARED]:
+            bucket.send(self._member)
         for bucket in self._all():
             bucket.finish(timeout)
         if trace is not None:
@@ -168,10 +172,6 @@ class GradientReduction:
     def _all(self) -> Iterator[Bucket]:
         return itertools.chain.from_iterable(self._buckets.values())
 
-    def _send(self, stage: int) -> None:
-        for bucket in self._buckets[stage]:
-            bucket.send(self._member)
-
     def _plan(self) -> list[str]:
         """What this step reduces, in words."""
         buffers = [
@@ -184,13 +184,10 @@ class GradientReduction:
     def _build(self, stages: Sequence[Stage], shared: SharedParameters) -> None:
         """Makes the buckets, and makes them anew when parameters were frozen, thawed, replaced or cast."""
         tied = shared.parameters()
+        others = {*tied, *reduced_in(module for stage in stages for module in stage.modules())}
         trained = {
             # Backward reaches the last parameters first.
-            stage.index: [
-                p
-                for p in reversed(stage.parameters())
-                if p.requires_grad and p not in tied and p not in stage.sharded.parameters
-            ]
+            stage.index: [p for p in reversed(stage.parameters()) if p.requires_grad and p not in others]
             for stage in stages
         }
         trained[_SHARED] = [p for p in tied if p.requires_grad]
@@ -198,6 +195,11 @@ class GradientReduction:
         if built_for == self._built_for:
             return
         for parameter in itertools.chain.from_iterable(trained.values()):
+            if isinstance(parameter, DTensor):
+                raise InvalidArgument(
+                    f"a parameter is a DTensor of shape {list(parameter.shape)} (tensor parallelism), and "
+                    'replicas reduce plain ones; wrap its stage in fully_shard(stage, mesh=mesh["dp"])'
+                )
             if parameter.dtype not in _REDUCIBLE:
                 raise InvalidArgument(
                     f"a parameter is {describe(parameter)}; replicas reduce float64, float32, float16 and "

@@ -5,6 +5,7 @@ import itertools
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -12,12 +13,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions
 
 from .. import arguments
 from ..boundary import describe
 from ..errors import InvalidArgument, ReductionError, StepTimeout
+from ..processes.connections import Connections
 from ..processes.notice import Notices
+
+_made: Counter[str] = Counter()  # members, by the processes of their group
 
 _GRACE = 2.0  # seconds that a process has to answer; a thread of its own does, whatever else computes
 
@@ -41,16 +44,15 @@ class ProcessGroupMember:
         Raises InvalidArgument for anything but a process group, dist.DistError if some have not come.
         """
         arguments.check_type("group", group, dist.ProcessGroup)
-        self._group = dist.new_group(
-            dist.get_process_group_ranks(group),
-            timedelta(seconds=timeout),
-            backend="gloo",
-            use_local_synchronization=True,
-        )
-        self.rank = dist.get_rank(self._group)
-        self.size = dist.get_world_size(self._group)
-        self._processes = dist.get_process_group_ranks(self._group)
         self._timeout = timedelta(seconds=timeout)
+        self._processes = dist.get_process_group_ranks(group)
+        self.rank = dist.get_rank(group)
+        self.size = len(self._processes)
+        name = "-".join(map(str, self._processes))
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"pipeline_ext/replicas/{name}/{_made[name]}", store)
+        _made[name] += 1
+        self._connections = Connections(self._store, self._processes, self._timeout)
         self._lock = threading.RLock()
         self._calls = 0  # made so far, of begin and all_reduce
         self._agreed = False  # that all reduce the same in this step
@@ -59,7 +61,7 @@ class ProcessGroupMember:
         self._open: set[ProcessWork] = set()
         self._failure: str | None = None
         self._has_failed = threading.Event()
-        notices = Notices(self._group.get_group_store(), "notices", self.rank, self.size)
+        notices = Notices(self._store, "notices", self.rank, self.size)
         itself = weakref.ref(self)
         notices.watch(lambda _, text: _fail(itself, text), lambda: _status(itself))
         weakref.finalize(self, notices.close)
@@ -73,9 +75,7 @@ class ProcessGroupMember:
             self._agreed = False
         mine = torch.frombuffer(bytearray(_digest(plan)), dtype=torch.uint8)
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        options = AllgatherOptions()
-        options.timeout = self._timeout
-        work = self._group.allgather([found], [mine], options)
+        work = self._connections.all_gather(found, mine, self._timeout)
         work.get_future().add_done_callback(lambda future: self._compare(future, plan, mine, found))
 
     def all_reduce(self, tensor: Tensor) -> "ProcessWork":
@@ -95,7 +95,7 @@ class ProcessGroupMember:
             else:
                 self._open.add(work)
                 if self._agreed:
-                    work.start(self._group, self._timeout)
+                    work.start(self._connections, self._timeout)
                 else:
                     self._held.append(work)
         return work
@@ -108,6 +108,11 @@ class ProcessGroupMember:
     def abort(self, error: BaseException) -> None:
         """Ends the group: whatever is not yet reduced fails for all members, with ``error`` as the reason."""
         self._end(f"{self._name()} failed with {type(error).__name__}: {error}")
+
+    def close(self, idle: bool = True) -> None:
+        """Ends its connections, unless somebody may wait in them: it is not ``idle``, or has failed."""
+        self._notices.close()
+        self._connections.close(idle and self._failure is None)
 
     def fail(self, reason: str) -> None:
         """Ends every reduction that is not over, in this process."""
@@ -183,18 +188,17 @@ class ProcessGroupMember:
         with self._lock:
             self._agreed = True
             for work in self._held:
-                work.start(self._group, self._timeout)
+                work.start(self._connections, self._timeout)
             self._held = []
 
     def _difference(self, plan: Sequence[str], other: int) -> str:
         """Where it differs from another replica's, which finds that out too."""
-        store = self._group.get_group_store()
-        store.set(f"plan {self.rank}", "\n".join(plan))
+        self._store.set(f"plan {self.rank}", "\n".join(plan))
         try:
-            store.wait([f"plan {other}"], timedelta(seconds=_GRACE))
+            self._store.wait([f"plan {other}"], timedelta(seconds=_GRACE))
         except dist.DistError:
             return f"{self._name()} and {self._name(other)} do not reduce the same"
-        theirs = store.get(f"plan {other}").decode().splitlines()
+        theirs = self._store.get(f"plan {other}").decode().splitlines()
         pairs = itertools.zip_longest(plan, theirs, fillvalue="nothing more")
         ours, its = next(pair for pair in pairs if pair[0] != pair[1])
         return (
@@ -219,14 +223,13 @@ class ProcessWork:
         """When it ended, in nanoseconds of time.monotonic_ns."""
         return self.future.result()
 
-    def start(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
-        """Hands the tensor to ``group``; a thread of that ends the reduction."""
-        options = AllreduceOptions()
-        options.timeout = timeout  # or the process could not exit while another is stopped
+    def start(self, connections: Connections, timeout: timedelta) -> None:
+        """Hands the tensor to ``connections``; a thread of theirs ends the reduction."""
         if self._tensor.dtype == torch.float16:
             self._tensor.div_(self._member.size)
         try:
-            self._work = group.allreduce([self._tensor], options)
+            # With a timeout, or the process could not exit while another is stopped.
+            self._work = connections.all_reduce(self._tensor, timeout)
         except RuntimeError as error:
             self._member.settle(self, error)
             return
@@ -243,6 +246,7 @@ class ProcessWork:
             raise self._member.lost(self._number, error, timeout if is_late else None) from error
 
     def _end(self, future: torch.futures.Future) -> None:
+        self._work = None  # which keeps the connections
         try:
             future.value()
         except RuntimeError as error:

@@ -25,6 +25,7 @@ class Trace:
 
     Attributes:
         plan: the plan it followed.
+        record: when the step and its tasks ran, as it was taken: nanoseconds of the steady clock.
         peak_in_flight: most microbatches alive at once, by rank.
         peak_in_flight_of_stage: the same by stage.
         messages: what crossed each boundary between ranks, by direction.
@@ -36,18 +37,18 @@ class Trace:
     def __init__(
         self,
         plan: _C.Plan,
-        result: StepRecord,
+        record: StepRecord,
         messages: Sequence[Messages] = (),
         choice: Choice | None = None,
     ) -> None:
         self.plan = plan
+        self.record = record
         self.messages = list(messages)
         self.pack_choice = choice if isinstance(choice, PackChoice) else None
         self.schedule_choice = choice if isinstance(choice, ScheduleChoice) else None
-        self.peak_in_flight: list[int] = result.peak_by_rank
-        self.peak_in_flight_of_stage: list[int] = result.peak_by_stage
+        self.peak_in_flight: list[int] = record.peak_by_rank
+        self.peak_in_flight_of_stage: list[int] = record.peak_by_stage
         self.reductions: list[ReductionRecord] = []
-        self._result = result
 
     def __repr__(self) -> str:
         return f"<Trace: {len(self.plan)} tasks in {self.step_time * 1e3:.1f} ms, bubble {self.bubble:.1%}>"
@@ -55,22 +56,22 @@ class Trace:
     @cached_property
     def step_time(self) -> float:
         """Seconds from the step's begin to its end. Of a step on a GPU this waits for that, as all times do."""
-        return (self._result.end - self._result.begin) * 1e-9
+        return (self.record.end - self.record.begin) * 1e-9
 
     @cached_property
     def tasks(self) -> list[TaskRecord]:
-        """The tasks that ran in this process, in the order in which they began."""
-        zero = self._result.begin
+        """The tasks that ran in this process, of ``gather_trace`` in all, in the order in which they began."""
+        zero = self.record.begin
         begin, end = (
             [(time - zero) * 1e-9 for time in times]
-            for times in (self._result.task_begin, self._result.task_end)
+            for times in (self.record.task_begin, self.record.task_end)
         )
         records = task_records(self.plan, begin, end)
-        return [record for record in records if self._result.task_end[record.task]]
+        return [record for record in records if self.record.task_end[record.task]]
 
     def add_reductions(self, times: Iterable[tuple[int, int, int, int]]) -> None:
         """Takes stage, begin and end in nanoseconds of the steady clock, and bytes, of each reduction."""
-        zero = self._result.begin
+        zero = self.record.begin
         records = [
             ReductionRecord(stage, (begin - zero) * 1e-9, (end - zero) * 1e-9, nbytes)
             for stage, begin, end, nbytes in times

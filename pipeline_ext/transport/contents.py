@@ -1,11 +1,14 @@
 """What a message of several microbatches' results holds, and the results as its receiver sees them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..memory import Region
 from .message import Format, message_of
 
@@ -26,12 +29,21 @@ class Part(NamedTuple):
         return leaves
 
 
-class Contents(NamedTuple):
+@dataclass(frozen=True)
+class Contents:
     """All there is to know of a message but the values of its tensors."""
 
     format: Format
     requires_grad: list[bool]  # by tensor
     parts: list[Part]  # by microbatch, in the group's order
+
+    def pack(self, results: Sequence[Leaves], buffer: Tensor) -> bool:
+        """Writes a message of such results to ``buffer``; False where they differ, or only ``fill`` can tell."""
+        return self._template is not None and self._template.pack(results, buffer)
+
+    @cached_property
+    def _template(self) -> _C.MessageTemplate | None:
+        return self.format.template(self.requires_grad, self.parts)
 
     def equals(self, other: "Contents | None") -> bool:
         """Whether whoever knows one knows the other."""
@@ -87,17 +99,15 @@ def fill(results: Sequence[Leaves], wire: torch.dtype | None, known: Format | No
 class Message:
     """The results of a group of microbatches in one buffer, at the receiver's."""
 
-    def __init__(self, contents: Contents, buffer: Tensor, begin: int = 0) -> None:
-        """``begin``: byte of the buffer at which the message does."""
+    def __init__(self, contents: Contents, buffer: Tensor) -> None:
         self.contents = contents
         self.buffer = buffer
-        self._begin = begin
         self._unread = len(contents.parts)  # results that are still needed
         self._tensors: list[Tensor] | None = None
 
     def tensors(self) -> list[Tensor]:
         if self._tensors is None:
-            self._tensors = self.contents.format.open(self.buffer[self._begin :])
+            self._tensors = self.contents.format.open(self.buffer)
             for tensor, needed in zip(self._tensors, self.contents.requires_grad):
                 tensor.requires_grad_(needed)
         return self._tensors

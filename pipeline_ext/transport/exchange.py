@@ -200,10 +200,9 @@ class Exchange:
         if channel.hands_over:
             channel.send(m, (value,))
         else:
-            if isinstance(channel, ToProcess):
-                value = (value, self._step.passed_on(stage, m))
-            leaves, spec = pytree.tree_flatten(value)
-            channel.send(m, [*leaves, spec])
+            leaves, spec = ([value], None) if type(value) is Tensor else pytree.tree_flatten(value)
+            known = self._step.passed_on(stage, m) if isinstance(channel, ToProcess) else ()
+            channel.send(m, [*leaves, *known, len(leaves), spec])
 
     def carry_value(self, stage: int, m: int) -> None:
         """Takes what ``stage`` has sent on to the next stage's device or process, if that is another."""
@@ -216,14 +215,13 @@ class Exchange:
     def receive_value(self, stage: int, m: int) -> Any:
         """What the stage before has sent to ``stage``."""
         channel = self._forward[stage - 1]
-        *leaves, last = channel.receive(m)
         if channel.hands_over:
-            return last
-        value = pytree.tree_unflatten(leaves, last)
+            (value,) = channel.receive(m)
+            return value
+        *leaves, count, spec = channel.receive(m)
         if isinstance(channel, FromProcess):
-            value, known = value
-            self._step.take_in(stage, m, known)
-        return value
+            self._step.take_in(stage, m, leaves[count:])
+        return leaves[0] if spec is None else pytree.tree_unflatten(leaves[:count], spec)
 
     def send_gradients(self, stage: int, m: int, gradients: list[Tensor | None]) -> None:
         """Sends the gradients of what ``stage`` was sent back to the stage before."""

@@ -2,14 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..errors import PipelineError
-from ..memory import Look, Region, find_regions, share_memory
+from ..memory import REGION_ALIGNMENT, Look, Region, find_regions, share_memory
 from ..packing import Layout, Packer, aligned, packer
-from ..packing.layout import REPLACEABLE
+from ..packing.layout import PACKABLE, REPLACEABLE
 
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}  # finite numbers
 
@@ -39,6 +41,10 @@ class Format(ABC):
 
         Each has a version of its own: one that is changed in place does not spoil the others.
         """
+
+    def template(self, requires_grad: Sequence[bool], parts: Sequence[Any]) -> _C.MessageTemplate | None:
+        """What packs a message of this format in one call, where that can be."""
+        return None
 
 
 def message_of(
@@ -88,6 +94,16 @@ class AsIs(Format):
         storage, begin = buffer.untyped_storage(), buffer.storage_offset()
         slots = self._layout.slots
         return [look.see(storage, begin + slots[look.region].offset) for look in self.looks]
+
+
+    def template(self, requires_grad: Sequence[bool], parts: Sequence[Any]) -> _C.MessageTemplate | None:
+        if len(self.region_sizes) < len(self.looks) or not all(map(_is_copied_whole, self.looks)):
+            return None
+        places = [
+            (look.dtype, look.shape, self._layout.slots[look.region].offset + look.offset, look.offset)
+            for look in self.looks
+        ]
+        return _C.MessageTemplate(places, requires_grad, parts, REGION_ALIGNMENT)
 
 
 class Cast(Format):
@@ -172,6 +188,10 @@ class Cast(Format):
 
     def _scales_in(self, buffer: Tensor) -> Tensor:
         return self._layout.views(buffer)[-1].view(torch.float32)
+
+
+def _is_copied_whole(look: Look) -> bool:
+    return look.dtype in PACKABLE and look.is_contiguous and not look.negative
 
 
 def _scales_for(largest: Tensor, wire: torch.dtype) -> Tensor:

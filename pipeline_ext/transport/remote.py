@@ -18,14 +18,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..errors import PeerError
-from .buffers import Buffers
 from .contents import Contents, Leaves, Message, Result, fill
 from .description import decode, encode
+from .packet import Packet, Packets
 
-_HEADER = 256  # bytes; what follows is aligned
 _AS_KNOWN, _DESCRIBED, _NO_MORE = 1, 2, 3
 _AHEAD = 2  # receives that wait at once: one is filled while the next is there for the sender to find
 
@@ -34,16 +32,15 @@ class Line(NamedTuple):
     """One way between this process and another, on which messages keep their order."""
 
     group: dist.ProcessGroup
-    peer: int  # number of the other process in the world
+    peer: int  # number of the other process in the group
     tag: int  # and the next: of what is described
     name: str  # of the other process, for people
-    device: torch.device
 
     def send(self, tensor: Tensor, apart: bool = False) -> dist.Work:
-        return dist.isend(tensor, self.peer, self.group, self.tag + apart)
+        return self.group.send([tensor], self.peer, self.tag + apart)
 
     def receive(self, tensor: Tensor, apart: bool = False) -> dist.Work:
-        return dist.irecv(tensor, self.peer, self.group, self.tag + apart)
+        return self.group.recv([tensor], self.peer, self.tag + apart)
 
 
 class Way(NamedTuple):
@@ -83,9 +80,14 @@ class _Known:
         self._of_group[group] = self._last = contents
 
 
+def _sent_nbytes(contents: Contents | None) -> int:
+    """Of the message that is expected, without its header."""
+    return 0 if contents is None else contents.format.sent_nbytes
+
+
 def _nbytes(contents: Contents | None) -> int:
-    """Bytes of the message that is expected."""
-    return _HEADER + (0 if contents is None else contents.format.sent_nbytes)
+    """Of the room that it takes."""
+    return 0 if contents is None else contents.format.nbytes
 
 
 class Outgoing:
@@ -98,8 +100,8 @@ class Outgoing:
         self._way = way
         self._place = {m: (i, at) for i, group in enumerate(way.groups) for at, m in enumerate(group)}
         self._known = _Known()
-        self._buffers = Buffers(1)
-        self._pending: deque[tuple[list[dist.Work], Tensor]] = deque()
+        self._packets = Packets()
+        self._pending: deque[tuple[list[dist.Work], Packet]] = deque()
         self.begin()
 
     def begin(self) -> None:
@@ -126,7 +128,7 @@ class Outgoing:
         Raises PipelineError for what cannot be packed, PeerError where the other process is gone.
         """
         if m == 0:
-            tensors = (leaf for leaf in pytree.tree_leaves(leaves) if isinstance(leaf, Tensor))
+            tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
             self.result_nbytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
         index, at = self._place[m]
         waiting = self._waiting.setdefault(index, {})
@@ -137,69 +139,78 @@ class Outgoing:
 
     def give_up(self) -> None:
         """Tells the receiver not to wait any longer."""
-        header = torch.zeros(_HEADER, dtype=torch.uint8)
-        _write_header(header, _NO_MORE, 0)
+        packet = Packet(0)
+        packet.write_header(_NO_MORE, 0)
         with contextlib.suppress(RuntimeError):  # it is gone
-            self._pending.append(([self._line.send(header)], header))
+            self._pending.append(([self._line.send(packet.part(0))], packet))
 
     def flush(self, timeout: float) -> None:
         """Returns when the other process has all that was sent, or after ``timeout`` seconds."""
         while self._pending:
-            works, buffer = self._pending.popleft()
+            works, packet = self._pending.popleft()
             try:
                 for work in works:
                     work.wait(timedelta(seconds=timeout))
             except RuntimeError:  # it is gone, or does not come for it
                 return
-            self._buffers.give_back(buffer)
+            self._packets.give_back(packet)
 
     def _send_message(self, index: int, results: list[Leaves]) -> None:
         expected = self._known.of(index)
-        filling = fill(results, self._way.wire, None if expected is None else expected.format)
-        contents = filling.contents
-        nbytes = _nbytes(contents)
-        buffer = self._take(_HEADER + contents.format.nbytes)
-        if filling.tensors:
-            filling.pack(buffer[_HEADER:])
+        packet = self._take(_nbytes(expected))
+        contents = expected
+        if expected is None or not expected.pack(results, packet.body):
+            contents, packet = self._fill(results, expected, packet)
+        packet.write_header(_AS_KNOWN, index)
+        part = packet.part(contents.format.sent_nbytes)
         begin = time.perf_counter()
         try:
-            if contents.equals(expected):
-                contents = expected
-                _write_header(buffer, _AS_KNOWN, index)
-                works = [self._line.send(buffer[:nbytes])]
+            if contents is expected:
+                works = [self._line.send(part)]
             else:
                 described = encode(contents, self._way.wire)
-                notice = torch.zeros(_nbytes(expected), dtype=torch.uint8, device=buffer.device)
-                _write_header(notice, _DESCRIBED, index, len(described))
-                _write_header(buffer, _AS_KNOWN, index)
+                notice = Packet(_sent_nbytes(expected))
+                notice.write_header(_DESCRIBED, index, len(described))
                 works = [
-                    self._line.send(notice),
-                    self._line.send(described.to(buffer.device), apart=True),
-                    self._line.send(buffer[:nbytes], apart=True),
+                    self._line.send(notice.part(_sent_nbytes(expected))),
+                    self._line.send(described, apart=True),
+                    self._line.send(part, apart=True),
                 ]
         except RuntimeError as error:
             raise PeerError(f"{self._line.name} cannot be sent {self._way.describe(index)}: {error}") from error
         self._known.learn(index, contents)
-        self._pending.append((works, buffer))
+        self._pending.append((works, packet))
         self.sent += 1
         self.packed_nbytes += contents.format.sent_nbytes
         self.seconds += time.perf_counter() - begin
 
-    def _take(self, nbytes: int) -> Tensor:
+    def _fill(
+        self, results: list[Leaves], expected: Contents | None, packet: Packet
+    ) -> tuple[Contents, Packet]:
+        """What the message holds, and the packet it is in: this one, if it has the room."""
+        filling = fill(results, self._way.wire, None if expected is None else expected.format)
+        contents = filling.contents
+        if contents.format.nbytes > packet.nbytes:
+            packet = Packet(contents.format.nbytes)
+        if filling.tensors:
+            filling.pack(packet.body)
+        return expected if contents.equals(expected) else contents, packet
+
+    def _take(self, nbytes: int) -> Packet:
         # Of so many messages the first has been received: its microbatches have left the earlier stage.
         while len(self._pending) >= self._way.room:
-            works, buffer = self._pending.popleft()
+            works, packet = self._pending.popleft()
             for work in works:
                 work.wait()
-            self._buffers.give_back(buffer)
-        return self._buffers.take(nbytes, self._line.device)
+            self._packets.give_back(packet)
+        return self._packets.take(nbytes)
 
 
 class Incoming:
     """The receiver's end. A thread of its own waits for messages: no way holds up another, nor the stages.
 
     Attributes:
-        buffers: of messages, that are there or in use.
+        buffers: packets that are there or in use.
     """
 
     hands_over = False
@@ -210,7 +221,7 @@ class Incoming:
         self._way = way
         self._tasks = tasks
         self._known = _Known()
-        self._free = Buffers(1)
+        self._packets = Packets()
         self._change = threading.Condition()
         self.buffers = 0
         self._next = 0  # message that is waited for
@@ -225,7 +236,7 @@ class Incoming:
 
     def begin(self, receiver: "Receiver") -> None:
         """Prepares for a step, in which ``receiver`` is told what has come."""
-        self._arrived: dict[int, Result] = {}
+        self._arrived: dict[int, tuple[Result, Packet]] = {}
         self._next = 0
         self._steps.put(receiver)
 
@@ -252,14 +263,15 @@ class Incoming:
 
     def receive(self, m: int) -> Leaves:
         """The result of microbatch ``m``, to be called once."""
-        return self._arrived[m].leaves()
+        result, _ = self._arrived[m]
+        return result.leaves()
 
     def release(self, m: int) -> None:
         """Microbatch ``m``'s result is needed no more."""
-        result = self._arrived.pop(m, None)
+        result, packet = self._arrived.pop(m, (None, None))
         if result is not None and result.message.read():
             with self._change:
-                self._free.give_back(result.message.buffer)
+                self._packets.give_back(packet)
                 self.buffers -= 1
                 self._change.notify()
 
@@ -279,50 +291,48 @@ class Incoming:
         receiver.fail(failure)
 
     def _receive_step(self, receiver: "Receiver") -> None:
-        posted: deque[tuple[dist.Work, Tensor, Contents | None]] = deque()
+        posted: deque[tuple[dist.Work, Packet, Contents | None]] = deque()
         groups = self._way.groups
-        for index in range(len(groups)):
+        for index, group in enumerate(groups):
             self._next = index
             while index + len(posted) < len(groups) and len(posted) < _AHEAD:
                 ahead = index + len(posted)
                 expected = self._known.of(ahead, is_next=ahead == index)
                 if posted and expected is None:
                     break
-                buffer = self._take(expected, wait=not posted)
-                if buffer is None:
+                packet = self._take(_nbytes(expected), wait=not posted)
+                if packet is None:
                     break
-                posted.append((self._line.receive(buffer[: _nbytes(expected)]), buffer, expected))
-            work, buffer, expected = posted.popleft()
+                posted.append((self._line.receive(packet.part(_sent_nbytes(expected))), packet, expected))
+            work, packet, expected = posted.popleft()
             work.wait()
-            contents, buffer = self._open(index, buffer, expected)
-            message = Message(contents, buffer, _HEADER)
-            for m, part in zip(groups[index], contents.parts):
-                self._arrived[m] = Result(message, part)
-            del message, buffer, work
-            receiver.deliver(self._tasks[index], self._way.receiver, groups[index])
+            contents, packet = self._open(index, packet, expected)
+            message = Message(contents, packet.body)
+            for m, part in zip(group, contents.parts):
+                self._arrived[m] = Result(message, part), packet
+            del message, packet, work
+            receiver.deliver(self._tasks[index], self._way.receiver, group)
         self._next = len(groups)
 
-    def _open(
-        self, index: int, buffer: Tensor, expected: Contents | None
-    ) -> tuple[Contents, Tensor]:
-        """What the message that has come holds, and the buffer that it lies in."""
-        kind, came, nbytes = _read_header(buffer)
+    def _open(self, index: int, packet: Packet, expected: Contents | None) -> tuple[Contents, Packet]:
+        """What the message that has come holds, and the packet it is in."""
+        kind, came, nbytes = packet.read_header()
         if kind == _NO_MORE:
             raise _NoMore
         if came != index:
             raise PeerError(f"message {came} came in place of {index}: the processes' plans differ")
         contents = expected
         if kind == _DESCRIBED:
-            described = torch.empty(nbytes, dtype=torch.uint8, device=self._line.device)
+            described = torch.empty(nbytes, dtype=torch.uint8)
             self._line.receive(described, apart=True).wait()
-            contents = decode(described.cpu())
-            buffer = self._free.take(_HEADER + contents.format.nbytes, self._line.device)
-            self._line.receive(buffer[: _nbytes(contents)], apart=True).wait()
+            contents = decode(described)
+            packet = self._packets.take(_nbytes(contents))
+            self._line.receive(packet.part(_sent_nbytes(contents)), apart=True).wait()
         self._known.learn(index, contents)
-        return contents, buffer
+        return contents, packet
 
-    def _take(self, expected: Contents | None, wait: bool) -> Tensor | None:
-        """A buffer; None where there is no room and it should not wait for some."""
+    def _take(self, nbytes: int, wait: bool) -> Packet | None:
+        """A packet; None where there is no room and it should not wait for some."""
         with self._change:
             while self.buffers >= self._way.room and not self._given_up:
                 if not wait:
@@ -331,8 +341,7 @@ class Incoming:
             if self._given_up:
                 raise _NoMore
             self.buffers += 1
-            nbytes = 0 if expected is None else expected.format.nbytes
-            return self._free.take(_HEADER + nbytes, self._line.device)
+            return self._packets.take(nbytes)
 
 
 class _NoMore(Exception):
@@ -344,11 +353,3 @@ class Receiver(NamedTuple):
 
     deliver: Callable[[int, int, Sequence[int]], object]  # what a task sent a stage of these microbatches
     fail: Callable[[Exception], object]
-
-
-def _write_header(buffer: Tensor, kind: int, index: int, nbytes: int = 0) -> None:
-    buffer[:24].view(torch.int64).copy_(torch.tensor([kind, index, nbytes]))
-
-
-def _read_header(buffer: Tensor) -> list[int]:
-    return buffer[:24].view(torch.int64).tolist()

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from standin_driver import StandIn
 
 from pipeline_ext.cuda import nccl
-from pipeline_ext.processes.group import Processes
 
 
 class Sent(NamedTuple):
@@ -54,8 +53,7 @@ def install(library, carrier):
         patch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(nccl=fake)))
         patch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(nccl=fake))
     else:
-        new_group = Processes.new_group
-        patch.setattr(Processes, "new_group", lambda self, members, backend="gloo": new_group(members))
+        patch.setattr(dist, "ProcessGroupNCCL", dist.ProcessGroupGloo, raising=False)
         for name in ("send", "receive"):
             patch.setattr(nccl.TorchPair, name, _noted(calls, name, getattr(nccl.TorchPair, name), double))
     return Gpu(standin, double, calls)

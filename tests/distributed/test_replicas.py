@@ -1,19 +1,15 @@
 """Replicas whose pipelines are of processes: the same gradients as in one process, and one end for all."""
 
-import contextlib
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from models import Residual, chain
+from models import chain
 from processes import Failed, Gone, die, freeze, outcomes, run
 from reference import gradients, reference_step, twin
-from replicas import average, batches, reference_replicas
+from replicas import batches, reference_replicas
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 import pipeline_ext as pe
 
@@ -80,51 +76,6 @@ def test_gradients_are_the_mean_over_replicas_step_by_step_and_after_no_sync(pp,
     losses = run(2 * pp, train, pp, schedule)
     assert losses[:pp] == [losses[0]] * pp and losses[pp:] == [losses[pp]] * pp
     assert losses[0] != losses[pp]
-
-
-def train_sharded(pp, schedule):
-    mesh = dist.init_device_mesh("cpu", (2, pp), mesh_dim_names=("dp", "pp"))
-    number = mesh["dp"].get_local_rank()
-    stages = 2 * pp if schedule == "zbv" else pp
-    plain = nn.Sequential(*(nn.Sequential(nn.Linear(12, 12), Residual(12)) for _ in range(stages)))
-    model = twin(plain)
-    for stage in model:
-        fully_shard(stage[1], mesh=mesh["dp"])
-    fully_shard(model[-1], mesh=mesh["dp"])  # the others' first layers are replicated
-    pipe = pe.Pipeline(list(model), None, MICROBATCHES, schedule, F.mse_loss, mesh=mesh, timeout=30)
-    local = {p for module in pipe.stage_modules for p in module.parameters()}
-    sharded = sum(isinstance(layer, FSDPModule) for m in pipe.stage_modules for layer in m.modules())
-    optimizers = [torch.optim.SGD(parameters, lr=0.1) for parameters in (local, plain.parameters())]
-    plains = [plain, twin(plain)]
-    for syncs in (True, False, True):
-        pairs = batches()
-        x, y = pairs[number]
-        reductions = mock.patch.object(dist, "reduce_scatter_single", wraps=dist.reduce_scatter_single)
-        with contextlib.nullcontext() if syncs else pipe.no_sync(), reductions as reduce:
-            pipe.step(x, target=y)
-        assert reduce.call_count == syncs * sharded
-        for of_replica, pair in zip(plains, pairs):
-            reference_step(of_replica, *pair, MICROBATCHES, F.mse_loss)
-        found = pipe.eval(x)
-        if found is not None:
-            torch.testing.assert_close(found, plain(x))
-        if not syncs:
-            continue
-        average(plains)
-        for p, q in zip(model.parameters(), plain.parameters()):
-            if p in local:
-                whole = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-                torch.testing.assert_close(whole, q.grad)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        plains[1] = twin(plain)
-    pipe.close()
-
-
-@pytest.mark.parametrize("pp, schedule", [(1, "1f1b"), (2, "1f1b"), (2, "zbv")])
-def test_fully_sharded_stages_are_reduced_once_in_a_step(pp, schedule):
-    run(2 * pp, train_sharded, pp, schedule)
 
 
 class Optional(nn.Module):

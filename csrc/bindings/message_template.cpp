@@ -1,0 +1,182 @@
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "bindings/dlpack.hpp"
+#include "bindings/module.hpp"
+#include "packing/pack.hpp"
+
+namespace py = pybind11;
+
+namespace pe {
+namespace {
+
+constexpr int kNoTensor = -1;
+constexpr std::int64_t kBrief = 1 << 18;  // bytes; letting go of the interpreter takes longer than to copy them
+
+// What the tensors of a message looked like, each contiguous and in memory of its own, and what lay between
+// them. Another message of that kind is packed in one call.
+class MessageTemplate {
+ public:
+  // `places`: of each tensor its type, shape, place in the buffer, and place within a block of `alignment`
+  // bytes of memory. `parts`: of each result its leaves but the tensors, and the tensors' numbers by leaf.
+  MessageTemplate(const py::sequence& places, const py::sequence& requires_grad, const py::sequence& parts,
+                  std::int64_t alignment)
+      : alignment_(alignment), nbytes_(0) {
+    const py::module_ torch = py::module_::import("torch");
+    tensor_ = torch.attr("Tensor");
+    parameter_ = torch.attr("nn").attr("Parameter");
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      const py::sequence place = places[i];
+      const std::string dtype = py::str(place[0]);
+      Expected expected{pe::dtype_of(std::string_view(dtype).substr(dtype.find('.') + 1)),
+                        place[1].cast<std::vector<std::int64_t>>(), place[2].cast<std::int64_t>(),
+                        place[3].cast<std::int64_t>(), 0, requires_grad[i].cast<bool>()};
+      const Strided whole{nullptr, expected.dtype, expected.shape, {}};
+      expected.nbytes = whole.size() * static_cast<std::int64_t>(expected.dtype.size());
+      nbytes_ = std::max(nbytes_, expected.offset + expected.nbytes);
+      expected_.push_back(std::move(expected));
+    }
+    for (const py::handle part : parts) {
+      std::vector<Leaf> leaves;
+      for (const py::handle leaf : part.attr("rest")) {
+        leaves.push_back({kNoTensor, py::reinterpret_borrow<py::object>(leaf)});
+      }
+      for (const py::handle pair : part.attr("numbers")) {
+        const auto [leaf, number] = pair.cast<std::pair<std::size_t, int>>();
+        leaves.at(leaf).tensor = number;
+      }
+      parts_.push_back(std::move(leaves));
+    }
+  }
+
+  bool pack(const py::list& results, const py::object& buffer) const {
+    Borrower borrower;
+    std::vector<py::handle> tensors(expected_.size());
+    if (!collect(results, tensors)) return false;
+    std::vector<Copy> copies;
+    copies.reserve(tensors.size());
+    std::int64_t total = 0;
+    try {
+      const Strided whole = borrower.borrow(buffer, {"the buffer"});
+      if (whole.dtype != kUint8 || !whole.is_contiguous() || whole.size() < nbytes_) return false;
+      for (std::size_t i = 0; i < tensors.size(); ++i) {
+        const Expected& expected = expected_[i];
+        if (requires_grad(tensors[i]) != expected.requires_grad) return false;
+        const Strided tensor = borrower.borrow(tensors[i], {"tensor", static_cast<int>(i)});
+        if (!looks_like(tensor, expected)) return false;
+        copies.push_back({whole.data + expected.offset, tensor.data, expected.nbytes});
+        total += expected.nbytes;
+      }
+    } catch (const PackingError&) {
+      return false;
+    }
+    if (overlap(copies)) return false;
+    if (total <= kBrief) {
+      copy(copies);
+    } else {
+      py::gil_scoped_release release;
+      copy(copies);
+    }
+    return true;
+  }
+
+ private:
+  struct Expected {
+    DType dtype;
+    std::vector<std::int64_t> shape;
+    std::int64_t offset, misalignment, nbytes;
+    bool requires_grad;
+  };
+
+  struct Leaf {
+    int tensor;
+    py::object value;  // of what is none
+  };
+
+  struct Copy {
+    std::byte* to;
+    const std::byte* from;
+    std::int64_t nbytes;
+  };
+
+  // Finds the tensors; returns whether they are plain, and all else is as it was.
+  bool collect(const py::list& results, std::vector<py::handle>& tensors) const {
+    if (results.size() != parts_.size()) return false;
+    for (std::size_t r = 0; r < parts_.size(); ++r) {
+      const py::handle result = PyList_GET_ITEM(results.ptr(), r);
+      const std::vector<Leaf>& leaves = parts_[r];
+      const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(result.ptr(), "not a sequence"));
+      if (!items) throw py::error_already_set();
+      if (PySequence_Fast_GET_SIZE(items.ptr()) != static_cast<Py_ssize_t>(leaves.size())) return false;
+      for (std::size_t i = 0; i < leaves.size(); ++i) {
+        const py::handle leaf = PySequence_Fast_GET_ITEM(items.ptr(), i);
+        const int number = leaves[i].tensor;
+        if (number == kNoTensor) {
+          if (Py_TYPE(leaf.ptr()) != Py_TYPE(leaves[i].value.ptr())) return false;
+          const int same = PyObject_RichCompareBool(leaf.ptr(), leaves[i].value.ptr(), Py_EQ);
+          if (same < 0) throw py::error_already_set();
+          if (same == 0) return false;
+        } else if (!tensors[number]) {
+          const py::handle type(reinterpret_cast<PyObject*>(Py_TYPE(leaf.ptr())));
+          if (!type.is(tensor_) && !type.is(parameter_)) return false;
+          tensors[number] = leaf;
+        } else if (!tensors[number].is(leaf)) {
+          return false;
+        }
+      }
+    }
+    return true;
+  }
+
+  bool looks_like(const Strided& tensor, const Expected& expected) const {
+    const auto address = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(tensor.data));
+    return tensor.dtype == expected.dtype && std::ranges::equal(tensor.shape, expected.shape) &&
+           tensor.is_contiguous() && (tensor.size() == 0 || address % alignment_ == expected.misalignment);
+  }
+
+  static bool requires_grad(py::handle tensor) { return tensor.attr("requires_grad").ptr() == Py_True; }
+
+  static bool overlap(const std::vector<Copy>& copies) {
+    for (std::size_t i = 0; i < copies.size(); ++i) {
+      for (std::size_t j = 0; j < i; ++j) {
+        if (copies[i].from < copies[j].from + copies[j].nbytes &&
+            copies[j].from < copies[i].from + copies[i].nbytes) {
+          return true;
+        }
+      }
+    }
+    return false;
+  }
+
+  static void copy(const std::vector<Copy>& copies) {
+    for (const Copy& copy : copies) {
+      if (copy.nbytes > 0) std::memcpy(copy.to, copy.from, copy.nbytes);
+    }
+  }
+
+  const std::int64_t alignment_;
+  std::int64_t nbytes_;
+  py::object tensor_, parameter_;
+  std::vector<Expected> expected_;
+  std::vector<std::vector<Leaf>> parts_;
+};
+
+}  // namespace
+
+void bind_message_template(py::module_& m) {
+  py::class_<MessageTemplate>(m, "MessageTemplate",
+                              R"(What a message looked like, to pack others like it in one call.)")
+      .def(py::init<const py::sequence&, const py::sequence&, const py::sequence&, std::int64_t>(),
+           py::arg("places"), py::arg("requires_grad"), py::arg("parts"), py::arg("alignment"))
+      .def("pack", &MessageTemplate::pack, py::arg("results"), py::arg("buffer"),
+           R"(Packs results that look like those; False, having written nothing, where they do not.)");
+}
+
+}  // namespace pe

@@ -1,0 +1,51 @@
+"""The processes that train one model together."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..processes.agreement import check_agreement
+from ..processes.group import Processes
+
+_TIMEOUT = 1800.0  # seconds for all to come
+
+
+class Team:
+    """Those of a group, or with None this process alone.
+
+    Attributes:
+        group: as given.
+        size: number of processes.
+        is_first: whether this is the one that shows and writes what there is of all.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.size = 1 if group is None else group.size()
+        self.is_first = group is None or group.rank() == 0
+
+    def check_agreement(self, settings: Mapping[str, Any]) -> None:
+        """Raises InvalidArgument, in all processes, where two have other settings."""
+        if self.group is not None:
+            lines = {name: [str(value)] for name, value in settings.items()}
+            check_agreement(Processes.of(self.group), lines, _TIMEOUT)
+
+    def all_of(self, values: Sequence[float]) -> Tensor:
+        """What all processes call it with, float64 [processes, values]."""
+        mine = torch.tensor(values, dtype=torch.float64)
+        found = [mine] * self.size
+        if self.group is not None:
+            found = [torch.empty_like(mine) for _ in found]
+            dist.all_gather(found, mine, group=self.group)
+        return torch.stack(found)
+
+    def gather(self, part: Any) -> list[Any] | None:
+        """What all processes call it with, for the first; None for the others."""
+        if self.group is None:
+            return [part]
+        parts = [None] * self.size if self.is_first else None
+        dist.gather_object(part, parts, group=self.group, group_dst=0)
+        return parts

@@ -1,0 +1,61 @@
+"""Connections between processes that end when they are closed."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+# What waits longest is a receive, through a whole step; the step itself says when that is too long.
+_PATIENCE = timedelta(days=1)
+
+_left: list["Connections"] = []  # as they are: to end them would be to wait for what may never come
+
+
+class Connections:
+    """Connections (gloo) between some processes, this one among them, for one purpose.
+
+    They are in no list of torch's groups, which is why they can be closed in one process before another: torch
+    names what is in the list by its length, and the next groups of these processes could not meet.
+
+    Attributes:
+        members: the processes by rank, as numbers in the world.
+        rank: of this process among them.
+    """
+
+    def __init__(self, store: dist.Store, members: Sequence[int], timeout: timedelta = _PATIENCE) -> None:
+        """All of them open theirs together; ``store`` is for these connections alone."""
+        self.members = list(members)
+        self.rank = self.members.index(dist.get_rank())
+        self._gloo = dist.ProcessGroupGloo(store, self.rank, len(self.members), timeout)
+
+    def send(self, tensors: list[Tensor], rank: int, tag: int) -> dist.Work:
+        return self._gloo.send(tensors, rank, tag)
+
+    def recv(self, tensors: list[Tensor], rank: int, tag: int) -> dist.Work:
+        return self._gloo.recv(tensors, rank, tag)
+
+    def broadcast(self, tensor: Tensor, rank: int) -> dist.Work:
+        """From ``rank`` to all; of a tensor that processes share out, what each has of it."""
+        return self._gloo.broadcast(own_part(tensor), rank)
+
+    def all_reduce(self, tensor: Tensor, timeout: timedelta | None = None) -> dist.Work:
+        """Makes ``tensor`` the sum of all processes', part by part as ``broadcast``."""
+        return self._gloo.allreduce(own_part(tensor), timeout=timeout)
+
+    def all_gather(self, found: list[Tensor], tensor: Tensor, timeout: timedelta) -> dist.Work:
+        """Puts each process's ``tensor`` into its place in ``found``."""
+        return self._gloo.allgather(found, tensor, timeout)
+
+    def close(self, idle: bool = True) -> None:
+        """Ends them, unless they are not ``idle``: then they end with the process."""
+        if not idle:
+            _left.append(self)
+        else:
+            self._gloo = None
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What of it is in this process, where several share it out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
