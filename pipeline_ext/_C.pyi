@@ -124,6 +124,7 @@ def make_forward_plan(
     *,
     overlap: bool = False,
     skips: Sequence[Skip] = [],
+    reactive: bool = True,
 ) -> Plan: ...
 
 class CostsByStage:
