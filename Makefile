@@ -21,7 +21,7 @@ test: .venv/installed-test
 	@$(BIN)/pytest $(ARGS)
 
 bench: .venv/installed
-	@for script in cpu_step dist_step dispatch simulate reaction planner_quality pack k_tradeoff recompute; do $(BIN)/python bench/$$script.py || exit 1; done
+	@for script in cpu_step dist_step overlap_dp dispatch simulate reaction planner_quality pack k_tradeoff recompute; do $(BIN)/python bench/$$script.py || exit 1; done
 	@$(BIN)/python bench/tables.py
 
 gpu: .venv/installed-gpu

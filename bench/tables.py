@@ -43,6 +43,41 @@ def cpu_step(results: dict) -> list[str]:
     return lines
 
 
+def dist_step(results: dict) -> list[str]:
+    by_case: dict[tuple, dict] = {}
+    for row in results["rows"]:
+        if row["schedule"]:
+            case = by_case.setdefault((row["model"], row["microbatches"], row["schedule"]), {})
+            case[row["engine"]] = row
+    lines = [
+        "| model | M | schedule | | Pipeline | drop-in | torch | Pipeline faster by | drop-in faster by "
+        "| promised over measured |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (model, microbatches, schedule), engines in by_case.items():
+        figure = "share_of_ideal" if "share_of_ideal" in engines["torch"] else "speedup"
+        cells = [_spread(engines[engine][figure]) for engine in ("Pipeline", "drop-in", "torch")]
+        cells += [_spread(engines[engine]["faster_than_torch"]) for engine in ("Pipeline", "drop-in")]
+        cells.append(_spread(engines["Pipeline"]["promised_over_measured"]))
+        kind = "of ideal" if figure == "share_of_ideal" else "speed-up"
+        lines.append(f"| {model} | {microbatches} | {schedule} | {kind} | {' | '.join(cells)} |")
+    return lines
+
+
+def overlap_dp(results: dict) -> list[str]:
+    lines = [
+        "| compute | schedule | | reduced during the step, ms | after it | not at all | promised, not at all "
+        "| hidden by the traces |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        cells = [_spread(row[f"{way}_ms"], ".0f") for way in ("during", "after", "none")]
+        cells.append(_spread(row["promised_ms"], ".0f") if "promised_ms" in row else "")
+        cells.append(_spread(row["hidden_by_trace"]) if "hidden_by_trace" in row else "")
+        lines.append(f"| {row['case']} | {row['schedule']} | {row['engine']} | {' | '.join(cells)} |")
+    return lines
+
+
 def dispatch(results: dict) -> list[str]:
     lines = ["| | step, us | an action above the eager compute, us |", "|---|---|---|"]
     lines.append(f"| the eager calls alone | {_spread(results['eager_step_us'], '.0f')} | |")
@@ -204,6 +239,8 @@ def gpu_host(results: dict) -> list[str]:
 
 TABLES: dict[str, Callable[[dict], list[str]]] = {
     "cpu_step": cpu_step,
+    "dist_step": dist_step,
+    "overlap_dp": overlap_dp,
     "dispatch": dispatch,
     "simulate": simulate,
     "reaction": reaction,
@@ -218,6 +255,7 @@ IN_DOCS = {
     "docs/scheduler.md": ["reaction"],
     "docs/planner_quality.md": ["planner_quality"],
     "docs/numbers.md": ["recompute"],
+    "docs/replicas.md": ["overlap_dp"],
 }
 PAGES = {"README.md": [name for name in TABLES if [name] not in IN_DOCS.values()], **IN_DOCS}
 ON_GPUS = ("pack", "gpu_step", "gpu_host")

@@ -14,7 +14,7 @@ from .engine_choice import described_device, make_engine
 from .errors import InvalidArgument, PipelineError
 from .lifetime import Lifetime
 from .pack_choice import PackChoice
-from .processes.agreement import check_agreement, describe_module, skips_of_all
+from .processes.agreement import check_agreement, skips_of_all
 from .processes.choosing import OneChooses
 from .processes.gathered_trace import TraceGathering
 from .processes.group import MeshLike, Processes
@@ -226,29 +226,25 @@ class Pipeline(UnsplitModel):
             check_agreement(
                 processes,
                 {
-                    "devices": [described_device(given[0])],
-                    "microbatches": [f"{microbatches}"],
-                    "num_stages": [f"{len(modules)}"],
-                    "pack": [f"{pack}"],
-                    "pack_forward": [f"{pack_forward}"],
-                    "pack_skips": [f"{pack_skips}"],
+                    "devices": described_device(given[0]),
+                    "microbatches": microbatches,
+                    "num_stages": len(modules),
+                    "pack": str(pack),
+                    "pack_forward": str(pack_forward),
+                    "pack_skips": pack_skips,
                     "schedule": [f"{schedule}", *plan.to_csv().splitlines()],
-                    "wire": [f"{wire}"],
-                    "wire_forward": [f"{wire_forward}"],
-                    "loss_reduction": [loss_reduction],
-                    "overlap": [f"{bool(overlap)}"],
-                    "reactive": [f"{bool(reactive)}"],
-                    "in_flight": [f"{plan.limits}"],
-                    "costs": [f"{costs}"],
-                    "graphs": [f"{bool(graphs)}"],
-                    **{
-                        name: describe_module(module)
-                        for name, module in [
-                            *((f"stage {i}", local.get(i, module)) for i, module in enumerate(modules)),
-                            ("loss_fn", loss_fn),
-                        ]
-                        if isinstance(module, nn.Module)
-                    },
+                    "wire": wire,
+                    "wire_forward": wire_forward,
+                    "loss_reduction": loss_reduction,
+                    "overlap": bool(overlap),
+                    "reactive": bool(reactive),
+                    "in_flight": str(plan.limits),
+                    "costs": costs,
+                    "graphs": bool(graphs),
+                },
+                {
+                    **{f"stage {i}": local.get(i, module) for i, module in enumerate(modules)},
+                    "loss_fn": loss_fn,
                 },
                 float(timeout),
             )

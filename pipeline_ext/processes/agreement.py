@@ -14,15 +14,19 @@ from ..errors import InvalidArgument, PeerError
 from ..skips import DeclaredSkips
 from .group import Processes, seconds
 
-Settings = Mapping[str, list[str]]
-
-
-def check_agreement(processes: Processes, settings: Settings, timeout: float) -> None:
+def check_agreement(
+    processes: Processes, settings: Mapping[str, Any], modules: Mapping[str, Any], timeout: float
+) -> None:
     """Raises InvalidArgument, in every process, where two of them differ in what both have named.
 
-    ``settings`` are lines by name. Raises PeerError for processes that have not come within ``timeout``
-    seconds.
+    ``settings`` by name: lines of text, or values that are compared as text. Of what is a module among
+    ``modules``, parameters, buffers and code are compared. Raises PeerError for processes that have not come
+    within ``timeout`` seconds.
     """
+    settings = {
+        **{name: value if isinstance(value, list) else [f"{value}"] for name, value in settings.items()},
+        **{name: _describe_module(found) for name, found in modules.items() if isinstance(found, nn.Module)},
+    }
     _tell(processes, "lines", settings)
     _tell(processes, "digests", {name: _digest(lines) for name, lines in settings.items()})
     digests = _hear(processes, "digests", processes.everyone, timeout)
@@ -70,7 +74,7 @@ def _hear(processes: Processes, what: str, whom: Sequence[int], timeout: float) 
     return {process: json.loads(store.get(key)) for process, key in keys.items()}
 
 
-def describe_module(module: nn.Module) -> list[str]:
+def _describe_module(module: nn.Module) -> list[str]:
     """What of a module another process can compare: parameters and buffers, and the code of its classes."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     classes = dict.fromkeys(type(layer) for layer in module.modules())
