@@ -12,6 +12,7 @@ from ..engine import Route
 from ..errors import PipelineError
 from ..failure import NO_GRADIENTS, reason, step_error
 from ..lifetime import Lifetime
+from ..routes import forward_plan
 from ..wrapped import WrappedStages
 from .custom import calls_in_place
 from .engine import make_engine, timeout_of
@@ -50,8 +51,7 @@ class Runner:
         self._engine = make_engine(plan, schedule, first)
         self._lifetime = Lifetime(schedule, self._engine)
         self._train = None if order is None else self._engine.route(plan, self._tasks.bodies())
-        forward_plan = _C.make_forward_plan(plan.rank_of_stage, plan.num_ranks, count)
-        self._eval = self._engine.route(forward_plan, self._tasks.eval_bodies())
+        self._eval = self._engine.route(forward_plan(plan, count), self._tasks.eval_bodies())
 
     def close(self) -> None:
         """Ends the engine."""
