@@ -1,14 +1,18 @@
 """A training step in two gloo processes of one thread each: Pipeline(mesh=), the drop-in classes, and the peer.
 
-All take turns with plain accumulation on one core. Beside each step of ours stands what its plan promises: the
+All take turns with plain accumulation on one core. A process is bound to a core, as launchers of such jobs bind
+theirs. Beside each step of ours stands what its plan promises: the
 plan simulated with the times that the step's own processes measured. Writes bench/results/dist_step.json.
 """
 
 import argparse
 import functools
+import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from cpu_step import IDEAL, plain, theirs, timed
@@ -18,6 +22,13 @@ from side_by_side import Contender, Run, one_thread_a_process, running, spread, 
 
 SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved-1f1b": "Interleaved1F1B", "zbv": "ZBVZeroBubble"}
 DROP_IN = "pipeline_ext.pipelining"
+
+
+def on_a_core(make: Callable[..., Run], *args: Any) -> Run:
+    """``make(*args)`` in a process that keeps to one core, by its rank, the last of ``args``."""
+    *_, rank = args
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    return make(*args)
 
 
 def ours(case: Case, microbatches: int, schedule: str, store: str, rank: int) -> Run:
@@ -58,7 +69,7 @@ def promised(schedule: str, microbatches: int, of_ranks: list) -> float:
 def measure(case: Case, microbatches: int, rounds: int, steps: int) -> list[dict]:
     """One row for each contender."""
     with tempfile.TemporaryDirectory() as folder:
-        contenders = {("plain", ""): Contender("plain", plain, case, microbatches, False)}
+        contenders = {("plain", ""): Contender("plain", on_a_core, plain, case, microbatches, False)}
         for name, theirs_name in SCHEDULES.items():
             for engine, make, known_as in (
                 ("Pipeline", ours, name),
@@ -66,7 +77,9 @@ def measure(case: Case, microbatches: int, rounds: int, steps: int) -> list[dict
                 ("torch", theirs, theirs_name),
             ):
                 store = str(Path(folder) / f"{engine} {name}")
-                contenders[engine, name] = Contender(name, make, case, microbatches, known_as, store, ranks=2)
+                contenders[engine, name] = Contender(
+                    name, on_a_core, make, case, microbatches, known_as, store, ranks=2
+                )
         seconds: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
         promises: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
         with running(list(contenders.values())):

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from os import PathLike
+from typing import Any
+
+import torch
 
 from .packing.arrays import Array
 from .packing.layout import Layout
@@ -121,6 +124,7 @@ def make_forward_plan(
     *,
     overlap: bool = False,
     skips: Sequence[Skip] = [],
+    reactive: bool = True,
 ) -> Plan: ...
 
 class CostsByStage:
@@ -238,12 +242,13 @@ class StreamPlan:
         costs: CostsByStage,
         times: SimulatedTimes,
         device_of_rank: Sequence[int],
+        rank: int | None = None,
     ) -> None: ...
     @property
     def devices(self) -> list[int]: ...
     @property
     def steps(self) -> list[tuple[tuple[str, int, int], int, list[int]]]: ...
-    def step_of(self, task: int) -> int: ...
+    def step_of(self, task: int) -> int | None: ...
     def sent_by(self, task: int) -> int: ...
     def first_after(self, step: int, stream: int) -> int: ...
 

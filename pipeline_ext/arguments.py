@@ -156,13 +156,6 @@ def check_settings(loss_fn: Any, loss_reduction: Any, timeout: Any) -> None:
         raise InvalidArgument(f"timeout is {timeout!r}; give a positive number of seconds")
 
 
-def devices_of(processes: int, devices: Any) -> list[str]:
-    """A device for each process of a mesh; raises InvalidArgument where some are given."""
-    if devices is not None:
-        raise InvalidArgument("devices does not go with mesh, whose processes are the ranks; leave it out")
-    return ["cpu"] * processes
-
-
 def check_trains(has_loss: bool, losses: Any, target: Any) -> None:
     """Raises InvalidArgument where a step could not train."""
     if not has_loss:

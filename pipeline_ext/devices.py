@@ -1,5 +1,6 @@
 """From ``devices=`` to a device for each rank."""
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from . import _C
 from .cuda import torch_side
 from .errors import DeviceError, InvalidArgument
+from .processes.group import Processes
 
 DevicesLike = Sequence[str | torch.device] | None
 
@@ -42,6 +44,27 @@ def given(devices: DevicesLike) -> list[torch.device] | None:
     return found
 
 
+def of_process(devices: DevicesLike, processes: Processes) -> Sequence[str | torch.device]:
+    """This process's device, for each process of the pipeline: the others' are not seen from here.
+
+    ``devices`` of None: where processes have GPUs that of torchrun's LOCAL_RANK, or without it the current one.
+    Raises InvalidArgument for more than one, and for a GPU where there are replicas.
+    """
+    if devices is None:
+        devices = [f"cuda:{_own_gpu()}" if processes.have_gpus else "cpu"]
+    if not isinstance(devices, (list, tuple)) or len(devices) != 1:
+        raise InvalidArgument(
+            f"devices is {devices!r}; with mesh, whose processes are the ranks, give a list with this "
+            'process\'s device alone, as in ["cuda:0"], or leave it out'
+        )
+    if processes.replicas is not None and _device(devices[0]).type == "cuda":
+        raise InvalidArgument(
+            'mesh has a dimension "dp", over which gradients of CPUs are averaged, and not yet those of GPUs; '
+            'give mesh["pp"] and average .grad yourself after each step, or give devices=["cpu"]'
+        )
+    return list(devices) * processes.size
+
+
 def of_ranks(given: list[torch.device] | None, num_ranks: int) -> list[torch.device]:
     """A device for each rank: those given; else neighbours share the visible GPUs; else the CPU."""
     if given is not None:
@@ -71,6 +94,12 @@ def place(
     for of_stage, device in zip(modules, devices):
         for module in of_stage:
             torch_side.move_module(module, device)
+
+
+def _own_gpu() -> int:
+    """A process may see all GPUs of its machine, or its own alone."""
+    there = _usable_gpus()
+    return int(os.environ["LOCAL_RANK"]) % there if "LOCAL_RANK" in os.environ else torch_side.current_device()
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -7,6 +7,8 @@ import torch
 from . import _C
 from . import devices as device_choice
 from .cuda.engine import DeviceEngine
+from .cuda.nccl import carrier
+from .cuda.process_engine import DeviceProcessEngine
 from .engine import Engine
 from .errors import InvalidArgument
 from .host import HostEngine
@@ -18,6 +20,11 @@ from .shared import SharedParameters
 from .stage import Stage
 from .transport.exchange import Exchange
 from .wrapped import WrappedStages
+
+
+def described_device(device: torch.device) -> str:
+    """What the devices of processes that share a pipeline must have in common."""
+    return device.type if device.type == "cpu" else f"{device.type}, where {carrier()} carries messages"
 
 
 def make_engine(
@@ -59,8 +66,9 @@ def make_engine(
     # One thread enqueues everything, so random numbers are drawn in the plan's order.
     guard = RecomputationGuard(modules, overlap=plan.overlap, threads=1)
     try:
-        engine = DeviceEngine(devices, stages, plan.rank_of_stage, exchange_of, shared, guard)
-        of_stage = [devices[rank] for rank in plan.rank_of_stage]
+        parts = (devices, stages, plan.rank_of_stage, exchange_of, shared, guard)
+        engine = DeviceEngine(*parts) if processes is None else DeviceProcessEngine(*parts, processes)
+        of_stage = [devices[plan.rank_of_stage[stage.index]] for stage in stages]
         device_choice.place([stage.modules() for stage in stages], of_stage)
     except BaseException:
         guard.remove()

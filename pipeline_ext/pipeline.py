@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import _C, arguments, auto, microbatch, partition, planning
 from . import devices as device_choice
-from .engine_choice import make_engine
+from .engine_choice import described_device, make_engine
 from .errors import InvalidArgument, PipelineError
 from .lifetime import Lifetime
 from .pack_choice import PackChoice
@@ -69,7 +69,9 @@ class Pipeline(UnsplitModel):
             returns a tensor without dimensions. If it is a module, its parameters are trained too.
         devices: one entry for each rank, CPUs or CUDA devices; several ranks may share one. None: as many ranks
             as stages, or half as many for a schedule that holds several stages on a rank, spread over all GPUs
-            that torch sees; without any, on the CPU. Stages are moved to their devices, in place.
+            that torch sees; without any, on the CPU. Stages are moved to their devices, in place. With ``mesh``
+            this process's one device alone, as ``["cuda:0"]``; None: where mesh is of "cuda", or a group with
+            NCCL, the GPU of torchrun's LOCAL_RANK, otherwise the CPU.
         cuts, balance, sample: where to cut; see ``pipeline_ext.partition.cut``.
         loss_reduction: ``"mean"`` weights a microbatch's loss by its share of the batch's rows, ``"sum"``
             by 1.
@@ -171,7 +173,7 @@ class Pipeline(UnsplitModel):
             arguments.check_scaler(scaler, optimizer, many=mesh is not None)
         processes = Processes.of(mesh)
         if processes is not None:
-            devices = arguments.devices_of(processes.size, devices)
+            devices = device_choice.of_process(devices, processes)
             reactive = reactive and not processes.in_order
         given = device_choice.given(devices)
         if overlap is None:
@@ -224,6 +226,7 @@ class Pipeline(UnsplitModel):
             check_agreement(
                 processes,
                 {
+                    "devices": [described_device(given[0])],
                     "microbatches": [f"{microbatches}"],
                     "num_stages": [f"{len(modules)}"],
                     "pack": [f"{pack}"],
@@ -237,6 +240,7 @@ class Pipeline(UnsplitModel):
                     "reactive": [f"{bool(reactive)}"],
                     "in_flight": [f"{plan.limits}"],
                     "costs": [f"{costs}"],
+                    "graphs": [f"{bool(graphs)}"],
                     **{
                         name: describe_module(module)
                         for name, module in [

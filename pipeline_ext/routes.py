@@ -27,26 +27,14 @@ class Routes:
     def eval(self, microbatches: int) -> Route:
         """Forward alone, over the ranks of the training plan."""
         if microbatches not in self._eval:
-            plan = forward_plan(self.train.plan, microbatches)
+            trained = self.train.plan
+            plan = _C.make_forward_plan(
+                trained.rank_of_stage,
+                trained.num_ranks,
+                microbatches,
+                overlap=trained.overlap,
+                skips=[_C.Skip(skip.source, skip.target) for skip in trained.skips],
+                reactive=trained.reactive,
+            )
             self._eval[microbatches] = self._engine.route(plan, self._eval_bodies)
         return self._eval[microbatches]
-
-
-def forward_plan(trained: _C.Plan, microbatches: int) -> _C.Plan:
-    """That of an evaluation: every F, on the ranks where ``trained`` has them.
-
-    Where that keeps one order, so does this: a rank takes its stages in turn, for some microbatches each.
-    """
-    homes = trained.rank_of_stage
-    skips = [_C.Skip(skip.source, skip.target) for skip in trained.skips]
-    if trained.reactive:
-        return _C.make_forward_plan(
-            homes, trained.num_ranks, microbatches, overlap=trained.overlap, skips=skips
-        )
-    rows: list[list[str]] = [[] for _ in range(trained.num_ranks)]
-    # So few that all find room on their way round the ranks, and enough to keep these busy.
-    for first in range(0, microbatches, trained.num_ranks):
-        some = range(first, min(first + trained.num_ranks, microbatches))
-        for stage, rank in enumerate(homes):
-            rows[rank] += [f"{stage}F{m}" for m in some]
-    return _C.plan_of_cells(rows, overlap=trained.overlap, skips=skips)

@@ -18,7 +18,7 @@ from .cuda import torch_side
 from .cuda.device_step import DeviceStep
 from .cuda.engine import DeviceEngine
 from .engine import Engine, Route
-from .errors import StepTimeout
+from .errors import PipelineError, StepTimeout
 from .failure import NO_GRADIENTS
 from .stage import Stage
 from .step import Batch, Outcome
@@ -28,6 +28,7 @@ from .stepper import Stepper
 WARM_UP_STEPS = 2
 _MOST_GRAPHS = 4  # kept at once
 _MOST_CAPTURES = 64
+_ELSEWHERE = "it cannot be captured in another process"
 _MOST_KINDS = 16  # of steps, none of which came a third time
 
 
@@ -91,15 +92,10 @@ class StepGraphs:
         graphs = cls(engine, modules, optimizer, timeout)
         if not isinstance(engine, DeviceEngine):
             graphs.fall_back("the ranks are on the CPU")
-        elif len(set(engine.devices)) > 1:
-            graphs.fall_back("the ranks are on several GPUs, and a graph's memory is of one")
-        elif route.exchange.packs:
-            graphs.fall_back("results are packed (pack, wire), for which tables go up from the host")
-        elif optimizer is not None:
-            try:
-                check_capturable(optimizer)
-            except NoKind as reason:
-                graphs.fall_back(str(reason))
+            return graphs
+        reason = _what_hinders(engine, route, optimizer)
+        if engine.agreed_kind("graphs" if reason is None else None, timeout) is None:
+            graphs.fall_back(reason or _ELSEWHERE)
         return graphs
 
     def fall_back(self, reason: str) -> None:
@@ -116,10 +112,14 @@ class StepGraphs:
         if self.report.fallback is not None:
             return stepper.train(batch)
         leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs, batch.target))
+        kind = reason = None
         try:
             kind = self._kind.of(leaves, spec, batch, stepper.caller_context())
-        except NoKind as reason:
-            self.fall_back(str(reason))
+        except NoKind as found:
+            reason = str(found)
+        kind = self._agree(kind, stepper)
+        if kind is None:
+            self.fall_back(reason or _ELSEWHERE)
             return stepper.train(batch)
         captured = self._graphs.get(kind)
         if captured is None:
@@ -147,6 +147,15 @@ class StepGraphs:
         stepper.keep_trace(outcome.result, batch.record)
         return outcome
 
+    def _agree(self, kind: Hashable | None, stepper: Stepper) -> Hashable | None:
+        try:
+            return self._engine.agreed_kind(kind, self._timeout)
+        except PipelineError as error:
+            self._engine.failed(f"{type(error).__name__}: {error}")
+            stepper.give_up()
+            error.add_note(NO_GRADIENTS)
+            raise
+
     def _check_kinds(self) -> None:
         if len(self._seen) > _MOST_KINDS or self.report.captured >= _MOST_CAPTURES:
             self.fall_back(
@@ -167,12 +176,14 @@ class StepGraphs:
         try:
             with self._engine.capturing(), graph.capture(self._engine.devices[0]):
                 outcome = stepper.train(batch._replace(args=args, kwargs=kwargs, target=target))
-                losses = torch.stack(outcome.losses) if batch.keep_losses else None
+                losses = torch.stack(outcome.losses) if batch.keep_losses and outcome.losses else None
+            reason = None
         except Exception as error:
+            reason = f"the step cannot be captured: {_root(error)}"
+        if self._agree("captured" if reason is None else None, stepper) is None:
             for parameter, grad in zip(parameters, before):
                 parameter.grad = grad
-            reason = _root(error)
-            self.fall_back(f"the step cannot be captured: {type(reason).__name__}: {reason}")
+            self.fall_back(reason or _ELSEWHERE)
             return None
         self.report.captured += 1
         gradients = [p.grad for p in parameters]
@@ -207,8 +218,24 @@ class StepGraphs:
         return Outcome(loss, losses, outputs, step)
 
 
-def _root(error: BaseException) -> BaseException:
+def _what_hinders(
+    engine: DeviceEngine, route: Route, optimizer: torch.optim.Optimizer | None
+) -> str | None:
+    """Why no step can be captured; None where one may."""
+    if len(set(engine.devices)) > 1:
+        return "the ranks are on several GPUs, and a graph's memory is of one"
+    if route.exchange.packs:
+        return "results are packed (pack, wire), for which tables go up from the host"
+    if optimizer is not None:
+        try:
+            check_capturable(optimizer)
+        except NoKind as reason:
+            return str(reason)
+    return None
+
+
+def _root(error: BaseException) -> str:
     """What was raised first: the end of a capture that was spoilt raises once more."""
     while (before := error.__cause__ or error.__context__) is not None:
         error = before
-    return error
+    return f"{type(error).__name__}: {error}"

@@ -145,7 +145,8 @@ class UnsplitModel:
     def _norms_by_process(self, norms: list[Tensor], norm_type: float) -> list[Tensor]:
         norm = get_total_norm(norms, norm_type)
         # float64: of one type in all processes, whatever their parameters are of, and exact.
-        device = next((p.device for p in self.parameters()), None)
+        over_cpus = "gloo" in dist.get_backend_config(self._group)
+        device = "cpu" if over_cpus else next((p.device for p in self.parameters()), None)
         sent = norm.to(device, torch.float64)
         norms = [torch.empty_like(sent) for _ in range(self._group.size())]
         dist.all_gather(norms, sent, group=self._group)

@@ -55,6 +55,9 @@ class Double:
         self.standin.drain()  # what has been copied between devices is there
         self.standin.note(f"{NOTE} {self.standin.number(handle)}")
 
+    def on(self, device):
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def restored(self, devices):
         device, current = self.device, list(self.current)
@@ -178,7 +181,8 @@ class _Recorder(TorchDispatchMode):
             for function, args, kwargs, result in self.calls:
                 again = function(*args, **kwargs)
                 for old, new in zip(_tensors(result), _tensors(again)):
-                    if old.data_ptr() != new.data_ptr():
+                    # Of other shape is what was empty and has been given memory since.
+                    if old.data_ptr() != new.data_ptr() and old.shape == new.shape:
                         old.copy_(new)
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from device_double import install
 from torch import nn
 
 import pipeline_ext as pe
+from pipeline_ext.devices import of_process
 
 TRAIN = """
 import torch
@@ -44,6 +46,18 @@ def test_without_a_driver_pipelines_run_on_the_cpu(library):
     assert python(TRAIN, **environment) == "True cpu"
     said = python(ON_A_GPU.replace("SETUP", ""), **environment)
     assert said.startswith("there is no CUDA driver:") and library in said
+
+
+@pytest.mark.parametrize("local_rank, expected", [("0", 0), ("1", 1), ("3", 1), (None, 0)])
+def test_a_process_takes_the_gpu_of_its_local_rank_among_those_it_sees(gpus, monkeypatch, local_rank, expected):
+    if local_rank is None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with_gpus, without = (SimpleNamespace(have_gpus=have, size=4, replicas=None) for have in (True, False))
+    assert of_process(None, with_gpus) == [f"cuda:{expected}"] * 4
+    assert of_process(None, without) == ["cpu"] * 4
+    assert of_process(["cuda:1"], without) == ["cuda:1"] * 4
 
 
 SCRIPT = "import ctypes, os; standin = ctypes.CDLL(os.environ['PIPELINE_EXT_LIBCUDA'])"

@@ -17,9 +17,11 @@ using StepTuple =
     std::tuple<std::tuple<std::string, int, int>, int, std::vector<std::uint32_t>>;
 
 SharedStreamPlan make_stream_plan(std::shared_ptr<Plan> plan, const Costs& costs,
-                                  const Simulation& simulation, std::vector<int> device_of_rank) {
+                                  const Simulation& simulation, std::vector<int> device_of_rank,
+                                  std::optional<int> rank) {
   TaskTimes times{simulation.begin, end_times(*plan, costs, simulation)};
-  return std::make_shared<StreamPlan>(std::move(plan), times, std::move(device_of_rank));
+  return std::make_shared<StreamPlan>(std::move(plan), times, std::move(device_of_rank),
+                                      rank.value_or(kEveryRank));
 }
 
 struct PyLaid {
@@ -66,7 +68,8 @@ void bind_cuda(py::module_& m) {
 
 A step, by number, is a task or the copy of its results to another device, in the order of enqueueing.)")
       .def(py::init(&make_stream_plan), py::arg("plan"), py::arg("costs"), py::arg("times"),
-           py::arg("device_of_rank"))
+           py::arg("device_of_rank"), py::arg("rank") = py::none(),
+           "rank: of the process, where each rank is one; None: it has all.")
       .def_property_readonly(
           "devices",
           [](const StreamPlan& p) {
@@ -89,7 +92,13 @@ A step, by number, is a task or the copy of its results to another device, in th
             return steps;
           },
           "For each step ((kind, stage, microbatch), stream, the steps on other streams it waits for).")
-      .def("step_of", &StreamPlan::step_of, py::arg("task"))
+      .def(
+          "step_of",
+          [](const StreamPlan& p, TaskId task) -> std::optional<std::uint32_t> {
+            if (p.step_of(task) == kNoStep) return std::nullopt;
+            return p.step_of(task);
+          },
+          py::arg("task"), "None for a task of another process.")
       .def("sent_by", &StreamPlan::sent_by, py::arg("task"),
            "The step that carries the task's results to another device; its own if none does.")
       .def("first_after", &StreamPlan::first_after, py::arg("step"), py::arg("stream"),

@@ -64,8 +64,8 @@ Kind send_of(Kind kind) { return stream_of(kind) == Stream::Forward ? Kind::Send
 }  // namespace
 
 StreamPlan::StreamPlan(std::shared_ptr<const Plan> plan, const TaskTimes& times,
-                       std::vector<int> device_of_rank)
-    : plan_(std::move(plan)), device_of_rank_(std::move(device_of_rank)) {
+                       std::vector<int> device_of_rank, int rank)
+    : plan_(std::move(plan)), device_of_rank_(std::move(device_of_rank)), rank_(rank) {
   if (static_cast<int>(device_of_rank_.size()) != plan_->num_ranks()) {
     throw PlanError("there are " + std::to_string(device_of_rank_.size()) + " devices for " +
                     std::to_string(plan_->num_ranks()) + " ranks");
@@ -142,6 +142,7 @@ void StreamPlan::give_lanes(const std::vector<TaskId>& order, const TaskTimes& t
     }
   }
   for (int rank = 0; rank < plan_->num_ranks(); ++rank) {
+    if (rank_ != kEveryRank && rank != rank_) continue;
     Lanes lanes(static_cast<int>(streams_.size()));
     for (const TaskId t : order) {
       if (plan_->rank_of(t) != rank) continue;
@@ -173,38 +174,60 @@ int StreamPlan::copy_stream(int boundary, Stream way, int device) {
   return stream;
 }
 
+bool StreamPlan::is_copied(TaskId task, TaskId after) const {
+  const int from = plan_->rank_of(task), to = plan_->rank_of(after);
+  return rank_ == kEveryRank ? device_of_rank_[from] != device_of_rank_[to] : from != to;
+}
+
 void StreamPlan::enqueue(const std::vector<TaskId>& order) {
-  copy_streams_.assign(2 * std::max(0, plan_->num_stages() - 1), -1);
-  step_of_.assign(plan_->size(), 0);
-  sent_by_.assign(plan_->size(), 0);
+  const std::size_t num_ways = 2 * std::max(0, plan_->num_stages() - 1);
+  copy_streams_.assign(num_ways, -1);
+  ways_.assign(num_ways, {});
+  freed_.assign(plan_->num_stages(), kNoStep);
+  step_of_.assign(plan_->size(), kNoStep);
+  sent_by_.assign(plan_->size(), kNoStep);
   for (const TaskId t : order) {
     const Action& action = plan_->action(t);
-    step_of_[t] = sent_by_[t] = static_cast<std::uint32_t>(steps_.size());
-    Enqueued& own = steps_.emplace_back();
-    own.action = action;
-    own.task = t;
-    own.stream = lane_of_task_[t];
+    const bool here = is_here(t);
     int to = -1;  // the device of those who wait elsewhere
     for (const TaskId after : plan_->successors(t)) {
-      const int device = device_of_rank_[plan_->rank_of(after)];
-      if (device != device_of_rank_[plan_->rank_of(t)]) to = device;
+      if (is_copied(t, after) && (here || is_here(after))) to = device_of_rank_[plan_->rank_of(after)];
+    }
+    if (here) {
+      step_of_[t] = sent_by_[t] = static_cast<std::uint32_t>(steps_.size());
+      steps_.push_back({.action = action, .task = t, .stream = lane_of_task_[t]});
+      if (plan_->frees_slot(t)) freed_[action.stage] = step_of_[t];
     }
     if (to < 0) continue;
     const Kind send = send_of(action.kind);
     const int boundary = send == Kind::SendF ? action.stage : action.stage - 1;
-    const int stream = copy_stream(boundary, pe::stream_of(send), to);
-    if (action.kind == send) {
-      own.stream = stream;
-      own.is_copy = true;
-      continue;
+    if (!here || action.kind != send) {
+      sent_by_[t] = static_cast<std::uint32_t>(steps_.size());
+      steps_.push_back({.action = {action.stage, action.microbatch, send}, .task = t});
     }
-    sent_by_[t] = static_cast<std::uint32_t>(steps_.size());
-    Enqueued& copy = steps_.emplace_back();
-    copy.action = {action.stage, action.microbatch, send};
-    copy.task = t;
-    copy.stream = stream;
-    copy.is_copy = true;
+    steps_.back().stream = copy_stream(boundary, pe::stream_of(send), to);
+    steps_.back().is_copy = true;
+    if (rank_ != kEveryRank) bound_memory(t, boundary, send);
   }
+}
+
+// Nothing here says that another process has taken what was sent it, and a receive waits for nothing. Both are
+// held back to where, as planned, nothing waits: so memory is free again long before the step's end.
+void StreamPlan::bound_memory(TaskId task, int boundary, Kind send) {
+  Way& way = ways_[2 * boundary + static_cast<int>(pe::stream_of(send))];
+  if (is_here(task)) {
+    // The earlier stage holds no more microbatches: when it takes another, one of these has come back.
+    const int pack = plan_->options().packs.of(send == Kind::SendF ? Kind::F : Kind::B, boundary);
+    const std::size_t room = (plan_->limit(boundary) + pack - 1) / pack + 1;
+    way.sends.push_back(sent_by_[task]);
+    if (way.sends.size() > room) {
+      rooms_.push_back({step_of_[task], way.sends[way.sends.size() - 1 - room]});
+    }
+    return;
+  }
+  // What had been done with when the message before was sent, and not later: it is to be there early.
+  if (way.freed != kNoStep) rooms_.push_back({sent_by_[task], way.freed});
+  way.freed = freed_[send == Kind::SendF ? boundary + 1 : boundary];
 }
 
 void StreamPlan::connect() {
@@ -215,13 +238,13 @@ void StreamPlan::connect() {
   on_stream_.assign(num_streams, {});
   std::vector<std::vector<std::uint32_t>> before(num_steps);
   for (TaskId t = 0; t < plan_->size(); ++t) {
-    const int device = device_of_rank_[plan_->rank_of(t)];
     for (const TaskId after : plan_->successors(t)) {
-      const bool elsewhere = device_of_rank_[plan_->rank_of(after)] != device;
-      before[step_of_[after]].push_back(elsewhere ? sent_by_[t] : step_of_[t]);
+      if (!is_here(after)) continue;
+      before[step_of_[after]].push_back(is_copied(t, after) ? sent_by_[t] : step_of_[t]);
     }
-    if (sent_by_[t] != step_of_[t]) before[sent_by_[t]].push_back(step_of_[t]);
+    if (is_here(t) && sent_by_[t] != step_of_[t]) before[sent_by_[t]].push_back(step_of_[t]);
   }
+  for (const Room& room : rooms_) before[room.step].push_back(room.waits_for);
   std::vector<std::int64_t> last_of_worker(plan_->num_workers(), -1);
   for (std::uint32_t i = 0; i < num_steps; ++i) {
     Enqueued& step = steps_[i];

@@ -79,8 +79,8 @@ class DeviceStep:
         return self._by_task(self._read[2])
 
     def _by_task(self, by_step: list[float]) -> list[int]:
-        streams, plan = self._layout.streams, self._layout.plan
-        return [_nanoseconds(by_step[streams.step_of(task)]) for task in range(len(plan))]
+        steps = map(self._layout.streams.step_of, range(len(self._layout.plan)))
+        return [0 if step is None else _nanoseconds(by_step[step]) for step in steps]
 
 
 def _nanoseconds(seconds: float) -> int:

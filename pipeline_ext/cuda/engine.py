@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from ..engine import Bodies, Body
 from ..recomputation import RecomputationGuard
 from ..shared import SharedParameters
 from ..stage import Stage
-from ..transport.exchange import Exchange
+from ..transport.exchange import EndOf, Exchange
 from . import torch_side
 from .custody import Custody
 from .device_step import DeviceStep, NotRun
@@ -39,6 +39,7 @@ class DeviceEngine:
     """
 
     death = "a GPU has failed, and with it all that this process does there"
+    _rank: int | None = None  # of this process, where each rank is one
 
     def __init__(
         self,
@@ -74,12 +75,9 @@ class DeviceEngine:
         return bodies
 
     def route(self, plan: _C.Plan, bodies: Bodies) -> DeviceRoute:
-        layout = StreamLayout(plan, [device.index for device in self.devices])
+        layout = StreamLayout(plan, [device.index for device in self.devices], self._rank)
         custody = Custody(layout)
-        exchange = self._exchange_of(
-            plan,
-            passage_of=functools.partial(Passage, layout, custody, self._executor, self._of_stage),
-        )
+        exchange = self._exchange(layout, custody)
         carrying: dict[tuple[int, str], Body] = {}
         for stage in range(plan.num_stages):
             carrying[stage, "SEND_F"] = functools.partial(exchange.carry_value, stage)
@@ -98,6 +96,10 @@ class DeviceEngine:
 
     def failed(self, reason: str) -> None:
         pass
+
+    def agreed_kind(self, kind: Hashable | None, timeout: float) -> Hashable | None:
+        """What all processes together see a step as, of what this one sees; None where one sees None."""
+        return kind
 
     def arrive(self, value: Any, stage: int) -> Any:
         return torch_side.move(value, self._of_stage[stage])
@@ -150,6 +152,11 @@ class DeviceEngine:
 
     def give_up(self, stages: list[Stage]) -> None:
         pass  # no thread of ours is left in a stage
+
+    def _exchange(self, layout: StreamLayout, custody: Custody, end_of: EndOf | None = None) -> Exchange:
+        """Between the stages of a plan."""
+        passage_of = functools.partial(Passage, layout, custody, self._executor, self._of_stage)
+        return self._exchange_of(layout.plan, passage_of=passage_of, end_of=end_of)
 
     def _enqueueing(
         self,

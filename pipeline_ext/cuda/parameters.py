@@ -47,9 +47,9 @@ class LaneParameters:
         """``target(stage, parameter)`` says what a stage's gradients of a parameter are added to."""
         self._stages = stages
         self._target = target
-        self._places: list[list[_Place]] = []
-        self._flat: list[list[_Flat]] = []
-        self._large: list[bool] = []
+        self._places: dict[int, list[_Place]] = {}  # by stage, as what follows
+        self._flat: dict[int, list[_Flat]] = {}
+        self._large: dict[int, bool] = {}
         self._holdings = Holdings(module for stage in stages for module in stage.modules())
         self._looks: list[tuple] | None = None
         self._aliases: dict[tuple[int, int], dict[nn.Parameter, nn.Parameter]] = {}  # by stage and lane
@@ -60,26 +60,29 @@ class LaneParameters:
         replaced = self._holdings.look()
         if self._looks is not None and not replaced and self._look() == self._looks:
             return
-        owners = [
-            [owner for module in stage.modules() for owner in module.modules()] for stage in self._stages
-        ]
-        self._places = [
-            [
+        owners = {
+            stage.index: [owner for module in stage.modules() for owner in module.modules()]
+            for stage in self._stages
+        }
+        self._places = {
+            index: [
                 _Place(owner._parameters, name, parameter)
                 for owner in of_stage
                 for name, parameter in owner._parameters.items()
                 if parameter is not None
             ]
-            for of_stage in owners
-        ]
-        self._flat = [
-            [_Flat(owner, list(owner._flat_weights)) for owner in of_stage if isinstance(owner, nn.RNNBase)]
-            for of_stage in owners
-        ]
-        self._large = [
-            sum(p.numel() * p.itemsize for p in {place.parameter for place in places}) > _LARGE
-            for places in self._places
-        ]
+            for index, of_stage in owners.items()
+        }
+        self._flat = {
+            index: [
+                _Flat(owner, list(owner._flat_weights)) for owner in of_stage if isinstance(owner, nn.RNNBase)
+            ]
+            for index, of_stage in owners.items()
+        }
+        self._large = {
+            index: sum(p.numel() * p.itemsize for p in {place.parameter for place in places}) > _LARGE
+            for index, places in self._places.items()
+        }
         self._aliases = {}
         self._looks = self._look()
 
@@ -142,7 +145,7 @@ class LaneParameters:
     def _look(self) -> list[tuple]:
         return [
             (parameter.data_ptr(), parameter.requires_grad)
-            for places in self._places
+            for places in self._places.values()
             for _, _, parameter in places
         ]
 

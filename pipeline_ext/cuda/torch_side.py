@@ -39,6 +39,11 @@ def use(stream: Any) -> None:
     torch.cuda.set_stream(stream)
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Within it the device is current."""
+    return torch.cuda.device(device)
+
+
 @contextlib.contextmanager
 def restored(devices: Sequence[int]) -> Iterator[None]:
     """Afterwards the current device, and its and their current streams, are those from before."""

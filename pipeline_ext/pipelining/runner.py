@@ -12,7 +12,6 @@ from ..engine import Route
 from ..errors import PipelineError
 from ..failure import NO_GRADIENTS, reason, step_error
 from ..lifetime import Lifetime
-from ..routes import forward_plan
 from ..wrapped import WrappedStages
 from .custom import calls_in_place
 from .engine import make_engine, timeout_of
@@ -42,7 +41,7 @@ class Runner:
         order = order_of(schedule)
         if order is None:
             homes = [first.stage_index_to_group_rank[s] for s in range(first.num_stages)]
-            plan = _C.make_forward_plan(homes, first.group_size, count)
+            plan = _C.make_forward_plan(homes, first.group_size, count, reactive=False)
             self._tasks = Tasks(schedule, self._stages, [])
         else:
             plan = _C.plan_of_cells(texts(order))
@@ -51,7 +50,8 @@ class Runner:
         self._engine = make_engine(plan, schedule, first)
         self._lifetime = Lifetime(schedule, self._engine)
         self._train = None if order is None else self._engine.route(plan, self._tasks.bodies())
-        self._eval = self._engine.route(forward_plan(plan, count), self._tasks.eval_bodies())
+        forward_plan = _C.make_forward_plan(plan.rank_of_stage, plan.num_ranks, count, reactive=False)
+        self._eval = self._engine.route(forward_plan, self._tasks.eval_bodies())
 
     def close(self) -> None:
         """Ends the engine."""

@@ -1,5 +1,8 @@
 """Where a plan's results go to, and come from, other processes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from .. import _C
@@ -8,10 +11,16 @@ from ..transport.remote import Incoming, Line, Outgoing, Way
 from .group import Processes
 
 
-def ends_of(plan: _C.Plan, processes: Processes) -> EndOf:
+def ends_of(
+    plan: _C.Plan,
+    processes: Processes,
+    outgoing: Callable[..., Any] = Outgoing,
+    incoming: Callable[..., Any] = Incoming,
+) -> EndOf:
     """What makes this process's end of a way between two stages of different ranks, if it has one.
 
     It takes the stage that sends, the one that receives, K, the wire type, and the name of a skip or None.
+    ``outgoing`` and ``incoming`` make the ends.
     """
     tasks: dict[tuple[int, str], list[tuple[int, int]]] = {}
     for task in range(len(plan)):
@@ -21,7 +30,7 @@ def ends_of(plan: _C.Plan, processes: Processes) -> EndOf:
 
     def end_of(
         sender: int, receiver: int, pack: int, wire: torch.dtype | None, skip: str | None
-    ) -> Outgoing | Incoming | None:
+    ) -> Any:
         forward = sender < receiver
         first = min(sender, receiver)
         if skip is not None and skip not in skips:
@@ -53,9 +62,9 @@ def ends_of(plan: _C.Plan, processes: Processes) -> EndOf:
             plan.limits[first],
         )
         if processes.rank == sends:
-            return Outgoing(line, way)
+            return outgoing(line, way)
         # Where the plan lists its sends they, and not what computes, are waited for.
         said = {m: task for task, m in tasks.get((sender, "SEND_F" if forward else "SEND_B"), [])}
-        return Incoming(line, way, [said.get(groups[g][-1], last[g]) for g in order])
+        return incoming(line, way, [said.get(groups[g][-1], last[g]) for g in order])
 
     return end_of

@@ -4,12 +4,9 @@ import functools
 import threading
 from collections.abc import Callable
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import _C
-from ..errors import PeerError, StepTimeout
 from ..host import HostEngine, HostRoute
 from ..recomputation import RecomputationGuard
 from ..reduction import GradientReduction
@@ -19,11 +16,10 @@ from ..transport.remote import Receiver
 from ..wrapped import WrappedStages
 from .connections import Connections
 from .ends import ends_of
-from .group import Processes
-from .notice import Notices
+from .failure import GRACE, Failure
+from .group import Processes, seconds
 
 _FOREVER = 1e7  # seconds
-_GRACE = 1.0  # seconds in which a process that is gone may still be found to have said why
 _PARTING = 10.0  # seconds for others to take what was sent them, when a pipeline is closed
 _LEAVING = 1.0  # the same after a failure
 
@@ -42,7 +38,7 @@ class ProcessEngine(HostEngine):
         processes: Processes,
     ) -> None:
         self._processes = processes
-        self._failure = _Failure(processes.notices(), processes.everyone)
+        self._failure = Failure(processes.notices(), processes.everyone)
         self._rank_of_first_stage = plan.rank_of_stage[0]
         self._exchanges: list[Exchange] = []
         super().__init__(plan, exchange_of, shared, guard, reduction, wrapped, processes.rank)
@@ -63,27 +59,16 @@ class ProcessEngine(HostEngine):
         return HostRoute(plan, _C.Program(plan, dict(bodies)), exchange)
 
     def agreed(self, count: int | None) -> int:
-        told = torch.tensor([0 if count is None else count])
-        self._processes.messages.broadcast(told, self._rank_of_first_stage).wait()
-        return int(told)
+        return self._processes.agree(count, self._rank_of_first_stage)
 
     def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
         """Makes ``tensor`` the sum of those of the processes that are connected.
 
         Raises PeerError where one of them has failed, StepTimeout where one does not come in time.
         """
-        over = self._failure.begin_wait()
-        work = among.all_reduce(tensor)
-        future = work.get_future()
-        future.add_done_callback(lambda _: over.set())
-        if not over.wait(min(timeout, threading.TIMEOUT_MAX)):
-            raise StepTimeout(f"waited {timeout:g} seconds for processes that hold one of its parameters, too")
-        if not future.done():
-            raise self._failure.error
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise PeerError(f"a process that holds one of its parameters, too, has gone: {error}") from error
+        # Not for ever, or this process could not exit while another is stopped.
+        work = among.all_reduce(tensor, seconds(timeout + GRACE))
+        self._failure.finish(work, timeout, "processes that hold one of its parameters, too")
 
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
         route.exchange.listen(Receiver(self._executor.deliver, self._failure.lost))
@@ -103,79 +88,13 @@ class ProcessEngine(HostEngine):
             exchange.give_up()
 
 
-class _Failure:
-    """That a process of a pipeline has failed: this one, which tells the others, or another."""
-
-    def __init__(self, notices: Notices, everyone: list[int]) -> None:
-        """``everyone``: those that are told, as numbers in the world."""
-        self._notices = notices
-        self._everyone = everyone
-        self._told = threading.Event()  # by another process
-        self._silent: list[int] = []
-        self._executor: _C.HostExecutor | None = None
-        self._over = threading.Event()  # what this process waits for outside of the executor
-        self.is_known = False
-        self.error: Exception | None = None  # of another process
-
-    def watch(self, executor: _C.HostExecutor) -> None:
-        """Stops what ``executor`` runs once another process has failed."""
-        self._executor = executor
-        self._notices.watch(self._hear)  # which the pipeline's end closes
-
-    def tell(self, reason: str) -> None:
-        """This process has failed; the others are told, unless one of them has told it."""
-        if not self._told.is_set():
-            self._notices.tell(reason)
-        self.is_known = True
-
-    def begin_wait(self) -> threading.Event:
-        """Set once another process has failed; the caller sets it for his own ends."""
-        self._over.clear()
-        if self.error is not None:
-            self._over.set()
-        return self._over
-
-    def lost(self, error: Exception) -> None:
-        """Another process cannot be reached. It may yet be heard why."""
-        if not self._told.wait(_GRACE):
-            self._stop(error)
-
-    def seek(self) -> None:
-        """Finds out who does not answer: whom this process waits for may only wait for that one in turn."""
-        answered = self._notices.ask(_GRACE)
-        self._silent = [
-            process
-            for rank, process in enumerate(self._everyone)
-            if rank not in answered and process != dist.get_rank()
-        ]
-
-    def describe(self) -> str:
-        """For people."""
-        silent = "".join(f", and process {process} does not answer" for process in self._silent)
-        return f"it failed in one of its processes{silent}"
-
-    def close(self) -> None:
-        self._notices.close()
-
-    def _hear(self, teller: int | None, text: str) -> None:
-        self._told.set()
-        who = "" if teller is None else f"process {self._everyone[teller]} failed: "
-        self._stop(PeerError(f"{who}{text}"))
-
-    def _stop(self, error: Exception) -> None:
-        self.is_known = True
-        self.error = error
-        self._over.set()
-        self._executor.fail(error)
-
-
 def _flush(exchange: Exchange, settled: threading.Event) -> None:
     exchange.flush(_FOREVER)
     settled.set()
 
 
 def _close(
-    close: Callable[[], None], exchanges: list[Exchange], failure: _Failure, processes: Processes
+    close: Callable[[], None], exchanges: list[Exchange], failure: Failure, processes: Processes
 ) -> None:
     for exchange in exchanges:
         exchange.close(_LEAVING if failure.is_known else _PARTING)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -41,6 +42,7 @@ class Processes:
         everyone: all processes of the pipeline and of its replicas.
         in_order: whether stages may communicate with processes beside these, in one order of tasks.
         name: of this pipeline among those that the same processes share.
+        have_gpus: whether each is meant to have a GPU.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class Processes:
         replicas: dist.ProcessGroup | None,
         everyone: list[int],
         in_order: bool = False,
+        have_gpus: bool = False,
     ) -> None:
+        self.have_gpus = have_gpus
         self.group = group
         self.replicas = replicas
         self.everyone = everyone
@@ -75,7 +79,8 @@ class Processes:
                 "first, in a script that torchrun starts"
             )
         if isinstance(mesh, dist.ProcessGroup):
-            return cls(mesh, None, sorted(dist.get_process_group_ranks(mesh)))
+            have_gpus = "nccl" in dist.get_backend_config(mesh)
+            return cls(mesh, None, sorted(dist.get_process_group_ranks(mesh)), have_gpus=have_gpus)
         if not isinstance(mesh, DeviceMesh):
             raise InvalidArgument(
                 f"mesh is {mesh!r}; give a DeviceMesh with a dimension named 'pp', or a process group"
@@ -86,20 +91,27 @@ class Processes:
                 f"mesh has the dimensions {list(names)}; name the one whose processes hold the stages 'pp', "
                 'as in init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))'
             )
-        if mesh.device_type != "cpu":
+        if mesh.device_type not in ("cpu", "cuda"):
             raise InvalidArgument(
-                f"mesh is of {mesh.device_type} devices; processes on CPUs can share a pipeline so far"
+                f"mesh is of {mesh.device_type} devices; processes with CPUs or CUDA devices share a pipeline"
             )
         has_replicas = "dp" in names and mesh["dp"].size() > 1
         both = mesh[tuple(n for n in names if n in ("dp", "pp"))] if has_replicas else mesh["pp"]
         everyone = sorted(both.mesh.flatten().tolist())
+        replicas = mesh.get_group("dp") if has_replicas else None
         in_order = any(mesh[name].size() > 1 for name in names if name not in ("dp", "pp"))
-        return cls(mesh.get_group("pp"), mesh.get_group("dp") if has_replicas else None, everyone, in_order)
+        return cls(mesh.get_group("pp"), replicas, everyone, in_order, mesh.device_type == "cuda")
 
     @functools.cached_property
     def messages(self) -> Connections:
         """Of the pipeline's processes, by rank, for its messages."""
         return self.connect("messages", self.members)
+
+    def agree(self, count: int | None, rank: int) -> int:
+        """What process ``rank`` of the pipeline says; the others' ``count`` does not matter."""
+        told = torch.tensor([0 if count is None else count])
+        self.messages.broadcast(told, rank).wait()
+        return int(told)
 
     def connect(self, purpose: str, members: Sequence[int]) -> Connections:
         """Between these processes, numbers in the world, this one among them; all of them do so together."""

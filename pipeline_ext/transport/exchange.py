@@ -12,13 +12,16 @@ from .channel import Channel, Passage
 from .link import FREE_LINK, LocalLink
 from .remote import Incoming, Outgoing, Receiver
 from .skip_channel import SkipChannel
+from .stream_ends import StreamIncoming, StreamOutgoing
 
 if TYPE_CHECKING:
     from ..step import Step
 
 
-AnyChannel = Channel | Outgoing | Incoming | None
-EndOf = Callable[[int, int, int, torch.dtype | None, str | None], Outgoing | Incoming | None]
+ToProcess = Outgoing | StreamOutgoing
+FromProcess = Incoming | StreamIncoming
+AnyChannel = Channel | ToProcess | FromProcess | None
+EndOf = Callable[[int, int, int, torch.dtype | None, str | None], ToProcess | FromProcess | None]
 
 
 class Messages(NamedTuple):
@@ -114,15 +117,20 @@ class Exchange:
         self._neighbours = [c for c in (*self._forward, *self._backward) if c is not None]
         self._remote = [c for c in (*self._neighbours, *of_skips) if isinstance(c, Outgoing | Incoming)]
         self._releasing = [  # by stage: the channels to it whose results lie in buffers
-            [c for c in channels if c is not None and not c.hands_over and not isinstance(c, Outgoing)]
+            [c for c in channels if c is not None and not c.hands_over and not isinstance(c, ToProcess)]
             for channels in to_stage
         ]
         self._step: Step | None = None
 
     @property
+    def step(self) -> "Step":
+        """The step that runs."""
+        return self._step
+
+    @property
     def packs(self) -> bool:
-        """Whether any results are packed, not handed over."""
-        return any(not channel.hands_over for channel in self._neighbours)
+        """Whether any results are packed, neither handed over nor copied."""
+        return not all(c.hands_over or getattr(c, "is_plain", False) for c in self._neighbours)
 
     def begin(self, step: "Step") -> None:
         """Prepares for a step."""
@@ -131,7 +139,7 @@ class Exchange:
             if isinstance(channel, Incoming):
                 continue  # it begins with ``listen``
             channel.begin()
-            if not self._trains and not isinstance(channel, Outgoing):
+            if not self._trains and isinstance(channel, Channel | SkipChannel):
                 channel.forget()  # an evaluation does not depend on those before
 
     def listen(self, receiver: Receiver) -> None:
@@ -183,7 +191,7 @@ class Exchange:
         return [
             Messages(b, way, c.sent, c.packed_nbytes, c.result_nbytes, c.seconds, skip)
             for way, b, c, skip in crossing
-            if c is not None and not isinstance(c, Incoming)
+            if c is not None and not isinstance(c, FromProcess)
         ]
 
     def send_value(self, stage: int, m: int, value: Any) -> None:
@@ -193,15 +201,15 @@ class Exchange:
             channel.send(m, (value,))
         else:
             leaves, spec = ([value], None) if type(value) is Tensor else pytree.tree_flatten(value)
-            known = self._step.passed_on(stage, m) if isinstance(channel, Outgoing) else ()
+            known = self._step.passed_on(stage, m) if isinstance(channel, ToProcess) else ()
             channel.send(m, [*leaves, *known, len(leaves), spec])
 
     def carry_value(self, stage: int, m: int) -> None:
-        """Takes what ``stage`` has sent on to the next stage's device, if that is another."""
+        """Takes what ``stage`` has sent on to the next stage's device or process, if that is another."""
         self._forward[stage].carry(m)
 
     def carry_gradients(self, stage: int, m: int) -> None:
-        """Takes the gradients that ``stage`` has sent back to the device of the stage before."""
+        """Takes the gradients that ``stage`` has sent back to the device or process of the stage before."""
         self._backward[stage - 1].carry(m)
 
     def receive_value(self, stage: int, m: int) -> Any:
@@ -211,14 +219,14 @@ class Exchange:
             (value,) = channel.receive(m)
             return value
         *leaves, count, spec = channel.receive(m)
-        if isinstance(channel, Incoming):
+        if isinstance(channel, FromProcess):
             self._step.take_in(stage, m, leaves[count:])
         return leaves[0] if spec is None else pytree.tree_unflatten(leaves[:count], spec)
 
     def send_gradients(self, stage: int, m: int, gradients: list[Tensor | None]) -> None:
         """Sends the gradients of what ``stage`` was sent back to the stage before."""
         channel = self._backward[stage - 1]
-        if isinstance(channel, Outgoing):
+        if isinstance(channel, ToProcess):
             # By the last message the last stage has run all forwards: the loss is known.
             gradients = [*gradients, self._step.known_loss() if channel.completes(m) else None]
         channel.send(m, gradients)
@@ -229,7 +237,7 @@ class Exchange:
             return ()
         channel = self._backward[stage]
         gradients = channel.receive(m)
-        if isinstance(channel, Incoming):
+        if isinstance(channel, FromProcess):
             *gradients, loss = gradients
             if loss is not None:
                 self._step.learn_loss(loss)

@@ -84,6 +84,12 @@ class AsIs(Format):
         self._packer.pack(buffer)
         self._packer.release()
 
+    def copy(self, regions: Sequence[Region], buffer: Tensor) -> None:
+        """Writes the message by plain copies: for that nothing goes up from the host, which no graph allows."""
+        slots = [buffer[slot.offset : slot.offset + slot.nbytes] for slot in self._layout.slots]
+        if slots:
+            torch._foreach_copy_(slots, [region.bytes() for region in regions])
+
     def open(self, buffer: Tensor) -> list[Tensor]:
         storage, begin = buffer.untyped_storage(), buffer.storage_offset()
         slots = self._layout.slots

@@ -25,10 +25,14 @@ Passage passage_of(const Action& action) { return {action.stage, action.microbat
 
 // A plan, when the simulation runs its tasks, and how they lie on streams.
 struct Case {
-  Case(Plan made, const Costs& costs, std::vector<int> device_of_rank)
-      : plan(std::make_shared<const Plan>(std::move(made))),
-        times(times_of(*plan, costs)),
-        laid(plan, times, std::move(device_of_rank)) {
+  Case(const Plan& made, const Costs& costs, std::vector<int> device_of_rank)
+      : Case(std::make_shared<const Plan>(made), times_of(made, costs), std::move(device_of_rank)) {}
+
+  Case(std::shared_ptr<const Plan> of_plan, TaskTimes simulated, std::vector<int> device_of_rank,
+       int rank = kEveryRank)
+      : plan(std::move(of_plan)),
+        times(std::move(simulated)),
+        laid(plan, times, std::move(device_of_rank), rank) {
     before.resize(laid.steps().size());
     std::vector<std::vector<std::uint32_t>> on_stream(laid.streams().size());
     for (std::uint32_t i = 0; i < before.size(); ++i) {
@@ -316,6 +320,33 @@ TEST(a_rank_has_one_lane_or_with_overlap_as_few_as_do) {
     }
   }
   CHECK(most > 4);
+}
+
+TEST(processes_enqueue_what_they_run_send_and_receive_in_the_one_order_of_all_tasks) {
+  for (const Case& c : cases()) {
+    for (int rank = 0; rank < c.plan->num_ranks(); ++rank) {
+      const Case own(c.plan, c.times, std::vector<int>(c.plan->num_ranks(), 0), rank);
+      for (TaskId t = 0; t < c.plan->size(); ++t) {
+        const bool is_here = c.plan->rank_of(t) == rank;
+        CHECK_EQ(is_here, own.laid.step_of(t) != kNoStep);
+        for (const TaskId after : c.plan->successors(t)) {
+          const bool goes_here = c.plan->rank_of(after) == rank;
+          if (!is_here && !goes_here) continue;
+          const bool crosses = is_here != goes_here;
+          const std::uint32_t made = crosses ? own.laid.sent_by(t) : own.laid.step_of(t);
+          CHECK(!crosses || own.laid.steps()[made].is_copy);
+          CHECK(!goes_here || own.before[own.laid.step_of(after)][made]);
+        }
+      }
+      std::uint32_t last = 0;
+      for (const Enqueued& step : own.laid.steps()) {
+        CHECK(step.is_copy || c.plan->rank_of(step.task) == rank);
+        CHECK_EQ(step.is_copy, own.laid.streams()[step.stream].copies);
+        CHECK(last <= c.laid.step_of(step.task));
+        last = c.laid.step_of(step.task);
+      }
+    }
+  }
 }
 
 TEST(a_stage_keeps_the_order_of_its_microbatches_where_tasks_take_no_time) {

@@ -1,0 +1,87 @@
+"""Processes with a GPU each, over NCCL, started by torchrun: gradients near those of the whole model on one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, and torch sees {GPUS}"),
+]
+
+TESTS = Path(__file__).parent.parent
+CASES = {
+    "1f1b": {},
+    "without CuPy": {},
+    "packed": {"pack": 4, "pack_forward": 2},
+    "interleaved": {"schedule": "interleaved-1f1b"},
+    "graphs": {"graphs": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_the_whole_model_within_rounding(case):
+    ranks = 4 if GPUS >= 4 else 2
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run(
+        [*command, __file__, case],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("gradients are equal within rounding") == ranks
+
+
+def main(case):
+    """One of the processes."""
+    from models import Residual
+    from reference import gradients, reference_step, twin
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+
+    import pipeline_ext as pe
+    from pipeline_ext.cuda import nccl
+
+    if case == "without CuPy":
+        nccl.carrier = lambda: "torch"
+    ranks, gpu = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(gpu)
+    mesh = init_device_mesh("cuda", (ranks,), mesh_dim_names=("pp",))
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Residual(64) for _ in range(8)))
+    plain = twin(model).cuda()
+    stages = 2 * ranks if case == "interleaved" else ranks
+    with pe.Pipeline(
+        model, stages, 8, loss_fn=F.mse_loss, mesh=mesh, timeout=60, **CASES[case]
+    ) as pipe:
+        for step in range(8):
+            rows = 40 if step == 4 else 32  # another shape, between steps of one
+            x, y = torch.randn(rows, 64), torch.randn(rows, 64)
+            model.zero_grad()
+            plain.zero_grad()
+            loss = pipe.step(x, target=y)
+            expected = reference_step(plain, x.cuda(), y.cuda(), 8, F.mse_loss)
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+            grads = gradients(plain)
+            for name, parameter in pipe.named_parameters():
+                largest = grads[name].abs().max()
+                assert (parameter.grad - grads[name]).abs().max() <= 1e-4 * largest, name
+        assert case != "graphs" or (pipe.graph.fallback is None and pipe.graph.captured >= 1)
+        out = pipe.eval(x)
+        assert out is None or torch.allclose(out, plain(x.cuda()), atol=1e-4)
+    print("gradients are equal within rounding", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
