@@ -89,7 +89,22 @@ def evaluation_between_steps():
                 pair.step(x, y)
 
 
-@pytest.mark.parametrize("body", [few_microbatches, changing_batches, evaluation_between_steps])
+def evaluation_of_many_microbatches():
+    model, (x, y) = chain(), batch(70, 12)
+    for schedule in ("interleaved-1f1b", "zbv"):
+        for reactive in (True, False):
+            with pe.Pipeline(
+                twin(model), 4, 64, schedule, F.mse_loss, mesh=dist.group.WORLD, reactive=reactive, timeout=20
+            ) as pipe:
+                pipe.step(x, target=y)
+                found = pipe.eval(x)
+                assert found is None or torch.allclose(found, model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [few_microbatches, changing_batches, evaluation_between_steps, evaluation_of_many_microbatches],
+)
 def test_batches_of_any_size_give_the_reference_gradients(body):
     run(2, body)
 
