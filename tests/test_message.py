@@ -3,6 +3,7 @@
 import pytest
 import torch
 from message_cases import (
+    awkward,
     check_as_is,
     check_cast,
     check_overlaps_travel_once,
@@ -14,6 +15,7 @@ from message_cases import (
 from pipeline_ext import PipelineError
 from pipeline_ext.memory import find_regions
 from pipeline_ext.transport.channel import Channel
+from pipeline_ext.transport.contents import fill
 from pipeline_ext.transport.message import AsIs, message_of
 
 ROUNDING = {
@@ -102,3 +104,77 @@ def test_a_result_without_tensors_travels_too():
     channel.send(1, [None, 5])
     assert channel.receive(0) == [None, "text"]
     assert channel.receive(1) == [None, 5]
+
+
+# -- a message like another
+
+
+def results():
+    """Of two microbatches: tensors, one of them twice, and what lies between them."""
+    torch.manual_seed(0)
+    x, scale = torch.randn(3, 8), torch.randn(())
+    return [[x, 8, scale, "a"], [torch.randn(5, 8, requires_grad=True), None, scale, torch.arange(3)]]
+
+
+def filled(leaves):
+    filling = fill(leaves, None, None)
+    buffer = torch.zeros(filling.contents.format.nbytes, dtype=torch.uint8)
+    filling.pack(buffer)
+    return filling.contents, buffer
+
+
+def test_a_message_like_another_is_packed_at_once_as_it_would_be_alone():
+    contents, _ = filled(results())
+    other = results()
+    other[0][0] += 1
+    buffer = torch.zeros(contents.format.nbytes, dtype=torch.uint8)
+    assert contents.pack(other, buffer)
+    assert torch.equal(buffer, filled(other)[1])
+
+
+def twice(leaves):
+    leaves[1][2] = leaves[1][2].clone()
+
+
+def one(leaves):
+    leaves[0][0] = leaves[1][0][:3].detach()
+
+
+DIFFERENCES = {
+    "shape": lambda leaves: leaves[0].__setitem__(0, torch.randn(4, 8)),
+    "type": lambda leaves: leaves[1].__setitem__(3, torch.arange(3, dtype=torch.int32)),
+    "strides": lambda leaves: leaves[0].__setitem__(0, torch.randn(8, 3).t()),
+    "alignment": lambda leaves: leaves[0].__setitem__(0, torch.randn(25)[1:].view(3, 8)),
+    "requires_grad": lambda leaves: leaves[1].__setitem__(0, leaves[1][0].detach()),
+    "class": lambda leaves: leaves[0].__setitem__(0, leaves[0][0].as_subclass(Tagged)),
+    "lazily negated": lambda leaves: leaves[0].__setitem__(2, torch.randn((), dtype=torch.cfloat).conj().imag),
+    "a value": lambda leaves: leaves[0].__setitem__(1, 9),
+    "a value's type": lambda leaves: leaves[0].__setitem__(1, 8.0),
+    "a tensor where a value was": lambda leaves: leaves[0].__setitem__(1, torch.ones(())),
+    "a value where a tensor was": lambda leaves: leaves[0].__setitem__(0, None),
+    "fewer leaves": lambda leaves: leaves[1].pop(),
+    "fewer results": lambda leaves: leaves.pop(),
+    "two tensors in place of one": twice,
+    "memory that two tensors share": one,
+}
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_a_message_that_differs_is_left_unpacked(difference):
+    contents, _ = filled(results())
+    other = results()
+    DIFFERENCES[difference](other)
+    buffer = torch.zeros(contents.format.nbytes, dtype=torch.uint8)
+    assert not contents.pack(other, buffer)
+    assert not buffer.any()
+
+
+@pytest.mark.parametrize("make", [awkward, sharing])
+def test_what_only_the_general_way_can_pack_is_left_to_it(make):
+    leaves = [make("cpu")]
+    contents, _ = filled(leaves)
+    assert not contents.pack(leaves, torch.zeros(contents.format.nbytes, dtype=torch.uint8))
