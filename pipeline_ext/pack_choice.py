@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 from . import _C
 from .errors import InvalidSchedule
@@ -52,6 +52,10 @@ class PackChoice:
         """Share of the step's time that packing alone is predicted to save."""
         return 1.0 - self.predicted / self.predicted_at_1 if self.predicted_at_1 else 0.0
 
+    def tell(self) -> dict[str, Any]:
+        """What JSON can hold, for ``heard``."""
+        return {name: value for name, value in vars(self).items() if name != "plan"}
+
     def __str__(self) -> str:
         def text(packs: list[int]) -> str:
             return str(packs[0]) if len(set(packs)) == 1 else str(packs)
@@ -78,8 +82,15 @@ def first_steps(
     if None not in given or boundaries == 0:
         return FirstSteps([plan])
     return FirstSteps(
-        [plan] * MEASURED_STEPS, lambda profiles: choose(plan_of, fastest(profiles), *given)
+        [plan] * MEASURED_STEPS,
+        lambda profiles: choose(plan_of, fastest(profiles), *given),
+        lambda told: heard(plan_of, told),
     )
+
+
+def heard(plan_of: PlanOfPacks, told: dict[str, Any]) -> PackChoice:
+    """The choice that has told this, maybe in another process."""
+    return PackChoice(plan_of(told["packs"], told["packs_forward"]), **told)
 
 
 def choose(

@@ -14,10 +14,11 @@ from .engine_choice import described_device, make_engine
 from .errors import InvalidArgument, PipelineError
 from .lifetime import Lifetime
 from .pack_choice import PackChoice
-from .processes.agreement import check_agreement, describe_module
+from .processes.agreement import check_agreement, describe_module, skips_of_all
+from .processes.choosing import OneChooses
 from .processes.gathered_trace import TraceGathering
 from .processes.group import MeshLike, Processes
-from .processes.local_stages import local_stages
+from .processes.local_stages import initialise, local_stages
 from .processes.ties import Ties
 from .profile import Profile
 from .reduction import GradientReduction, ProcessGroupMember
@@ -26,7 +27,7 @@ from .routes import Routes
 from .schedule_choice import ScheduleChoice
 from .shared import SharedParameters
 from .simulation import Costs, Simulation, simulate
-from .skips import find_skips
+from .skips import declared_skips, find_skips
 from .stage import Stage
 from .step import Batch
 from .step_graphs import GraphReport, StepGraphs
@@ -53,7 +54,10 @@ class Pipeline(UnsplitModel):
 
     Args:
         model: an ``nn.Sequential``; a list of stage modules, each of which takes what the one before
-            returns as its one argument; or a module whose children run in order, with ``cuts``.
+            returns as its one argument, or of functions without arguments that make them; or a module whose
+            children run in order, with ``cuts``. Each process of a ``mesh`` calls the functions of its own
+            stages alone; what they share with stages of other processes is not known to be tied. For that
+            give modules, on the meta device if they are large.
         num_stages: into how many stages to cut; may be left out where ``model`` or ``cuts`` say it.
         microbatches: M, into how many parts ``step`` cuts a batch along dimension 0.
         schedule: a name (``schedule_names()`` lists them), the path of a CSV file in the action text of
@@ -113,7 +117,8 @@ class Pipeline(UnsplitModel):
             for the replicas of ``mesh``, if it has any.
         mesh: the processes that share the pipeline, one for each rank; all make it, with the same arguments. A
             ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one,
-            and others are left to the stages; or a process group. None: this process has all ranks.
+            and others are left to the stages; or a process group. What is ``"auto"`` the process of rank 0
+            chooses for all. None: this process has all ranks.
 
     Raises:
         InvalidArgument: for anything above that cannot be used (InvalidSchedule for ``schedule``).
@@ -176,10 +181,6 @@ class Pipeline(UnsplitModel):
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
 
         self.microbatches = microbatches
-        known = [m if isinstance(m, nn.Module) else nn.Identity() for m in modules]
-        skips = [skip for skip in find_skips(known) if skip.source < skip.target]
-        skip_names = [skip.name for skip in skips]
-        packs_of_skips = arguments.pack_skips(pack_skips or {}, skip_names, microbatches)
         boundaries = len(modules) - 1
         num_ranks = None if given is None else len(given)
         in_flight = arguments.in_flight(in_flight, len(modules))
@@ -191,22 +192,19 @@ class Pipeline(UnsplitModel):
             in_flight=in_flight,
             costs=costs,
         )
-        self._first_steps = auto.first_steps(
+        plan_of = functools.partial(
+            planning.build_plan,
+            num_stages=len(modules),
+            microbatches=microbatches,
+            num_ranks=num_ranks,
+            overlap=bool(overlap),
+            reactive=bool(reactive),
+            in_flight=in_flight,
+            memory=costs,
+        )
+        first_steps_of = functools.partial(
+            auto.first_steps,
             schedule,
-            functools.partial(
-                planning.build_plan,
-                num_stages=len(modules),
-                microbatches=microbatches,
-                num_ranks=num_ranks,
-                overlap=bool(overlap),
-                reactive=bool(reactive),
-                skips=[
-                    _C.Skip(skip.source, skip.target, pack=k, pack_forward=k)
-                    for skip, k in zip(skips, packs_of_skips)
-                ],
-                in_flight=in_flight,
-                memory=costs,
-            ),
             num_stages=len(modules),
             num_ranks=num_ranks or len(modules),
             packs=arguments.packs("pack", pack, boundaries, microbatches),
@@ -215,23 +213,15 @@ class Pipeline(UnsplitModel):
             memory=costs,
             graphs=graphs,
         )
-        exchange_of = functools.partial(
-            Exchange,
-            wire=arguments.wires("wire", wire, boundaries),
-            wire_forward=arguments.wires("wire_forward", wire_forward, boundaries),
-            link=link,
-            skips=skip_names,
-        )
-        plan = self._first_steps.plan
-        if processes is not None and self._first_steps.chooses:
-            raise InvalidArgument(
-                '"auto" measures all stages in one process; with mesh give a schedule and numbers, as '
-                "pipeline-ext plan chooses them"
-            )
-        chooses_pack = self._first_steps.chooses and schedule != planning.AUTO
+        wires = arguments.wires("wire", wire, boundaries)
+        wires_forward = arguments.wires("wire_forward", wire_forward, boundaries)
+        first_steps = first_steps_of(plan_of)
+        plan = first_steps.plan
         planning.check_trainable(plan)
         if costs is not None:
             simulate(plan, costs)  # which refuses costs that do not fit
+        local = local_stages(modules, plan.rank_of_stage, processes)
+        declared = declared_skips(local)
         if processes is not None:
             check_agreement(
                 processes,
@@ -239,7 +229,9 @@ class Pipeline(UnsplitModel):
                     "devices": [described_device(given[0])],
                     "microbatches": [f"{microbatches}"],
                     "num_stages": [f"{len(modules)}"],
-                    "pack": [f"{plan.packs}, forward {plan.packs_forward}"],
+                    "pack": [f"{pack}"],
+                    "pack_forward": [f"{pack_forward}"],
+                    "pack_skips": [f"{pack_skips}"],
                     "schedule": [f"{schedule}", *plan.to_csv().splitlines()],
                     "wire": [f"{wire}"],
                     "wire_forward": [f"{wire_forward}"],
@@ -248,10 +240,11 @@ class Pipeline(UnsplitModel):
                     "reactive": [f"{bool(reactive)}"],
                     "in_flight": [f"{plan.limits}"],
                     "graphs": [f"{bool(graphs)}"],
+                    "costs": [f"{costs}"],
                     **{
                         name: describe_module(module)
                         for name, module in [
-                            *((f"stage {index}", module) for index, module in enumerate(modules)),
+                            *((f"stage {i}", local.get(i, module)) for i, module in enumerate(modules)),
                             ("loss_fn", loss_fn),
                         ]
                         if isinstance(module, nn.Module)
@@ -259,10 +252,23 @@ class Pipeline(UnsplitModel):
                 },
                 float(timeout),
             )
+            declared = skips_of_all(processes, declared, float(timeout))
+        skips = [skip for skip in find_skips(declared) if skip.source < skip.target]
+        skip_names = [skip.name for skip in skips]
+        packs_of_skips = arguments.pack_skips(pack_skips or {}, skip_names, microbatches)
+        if skips:
+            planned = [
+                _C.Skip(skip.source, skip.target, pack=k, pack_forward=k)
+                for skip, k in zip(skips, packs_of_skips)
+            ]
+            first_steps = first_steps_of(functools.partial(plan_of, skips=planned))
+            plan = first_steps.plan
         repeated = repeated_names(model, loss_fn)
-        ties = None if processes is None else Ties(modules, loss_fn, plan.rank_of_stage, processes)
-        local = local_stages(modules, loss_fn, plan.rank_of_stage, processes)
-        if ties is not None:
+        ties = None
+        if processes is not None:
+            ties = Ties(modules, loss_fn, plan.rank_of_stage, processes)
+            has_loss = len(modules) - 1 in local and isinstance(loss_fn, nn.Module)
+            initialise([*local.values(), *([loss_fn] if has_loss else [])], processes.replicas)
             ties.make_equal()
         if reduction is None and processes is not None and processes.replicas is not None:
             reduction = GradientReduction(processes.keep(ProcessGroupMember(processes.replicas)))
@@ -280,6 +286,9 @@ class Pipeline(UnsplitModel):
         self._local = LocalModel(model, modules, local, repeated, loss_fn)
         self._group = None if processes is None else processes.group
         self._gathering = None if processes is None else TraceGathering(processes, float(timeout))
+        self._first_steps = first_steps
+        if processes is not None and first_steps.chooses:
+            first_steps.others = OneChooses(processes, self._gathering, float(timeout))
         self._has_loss = loss_fn is not None
         self.tracing = bool(trace)
         self._devices = device_choice.of_ranks(given, plan.num_ranks)
@@ -287,6 +296,10 @@ class Pipeline(UnsplitModel):
             scaler.scale(torch.ones((), device=self._devices[-1]))  # the first call makes what is read then
         shared = SharedParameters({stage.index: stage.modules() for stage in self._stages})
         wrapped = WrappedStages(self._stages, microbatches)
+        exchange_of = functools.partial(
+            Exchange, wire=wires, wire_forward=wires_forward, link=link, skips=skip_names
+        )
+        chooses_pack = first_steps.chooses and (schedule != planning.AUTO or processes is not None)
         self._engine = make_engine(
             self._devices, plan, self._stages, exchange_of, shared, reduction, wrapped, chooses_pack, processes
         )

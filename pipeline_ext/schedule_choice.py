@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from . import _C
 from .errors import InvalidArgument, InvalidSchedule
@@ -42,6 +42,9 @@ class ScheduleChoice:
         first: the schedule of the first steps.
         predicted_first: seconds that a step takes with it.
         simulated: plans that were tried.
+        order: of an order that was searched for, each rank's actions as text; otherwise None.
+        slots: the most microbatches that ``plan`` leaves to a rank, by rank or for all; None where the
+            pipeline's ``costs`` limit its memory.
     """
 
     plan: _C.Plan
@@ -50,11 +53,17 @@ class ScheduleChoice:
     first: str
     predicted_first: float
     simulated: int
+    order: list[list[str]] | None = None
+    slots: float | list[float] | None = None
 
     @property
     def gain(self) -> float:
         """Share of the step's time that the choice is predicted to save."""
         return 1.0 - self.predicted / self.predicted_first if self.predicted_first else 0.0
+
+    def tell(self) -> dict[str, Any]:
+        """What JSON can hold, for ``heard``."""
+        return {name: value for name, value in vars(self).items() if name != "plan"}
 
     def __str__(self) -> str:
         than = f"{self.gain:.1%} less than the {self.predicted_first * 1e3:.2f} ms with {self.first}"
@@ -91,7 +100,18 @@ def first_steps(
     return FirstSteps(
         [plan] * (MEASURED_STEPS - 1) + [plan_of_last],
         lambda profiles: choose(plan_of, merged(profiles), first, in_flight, memory),
+        lambda told: heard(plan_of, told, memory),
     )
+
+
+def heard(plan_of: PlanOf, told: dict[str, Any], memory: Costs | None) -> ScheduleChoice:
+    """The choice that has told this, maybe in another process; ``memory`` as ``choose`` takes it."""
+    schedule, order, slots = (told[name] for name in ("schedule", "order", "slots"))
+    if schedule == told["first"] and order is None:
+        plan = plan_of(schedule)
+    else:
+        plan = plan_of(order or schedule, memory=memory if slots is None else Costs(memory_limit=slots))
+    return ScheduleChoice(plan, **told)
 
 
 def merged(profiles: Sequence[Profile]) -> Profile:
@@ -129,6 +149,7 @@ def choose(
     """
     plan = plan_of(first)
     by_first = simulate(plan, profile.costs(plan))
+    slots = None
     if memory is None or memory.memory_limit is None:
         slots = slots_of_ranks(in_flight, plan.rank_of_stage) if in_flight else max(by_first.peak_in_flight)
         memory = Costs(memory_limit=slots)
@@ -136,18 +157,21 @@ def choose(
     def costs(of: _C.Plan) -> Costs:
         return profile.costs(of).with_memory_of(memory)
 
-    best = ScheduleChoice(plan, first, by_first.makespan, first, by_first.makespan, simulated=1)
+    best = ScheduleChoice(
+        plan, first, by_first.makespan, first, by_first.makespan, simulated=1, slots=slots
+    )
     simulated = 1
     for name, schedule, tried in _candidates(first, plan, costs(plan)):
         simulated += tried
         try:
-            other = plan_of(schedule, memory=costs(plan))
+            other = plan_of(schedule, memory=memory)
             predicted = simulate(other, costs(other)).makespan
         except InvalidSchedule:
             continue
         stays = other.rank_of_stage == plan.rank_of_stage
         if stays and predicted < min(best.predicted, _WORTH * by_first.makespan):
-            best = replace(best, plan=other, schedule=name, predicted=predicted)
+            order = None if isinstance(schedule, str) else list(schedule.values())
+            best = replace(best, plan=other, schedule=name, predicted=predicted, order=order)
     return replace(best, simulated=simulated)
 
 

@@ -129,22 +129,41 @@ class NamedSkip(NamedTuple):
     target: int  # the same stage where both modules are in one
 
 
-def find_skips(stages: Sequence[nn.Module]) -> list[NamedSkip]:
-    """What the modules of stages declare. Raises InvalidArgument for ends that do not match."""
+class DeclaredSkips(NamedTuple):
+    """What a module of a stage stashes and pops."""
+
+    stage: int
+    stash: list[str]
+    pop: list[str]
+
+
+def declared_skips(stages: Mapping[int, nn.Module]) -> list[DeclaredSkips]:
+    """What the modules of stages declare."""
+    declarations = (
+        (index, getattr(type(module), "_declared_skips", None), module)
+        for index, stage in stages.items()
+        for module in stage.modules()
+    )
+    # Sorted: sets have another order in each process.
+    return [
+        DeclaredSkips(index, *map(sorted, declaration.of(module)))
+        for index, declaration, module in declarations
+        if declaration is not None
+    ]
+
+
+def find_skips(declared: Iterable[DeclaredSkips]) -> list[NamedSkip]:
+    """What is declared, by stage. Raises InvalidArgument for ends that do not match."""
     ends: Mapping[str, dict[str, int]] = {"stash": {}, "pop": {}}
-    for index, stage in enumerate(stages):
-        for module in stage.modules():
-            declaration = getattr(type(module), "_declared_skips", None)
-            if declaration is None:
-                continue
-            for what, names in zip(ends, declaration.of(module)):
-                for name in names:
-                    if name in ends[what]:
-                        raise InvalidArgument(
-                            f"two modules {what} {name!r}, in stages {ends[what][name]} and {index}; give each "
-                            "pair of modules a name of its own"
-                        )
-                    ends[what][name] = index
+    for index, *of_module in declared:
+        for what, names in zip(ends, of_module):
+            for name in names:
+                if name in ends[what]:
+                    raise InvalidArgument(
+                        f"two modules {what} {name!r}, in stages {ends[what][name]} and {index}; give each "
+                        "pair of modules a name of its own"
+                    )
+                ends[what][name] = index
     for name, target in ends["pop"].items():
         if name not in ends["stash"]:
             raise InvalidArgument(f"stage {target} pops {name!r}, which no module stashes")

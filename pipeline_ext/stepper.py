@@ -192,5 +192,5 @@ class Stepper:
         if training:
             self.keep_trace(result, record)
         if measures:
-            self._first_steps.observe((self.trace or self._trace_of(result)).profile)
+            self._first_steps.observe(self.trace or self._trace_of(result))
         return result

@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 from collections import defaultdict
 from dataclasses import replace
 from itertools import product
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_orders import is_sorted, needs, orders, parse
+from random_runs import WIDTH, Dawdling
 from reference import assert_same_gradients, gradients, reference_step, twin
 from torch import nn
 
@@ -20,7 +20,6 @@ import pipeline_ext as pe
 from pipeline_ext import _C, schedule_choice
 from pipeline_ext.planning import layout_of
 
-WIDTH = 8
 pytestmark = pytest.mark.usefixtures("short_searches")
 
 
@@ -272,38 +271,6 @@ def test_on_gpus_gradients_are_the_reference_s_too(name, gpus, tmp_path):
                 assert_same_gradients(model, expected)
 
 
-class Delay(torch.autograd.Function):
-    """What goes through takes up to a millisecond on its way back."""
-
-    @staticmethod
-    def forward(ctx, x, chance):
-        ctx.chance = chance
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dawdle(ctx.chance)
-        return grad, None
-
-
-def dawdle(chance):
-    time.sleep(chance.choice((0, 0, 1e-4, 1e-3)))
-
-
-class Dawdling(nn.Module):
-    """A layer of which F, I and W take random times."""
-
-    def __init__(self, chance):
-        super().__init__()
-        self.chance = chance
-        self.linear = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        dawdle(self.chance)
-        weight = Delay.apply(self.linear.weight, self.chance)
-        return F.linear(Delay.apply(x, self.chance), weight, self.linear.bias)
-
-
 @st.composite
 def orders_to_run(draw):
     """Rows of cells, by rank: of a schedule, or at random."""
@@ -331,7 +298,7 @@ def test_whatever_the_times_of_tasks_ranks_that_react_keep_all_limits(rows, over
     costs = replace(costs, memory_limit=pe.simulate(planned, costs).peak_memory) if limited else None
     chance = random.Random(data.draw(st.integers(0, 2**32)))
     model, x, y, expected, loss = reference(
-        lambda stages: nn.Sequential(*(Dawdling(chance) for _ in range(stages))), stages, microbatches
+        lambda stages: nn.Sequential(*(Dawdling(chance, [], []) for _ in range(stages))), stages, microbatches
     )
     with pe.Pipeline(
         model, stages, microbatches, rows, F.mse_loss, devices=["cpu"] * len(rows), overlap=overlap, costs=costs

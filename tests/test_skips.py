@@ -1,5 +1,6 @@
 """Skip connections past stages: the gradients of the plain model, messages of their own, and clear refusals."""
 
+import functools
 import gc
 import itertools
 import math
@@ -105,6 +106,13 @@ def test_a_skip_within_a_stage_is_a_plain_function():
     for stages in (1, 2, 3):
         with pe.Pipeline(model, stages, 8, "1f1b", F.mse_loss, cuts=[2, 3][: stages - 1]) as pipe:
             assert_trains_as_plain(pipe, model, plain, x, y)
+
+
+def test_stages_that_functions_make_may_have_skips():
+    model, (x, y) = unet(), batch()
+    functions = [functools.partial(model.__getitem__, stage) for stage in range(4)]
+    with pe.Pipeline(functions, None, 8, "1f1b", F.mse_loss, pack_skips={"far": 2}) as pipe:
+        assert_trains_as_plain(pipe, model, twin(model), x, y)
 
 
 def test_a_wire_type_holds_for_skips_too():

@@ -4,6 +4,7 @@ A schedule keeps torch's constructor, order and CSV files, by inheritance, and i
 What is replaced is how a step runs. All other names of the module are torch's own.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -135,7 +136,11 @@ class ScheduleGPipe(PipelineScheduleSingle, _torch.ScheduleGPipe):
 
 
 class Schedule1F1B(PipelineScheduleSingle, _torch.Schedule1F1B):
-    """One forward, one backward."""
+    """One forward, one backward; also on fewer microbatches than stages."""
+
+    @functools.wraps(_torch.Schedule1F1B.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super(_torch.Schedule1F1B, self).__init__(*args, **kwargs)  # past its own, which refuses so few
 
     def _get_pipeline_order(self) -> dict[int, list[_torch._Action]]:
         # Torch 2.13 lists one here that leaves out the last stage's first forward, and runs another.

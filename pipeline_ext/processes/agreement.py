@@ -1,15 +1,17 @@
-"""That the processes of a pipeline have been given the same: compared before anything runs."""
+"""What the processes of a pipeline tell one another before anything runs: that they were given the same."""
 
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping
-from typing import NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.distributed import DistError
 
 from ..boundary import describe
 from ..errors import InvalidArgument, PeerError
+from ..skips import DeclaredSkips
 from .group import Processes, seconds
 
 Settings = Mapping[str, list[str]]
@@ -21,28 +23,51 @@ def check_agreement(processes: Processes, settings: Settings, timeout: float) ->
     ``settings`` are lines by name. Raises PeerError for processes that have not come within ``timeout``
     seconds.
     """
-    store, everyone = processes.store, processes.everyone
+    _tell(processes, "lines", settings)
+    _tell(processes, "digests", {name: _digest(lines) for name, lines in settings.items()})
+    digests = _hear(processes, "digests", processes.everyone, timeout)
+    seen: dict[str, tuple[int, str]] = {}
+    for process, of_process in digests.items():
+        for name, digest in of_process.items():
+            first, expected = seen.setdefault(name, (process, digest))
+            if digest != expected:
+                lines = _hear(processes, "lines", (first, process), timeout)
+                _refuse(name, first, process, lines[first][name], lines[process][name])
 
-    def key(what: str, process: int) -> str:
-        return f"{processes.name}/{what}/{process}"
 
-    store.set(key("lines", processes.number), json.dumps(settings))
-    store.set(key("digests", processes.number), json.dumps({n: _digest(s) for n, s in settings.items()}))
+def skips_of_all(
+    processes: Processes, here: Iterable[DeclaredSkips], timeout: float
+) -> list[DeclaredSkips]:
+    """What the stages of all processes of a pipeline declare, by stage; ``here``: those of this one.
+
+    Raises PeerError as ``check_agreement`` does.
+    """
+    _tell(processes, "skips", list(here))
+    declared = _hear(processes, "skips", processes.members, timeout)
+    return sorted(
+        (DeclaredSkips(*module) for of_process in declared.values() for module in of_process),
+        key=lambda module: module.stage,
+    )
+
+
+def _tell(processes: Processes, what: str, value: Any) -> None:
+    """For others to hear: a value that JSON can hold."""
+    processes.store.set(f"{processes.name}/{what}/{processes.number}", json.dumps(value))
+
+
+def _hear(processes: Processes, what: str, whom: Sequence[int], timeout: float) -> dict[int, Any]:
+    """What processes have told, by number in the world."""
+    store = processes.store
+    keys = {process: f"{processes.name}/{what}/{process}" for process in whom}
     try:
-        store.wait([key("digests", process) for process in everyone], seconds(timeout))
+        store.wait(list(keys.values()), seconds(timeout))
     except DistError as error:
-        absent = [process for process in everyone if not store.check([key("digests", process)])]
+        absent = [process for process, key in keys.items() if not store.check([key])]
         raise PeerError(
             f"no pipeline was made in process {', '.join(map(str, absent))} within {timeout:g} seconds; all "
             "processes of a mesh make their pipelines together, and in the same order"
         ) from error
-    seen: dict[str, tuple[int, str]] = {}
-    for process in everyone:
-        for name, digest in json.loads(store.get(key("digests", process))).items():
-            first, expected = seen.setdefault(name, (process, digest))
-            if digest != expected:
-                of_both = [json.loads(store.get(key("lines", p)))[name] for p in (first, process)]
-                _refuse(name, first, process, *of_both)
+    return {process: json.loads(store.get(key)) for process, key in keys.items()}
 
 
 def describe_module(module: nn.Module) -> list[str]:
@@ -56,7 +81,7 @@ def describe_module(module: nn.Module) -> list[str]:
 
 
 def _code(found: type[nn.Module]) -> str:
-    code = getattr(found.forward, "__code__", None)
+    code = getattr(inspect.unwrap(found.forward), "__code__", None)
     if code is None:
         return "of its own"
     plain = [value for value in code.co_consts if isinstance(value, (int, float, str, type(None)))]

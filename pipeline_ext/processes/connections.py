@@ -20,15 +20,13 @@ class Connections:
     names what is in the list by its length, and the next groups of these processes could not meet.
 
     Attributes:
-        members: the processes by rank, as numbers in the world.
         rank: of this process among them.
     """
 
     def __init__(self, store: dist.Store, members: Sequence[int], timeout: timedelta = _PATIENCE) -> None:
-        """All of them open theirs together; ``store`` is for these connections alone."""
-        self.members = list(members)
-        self.rank = self.members.index(dist.get_rank())
-        self._gloo = dist.ProcessGroupGloo(store, self.rank, len(self.members), timeout)
+        """All of them, by rank as numbers in the world, open theirs together; ``store`` is for these alone."""
+        self.rank = list(members).index(dist.get_rank())
+        self._gloo = dist.ProcessGroupGloo(store, self.rank, len(members), timeout)
 
     def send(self, tensors: list[Tensor], rank: int, tag: int) -> dist.Work:
         return self._gloo.send(tensors, rank, tag)
@@ -40,7 +38,7 @@ class Connections:
         """From ``rank`` to all; of a tensor that processes share out, what each has of it."""
         return self._gloo.broadcast(own_part(tensor), rank)
 
-    def all_reduce(self, tensor: Tensor, timeout: timedelta | None = None) -> dist.Work:
+    def all_reduce(self, tensor: Tensor, timeout: timedelta) -> dist.Work:
         """Makes ``tensor`` the sum of all processes', part by part as ``broadcast``."""
         return self._gloo.allreduce(own_part(tensor), timeout=timeout)
 
@@ -48,12 +46,12 @@ class Connections:
         """Puts each process's ``tensor`` into its place in ``found``."""
         return self._gloo.allgather(found, tensor, timeout)
 
-    def close(self, idle: bool = True) -> None:
-        """Ends them, unless they are not ``idle``: then they end with the process."""
-        if not idle:
-            _left.append(self)
-        else:
+    def close(self, idle: bool) -> None:
+        """Ends them; where they are not ``idle``, they end with the process."""
+        if idle:
             self._gloo = None
+        else:
+            _left.append(self)
 
 
 def own_part(tensor: Tensor) -> Tensor:

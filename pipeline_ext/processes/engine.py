@@ -16,8 +16,8 @@ from ..transport.remote import Receiver
 from ..wrapped import WrappedStages
 from .connections import Connections
 from .ends import ends_of
-from .failure import Failure
-from .group import Processes
+from .failure import GRACE, Failure
+from .group import Processes, seconds
 
 _FOREVER = 1e7  # seconds
 _PARTING = 10.0  # seconds for others to take what was sent them, when a pipeline is closed
@@ -66,7 +66,8 @@ class ProcessEngine(HostEngine):
 
         Raises PeerError where one of them has failed, StepTimeout where one does not come in time.
         """
-        work = among.all_reduce(tensor)
+        # Not for ever, or this process could not exit while another is stopped.
+        work = among.all_reduce(tensor, seconds(timeout + GRACE))
         self._failure.finish(work, timeout, "processes that hold one of its parameters, too")
 
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:

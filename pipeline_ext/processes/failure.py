@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ..errors import PeerError, StepTimeout
 from .notice import Notices
 
-_GRACE = 1.0  # seconds in which a process that is gone may still be found to have said why
+GRACE = 1.0  # seconds in which a process that is gone may still be found to have said why
 
 
 class Executor(Protocol):
@@ -69,12 +69,12 @@ class Failure:
 
     def lost(self, error: Exception) -> None:
         """Another process cannot be reached. It may yet be heard why."""
-        if not self._told.wait(_GRACE):
+        if not self._told.wait(GRACE):
             self._stop(error)
 
     def seek(self) -> None:
         """Finds out who does not answer: whom this process waits for may only wait for that one in turn."""
-        answered = self._notices.ask(_GRACE)
+        answered = self._notices.ask(GRACE)
         self._silent = [
             process
             for rank, process in enumerate(self._everyone)

@@ -55,6 +55,4 @@ class TraceGathering:
         return Part.decode(encoded.numpy().tobytes()).earlier(ahead)
 
     def _line(self, rank: int) -> Line:
-        processes = self._processes
-        name = processes.describe(rank)
-        return Line(processes.messages, processes.members[rank], _TAG, name, torch.device("cpu"))
+        return Line(self._processes.messages, rank, _TAG, self._processes.describe(rank))

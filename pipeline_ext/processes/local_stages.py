@@ -1,7 +1,6 @@
 """The stages of the model that this process runs."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,26 +15,27 @@ StageLike = nn.Module | Callable[[], nn.Module]
 
 
 def local_stages(
-    stages: Sequence[StageLike], loss_fn: Any, rank_of_stage: Sequence[int], processes: Processes | None
+    stages: Sequence[StageLike], rank_of_stage: Sequence[int], processes: Processes | None
 ) -> dict[int, nn.Module]:
     """The modules of this process's stages, by stage; of one process, all.
 
-    Those that are given as functions are made now, those on the meta device get memory and are initialised; a
-    ``loss_fn`` that is a module is a part of the last one in this.
-    Raises InvalidArgument for what is no module, or cannot be initialised.
+    Those that are given as functions are made now. Raises InvalidArgument for what is no module.
     """
-    local = {
+    return {
         index: _made(index, stage)
         for index, stage in enumerate(stages)
         if processes is None or rank_of_stage[index] == processes.rank
     }
-    if processes is not None:
-        has_loss = len(stages) - 1 in local and isinstance(loss_fn, nn.Module)
-        modules = [*local.values(), *([loss_fn] if has_loss else [])]
-        _initialise(modules)
-        if processes.replicas is not None:
-            _make_equal(modules, processes.replicas)
-    return local
+
+
+def initialise(modules: Sequence[nn.Module], replicas: dist.ProcessGroup | None) -> None:
+    """Gives what lies on the meta device memory and values, and all ``replicas`` the same.
+
+    Raises InvalidArgument for what cannot be initialised.
+    """
+    _initialise(modules)
+    if replicas is not None:
+        _make_equal(modules, replicas)
 
 
 def _made(index: int, stage: StageLike) -> nn.Module:

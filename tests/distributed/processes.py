@@ -21,8 +21,21 @@ import torch.distributed as dist
 
 TIMEOUT = 60.0  # seconds within which all processes of a test end, imports and all
 
+# Torch asks for the name of each end of a connection to its store; where an answer is lost that takes 5 s.
+os.environ.setdefault("RES_OPTIONS", "use-vc timeout:1 attempts:1")
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pipeline_ext", "torch.distributed.device_mesh", "torch.distributed.fsdp"])
+_context.set_forkserver_preload(
+    [
+        "pipeline_ext.pipelining",
+        "pytest",
+        "torch._dynamo",  # which the first optimizer imports
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp.sharded_grad_scaler",
+        "torch.distributed.pipelining",
+        "torch.distributed.tensor.parallel",
+    ]
+)
 
 _to_test: Connection | None = None  # in each of the processes
 
@@ -82,12 +95,17 @@ def outcomes(size: int, body: Callable[..., Any], *args: Any, timeout: float = T
 def freeze() -> None:
     """Stops this process (SIGSTOP) for as long as the test lasts."""
     _to_test.send_bytes(pickle.dumps(Gone("was stopped")))
-    os.kill(os.getpid(), signal.SIGSTOP)
+    _signal_myself(signal.SIGSTOP)
 
 
 def die() -> None:
     """Kills this process (SIGKILL)."""
-    os.kill(os.getpid(), signal.SIGKILL)
+    _signal_myself(signal.SIGKILL)
+
+
+def _signal_myself(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(TIMEOUT)  # a thread that is not the main one may go on for a moment
 
 
 def _gather(connections: list[Connection], timeout: float) -> list[Any]:

@@ -40,10 +40,17 @@ CASES = [
     ("weight: float64[4, 4] in process 1", {"model": chain()}, {"model": lambda: chain()().double()}),
     ("layers.Layer", {"model": chain(layer(lambda m, x: x + 1))}, {"model": chain(layer(lambda m, x: x - 1))}),
     ("layers.Layer", {"model": chain(layer(lambda m, x: x * 2))}, {"model": chain(layer(lambda m, x: x * 3))}),
+    (
+        "layers.Layer",
+        {"model": chain(pe.skips()(type(layer(lambda m, x: x * 2)))())},
+        {"model": chain(pe.skips()(type(layer(lambda m, x: x * 3)))())},
+    ),
     ("wire is torch.bfloat16 in process 1 and None in process 0", {}, {"wire": torch.bfloat16}),
     ("wire_forward is torch.float16 in process 1", {}, {"wire_forward": torch.float16}),
     ("loss_reduction is sum in process 1 and mean in process 0", {}, {"loss_reduction": "sum"}),
-    ("pack is", {}, {"pack": 2}),
+    ("pack is 2 in process 1 and 1 in process 0", {}, {"pack": 2}),
+    ("pack is auto in process 1 and 1 in process 0", {}, {"pack": "auto"}),
+    ("costs is Costs(forward=1.0", {}, {"costs": pe.Costs(memory_limit=9)}),
 ]
 
 

@@ -1,6 +1,7 @@
 """The drop-in for torch.distributed.pipelining with a process for each rank."""
 
 import functools
+import itertools
 from datetime import timedelta
 
 import pytest
@@ -107,6 +108,24 @@ def train(name, rows, microbatches):
 @pytest.mark.parametrize("name", SINGLE + MULTI)
 def test_two_processes_give_the_gradients_of_the_model(name):
     assert run(2, train, name, 13, 4) == ["done"] * 2
+
+
+def train_few():
+    """On one microbatch, and on fewer than there are stages; sequences have another length in each step."""
+    for name, microbatches in itertools.product(SINGLE + MULTI, (1, 3)):
+        if name == "DualPipeV":  # whose order needs as many microbatches as stages
+            continue
+        schedule, modules, count = make(name, microbatches)
+        batches = [torch.randn(2, rows, length, WIDTH) for rows, length in ((7, 5), (7, 2), (4, 9))]
+        for x, y in batches:
+            step(schedule, modules, count, x, y)
+        expected, _ = reference(count, *batches)
+        found = {(name, microbatches, s): of_stage for s, of_stage in grads(modules).items()}
+        torch.testing.assert_close(found, {key: expected[key[-1]] for key in found})
+
+
+def test_few_microbatches_and_sequences_of_any_length_give_the_gradients_of_the_model():
+    run(2, train_few)
 
 
 def compare(name):
@@ -398,7 +417,7 @@ def hold_few_messages(name, microbatches):
     for _ in range(2):
         step(schedule, modules, count, x, y)
     incoming = [c for c in schedule._runner._train.exchange._remote if isinstance(c, Incoming)]
-    return [len(channel._free._free) for channel in incoming]
+    return [len(channel._packets._free) for channel in incoming]
 
 
 def test_memory_for_receives_does_not_grow_with_the_microbatches():

@@ -1,7 +1,8 @@
 """Pipelines whose ranks are processes: the bits of plain autograd, whatever the schedule, K and the delays."""
 
+import contextlib
+import itertools
 import random
-import time
 
 import pytest
 import torch
@@ -9,50 +10,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from models import chain
 from processes import run
+from random_runs import NAMES, WIDTH, draw, stages_of
 from reference import gradients, reference_step, twin
-from torch import nn
 
 import pipeline_ext as pe
-from pipeline_ext import _C
-
-NAMES = [name for name in _C.schedule_names() if name != "dualpipe"]  # which has a second copy of the stages
 
 
-class Delayed(nn.Module):
-    """Sleeps a little, by chance, forward and backward."""
-
-    def __init__(self, layer, seed):
-        super().__init__()
-        self.layer = layer
-        self.chance = random.Random(seed)
-
-    def forward(self, x):
-        def wait(*_):
-            time.sleep(self.chance.choice((0, 0, 0.001, 0.004)))
-
-        wait()
-        y = self.layer(x)
-        if y.requires_grad:
-            y.register_hook(wait)
-        return y
+def batch(rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, WIDTH, generator=generator), torch.randn(rows, WIDTH, generator=generator)
 
 
-def stages_of(name, ranks):
-    return ranks if _C.layout_of(name) == "linear" else 2 * ranks
-
-
-def check_steps(model, stages, microbatches, batches=2, rows=11, **options):
-    """Some steps, each as that of a plain twin; returns how many messages the last one sent from here."""
-    plain = twin(model)
-    with pe.Pipeline(
-        model, stages, microbatches, loss_fn=F.mse_loss, mesh=dist.group.WORLD, timeout=20, **options
-    ) as pipe:
+def check_steps(model, plain, rows=11, **options):
+    """Two steps, each as that of a plain twin; returns how many messages the last one sent from here."""
+    with pe.Pipeline(model, loss_fn=F.mse_loss, mesh=dist.group.WORLD, timeout=20, **options) as pipe:
         mine = {p for module in pipe.stage_modules for p in module.parameters()}
-        for step in range(batches):
-            generator = torch.Generator().manual_seed(step)
-            x, y = (torch.randn(rows + step, 12, generator=generator) for _ in range(2))
+        for step in range(2):
+            x, y = batch(rows + step, step)
             loss = pipe.step(x, target=y)
-            assert torch.equal(loss, reference_step(plain, x, y, microbatches, F.mse_loss))
+            assert torch.equal(loss, reference_step(plain, x, y, pipe.microbatches, F.mse_loss))
             expected = gradients(plain)
             for name, p in model.named_parameters():
                 if p in mine:
@@ -70,7 +46,9 @@ def every_schedule():
     for name in NAMES:
         stages, microbatches = stages_of(name, ranks), 2 * ranks
         for pack in (1, 2, microbatches):
-            sent = check_steps(chain(8), stages, microbatches, schedule=name, pack=pack)
+            model = chain(8, WIDTH)
+            options = {"num_stages": stages, "microbatches": microbatches, "schedule": name, "pack": pack}
+            sent = check_steps(model, twin(model), **options)
             for (_, direction), count in sent.items():
                 k = pack if direction == "backward" else 1
                 assert count == -(-microbatches // k), (name, pack, direction)
@@ -81,24 +59,37 @@ def test_every_schedule_and_k_gives_plain_gradients_with_a_message_for_each_grou
     run(ranks, every_schedule, timeout=240)
 
 
+def every_schedule_in_replicas():
+    """Two replicas of two ranks each: a mean of sums, in another order than that of the whole batch."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
+    microbatches = 4
+    for name, pack in itertools.product(NAMES, (1, 2, microbatches)):
+        model = chain(8, WIDTH)
+        plain = twin(model)
+        with pe.Pipeline(
+            model, stages_of(name, 2), microbatches, name, F.mse_loss, pack=pack, mesh=mesh, timeout=20
+        ) as pipe:
+            for step in range(2):
+                x, y = batch(22, step)
+                of_replica = (t.chunk(2)[mesh.get_local_rank("dp")] for t in (x, y))
+                pipe.step(next(of_replica), target=next(of_replica))
+                F.mse_loss(plain(x), y).backward()
+            found = {(name, pack, of): p.grad for of, p in pipe.named_parameters()}
+            torch.testing.assert_close(found, {key: plain.get_parameter(key[-1]).grad for key in found})
+
+
+def test_every_schedule_and_k_in_two_replicas_gives_the_gradients_of_the_whole_batch():
+    run(4, every_schedule_in_replicas, timeout=240)
+
+
 def random_runs(seed, runs):
     chance = random.Random(seed)
     ranks = dist.get_world_size()
-    for _ in range(runs):
-        name = chance.choice(NAMES)
-        microbatches = 2 * chance.randint(ranks, 4)
-        layers = [Delayed(layer, chance.random() + dist.get_rank()) for layer in chain(8)]
-        check_steps(
-            nn.Sequential(*layers),
-            stages_of(name, ranks),
-            microbatches,
-            schedule=name,
-            pack=chance.randint(1, microbatches),
-            pack_forward=chance.choice((1, 1, 2)),
-            overlap=chance.random() < 0.3,
-            reactive=True,
-            rows=microbatches + chance.randint(0, 7),
-        )
+    while runs:
+        drawn = draw(chance, ranks)
+        with contextlib.suppress(pe.InvalidSchedule):  # not within the limits that were drawn
+            check_steps(drawn.model, drawn.plain, drawn.rows, **drawn.options)
+            runs -= 1
 
 
 def test_fifty_random_runs_end_with_the_right_gradients():

@@ -1,126 +1,205 @@
-"""Checkpoints of a pipeline whose ranks are processes."""
+"""The state of a pipeline whose ranks are processes, and its checkpoints."""
 
 import models
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import Failed, outcomes, run
+from processes import run
+from reference import reference_step
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
 import pipeline_ext as pe
 
-STEPS = 4
+COUNT = 4  # microbatches
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def batch(step):
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(8, 12, generator=generator), torch.randn(8, 12, generator=generator)
+def made(seed=1, device="cpu"):
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return models.chain()
 
 
-def pipeline(model, pp, mesh=None):
-    if mesh is None and dist.is_initialized():
-        mesh = dist.init_device_mesh("cpu", (pp,), mesh_dim_names=("pp",))
-    return pe.Pipeline(model, pp, 4, loss_fn=F.mse_loss, mesh=mesh)
+def batches(count):
+    generator = torch.Generator().manual_seed(2)
+    return [tuple(torch.randn(2, 8, 12, generator=generator)) for _ in range(count)]
 
 
-def train(pipe, optimizer, steps):
+def pipeline(model, num_stages=2, **options):
+    options = {"mesh": dist.group.WORLD if dist.is_initialized() else None, "timeout": 20} | options
+    return pe.Pipeline(model, num_stages, COUNT, loss_fn=F.mse_loss, **options)
+
+
+def adam(model, lr=1e-3):
+    return torch.optim.AdamW(model.parameters(), lr=lr)
+
+
+def train(step, optimizer, data):
+    """Returns the losses."""
     losses = []
-    for step in steps:
-        x, y = batch(step)
+    for x, y in data:
         optimizer.zero_grad()
-        losses.append(pipe.step(x, target=y).item())
-        pipe.clip_grad_norm_(0.5)
+        losses.append(step(x, y).item())
         optimizer.step()
     return losses
 
 
-def save(path, pp, mesh=None):
-    """Trains for some steps, and saves; returns the losses of those that follow."""
-    torch.manual_seed(0)
-    with pipeline(models.chain(), pp, mesh) as pipe:
-        optimizer = torch.optim.AdamW(pipe.parameters(), lr=0.01)
-        train(pipe, optimizer, range(STEPS))
-        pe.save_checkpoint(path, pipe, optimizer, step=STEPS)
-        return train(pipe, optimizer, range(STEPS, 2 * STEPS))
+def step_of(pipe):
+    return lambda x, y: pipe.step(x, target=y)
 
 
-def save_replicas(path):
-    return save(path, 2, dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))["pp"])
+def plain_step(model):
+    return lambda x, y: reference_step(model, x, y, COUNT, F.mse_loss)
 
 
-def resume(path, pp):
-    torch.manual_seed(1)
-    with pipeline(models.chain(), pp) as pipe:
-        optimizer = torch.optim.AdamW(pipe.parameters())
-        step = pe.load_checkpoint(path, pipe, optimizer)["step"]
-        return train(pipe, optimizer, range(step, 2 * STEPS))
+def saves(path, replicas=1):
+    """Saves after two steps, the same in each replica."""
+    options = {}
+    if replicas > 1:
+        options["mesh"] = dist.init_device_mesh("cpu", (replicas, 2), mesh_dim_names=("dp", "pp"))
+    with pipeline(made(), **options) as pipe:
+        optimizer = adam(pipe)
+        train(step_of(pipe), optimizer, batches(2))
+        pe.save_checkpoint(path, pipe, optimizer, step=2)
 
 
-def test_saved_by_two_processes_one_and_four_go_on_to_the_same_losses(tmp_path):
-    path = tmp_path / "last"
-    expected, same = run(2, save, path, 2)
-    assert expected == same
-    assert resume(path, 1) == pytest.approx(expected, rel=1e-5)
-    for losses in run(4, resume, path, 4):
-        assert losses == pytest.approx(expected, rel=1e-5)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
+def goes_on(path, num_stages, **options):
+    """What a pipeline says when it is loaded: the losses of two more steps, what came back, and its state."""
+    with pipeline(made(seed=3), num_stages, **options) as pipe:
+        optimizer = adam(pipe, lr=1.0)
+        extra = pe.load_checkpoint(path, pipe, optimizer)
+        return train(step_of(pipe), optimizer, batches(4)[2:]), extra, pipe.state_dict()
 
 
-def test_replicas_save_each_tensor_once(tmp_path):
-    run(4, save_replicas, tmp_path / "replicas")
-    save(tmp_path / "one", 2)
+@pytest.fixture(scope="module")
+def expected():
+    """The losses of an unsplit model in four steps, and its state after them."""
+    model = made()
+    losses = train(plain_step(model), adam(model), batches(4))
+    return losses, model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Where two processes have saved."""
+    path = tmp_path_factory.mktemp("checkpoint") / "last"
+    run(2, saves, path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["last"]
+    return path
+
+
+def assert_goes_on(ends, expected):
+    """``ends``: what ``goes_on`` returns in each process."""
+    losses, whole = expected
+    for found, extra, _ in ends:
+        assert (found, extra) == (losses[2:], {"step": 2})
+    assert_same({name: value for *_, state in ends for name, value in state.items()}, whole)
+
+
+def assert_same(found, expected):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+# -- names
+
+
+def names(device):
+    """What a process holds, and what it says to a state of the whole model."""
+    whole = made(seed=3).state_dict()
+    with pipeline(made(device=device)) as pipe:
+        state = {name: value.clone() for name, value in pipe.state_dict().items()}
+        assert list(state) == [name for name, _ in pipe.named_parameters()]
+        answer = str(pipe.load_state_dict(whole))
+        assert_same(pipe.state_dict(), {name: whole[name] for name in state})
+        with pytest.raises(RuntimeError, match="Unexpected key.*nothing.like.it"):
+            pipe.load_state_dict(whole | {"nothing.like.it": torch.zeros(1)})
+        return state, answer
+
+
+def names_of_both():
+    return [names(device) for device in ("cpu", "meta")]
+
+
+def test_each_process_has_its_own_stages_under_the_unsplit_names_and_loads_them_from_the_whole():
+    whole = made().state_dict()
+    (here, here_of_meta), (there, there_of_meta) = run(2, names_of_both)
+    for (first, answer), (second, _) in ((here, there), (here_of_meta, there_of_meta)):
+        assert first and second and list(first) + list(second) == list(whole)
+        assert answer == "<All keys matched successfully>"
+    assert_same(here[0] | there[0], whole)
+
+
+# -- checkpoints
+
+
+WAYS = [
+    {"num_stages": 2},
+    {"num_stages": None, "cuts": [3]},
+    {"num_stages": 4, "schedule": "zbv"},
+    {"num_stages": 4, "schedule": "interleaved-1f1b"},
+]
+
+
+def go_on(path):
+    return [goes_on(path, **way) for way in WAYS]
+
+
+def test_two_processes_go_on_where_two_have_stopped(saved, expected):
+    for ends in zip(*run(2, go_on, saved)):
+        assert_goes_on(ends, expected)
+
+
+def test_four_processes_go_on_where_two_have_stopped(saved, expected):
+    assert_goes_on(run(4, goes_on, saved, 4), expected)
+
+
+@pytest.mark.parametrize("num_stages", [1, 4])
+def test_one_process_goes_on_where_two_have_stopped(num_stages, saved, expected):
+    assert_goes_on([goes_on(saved, num_stages)], expected)
+
+
+def test_two_processes_go_on_where_one_has_stopped(tmp_path, expected):
+    saves(tmp_path / "one")
+    assert_goes_on(run(2, goes_on, tmp_path / "one", 2), expected)
+
+
+def assert_plain_model_goes_on(path, expected):
+    model = made(seed=3)
+    optimizer = adam(model, lr=1.0)
+    pe.load_checkpoint(path, model, optimizer)
+    assert train(plain_step(model), optimizer, batches(4)[2:]) == expected[0][2:]
+
+
+def test_the_plain_model_goes_on_where_two_processes_have_stopped(saved, expected):
+    assert_plain_model_goes_on(saved, expected)
+
+
+def test_what_replicas_share_is_written_once(tmp_path, saved, expected):
+    run(4, saves, tmp_path / "four", 2)
+    assert_plain_model_goes_on(tmp_path / "four", expected)
     lengths = []
-    for name in ("one", "replicas"):
-        held = FileSystemReader(tmp_path / name).read_metadata()
+    for path in (saved, tmp_path / "four"):
+        held = FileSystemReader(path).read_metadata()
         lengths.append(sum(entry.length for entry in held.storage_data.values()))
-        files = sum(file.stat().st_size for file in (tmp_path / name).glob("*.distcp"))
-        assert files == lengths[-1]
+        assert sum(file.stat().st_size for file in path.glob("*.distcp")) == lengths[-1]
     assert lengths[0] == lengths[1]
 
 
-def names(meta):
-    """The names of a process's parameters, and what loading the whole model's state answers."""
-    torch.manual_seed(0)
-    whole = models.chain()
-    state = {name: value.clone() for name, value in whole.state_dict().items()}
-    with torch.device("meta" if meta else "cpu"):
-        model = models.chain()
-    with pipeline(model, 2) as pipe:
-        answer = str(pipe.load_state_dict(state))
-        for name, parameter in pipe.named_parameters():
-            assert torch.equal(parameter, state[name])
-        assert list(pipe.state_dict()) == [name for name, _ in pipe.named_parameters()]
-        with pytest.raises(RuntimeError, match="Unexpected key.*other"):
-            pipe.load_state_dict(state | {"other": torch.ones(1)})
-        return [name for name, _ in pipe.named_parameters()], answer
+def is_refused(path):
+    """In both processes, one of which has an optimizer of another model's."""
+    with pipeline(made()) as pipe:
+        foreign = nn.Linear(2, 2) if dist.get_rank() == 1 else pipe
+        with pytest.raises(pe.InvalidArgument, match="a parameter of shape .* that is not the model's"):
+            pe.save_checkpoint(path, pipe, adam(foreign))
+        with pytest.raises(pe.InvalidArgument, match="there is none"):
+            pe.load_checkpoint(path, pipe)
 
 
-@pytest.mark.parametrize("meta", [False, True])
-def test_each_process_has_its_stages_parameters_under_the_unsplit_names(meta):
-    (first, answer), (second, _) = run(2, names, meta)
-    assert first + second == [name for name, _ in models.chain().named_parameters()]
-    assert answer == "<All keys matched successfully>"
-
-
-def save_with_anothers_parameter(path):
-    model = models.chain()
-    with pipeline(model, 2) as pipe:
-        other = nn.Linear(2, 2).parameters() if dist.get_rank() else ()
-        pe.save_checkpoint(path, pipe, torch.optim.SGD([*pipe.parameters(), *other]))
-
-
-def load_nothing(path):
-    with pipeline(models.chain(), 2) as pipe:
-        pe.load_checkpoint(path, pipe)
-
-
-@pytest.mark.parametrize(
-    "body, said", [(save_with_anothers_parameter, "not the model's"), (load_nothing, "there is none")]
-)
-def test_what_one_process_refuses_all_do(body, said, tmp_path):
-    for outcome in outcomes(2, body, tmp_path / "last"):
-        assert isinstance(outcome, Failed) and outcome.kind is pe.InvalidArgument, outcome
-        assert said in outcome.message
+def test_what_one_process_cannot_save_none_saves_and_what_is_not_there_none_loads(tmp_path):
+    run(2, is_refused, tmp_path / "last")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,121 @@
+"""What "auto" chooses over processes: one plan for all, and plain autograd's gradients before and after."""
+
+import contextlib
+import io
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from processes import run
+from random_runs import WIDTH, Dawdling
+from reference import reference_step, twin
+from torch import nn
+
+import pipeline_ext as pe
+from pipeline_ext import pack_choice, schedule_choice
+
+STEPS, MICROBATCHES = 5, 8
+
+
+def model(stages, skips):
+    ends = {0: (["skip"], []), stages - 1: ([], ["skip"])} if skips else {}
+    return nn.Sequential(*(Dawdling(None, *ends.get(stage, ([], []))) for stage in range(stages)))
+
+
+def change():
+    """Sees to it that the last plan tried is taken, an order that is not that of the first steps."""
+    makespans = itertools.count(1000, -1)
+    schedule_choice.simulate = lambda *given: SimpleNamespace(
+        makespan=next(makespans), peak_in_flight=pe.simulate(*given).peak_in_flight
+    )
+    schedule_choice.search = find
+    pack_choice._WORTH = schedule_choice._WORTH = math.inf
+
+
+def find(costs, *, num_ranks, chunks, microbatches, schedules, **_):
+    name = "zb-h1" if "zb-h1" in schedules else "v-half"
+    plan = pe.build_plan(name, num_stages=num_ranks * chunks[0], num_ranks=num_ranks, microbatches=microbatches)
+    return SimpleNamespace(
+        interrupted=False, simulations=1, best=SimpleNamespace(schedule="zb-auto", plan=plan)
+    )
+
+
+def train(stages, dp, skips, options):
+    """Trains past the choice; returns the plans before and after, and what was said."""
+    change()
+    mesh = dist.init_device_mesh("cpu", (dp, 2), mesh_dim_names=("dp", "pp"))
+    trained = model(stages, skips)
+    plain = twin(trained)
+    said = io.StringIO()
+    with pe.Pipeline(
+        trained, stages, MICROBATCHES, loss_fn=F.mse_loss, mesh=mesh, timeout=20, **options
+    ) as pipe:
+        before = describe(pipe.plan)
+        for step in range(STEPS):
+            x, y = torch.randn(2, 10 * dp, WIDTH)
+            mine = [part.chunk(dp)[mesh.get_local_rank("dp")] for part in (x, y)]
+            with contextlib.redirect_stdout(said):
+                pipe.step(mine[0], target=mine[1])
+            chosen = pipe.pack_choice or pipe.schedule_choice
+            assert (chosen is not None) == (step > 2)
+            if dp == 1:
+                reference_step(plain, x, y, MICROBATCHES, F.mse_loss)
+            else:
+                F.mse_loss(plain(x), y).backward()
+            for name, p in pipe.named_parameters():
+                expected = plain.get_parameter(name).grad
+                assert torch.equal(p.grad, expected) if dp == 1 else torch.allclose(p.grad, expected, atol=1e-6)
+        assert pipe.plan is chosen.plan
+        return before, describe(pipe.plan), str(chosen), said.getvalue()
+
+
+def describe(plan):
+    return plan.to_csv(), plan.packs, plan.packs_forward, plan.limits
+
+
+@pytest.mark.parametrize(
+    "stages, dp, skips, options",
+    [
+        (2, 1, False, {"pack": "auto"}),
+        (4, 1, True, {"pack": "auto", "pack_forward": "auto", "schedule": "interleaved-1f1b"}),
+        (2, 1, False, {"schedule": "auto"}),
+        (4, 1, True, {"schedule": "auto", "pack": 2}),
+        (2, 2, False, {"schedule": "auto", "in_flight": 3}),
+    ],
+)
+def test_all_processes_follow_what_one_chooses(stages, dp, skips, options):
+    (before, after, chosen, said), *others = run(2 * dp, train, stages, dp, skips, options)
+    assert before != after
+    assert said == f"{chosen}\n"
+    assert others == [(before, after, chosen, "")] * (2 * dp - 1)
+
+
+def fail_to_choose():
+    trained = model(2, False)
+    with pe.Pipeline(
+        trained, 2, MICROBATCHES, "auto", F.mse_loss, mesh=dist.group.WORLD, timeout=20
+    ) as pipe:
+        x, y = torch.randn(2, 10, WIDTH)
+        for _ in range(3):
+            pipe.step(x, target=y)
+        schedule_choice.search = interrupted
+        with pytest.raises(KeyboardInterrupt if dist.get_rank() == 0 else pe.PeerError) as failed:
+            pipe.step(x, target=y)
+        change()
+        assert pipe.schedule_choice is None
+        pipe.step(x, target=y)
+        assert pipe.schedule_choice is not None
+        return str(failed.value)
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_where_one_is_interrupted_nothing_is_chosen_and_all_can_try_again():
+    _, told = run(2, fail_to_choose)
+    assert told == "rank 0 (process 0) was to choose a plan: KeyboardInterrupt: "
