@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from cpu_step import timed
@@ -112,7 +113,7 @@ def ours(case: str, schedule: str, way: str, store: str, rank: int) -> Run:
     return timed(step, model, dist.barrier, measured)
 
 
-def _hidden(trace: "pe.Trace") -> float:
+def _hidden(trace: Any) -> float:
     """Share of the time in which this process reduced that lies before its last task's end."""
     end, covered, reducing, late = max(task.end for task in trace.tasks), 0.0, 0.0, 0.0
     for record in trace.reductions:

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from os import PathLike
+from typing import Any
+
+import torch
 
 from .packing.arrays import Array
 from .packing.layout import Layout
@@ -121,6 +124,7 @@ def make_forward_plan(
     *,
     overlap: bool = False,
     skips: Sequence[Skip] = [],
+    reactive: bool = True,
 ) -> Plan: ...
 
 class CostsByStage:

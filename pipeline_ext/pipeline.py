@@ -239,8 +239,8 @@ class Pipeline(UnsplitModel):
                     "overlap": [f"{bool(overlap)}"],
                     "reactive": [f"{bool(reactive)}"],
                     "in_flight": [f"{plan.limits}"],
-                    "graphs": [f"{bool(graphs)}"],
                     "costs": [f"{costs}"],
+                    "graphs": [f"{bool(graphs)}"],
                     **{
                         name: describe_module(module)
                         for name, module in [

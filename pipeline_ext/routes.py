@@ -34,6 +34,7 @@ class Routes:
                 microbatches,
                 overlap=trained.overlap,
                 skips=[_C.Skip(skip.source, skip.target) for skip in trained.skips],
+                reactive=trained.reactive,
             )
             self._eval[microbatches] = self._engine.route(plan, self._eval_bodies)
         return self._eval[microbatches]

@@ -220,12 +220,13 @@ matplotlib or where the file cannot be written.)")
   m.def(
       "make_forward_plan",
       [](const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, bool overlap,
-         std::vector<Skip> skips) {
-        return make_shared_plan(
-            [&] { return make_forward_plan(rank_of_stage, num_ranks, microbatches, overlap, skips); });
+         std::vector<Skip> skips, bool reactive) {
+        return make_shared_plan([&] {
+          return make_forward_plan(rank_of_stage, num_ranks, microbatches, overlap, skips, reactive);
+        });
       },
       py::arg("rank_of_stage"), py::arg("num_ranks"), py::arg("microbatches"), py::kw_only(),
-      py::arg("overlap") = false, py::arg("skips") = py::list());
+      py::arg("overlap") = false, py::arg("skips") = py::list(), py::arg("reactive") = true);
 }
 
 }  // namespace pe

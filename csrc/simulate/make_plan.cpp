@@ -169,14 +169,14 @@ Plan make_plan(const Order& order, PlanOptions options, const Slots& slots) {
 }
 
 Plan make_forward_plan(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches,
-                       bool overlap, std::vector<Skip> skips) {
+                       bool overlap, std::vector<Skip> skips, bool reactive) {
   const int num_stages = static_cast<int>(rank_of_stage.size());
   Order order(num_ranks);
   for (int m = 0; m < microbatches; ++m) {
     for (int s = 0; s < num_stages; ++s) order[rank_of_stage[s]].push_back({s, m, Kind::F});
   }
   return Plan(order, {num_stages, microbatches, false, rank_of_stage},
-              {overlap, true, {{}, {}, std::move(skips)}});
+              {overlap, reactive, {{}, {}, std::move(skips)}});
 }
 
 }  // namespace pe

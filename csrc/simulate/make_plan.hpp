@@ -23,6 +23,6 @@ Plan make_plan(const Order& order, PlanOptions options, const Slots& slots = {})
 
 // Every F and nothing else, microbatch by microbatch.
 Plan make_forward_plan(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches,
-                       bool overlap = false, std::vector<Skip> skips = {});
+                       bool overlap = false, std::vector<Skip> skips = {}, bool reactive = true);
 
 }  // namespace pe

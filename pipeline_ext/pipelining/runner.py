@@ -41,7 +41,7 @@ class Runner:
         order = order_of(schedule)
         if order is None:
             homes = [first.stage_index_to_group_rank[s] for s in range(first.num_stages)]
-            plan = _C.make_forward_plan(homes, first.group_size, count)
+            plan = _C.make_forward_plan(homes, first.group_size, count, reactive=False)
             self._tasks = Tasks(schedule, self._stages, [])
         else:
             plan = _C.plan_of_cells(texts(order))
@@ -50,7 +50,7 @@ class Runner:
         self._engine = make_engine(plan, schedule, first)
         self._lifetime = Lifetime(schedule, self._engine)
         self._train = None if order is None else self._engine.route(plan, self._tasks.bodies())
-        forward_plan = _C.make_forward_plan(plan.rank_of_stage, plan.num_ranks, count)
+        forward_plan = _C.make_forward_plan(plan.rank_of_stage, plan.num_ranks, count, reactive=False)
         self._eval = self._engine.route(forward_plan, self._tasks.eval_bodies())
 
     def close(self) -> None:

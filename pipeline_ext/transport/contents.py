@@ -38,7 +38,7 @@ class Contents:
     parts: list[Part]  # by microbatch, in the group's order
 
     def pack(self, results: Sequence[Leaves], buffer: Tensor) -> bool:
-        """Writes a message of such results to ``buffer``; False where they differ, or only ``fill`` can tell."""
+        """Packs results that look as these; False where they do not, or only ``fill`` can tell."""
         return self._template is not None and self._template.pack(results, buffer)
 
     @cached_property
