@@ -54,6 +54,10 @@ def make_engine(
         raise InvalidArgument(
             'reduction averages gradients of ranks on CPUs; leave it out, or give devices=["cpu", ...]'
         )
+    if chooses_pack and processes is not None:
+        raise InvalidArgument(
+            '"auto" measures processes on CPUs; give a schedule and numbers, or devices=["cpu"]'
+        )
     if chooses_pack:
         raise InvalidArgument(
             'pack="auto" measures what packing costs on CPUs; give a number, or devices=["cpu", ...]'

@@ -295,7 +295,7 @@ class Pipeline(UnsplitModel):
         exchange_of = functools.partial(
             Exchange, wire=wires, wire_forward=wires_forward, link=link, skips=skip_names
         )
-        chooses_pack = first_steps.chooses and schedule != planning.AUTO
+        chooses_pack = first_steps.chooses and (schedule != planning.AUTO or processes is not None)
         self._engine = make_engine(
             self._devices, plan, self._stages, exchange_of, shared, reduction, wrapped, chooses_pack, processes
         )

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from .. import _C
 from ..errors import PipelineError
 from ..holdings import Holdings
-from ..processes.failure import Failure
+from ..processes.failure import GRACE, Failure
 from ..processes.group import Processes, seconds
 from ..stage import Stage
 from ..step import Step
@@ -67,7 +67,7 @@ class Kinds:
         self._count += 1
         mine = torch.tensor([0 if kind is None else _latest(self._numbers, kind, self._count)])
         found = [torch.empty_like(mine) for _ in self._processes.members]
-        work = self._processes.messages.all_gather(found, mine, seconds(timeout))
+        work = self._processes.messages.all_gather(found, mine, seconds(timeout + GRACE))
         self._failure.finish(work, timeout, "all processes to begin a step")
         return "-".join(str(int(number)) for number in found) if all(found) else None
 

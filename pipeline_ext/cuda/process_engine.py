@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import PeerError, StepTimeout
 from ..processes.connections import Connections
 from ..processes.ends import ends_of
-from ..processes.failure import Failure
-from ..processes.group import Processes
+from ..processes.failure import GRACE, Failure
+from ..processes.group import Processes, seconds
 from ..recomputation import RecomputationGuard
 from ..shared import SharedParameters
 from ..stage import Stage
@@ -73,7 +73,7 @@ class DeviceProcessEngine(DeviceEngine):
     def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
         """As ``ProcessEngine``; by way of the host."""
         total = tensor.cpu()
-        work = among.all_reduce(total)
+        work = among.all_reduce(total, seconds(timeout + GRACE))
         self._failure.finish(work, timeout, "processes that hold one of its parameters, too")
         tensor.copy_(total)
 
