@@ -22,8 +22,8 @@ from models import loss_fn
 from side_by_side import Contender, Run, one_thread_a_process, running, spread, wait_until_quiet
 from torch import Tensor, nn
 
-MICROBATCHES = 4
-LAYERS = 8
+MICROBATCHES = 8
+LAYERS = 16
 WIDTH = 1024
 BUCKET = 2**22  # bytes, of both: a layer's weight
 SCHEDULES = {"1f1b": ("1F1B", 2), "interleaved-1f1b": ("Interleaved1F1B", 4)}  # and the stages it takes
@@ -33,12 +33,12 @@ WAYS = ("during", "after", "none")
 class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        time.sleep(0.006)
+        time.sleep(0.003)
         return x.clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        time.sleep(0.012)
+        time.sleep(0.006)
         return grad
 
 
