@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from .errors import PipelineError
@@ -35,6 +36,8 @@ class Received:
         self.grad = self.leaf.grad = None  # a graph that still has to find gradients of weights holds this
         if grad is None or grad.layout is not torch.strided:
             return grad
+        if isinstance(grad, DTensor):
+            return grad.clone()
         return _copy(grad) if is_shared(grad) else grad
 
     def was_written(self) -> bool:

@@ -116,8 +116,8 @@ def share_memory(tensors: Sequence[Tensor]) -> bool:
 def _check_plain(tensor: Tensor) -> None:
     if isinstance(tensor, DTensor):
         raise PipelineError(
-            "a DTensor does not go from stage to stage; return its to_local() or full_tensor(), and in the "
-            "next stage make it anew with DTensor.from_local"
+            "a DTensor is not packed with others, and no skip connection; hand over its to_local() or "
+            "full_tensor(), and make it anew with DTensor.from_local"
         )
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested
     if not plain or tensor.layout is not torch.strided:

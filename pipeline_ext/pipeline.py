@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import _C, arguments, auto, microbatch, partition, planning
 from . import devices as device_choice
@@ -242,11 +243,11 @@ class Pipeline(UnsplitModel):
                     "costs": costs,
                     "graphs": bool(graphs),
                 },
+                float(timeout),
                 {
                     **{f"stage {i}": local.get(i, module) for i, module in enumerate(modules)},
                     "loss_fn": loss_fn,
                 },
-                float(timeout),
             )
             declared = skips_of_all(processes, declared, float(timeout))
         skips = [skip for skip in find_skips(declared) if skip.source < skip.target]
@@ -276,6 +277,7 @@ class Pipeline(UnsplitModel):
                 is_last=index == len(modules) - 1,
                 loss_fn=loss_fn if index == len(modules) - 1 else None,
                 skips=skips,
+                mesh=mesh if isinstance(mesh, DeviceMesh) else None,
             )
             for index, module in local.items()
         ]

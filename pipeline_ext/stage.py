@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import boundary
 from .abandoned import this_thread
@@ -14,6 +15,7 @@ from .skips import NamedSkip
 from .split_backward import WeightGradients, find_input_gradients, run_backward
 from .stage_skips import StageSkips
 from .step import Step
+from .transport.dtensors import Meshes
 
 Arguments = tuple[tuple, dict[str, Any]]
 
@@ -48,7 +50,8 @@ class Stage:
 
     ``forward``, ``backward``, ``input_gradient``, ``weight_gradient`` and ``evaluate`` are the bodies of tasks:
     F, B, I, W, and F of an evaluation. ``loss_fn`` is given to the last stage alone. If it is a module, its
-    parameters are trained too. ``skips`` are those of all stages.
+    parameters are trained too. ``skips`` are those of all stages. ``mesh``: of all processes; DTensors from
+    other stages may lie on it.
 
     Attributes:
         is_last: whether it is the model's last, and its output the model's.
@@ -64,6 +67,7 @@ class Stage:
         is_last: bool,
         loss_fn: Callable[..., Tensor] | None = None,
         skips: Sequence[NamedSkip] = (),
+        mesh: DeviceMesh | None = None,
     ) -> None:
         self.index = index
         self.module = module
@@ -71,6 +75,7 @@ class Stage:
         self.unsplit = ""
         self.is_last = is_last
         self._loss_fn = loss_fn
+        self._meshes = Meshes(self.modules(), mesh)
         self._step: Step | None = None
         self._entrance = boundary.Entrance()
         self._skips = StageSkips(index, skips)
@@ -128,6 +133,7 @@ class Stage:
                 step.outputs[m] = boundary.detach(value)
         else:
             sent = boundary.differentiable(value)
+            self._meshes.learn(sent)
             step.exchange.send_value(self.index, m, value)
         stashed = self._skips.send(step.exchange, m, scope)
         self._in_flight[m] = _InFlight(received, popped, sent, stashed, losses)
@@ -194,7 +200,7 @@ class Stage:
         # Skips first: plain autograd finds the gradients of what is used later before others.
         grads = [
             *self._skips.receive_gradients(step.exchange, m),
-            *step.exchange.receive_gradients(self.index, m),
+            *step.exchange.receive_gradients(self.index, m, self._meshes),
         ]
         for tensor, grad in zip((*in_flight.stashed, *in_flight.sent), grads):
             if grad is not None:
@@ -232,7 +238,7 @@ class Stage:
     def _arguments(self, step: Step, m: int) -> Arguments:
         if self.index == 0:
             return step.inputs[m]
-        return (step.exchange.receive_value(self.index, m),), {}
+        return (step.exchange.receive_value(self.index, m, self._meshes),), {}
 
     def _receive(self, step: Step, m: int) -> tuple[Arguments, list[boundary.Received]]:
         arguments = self._arguments(step, m)

@@ -30,8 +30,7 @@ class Team:
     def check_agreement(self, settings: Mapping[str, Any]) -> None:
         """Raises InvalidArgument, in all processes, where two have other settings."""
         if self.group is not None:
-            lines = {name: [str(value)] for name, value in settings.items()}
-            check_agreement(Processes.of(self.group), lines, _TIMEOUT)
+            check_agreement(Processes.of(self.group), settings, _TIMEOUT)
 
     def all_of(self, values: Sequence[float]) -> Tensor:
         """What all processes call it with, float64 [processes, values]."""

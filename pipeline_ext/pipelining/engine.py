@@ -40,8 +40,8 @@ def make_engine(plan: _C.Plan, schedule: Any, stage: Any) -> HostEngine:
         )
     processes = Processes.of(_group(stage))
     settings = {
-        "n_microbatches": [f"{plan.num_microbatches}"],
-        "scale_grads": [f"{schedule.scale_grads}"],
+        "n_microbatches": plan.num_microbatches,
+        "scale_grads": schedule.scale_grads,
         "schedule": [type(schedule).__name__, *plan.to_csv().splitlines()],
     }
     check_agreement(processes, settings, timeout_of(stage))

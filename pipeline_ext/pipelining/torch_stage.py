@@ -99,7 +99,8 @@ class TorchStage(Stage):
                     came = None
                     (args, kwargs), received = self._entrance.receive((args, kwargs), own=True)
                 else:
-                    came, received = self._entrance.receive(step.exchange.receive_value(self.index, m))
+                    value = step.exchange.receive_value(self.index, m, self._meshes)
+                    came, received = self._entrance.receive(value)
                 output = self._call(came, args, kwargs)
             boundary.check_aliases(received)
         except Exception:
@@ -115,7 +116,9 @@ class TorchStage(Stage):
     def send_value(self, m: int, output: Any) -> None:
         """Sends what ``compute`` returned on to the next stage."""
         value = self._link.value(output, self._came.pop(m))
-        self._in_flight[m].sent.extend(boundary.differentiable(value))
+        sent = boundary.differentiable(value)
+        self._meshes.learn(sent)
+        self._in_flight[m].sent.extend(sent)
         self._step.exchange.send_value(self.index, m, value)
 
     def differentiate(self, m: int, loss: Tensor | None) -> None:

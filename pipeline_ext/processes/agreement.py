@@ -14,8 +14,9 @@ from ..errors import InvalidArgument, PeerError
 from ..skips import DeclaredSkips
 from .group import Processes, seconds
 
+
 def check_agreement(
-    processes: Processes, settings: Mapping[str, Any], modules: Mapping[str, Any], timeout: float
+    processes: Processes, settings: Mapping[str, Any], timeout: float, modules: Mapping[str, Any] | None = None
 ) -> None:
     """Raises InvalidArgument, in every process, where two of them differ in what both have named.
 
@@ -24,9 +25,11 @@ def check_agreement(
     within ``timeout`` seconds.
     """
     settings = {
-        **{name: value if isinstance(value, list) else [f"{value}"] for name, value in settings.items()},
-        **{name: _describe_module(found) for name, found in modules.items() if isinstance(found, nn.Module)},
+        name: value if isinstance(value, list) else [f"{value}"] for name, value in settings.items()
     }
+    for name, module in (modules or {}).items():
+        if isinstance(module, nn.Module):
+            settings[name] = _describe_module(module)
     _tell(processes, "lines", settings)
     _tell(processes, "digests", {name: _digest(lines) for name, lines in settings.items()})
     digests = _hear(processes, "digests", processes.everyone, timeout)

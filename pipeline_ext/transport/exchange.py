@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from .. import _C
 from .channel import Channel, Passage
+from .dtensors import Meshes, joined, parted
 from .link import FREE_LINK, LocalLink
 from .remote import Incoming, Outgoing, Receiver
 from .skip_channel import SkipChannel
@@ -201,8 +202,11 @@ class Exchange:
             channel.send(m, (value,))
         else:
             leaves, spec = ([value], None) if type(value) is Tensor else pytree.tree_flatten(value)
-            known = self._step.passed_on(stage, m) if isinstance(channel, ToProcess) else ()
-            channel.send(m, [*leaves, *known, len(leaves), spec])
+            known, dtensors = (), None
+            if isinstance(channel, ToProcess):
+                known = self._step.passed_on(stage, m)
+                leaves, dtensors = parted(leaves)
+            channel.send(m, [*leaves, *known, dtensors, len(leaves), spec])
 
     def carry_value(self, stage: int, m: int) -> None:
         """Takes what ``stage`` has sent on to the next stage's device or process, if that is another."""
@@ -212,15 +216,16 @@ class Exchange:
         """Takes the gradients that ``stage`` has sent back to the device or process of the stage before."""
         self._backward[stage - 1].carry(m)
 
-    def receive_value(self, stage: int, m: int) -> Any:
-        """What the stage before has sent to ``stage``."""
+    def receive_value(self, stage: int, m: int, meshes: Meshes) -> Any:
+        """What the stage before has sent to ``stage``, whose DTensors lie on ``meshes``."""
         channel = self._forward[stage - 1]
         if channel.hands_over:
             (value,) = channel.receive(m)
             return value
-        *leaves, count, spec = channel.receive(m)
+        *leaves, dtensors, count, spec = channel.receive(m)
         if isinstance(channel, FromProcess):
             self._step.take_in(stage, m, leaves[count:])
+            leaves = joined(leaves[:count], dtensors, meshes)
         return leaves[0] if spec is None else pytree.tree_unflatten(leaves[:count], spec)
 
     def send_gradients(self, stage: int, m: int, gradients: list[Tensor | None]) -> None:
@@ -228,19 +233,22 @@ class Exchange:
         channel = self._backward[stage - 1]
         if isinstance(channel, ToProcess):
             # By the last message the last stage has run all forwards: the loss is known.
-            gradients = [*gradients, self._step.known_loss() if channel.completes(m) else None]
+            loss = self._step.known_loss() if channel.completes(m) else None
+            gradients, dtensors = parted(gradients)
+            gradients = [*gradients, dtensors, loss]
         channel.send(m, gradients)
 
-    def receive_gradients(self, stage: int, m: int) -> Sequence[Tensor | None]:
-        """The gradients of what ``stage`` has sent; of the last stage none."""
+    def receive_gradients(self, stage: int, m: int, meshes: Meshes) -> Sequence[Tensor | None]:
+        """The gradients of what ``stage`` has sent, DTensors on ``meshes``; of the last stage none."""
         if stage == len(self._backward):
             return ()
         channel = self._backward[stage]
         gradients = channel.receive(m)
         if isinstance(channel, FromProcess):
-            *gradients, loss = gradients
+            *gradients, dtensors, loss = gradients
             if loss is not None:
                 self._step.learn_loss(loss)
+            return joined(gradients, dtensors, meshes)
         return gradients
 
     def send_skip(self, stage: int, name: str, m: int, tensor: Tensor) -> None:
