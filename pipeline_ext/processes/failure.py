@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ..errors import PeerError, StepTimeout
 from .notice import Notices
 
-GRACE = 2.0  # seconds in which a process that is gone may still be found to have said why
+GRACE = 1.0  # seconds in which a process that is gone may still be found to have said why; replicas wait longer
 
 
 class Executor(Protocol):

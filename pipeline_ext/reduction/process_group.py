@@ -22,7 +22,7 @@ from ..processes.notice import Notices
 
 _made: Counter[str] = Counter()  # members, by the processes of their group
 
-_GRACE = 2.0  # seconds that a process has to answer; a thread of its own does, whatever else computes
+_GRACE = 4.0  # seconds that a process has to answer, and to say for whom it waits itself
 
 
 class ProcessGroupMember:
