@@ -5,10 +5,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .buffers import Buffers
-from .contents import Leaves, Message, Result, fill
+from .contents import Leaves, Message, Result, fill, nbytes_of
 from .link import FREE_LINK, LocalLink
 from .message import Format
 
@@ -98,8 +97,7 @@ class Channel:
         Raises PipelineError for tensors that cannot be packed.
         """
         if m == 0:
-            tensors = (leaf for leaf in pytree.tree_leaves(leaves) if isinstance(leaf, Tensor))
-            self.result_nbytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+            self.result_nbytes = nbytes_of(leaves)
         if self.hands_over:
             self._arrived[m] = leaves
             if self._passage is not None:

@@ -7,12 +7,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .. import _C
 from ..memory import Region
 from .message import Format, message_of
 
 Leaves = Sequence[Any]  # tensors, and what goes along as it is
+
+
+def nbytes_of(result: Any) -> int:
+    """Bytes of the tensors in a microbatch's result, any pytree."""
+    tensors = (leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 class Part(NamedTuple):

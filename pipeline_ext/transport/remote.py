@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import PeerError
-from .contents import Contents, Leaves, Message, Result, fill
+from .contents import Contents, Leaves, Message, Result, fill, nbytes_of
 from .description import decode, encode
 from .packet import Packet, Packets
 
@@ -128,8 +128,7 @@ class Outgoing:
         Raises PipelineError for what cannot be packed, PeerError where the other process is gone.
         """
         if m == 0:
-            tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
-            self.result_nbytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+            self.result_nbytes = nbytes_of(leaves)
         index, at = self._place[m]
         waiting = self._waiting.setdefault(index, {})
         waiting[at] = leaves

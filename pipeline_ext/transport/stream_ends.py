@@ -10,9 +10,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from .contents import Contents, Leaves, Message, Result, fill
+from .contents import Contents, Leaves, Message, Result, fill, nbytes_of
 from .remote import Way
 
 
@@ -87,8 +86,7 @@ class StreamOutgoing:
         Raises PipelineError for what cannot be packed, or is of a shape that the receiver cannot expect.
         """
         if m == 0:
-            tensors = (leaf for leaf in pytree.tree_leaves(leaves) if isinstance(leaf, Tensor))
-            self.result_nbytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+            self.result_nbytes = nbytes_of(leaves)
         index = self._index[m]
         waiting = self._waiting.setdefault(index, {})
         waiting[m] = leaves

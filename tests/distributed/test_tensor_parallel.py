@@ -53,10 +53,8 @@ def check(pipe, plain):
         torch.testing.assert_close(whole(p.grad), expected[name].grad)
 
 
-def train(schedule):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
-    plain = made(4 if schedule in ("interleaved-1f1b", "zbv") else 2)
-    stages = [parallelize_module(stage, mesh["tp"], PLAN) for stage in twin(plain)]
+def train_like(plain, stages, schedule, mesh):
+    """Two steps and an evaluation of a pipeline of these stages do what the plain model's do."""
     x, y = batch()
     with pe.Pipeline(stages, None, COUNT, schedule, F.mse_loss, mesh=mesh, timeout=20) as pipe:
         assert not pipe.plan.reactive
@@ -67,6 +65,13 @@ def train(schedule):
         out = pipe.eval(x)
         if out is not None:
             torch.testing.assert_close(out, plain(x))
+
+
+def train(schedule):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+    plain = made(4 if schedule in ("interleaved-1f1b", "zbv") else 2)
+    stages = [parallelize_module(stage, mesh["tp"], PLAN) for stage in twin(plain)]
+    train_like(plain, stages, schedule, mesh)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved-1f1b", "zbv"])
@@ -120,15 +125,7 @@ def hand_on(schedule):
     halves = (Up, Down) * (2 if schedule == "interleaved-1f1b" else 1)
     plain = nn.Sequential(*(half() for half in halves))
     stages = [parallelize_module(stage, mesh["tp"], (UP, DOWN)[i % 2]) for i, stage in enumerate(twin(plain))]
-    x, y = batch()
-    with pe.Pipeline(stages, None, COUNT, schedule, F.mse_loss, mesh=mesh, timeout=20) as pipe:
-        for _ in range(2):
-            pipe.step(x, target=y)
-            reference_step(plain, x, y, COUNT, F.mse_loss)
-        check(pipe, plain)
-        out = pipe.eval(x)
-        if out is not None:
-            torch.testing.assert_close(out, plain(x))
+    train_like(plain, stages, schedule, mesh)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "interleaved-1f1b"])
