@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import _C, arguments, auto, microbatch, partition, planning
+from . import _C, arguments, microbatch, partition, planning
 from . import devices as device_choice
 from .engine_choice import described_device, make_engine
 from .errors import InvalidArgument, PipelineError
 from .lifetime import Lifetime
+from .ordering import Ordering, PackLike
 from .pack_choice import PackChoice
 from .processes.agreement import check_agreement, skips_of_all
 from .processes.choosing import OneChooses
@@ -38,7 +39,6 @@ from .transport.link import FREE_LINK, LocalLink
 from .unsplit import LocalModel, UnsplitModel, repeated_names
 from .wrapped import WrappedStages
 
-PackLike = int | str | Mapping[int, int | str]
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
 
 
@@ -163,6 +163,7 @@ class Pipeline(UnsplitModel):
         num_stages = None if num_stages is None else arguments.count("num_stages", num_stages)
         microbatches = arguments.count("microbatches", microbatches)
         arguments.check_settings(loss_fn, loss_reduction, timeout)
+        timeout = float(timeout)
         arguments.check_type("link", link, LocalLink)
         if costs is not None:
             arguments.check_type("costs", costs, Costs)
@@ -180,43 +181,22 @@ class Pipeline(UnsplitModel):
         if overlap is None:
             overlap = device_choice.of_ranks(given, 1)[0].type == "cuda"
         modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
-
-        self.microbatches = microbatches
-        boundaries = len(modules) - 1
-        num_ranks = None if given is None else len(given)
-        in_flight = arguments.in_flight(in_flight, len(modules))
-        schedule = planning.searched(
+        wires = arguments.wires("wire", wire, len(modules) - 1)
+        wires_forward = arguments.wires("wire_forward", wire_forward, len(modules) - 1)
+        ordering = Ordering.of(
             schedule,
             num_stages=len(modules),
-            num_ranks=num_ranks,
+            num_ranks=None if given is None else len(given),
             microbatches=microbatches,
+            pack=pack,
+            pack_forward=pack_forward,
             in_flight=in_flight,
             costs=costs,
-        )
-        plan_of = functools.partial(
-            planning.build_plan,
-            num_stages=len(modules),
-            microbatches=microbatches,
-            num_ranks=num_ranks,
-            overlap=bool(overlap),
-            reactive=bool(reactive),
-            in_flight=in_flight,
-            memory=costs,
-        )
-        first_steps_of = functools.partial(
-            auto.first_steps,
-            schedule,
-            num_stages=len(modules),
-            num_ranks=num_ranks or len(modules),
-            packs=arguments.packs("pack", pack, boundaries, microbatches),
-            packs_forward=arguments.packs("pack_forward", pack_forward, boundaries, microbatches),
-            in_flight=in_flight,
-            memory=costs,
+            overlap=overlap,
+            reactive=reactive,
             graphs=graphs,
         )
-        wires = arguments.wires("wire", wire, boundaries)
-        wires_forward = arguments.wires("wire_forward", wire_forward, boundaries)
-        first_steps = first_steps_of(plan_of)
+        first_steps = ordering.first_steps()
         plan = first_steps.plan
         planning.check_trainable(plan)
         if costs is not None:
@@ -243,13 +223,13 @@ class Pipeline(UnsplitModel):
                     "costs": costs,
                     "graphs": bool(graphs),
                 },
-                float(timeout),
+                timeout,
                 {
                     **{f"stage {i}": local.get(i, module) for i, module in enumerate(modules)},
                     "loss_fn": loss_fn,
                 },
             )
-            declared = skips_of_all(processes, declared, float(timeout))
+            declared = skips_of_all(processes, declared, timeout)
         skips = [skip for skip in find_skips(declared) if skip.source < skip.target]
         skip_names = [skip.name for skip in skips]
         packs_of_skips = arguments.pack_skips(pack_skips or {}, skip_names, microbatches)
@@ -258,7 +238,7 @@ class Pipeline(UnsplitModel):
                 _C.Skip(skip.source, skip.target, pack=k, pack_forward=k)
                 for skip, k in zip(skips, packs_of_skips)
             ]
-            first_steps = first_steps_of(functools.partial(plan_of, skips=planned))
+            first_steps = ordering.first_steps(planned)
             plan = first_steps.plan
         repeated = repeated_names(model, loss_fn)
         ties = None
@@ -269,6 +249,7 @@ class Pipeline(UnsplitModel):
             ties.make_equal()
         if reduction is None and processes is not None and processes.replicas is not None:
             reduction = GradientReduction(processes.keep(ProcessGroupMember(processes.replicas)))
+        self.microbatches = microbatches
         self._num_stages = len(modules)
         self._stages = [
             Stage(
@@ -283,10 +264,10 @@ class Pipeline(UnsplitModel):
         ]
         self._local = LocalModel(model, modules, local, repeated, loss_fn)
         self._group = None if processes is None else processes.group
-        self._gathering = None if processes is None else TraceGathering(processes, float(timeout))
+        self._gathering = None if processes is None else TraceGathering(processes, timeout)
         self._first_steps = first_steps
         if processes is not None and first_steps.chooses:
-            first_steps.others = OneChooses(processes, self._gathering, float(timeout))
+            first_steps.others = OneChooses(processes, self._gathering, timeout)
         self._has_loss = loss_fn is not None
         self.tracing = bool(trace)
         self._devices = device_choice.of_ranks(given, plan.num_ranks)
@@ -322,10 +303,10 @@ class Pipeline(UnsplitModel):
             ties,
             microbatches=microbatches,
             weighted=loss_reduction == "mean",
-            timeout=float(timeout),
+            timeout=timeout,
         )
         self._graphs = (
-            StepGraphs.of(self._engine, self._routes.train, self._stages, optimizer, float(timeout))
+            StepGraphs.of(self._engine, self._routes.train, self._stages, optimizer, timeout)
             if graphs
             else None
         )
