@@ -10,7 +10,7 @@ from . import microbatch
 from .context import CallerContext
 from .engine import Engine, Route, StepResult
 from .errors import PipelineError
-from .failure import NO_GRADIENTS, reason, step_error
+from .failure import NO_GRADIENTS
 from .first_steps import FirstSteps
 from .processes.ties import Ties
 from .reduction import GradientReduction
@@ -19,6 +19,7 @@ from .routes import Routes
 from .shared import SharedParameters
 from .stage import Stage
 from .step import Batch, Outcome, Step
+from .step_run import give_up, run_step
 from .wrapped import WrappedStages
 
 
@@ -136,13 +137,9 @@ class Stepper:
         """Makes ``trace`` that of the step with this result."""
         self.trace = self._trace_of(result) if record else None
 
-    def give_up(self, training: bool = True) -> None:
-        """After a step that failed: what it has left behind cannot be used."""
-        self._engine.give_up(self._stages)
-        if training:
-            for stage in self._stages:
-                for parameter in stage.parameters():
-                    parameter.grad = None
+    def give_up(self) -> None:
+        """After a training step that failed: what it has left behind cannot be used."""
+        give_up(self._engine, self._stages)
 
     def caller_context(self) -> CallerContext:
         """Of the calling thread; the same object while nothing in it has changed."""
@@ -164,31 +161,15 @@ class Stepper:
     def _run(self, route: Route, step: Step, record: bool = False) -> StepResult:
         training = route.plan.has_backward
         measures = training and self._first_steps.measures
-        route.exchange.begin(step)
-        for stage in self._stages:
-            stage.begin(step)
-        try:
-            with self._wrapped.gathered():
-                result = self._engine.run(route, timeout=self._timeout, record=record or measures)
-        except BaseException as interrupt:
-            self._engine.failed(f"{type(interrupt).__name__}: {interrupt}")
-            self.give_up(training)
-            if training:
-                interrupt.add_note(f"the pipeline's step was stopped; {NO_GRADIENTS}")
-            raise
-        finally:
-            awaited = route.exchange.awaited()
-            route.exchange.end()
-            for stage in self._stages:
-                stage.end()
-        if result.outcome != "done":
-            self.give_up(training)
-            if result.outcome != "closed":
-                self._engine.failed(reason(route.plan, result, self._timeout, awaited))
-            try:
-                raise step_error(route.plan, result, self._engine, self._timeout, training, awaited)
-            finally:
-                del result  # it leads to the error, and the error, by its traceback, here
+        result = run_step(
+            self._engine,
+            route,
+            self._stages,
+            step,
+            timeout=self._timeout,
+            record=record or measures,
+            within=self._wrapped.gathered(),
+        )
         if training:
             self.keep_trace(result, record)
         if measures:

@@ -8,10 +8,9 @@ from torch.distributed.pipelining.schedules import _PipelineContext
 
 from .. import _C
 from ..context import CallerContext
-from ..engine import Route
 from ..errors import PipelineError
-from ..failure import NO_GRADIENTS, reason, step_error
 from ..lifetime import Lifetime
+from ..step_run import run_step
 from ..wrapped import WrappedStages
 from .custom import calls_in_place
 from .engine import make_engine, timeout_of
@@ -83,7 +82,8 @@ class Runner:
             self._losses.begin(self._schedule, targets, loss_kwargs)
             try:
                 with self._wrapped.accumulating() if trains else contextlib.nullcontext():
-                    self._run(route, step)
+                    run_step(self._engine, route, list(self._stages.values()), step, timeout=self._timeout)
+                self._engine.settle(route)  # the script may end its process group now, or the process
             finally:
                 self._tasks.end()
                 self._losses.end()
@@ -97,42 +97,6 @@ class Runner:
                 )
         if trains:
             step.backward_into_inputs()
-
-    def _run(self, route: Route, step: TorchStep) -> None:
-        route.exchange.begin(step)
-        for stage in self._stages.values():
-            stage.begin(step)
-        trains = route is self._train
-        try:
-            result = self._engine.run(route, timeout=self._timeout, record=False)
-        except BaseException as interrupt:
-            self._engine.failed(f"{type(interrupt).__name__}: {interrupt}")
-            self._give_up(trains)
-            if trains:
-                interrupt.add_note(f"the step was stopped; {NO_GRADIENTS}")
-            raise
-        finally:
-            awaited = route.exchange.awaited()
-            route.exchange.end()
-            for stage in self._stages.values():
-                stage.end()
-        if result.outcome != "done":
-            self._give_up(trains)
-            if result.outcome != "closed":
-                self._engine.failed(reason(route.plan, result, self._timeout, awaited))
-            try:
-                raise step_error(route.plan, result, self._engine, self._timeout, trains, awaited)
-            finally:
-                del result  # it leads to the error, and the error, by its traceback, here
-        self._engine.settle(route)  # the script may end its process group now, or the process
-
-    def _give_up(self, trains: bool) -> None:
-        """After a step that failed: what it has left behind cannot be used."""
-        self._engine.give_up(list(self._stages.values()))
-        if trains:
-            for stage in self._stages.values():
-                for parameter in stage.parameters():
-                    parameter.grad = None
 
 
 class _Losses:
