@@ -2,7 +2,8 @@
 
 import functools
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineContext
@@ -14,6 +15,17 @@ from .order import Cell
 from .torch_stage import TorchStage
 
 _FORWARD = _ComputationType.FORWARD
+_ENDS_BACKWARD = (_ComputationType.FULL_BACKWARD, _ComputationType.BACKWARD_WEIGHT)
+
+
+class _Task(NamedTuple):
+    """A task of this process, and its place in the order."""
+
+    action: _Action
+    body: Body
+    cell: Cell
+    begins: bool  # its cell
+    ends: bool
 
 
 class Tasks:
@@ -25,14 +37,20 @@ class Tasks:
         The schedule itself is known during a step alone: the engine, which holds all this, ends with it.
         """
         self._stages = stages
-        self._cell_of = {part: cell for cell in cells for part in cell.parts}
+        self._cells = cells
         self._functions = getattr(schedule, "_comp_type_to_function_map", {})
         self._counter: Counter[int] = getattr(schedule, "backward_counter", Counter())
 
     def bodies(self) -> Bodies:
         """Of a training step."""
-        kinds = {(part.stage_index, part.computation_type) for part in self._cell_of}
-        return {(s, kind.value): functools.partial(self._run, s, kind) for s, kind in kinds}
+        tasks: dict[tuple[int, str], dict[int, _Task]] = {}
+        for cell in self._cells:
+            for part in cell.parts:
+                begins, ends = part is cell.parts[0], part is cell.parts[-1]
+                task = _Task(part, self._body_of(part), cell, begins, ends)
+                kind = (part.stage_index, part.computation_type.value)
+                tasks.setdefault(kind, {})[part.microbatch_index] = task
+        return {kind: functools.partial(self._run, of_kind) for kind, of_kind in tasks.items()}
 
     def eval_bodies(self) -> Bodies:
         """Of an evaluation."""
@@ -52,18 +70,28 @@ class Tasks:
         """Lets go of everything that belongs to the step."""
         del self._schedule, self._context, self._caller
 
-    def _run(self, stage: int, kind: _ComputationType, m: int) -> None:
-        part = _Action(stage, kind, m)
-        cell = self._cell_of[part]
-        function = self._functions.get(cell.action.computation_type)
-        if part == cell.parts[0]:
+    def _body_of(self, action: _Action) -> Body:
+        stage = self._stages[action.stage_index]
+        body: dict[_ComputationType, Body] = {
+            _FORWARD: stage.forward,
+            _ComputationType.FULL_BACKWARD: stage.backward,
+            _ComputationType.BACKWARD_INPUT: stage.input_gradient,
+            _ComputationType.BACKWARD_WEIGHT: stage.weight_gradient,
+        }
+        return body[action.computation_type]
+
+    def _run(self, tasks: Mapping[int, _Task], m: int) -> None:
+        task = tasks[m]
+        cell = task.cell
+        function = self._functions.get(cell.action.computation_type) if self._functions else None
+        if task.begins:
             for action in cell.before:
                 self._attend_to(action)
         if function is None:
-            self._perform(part)
-        elif part == cell.parts[-1]:  # now the input of all parts has come
+            self._perform(task)
+        elif task.ends:  # now the input of all parts has come
             self._call(function, cell.action)
-        if part == cell.parts[-1]:
+        if task.ends:
             for action in cell.after:
                 self._attend_to(action)
 
@@ -76,19 +104,13 @@ class Tasks:
                 self._call(function, _Action(stage, _FORWARD, m))
             self._stages[stage].release(m)
 
-    def _perform(self, action: _Action) -> None:
-        stage = self._stages[action.stage_index]
+    def _perform(self, task: _Task) -> None:
+        stage = self._stages[task.action.stage_index]
         if hasattr(self._schedule, "_assert_unsharded"):
             self._schedule._assert_unsharded(stage.torch_stage)
-        if action.computation_type in (_ComputationType.FULL_BACKWARD, _ComputationType.BACKWARD_WEIGHT):
+        if task.action.computation_type in _ENDS_BACKWARD:
             self._counter[stage.index] += 1
-        task: dict[_ComputationType, Body] = {
-            _FORWARD: stage.forward,
-            _ComputationType.FULL_BACKWARD: stage.backward,
-            _ComputationType.BACKWARD_INPUT: stage.input_gradient,
-            _ComputationType.BACKWARD_WEIGHT: stage.weight_gradient,
-        }
-        task[action.computation_type](action.microbatch_index)
+        task.body(task.action.microbatch_index)
 
     def _attend_to(self, action: _Action) -> None:
         """Runs what is listed beside the tasks: for FSDP, or a custom function."""
