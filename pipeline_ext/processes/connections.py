@@ -1,6 +1,8 @@
 """Connections between processes that end when they are closed."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -26,7 +28,8 @@ class Connections:
     def __init__(self, store: dist.Store, members: Sequence[int], timeout: timedelta = _PATIENCE) -> None:
         """All of them, by rank as numbers in the world, open theirs together; ``store`` is for these alone."""
         self.rank = list(members).index(dist.get_rank())
-        self._gloo = dist.ProcessGroupGloo(store, self.rank, len(members), timeout)
+        with _in_background():
+            self._gloo = dist.ProcessGroupGloo(store, self.rank, len(members), timeout)
 
     def send(self, tensors: list[Tensor], rank: int, tag: int) -> dist.Work:
         return self._gloo.send(tensors, rank, tag)
@@ -57,3 +60,22 @@ class Connections:
 def own_part(tensor: Tensor) -> Tensor:
     """What of it is in this process, where several share it out."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def _in_background() -> Iterator[None]:
+    """Threads that begin within it interrupt no others as they wake, where the system (Linux) can see to that.
+
+    gloo's thread tries for the lock of a connection again and again. If it has interrupted the one that holds
+    the lock, a stage that sends, and has its core, neither goes on before the system's next tick, after 4 ms.
+    """
+    if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        yield
+        return
+    with contextlib.suppress(OSError):  # not every container allows it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

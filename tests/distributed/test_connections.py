@@ -1,0 +1,28 @@
+"""The threads behind connections between processes."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from processes import run
+
+from pipeline_ext.processes.connections import Connections
+
+
+def policies():
+    """How the system schedules the threads that a connection begins, and the one that has made it."""
+    before = set(os.listdir("/proc/self/task"))
+    store = dist.PrefixStore("connections", dist.distributed_c10d._get_default_store())
+    connections = Connections(store, range(dist.get_world_size()))
+    begun = set(os.listdir("/proc/self/task")) - before
+    found = {Path(f"/proc/self/task/{task}/comm").read_text(): os.sched_getscheduler(int(task)) for task in begun}
+    connections.close(idle=True)
+    return found, os.sched_getscheduler(0)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="looks at threads in /proc")
+def test_threads_of_connections_do_not_interrupt_a_stage():
+    for begun, own in run(2, policies):
+        assert begun and set(begun.values()) == {os.SCHED_BATCH}, begun
+        assert own == os.SCHED_OTHER
