@@ -9,17 +9,20 @@ Writes bench/results/overlap_dp.json.
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from cpu_step import timed
+from dist_step import promised
 from environment import write_results
 from models import loss_fn
-from side_by_side import Contender, Run, one_thread_a_process, running, spread, wait_until_quiet
+from side_by_side import Contender, Run, Span, in_turn, one_thread_a_process, spread
+from steps import timed
 from torch import Tensor, nn
 
 MICROBATCHES = 8
@@ -106,21 +109,41 @@ def ours(case: str, schedule: str, way: str, store: str, rank: int) -> Run:
         if way == "after":
             _reduce(pipe.stage_modules, mesh.get_group("dp"))
 
-    def measured() -> tuple[list[float], list[float], float | None]:
+    def measured() -> tuple[list[float], list[float], Reduced | None]:
         profile = pipe.profile()
-        return profile.forward, profile.backward, _hidden(pipe.trace) if way == "during" else None
+        return profile.forward, profile.backward, Reduced.of(pipe.trace) if way == "during" else None
 
     return timed(step, model, dist.barrier, measured)
 
 
-def _hidden(trace: Any) -> float:
-    """Share of the time in which this process reduced that lies before its last task's end."""
-    end, covered, reducing, late = max(task.end for task in trace.tasks), 0.0, 0.0, 0.0
-    for record in trace.reductions:
-        begin = max(record.begin, covered)
-        reducing += max(0.0, record.end - begin)
-        late += max(0.0, record.end - max(begin, end))
-        covered = max(covered, record.end)
+class Reduced(NamedTuple):
+    """What a process did in a step; seconds of the machine's clock."""
+
+    computed: float  # until when
+    buffers: list[tuple[float, float]]  # as they left: when each was handed over, and when it was back
+
+    @classmethod
+    def of(cls, trace: Any) -> "Reduced":
+        zero = trace.record.begin * 1e-9
+        return cls(
+            zero + max(task.end for task in trace.tasks),
+            [(zero + record.begin, zero + record.end) for record in trace.reductions],
+        )
+
+
+def hidden(replicas: Sequence[Reduced]) -> float:
+    """Share of the time in which replicas of a rank reduce that lies before the last of them has computed.
+
+    A buffer is reduced from when all of them have handed it over: before that one waits for another.
+    """
+    covered = reducing = late = 0.0
+    computed = max(replica.computed for replica in replicas)
+    for times in zip(*(replica.buffers for replica in replicas)):
+        begins, ends = zip(*times)
+        begin, end = max(covered, *begins), max(ends)
+        reducing += max(0.0, end - begin)
+        late += max(0.0, end - max(begin, computed))
+        covered = max(covered, end)
     return 1.0 - late / reducing
 
 
@@ -156,15 +179,15 @@ def theirs(case: str, schedule: str, way: str, store: str, rank: int) -> Run:
     return timed(step, model, dist.barrier)
 
 
-def promised(schedule: str, of_ranks: list) -> float:
-    """Seconds of a step that reduces nothing, by the times that the first replica measured of its stages."""
-    import pipeline_ext as pe
-
-    forward, backward = ([max(times) for times in zip(*of_kind)] for of_kind in zip(*of_ranks))
-    plan = pe.build_plan(
-        schedule, num_stages=len(forward), microbatches=MICROBATCHES, num_ranks=2, reactive=True
-    )
-    return pe.simulate(plan, pe.Costs(forward=forward, backward=backward)).makespan
+def figure(schedule: str, key: tuple[str, str], ranks: Sequence[Span], took: float) -> float | None:
+    """Of Pipeline: the seconds promised where nothing is reduced; the share hidden, by traces, where it is."""
+    measured = [found for _, _, found in ranks]
+    if key == ("Pipeline", "none"):
+        return promised(schedule, MICROBATCHES, [found[:2] for found in measured[:2]])  # of the first replica
+    if key == ("Pipeline", "during"):
+        reduced = [found[2] for found in measured]
+        return min(hidden(reduced[rank::2]) for rank in range(2))  # where least is hidden
+    return None
 
 
 def measure(case: str, schedule: str, rounds: int) -> list[dict]:
@@ -178,42 +201,27 @@ def measure(case: str, schedule: str, rounds: int) -> list[dict]:
             for engine, make in makes.items()
             for way in WAYS
         }
-        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
-        promises: list[float] = []
-        hidden: list[float] = []  # in the process that hides least
-        with running(list(contenders.values())):
-            quiet = wait_until_quiet()
-            for _ in range(rounds):
-                for key, contender in contenders.items():
-                    spans = list(zip(*contender.run(3)))
-                    lasted = [max(s[1] for s in ranks) - min(s[0] for s in ranks) for ranks in spans]
-                    seconds[key].append(statistics.median(lasted))
-                    if key == ("Pipeline", "none"):
-                        promises.append(
-                            statistics.median(
-                                promised(schedule, [s[2][:2] for s in ranks[:2]]) for ranks in spans
-                            )
-                        )
-                    if key == ("Pipeline", "during"):
-                        hidden.append(statistics.median(min(s[2][2] for s in ranks) for ranks in spans))
+        turns = in_turn(contenders, rounds, 3, functools.partial(figure, schedule))
     rows = []
     for engine in makes:
-        during, after, none = (seconds[engine, way] for way in WAYS)
+        during, after, none = (turns.seconds[engine, way] for way in WAYS)
         # One round's difference is as small as its noise: of the medians.
         whole = statistics.median(after) - statistics.median(none)
         row = {
             "case": case,
             "schedule": schedule,
             "engine": engine,
-            "quiet": quiet,
-            **{f"{way}_ms": spread([t * 1e3 for t in seconds[engine, way]]) for way in WAYS},
+            "quiet": turns.quiet,
+            **{f"{way}_ms": spread([t * 1e3 for t in turns.seconds[engine, way]]) for way in WAYS},
             "reduction_ms": whole * 1e3,
             "hidden": (statistics.median(after) - statistics.median(during)) / whole,
         }
         if engine == "Pipeline":
-            row["hidden_by_trace"] = spread(hidden)
-            row["promised_ms"] = spread([t * 1e3 for t in promises])
-            row["faster_than_torch"] = spread([a / b for a, b in zip(seconds["torch", "during"], during)])
+            row["hidden_by_trace"] = spread(turns.figures["Pipeline", "during"])
+            row["promised_ms"] = spread([t * 1e3 for t in turns.figures["Pipeline", "none"]])
+            row["faster_than_torch"] = spread(
+                [a / b for a, b in zip(turns.seconds["torch", "during"], during)]
+            )
         rows.append(row)
     return rows
 

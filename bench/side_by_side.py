@@ -5,12 +5,15 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 Run = Callable[[int], list]
 """Runs so many steps; returns one entry for each of them."""
+
+Span = tuple[float, float, Any]
+"""When a process began a step and ended it, in seconds of the machine's clock, and what it measured besides."""
 
 
 class Contender:
@@ -44,6 +47,39 @@ class Contender:
         for process in self._processes:
             process.join(timeout=20)
             process.kill()
+
+
+class Turns(NamedTuple):
+    """What contenders did, by contender: a figure for each round."""
+
+    quiet: bool  # whether the machine was, before the first
+    seconds: dict[Any, list[float]]  # median of a round's steps, each from its first begin to its last end
+    figures: dict[Any, list[float]]  # the same of what was made of the steps
+
+
+def in_turn(
+    contenders: Mapping[Hashable, Contender],
+    rounds: int,
+    steps: int,
+    figure: Callable[[Any, Sequence[Span], float], float | None] = lambda *_: None,
+) -> Turns:
+    """Each contender runs ``steps`` steps in each round.
+
+    ``figure`` is given the contender's key, a step's spans by process, and the step's seconds.
+    """
+    seconds: dict[Hashable, list[float]] = {key: [] for key in contenders}
+    figures: dict[Hashable, list[float]] = {key: [] for key in contenders}
+    with running(list(contenders.values())):
+        quiet = wait_until_quiet()
+        for _ in range(rounds):
+            for key, contender in contenders.items():
+                spans = list(zip(*contender.run(steps)))
+                lasted = [max(s[1] for s in ranks) - min(s[0] for s in ranks) for ranks in spans]
+                seconds[key].append(statistics.median(lasted))
+                found = [figure(key, ranks, took) for ranks, took in zip(spans, lasted)]
+                if None not in found:
+                    figures[key].append(statistics.median(found))
+    return Turns(quiet, seconds, figures)
 
 
 @contextlib.contextmanager

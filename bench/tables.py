@@ -61,6 +61,10 @@ def dist_step(results: dict) -> list[str]:
         cells.append(_spread(engines["Pipeline"]["promised_over_measured"]))
         kind = "of ideal" if figure == "share_of_ideal" else "speed-up"
         lines.append(f"| {model} | {microbatches} | {schedule} | {kind} | {' | '.join(cells)} |")
+    lines += ["", "| model | M | two processes that exchange nothing, speed-up |", "|---|---|---|"]
+    for row in results["rows"]:
+        if row["engine"] == "apart":
+            lines.append(f"| {row['model']} | {row['microbatches']} | {_spread(row['speedup'])} |")
     return lines
 
 
