@@ -81,35 +81,39 @@ def promised_over_measured(
 
 
 def measure(case: Case, microbatches: int, rounds: int, steps: int) -> list[dict]:
-    """One row for each contender."""
+    """One row for each contender; few are there at a time, for idle ones wake now and then."""
+    alone = Contender("plain", on_a_core, plain, case, microbatches, False)
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "apart")
-        contenders = {
-            ("plain", ""): Contender("plain", on_a_core, plain, case, microbatches, False),
-            APART: Contender("apart", on_a_core, apart, case, microbatches, store, ranks=2),
-        }
-        for name, theirs_name in SCHEDULES.items():
-            for engine, make, known_as in (
-                ("Pipeline", ours, name),
-                ("drop-in", functools.partial(theirs, package=DROP_IN), theirs_name),
-                ("torch", theirs, theirs_name),
-            ):
-                store = str(Path(folder) / f"{engine} {name}")
-                contenders[engine, name] = Contender(
-                    name, on_a_core, make, case, microbatches, known_as, store, ranks=2
-                )
-        turns = in_turn(
-            contenders, rounds, steps, functools.partial(promised_over_measured, microbatches)
-        )
+        both = Contender("apart", on_a_core, apart, case, microbatches, str(Path(folder) / "store"), ranks=2)
+        turns = in_turn({("plain", ""): alone, APART: both}, rounds, steps)
+    rows = [row_of(case, microbatches, key, turns) for key in turns.seconds]
+    rows[-1]["speedup"] = {name: 2 * figure for name, figure in rows[-1]["speedup"].items()}  # two at once
+    for name in SCHEDULES:
+        rows += measure_schedule(case, microbatches, name, rounds, steps)
+    return rows
+
+
+def measure_schedule(case: Case, microbatches: int, name: str, rounds: int, steps: int) -> list[dict]:
+    """One row for each of the three that run it."""
+    contenders = {("plain", ""): Contender("plain", on_a_core, plain, case, microbatches, False)}
+    with tempfile.TemporaryDirectory() as folder:
+        for engine, make, known_as in (
+            ("Pipeline", ours, name),
+            ("drop-in", functools.partial(theirs, package=DROP_IN), SCHEDULES[name]),
+            ("torch", theirs, SCHEDULES[name]),
+        ):
+            store = str(Path(folder) / engine)
+            contenders[engine, name] = Contender(
+                engine, on_a_core, make, case, microbatches, known_as, store, ranks=2
+            )
+        figure = functools.partial(promised_over_measured, microbatches)
+        turns = in_turn(contenders, rounds, steps, figure)
+    peer = turns.seconds["torch", name]
     rows = []
-    for key, times in turns.seconds.items():
+    for key in list(contenders)[1:]:
         row = row_of(case, microbatches, key, turns)
-        engine, schedule = key
-        if key == APART:
-            row["speedup"] = {name: 2 * figure for name, figure in row["speedup"].items()}  # two steps at once
-        if engine in ("Pipeline", "drop-in"):
-            peer = turns.seconds["torch", schedule]
-            row["faster_than_torch"] = spread([other / own for other, own in zip(peer, times)])
+        if key[0] != "torch":
+            row["faster_than_torch"] = spread([other / own for other, own in zip(peer, turns.seconds[key])])
         if turns.figures[key]:
             row["promised_over_measured"] = spread(turns.figures[key])
         rows.append(row)
