@@ -15,7 +15,7 @@ from torch import nn
 
 THEIRS = {"1F1B": 2, "GPipe": 2, "Interleaved1F1B": 4, "ZBVZeroBubble": 4}  # and the stages it takes
 IDEAL = ("1f1b", "gpipe")  # whose ideal speed-up on two ranks is 2 M / (M + 1)
-STEPS = {"mlp": 3, "transformer": 1, "tiny": 20}  # of a round, by model
+STEPS = {"mlp": 8, "transformer": 2, "tiny": 40}  # of a round, by model
 FIGURES = ("share_of_ideal", "share_of_simulated", "faster_than_torch", "promised_over_measured")
 
 
