@@ -1,11 +1,11 @@
 """The engine for the stages of a torch schedule, in the process or processes of their group."""
 
+import functools
 from typing import Any
 
 import torch.distributed as dist
 
 from .. import _C
-from ..errors import InvalidArgument
 from ..host import HostEngine
 from ..processes.agreement import check_agreement
 from ..processes.engine import ProcessEngine
@@ -13,6 +13,7 @@ from ..processes.group import Processes
 from ..recomputation import RecomputationGuard
 from ..shared import SharedParameters
 from ..transport.exchange import Exchange
+from ..transport.staged import StagedIncoming, StagedOutgoing
 from ..wrapped import WrappedStages
 
 _TIMEOUT = 1800.0  # seconds, in one process
@@ -21,7 +22,7 @@ _TIMEOUT = 1800.0  # seconds, in one process
 def make_engine(plan: _C.Plan, schedule: Any, stage: Any) -> HostEngine:
     """All processes of the group of ``stage``, one of the schedule's, make theirs together.
 
-    Raises InvalidArgument, with several processes, for stages on GPUs, or where the schedules differ.
+    Raises InvalidArgument where the schedules of several processes differ.
     """
     # A parameter of several local stages needs no care: one thread runs them all.
     nothing = (
@@ -33,11 +34,6 @@ def make_engine(plan: _C.Plan, schedule: Any, stage: Any) -> HostEngine:
     parts = (plan, Exchange, *nothing)
     if stage.group_size == 1:
         return HostEngine(*parts)
-    if stage.device.type != "cpu":
-        raise InvalidArgument(
-            f"stage {stage.stage_index} is on {stage.device}; the stages of several processes run on CPUs so "
-            'far; give device=torch.device("cpu"), or a group of one process'
-        )
     processes = Processes.of(_group(stage))
     settings = {
         "n_microbatches": plan.num_microbatches,
@@ -45,7 +41,10 @@ def make_engine(plan: _C.Plan, schedule: Any, stage: Any) -> HostEngine:
         "schedule": [type(schedule).__name__, *plan.to_csv().splitlines()],
     }
     check_agreement(processes, settings, timeout_of(stage))
-    return ProcessEngine(*parts, processes)
+    if stage.device.type == "cpu":
+        return ProcessEngine(*parts, processes)
+    ends = StagedOutgoing, functools.partial(StagedIncoming, device=stage.device)
+    return ProcessEngine(*parts, processes, ends)
 
 
 def timeout_of(stage: Any) -> float:

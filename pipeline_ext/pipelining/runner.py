@@ -30,7 +30,7 @@ class Runner:
     def __init__(self, schedule: Any, stages: list[Any]) -> None:
         """``schedule`` and ``stages`` are torch's; the latter those of this process.
 
-        Raises InvalidArgument, with several processes, for stages on GPUs, or where their schedules differ.
+        Raises InvalidArgument where the schedules of several processes differ.
         """
         self._schedule = schedule
         self._losses = _Losses()

@@ -38,6 +38,8 @@ class Tasks:
         """
         self._stages = stages
         self._cells = cells
+        device = next(iter(stages.values())).torch_stage.device
+        self._gpu = device if device.type == "cuda" else None
         self._functions = getattr(schedule, "_comp_type_to_function_map", {})
         self._counter: Counter[int] = getattr(schedule, "backward_counter", Counter())
 
@@ -81,6 +83,7 @@ class Tasks:
         return body[action.computation_type]
 
     def _run(self, tasks: Mapping[int, _Task], m: int) -> None:
+        self._enter()
         task = tasks[m]
         cell = task.cell
         function = self._functions.get(cell.action.computation_type) if self._functions else None
@@ -96,6 +99,7 @@ class Tasks:
                 self._attend_to(action)
 
     def _evaluate(self, stage: int, m: int) -> None:
+        self._enter()
         function = self._functions.get(_FORWARD)
         if function is None:
             self._stages[stage].evaluate(m)
@@ -103,6 +107,11 @@ class Tasks:
             with torch.no_grad():
                 self._call(function, _Action(stage, _FORWARD, m))
             self._stages[stage].release(m)
+
+    def _enter(self) -> None:
+        """Makes the stages' GPU the current one: a thread of the engine begins with the first."""
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
 
     def _perform(self, task: _Task) -> None:
         stage = self._stages[task.action.stage_index]

@@ -12,7 +12,7 @@ from ..recomputation import RecomputationGuard
 from ..reduction import GradientReduction
 from ..shared import SharedParameters
 from ..transport.exchange import Exchange
-from ..transport.remote import Receiver
+from ..transport.remote import Incoming, Outgoing, Receiver
 from ..wrapped import WrappedStages
 from .connections import Connections
 from .ends import ends_of
@@ -36,8 +36,11 @@ class ProcessEngine(HostEngine):
         reduction: GradientReduction | None,
         wrapped: WrappedStages,
         processes: Processes,
+        ends: tuple[Callable, Callable] = (Outgoing, Incoming),
     ) -> None:
+        """``ends`` make the sender's and the receiver's of a way to another process; see ``ends_of``."""
         self._processes = processes
+        self._ends = ends
         self._failure = Failure(processes.notices(), processes.everyone)
         self._rank_of_first_stage = plan.rank_of_stage[0]
         self._exchanges: list[Exchange] = []
@@ -54,7 +57,7 @@ class ProcessEngine(HostEngine):
         return super().dead or self._failure.is_known
 
     def route(self, plan: _C.Plan, bodies: dict) -> HostRoute:
-        exchange = self._exchange_of(plan, end_of=ends_of(plan, self._processes))
+        exchange = self._exchange_of(plan, end_of=ends_of(plan, self._processes, *self._ends))
         self._exchanges.append(exchange)
         return HostRoute(plan, _C.Program(plan, dict(bodies)), exchange)
 

@@ -110,6 +110,30 @@ def test_two_processes_give_the_gradients_of_the_model(name):
     assert run(2, train, name, 13, 4) == ["done"] * 2
 
 
+def train_staged(name):
+    """As on a GPU, but for the copies, which go from the CPU to the CPU."""
+    from pipeline_ext.pipelining import engine
+    from pipeline_ext.transport import staged
+
+    moved = []
+
+    def on(leaf, device):
+        moved.append(device)
+        return move(leaf, device)
+
+    move, staged._on = staged._on, on
+    engine.ProcessEngine = functools.partial(
+        engine.ProcessEngine, ends=(staged.StagedOutgoing, functools.partial(staged.StagedIncoming, device=CPU))
+    )
+    train(name, 13, 4)
+    return bool(moved)
+
+
+@pytest.mark.parametrize("name", ["1F1B", "InterleavedZeroBubble"])
+def test_messages_of_gpus_pass_through_the_host(name):
+    assert run(2, train_staged, name) == [True, True]
+
+
 def train_few():
     """On one microbatch, and on fewer than there are stages; sequences have another length in each step."""
     for name, microbatches in itertools.product(SINGLE + MULTI, (1, 3)):
