@@ -50,10 +50,14 @@ def test_the_example_that_readme_opens_with_runs(tmp_path, monkeypatch):
     assert (tmp_path / "timeline.png").stat().st_size > 0
 
 
-def test_the_policies_of_the_scheduler_page_run(capsys):
+def test_the_examples_of_the_scheduler_page_run(capsys):
     text = (ROOT / "docs" / "scheduler.md").read_text()
-    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], {})
+    room, policies = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(policies, {})
     assert capsys.readouterr().out.count("<Simulation: makespan") == 3
+    names = {"pe": pe, "model": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "mesh": None}
+    exec(room, names | {"loss_fn": nn.functional.mse_loss}, kept := {})
+    assert kept["pipe"].plan.limits == [3, 2]
 
 
 def test_the_scheduler_page_lists_every_schedule():
