@@ -57,7 +57,7 @@ def test_the_examples_of_the_scheduler_page_run(capsys):
     assert capsys.readouterr().out.count("<Simulation: makespan") == 3
     names = {"pe": pe, "model": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "mesh": None}
     exec(room, names | {"loss_fn": nn.functional.mse_loss}, kept := {})
-    assert kept["pipe"].plan.limits == [3, 2]
+    assert kept["pipe"].plan.limits == [3, 1]
 
 
 def test_the_scheduler_page_lists_every_schedule():
