@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from models import Case, loss_fn
-from side_by_side import Contender, Run, Span, in_turn, spread
+from side_by_side import Contender, Run, Span, in_turn
 from steps import THEIRS, plain, row_of, run, theirs, timed
 
 OURS = {"1f1b": 2, "gpipe": 2, "interleaved-1f1b": 4}  # and the stages it takes
@@ -58,13 +58,7 @@ def measure(case: Case, microbatches: int, rounds: int, steps: int) -> list[dict
             },
         }
         turns = in_turn(contenders, rounds, steps, share_of_simulated)
-    rows = []
-    for key in contenders:
-        row = row_of(case, microbatches, key, turns)
-        if turns.figures[key]:
-            row["share_of_simulated"] = spread(turns.figures[key])
-        rows.append(row)
-    return rows
+    return [row_of(case, microbatches, key, turns, "share_of_simulated") for key in contenders]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A training step in two gloo processes of one thread each: Pipeline(mesh=), the drop-in classes, and the peer.
 
 All take turns with plain accumulation on one core. A process is bound to a core, as launchers of such jobs bind
-theirs. Beside each step of ours stands what its plan promises: the
-plan simulated with the times that the step's own processes measured. Writes bench/results/dist_step.json.
+theirs. Beside each step of ours stands what its plan promises: the plan simulated with the times that the
+step's own processes measured. Writes bench/results/dist_step.json.
 """
 
 import functools
@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from models import Case, loss_fn
 from side_by_side import Contender, Run, Span, in_turn, spread
-from steps import IDEAL, plain, row_of, run, theirs, timed
+from steps import IDEAL, plain, promised, row_of, run, theirs, timed
 
-APART = ("apart", "")
 SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved-1f1b": "Interleaved1F1B", "zbv": "ZBVZeroBubble"}
 DROP_IN = "pipeline_ext.pipelining"
 
@@ -61,17 +60,6 @@ def ours(case: Case, microbatches: int, schedule: str, store: str, rank: int) ->
     return timed(lambda: pipe.step(x, target=y), model, dist.barrier, measured)
 
 
-def promised(schedule: str, microbatches: int, of_ranks: Sequence[tuple[list[float], list[float]]]) -> float:
-    """Seconds of a step by the times, of F and of B, that each process measured of its own stages."""
-    import pipeline_ext as pe
-
-    forward, backward = ([max(times) for times in zip(*of_kind)] for of_kind in zip(*of_ranks))
-    plan = pe.build_plan(
-        schedule, num_stages=len(forward), microbatches=microbatches, num_ranks=2, reactive=True
-    )
-    return pe.simulate(plan, pe.Costs(forward=forward, backward=backward)).makespan
-
-
 def promised_over_measured(
     microbatches: int, key: tuple[str, str], ranks: Sequence[Span], took: float
 ) -> float | None:
@@ -85,7 +73,7 @@ def measure(case: Case, microbatches: int, rounds: int, steps: int) -> list[dict
     alone = Contender("plain", on_a_core, plain, case, microbatches, False)
     with tempfile.TemporaryDirectory() as folder:
         both = Contender("apart", on_a_core, apart, case, microbatches, str(Path(folder) / "store"), ranks=2)
-        turns = in_turn({("plain", ""): alone, APART: both}, rounds, steps)
+        turns = in_turn({("plain", ""): alone, ("apart", ""): both}, rounds, steps)
     rows = [row_of(case, microbatches, key, turns) for key in turns.seconds]
     rows[-1]["speedup"] = {name: 2 * figure for name, figure in rows[-1]["speedup"].items()}  # two at once
     for name in SCHEDULES:
@@ -111,11 +99,9 @@ def measure_schedule(case: Case, microbatches: int, name: str, rounds: int, step
     peer = turns.seconds["torch", name]
     rows = []
     for key in list(contenders)[1:]:
-        row = row_of(case, microbatches, key, turns)
+        row = row_of(case, microbatches, key, turns, "promised_over_measured")
         if key[0] != "torch":
             row["faster_than_torch"] = spread([other / own for other, own in zip(peer, turns.seconds[key])])
-        if turns.figures[key]:
-            row["promised_over_measured"] = spread(turns.figures[key])
         rows.append(row)
     return rows
 

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from dist_step import promised
 from environment import write_results
 from models import loss_fn
 from side_by_side import Contender, Run, Span, in_turn, one_thread_a_process, spread
-from steps import timed
+from steps import promised, timed
 from torch import Tensor, nn
 
 MICROBATCHES = 8

@@ -4,7 +4,7 @@ import argparse
 import functools
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,8 +94,19 @@ def theirs(
     return timed(step, model, dist.barrier)
 
 
-def row_of(case: Case, microbatches: int, key: tuple[str, str], turns: Turns) -> dict:
-    """What is known of each contender; ``key`` is its engine and schedule."""
+def promised(schedule: str, microbatches: int, of_ranks: Sequence[tuple[list[float], list[float]]]) -> float:
+    """Seconds of a step by the times, of F and of B, that each process measured of its own stages."""
+    import pipeline_ext as pe
+
+    forward, backward = ([max(times) for times in zip(*of_kind)] for of_kind in zip(*of_ranks))
+    plan = pe.build_plan(
+        schedule, num_stages=len(forward), microbatches=microbatches, num_ranks=2, reactive=True
+    )
+    return pe.simulate(plan, pe.Costs(forward=forward, backward=backward)).makespan
+
+
+def row_of(case: Case, microbatches: int, key: tuple[str, str], turns: Turns, figure: str = "") -> dict:
+    """What is known of a contender. ``key``: engine and schedule; ``figure``: what those in ``turns`` are."""
     engine, schedule = key
     speedup = [one / two for one, two in zip(turns.seconds["plain", ""], turns.seconds[key])]
     row = {
@@ -110,6 +121,8 @@ def row_of(case: Case, microbatches: int, key: tuple[str, str], turns: Turns) ->
     if schedule.lower() in IDEAL:
         ideal = 2 * microbatches / (microbatches + 1)
         row["share_of_ideal"] = spread([s / ideal for s in speedup])
+    if turns.figures[key]:
+        row[figure] = spread(turns.figures[key])
     return row
 
 
