@@ -1,32 +1,20 @@
 """The drop-in for torch.distributed.pipelining on a GPU, in two processes that share it."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launcher import torchrun
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
-TESTS = Path(__file__).parent.parent
-
 
 @pytest.mark.parametrize("name", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
-def test_gradients_are_those_of_the_whole_model_within_rounding(name):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [*command, __file__, name, "cuda:0"],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_gradients_are_those_of_the_whole_model_within_rounding(name, tmp_path):
+    ran = torchrun(2, [__file__, name, "cuda:0"], tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.count("gradients are equal within rounding") == 2
 

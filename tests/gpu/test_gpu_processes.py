@@ -1,13 +1,12 @@
 """Processes with a GPU each, over NCCL, started by torchrun: gradients near those of the whole model on one."""
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from launcher import torchrun
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -16,7 +15,6 @@ pytestmark = [
     pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, and torch sees {GPUS}"),
 ]
 
-TESTS = Path(__file__).parent.parent
 CASES = {
     "1f1b": {},
     "without CuPy": {},
@@ -27,17 +25,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_those_of_the_whole_model_within_rounding(case):
+def test_gradients_are_those_of_the_whole_model_within_rounding(case, tmp_path):
     ranks = 4 if GPUS >= 4 else 2
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [*command, __file__, case],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ran = torchrun(ranks, [__file__, case], tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.count("gradients are equal within rounding") == ranks
 

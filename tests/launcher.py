@@ -7,7 +7,7 @@ from pathlib import Path
 
 TIMEOUT = 120.0  # seconds, of a run with a restart: torch is imported in each process anew
 SMALL = "--batch 8 --context 16 --width 16 --heads 2 --microbatches 4 --threads 1".split()
-DYING = Path(__file__).with_name("dying_train.py")
+DYING = Path(__file__).parent / "distributed" / "dying_train.py"
 
 
 def train(*args: object, dies_in: int | None = None) -> list[object]:
