@@ -29,9 +29,7 @@ def ours(case: Case, microbatches: int, schedule: str, rank: int) -> Run:
         loss_fn=loss_fn,
         devices=["cpu", "cpu"],
     )
-    return timed(
-        lambda: pipe.step(x, target=y), model, measured=lambda: pipe.simulate().makespan
-    )
+    return timed(lambda: pipe.step(x, target=y), model, measured=lambda: pipe.simulate().makespan)
 
 
 def share_of_simulated(key: tuple[str, str], ranks: Sequence[Span], took: float) -> float | None:
@@ -46,10 +44,7 @@ def measure(case: Case, microbatches: int, rounds: int, steps: int) -> list[dict
         contenders = {
             ("plain", ""): Contender("plain", plain, case, microbatches, False),
             ("plain, memory kept", ""): Contender("kept", plain, case, microbatches, True),
-            **{
-                ("pipeline_ext", name): Contender(name, ours, case, microbatches, name)
-                for name in OURS
-            },
+            **{("pipeline_ext", name): Contender(name, ours, case, microbatches, name) for name in OURS},
             **{
                 ("torch", name): Contender(
                     name, theirs, case, microbatches, name, str(Path(folder) / name), ranks=2

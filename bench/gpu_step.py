@@ -50,9 +50,7 @@ def measure(size: Size, stages: int, device: str, seconds: float, rounds: tuple[
         trainers[name].zero_grad()
         return one_step(trainers[name].step, device)
 
-    times = take_turns(
-        rounds_until(deadline, *rounds), {name: lambda n=name: turn(n) for name in trainers}
-    )
+    times = take_turns(rounds_until(deadline, *rounds), {name: lambda n=name: turn(n) for name in trainers})
     for trainer in trainers.values():
         if trainer.pipe is not None:
             trainer.pipe.close()

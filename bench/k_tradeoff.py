@@ -101,9 +101,7 @@ def measure(name: str, share: float, rounds: int) -> dict:
                 times[k].append(timed(pipe))
             profiles.append(pipes[1].profile())
         costs = fastest(profiles)
-        predicted = {
-            k: pe.simulate(pipe.plan, costs.costs(pipe.plan)).makespan for k, pipe in pipes.items()
-        }
+        predicted = {k: pe.simulate(pipe.plan, costs.costs(pipe.plan)).makespan for k, pipe in pipes.items()}
         chosen = pipes["auto"].plan.packs
     medians = {k: spread(times[k])["median"] for k in pipes}
     best = min(KS, key=medians.__getitem__)

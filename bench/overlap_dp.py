@@ -218,9 +218,7 @@ def measure(case: str, schedule: str, rounds: int) -> list[dict]:
         if engine == "Pipeline":
             row["hidden_by_trace"] = spread(turns.figures["Pipeline", "during"])
             row["promised_ms"] = spread([t * 1e3 for t in turns.figures["Pipeline", "none"]])
-            row["faster_than_torch"] = spread(
-                [a / b for a, b in zip(turns.seconds["torch", "during"], during)]
-            )
+            row["faster_than_torch"] = spread([a / b for a, b in zip(turns.seconds["torch", "during"], during)])
         rows.append(row)
     return rows
 

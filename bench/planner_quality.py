@@ -120,9 +120,7 @@ def dual_rows() -> Iterator[dict]:
 def measure(schedule: str, ranks: int, chunks: int, microbatches: int, costs: pe.Costs, span: bool) -> dict:
     """The bubble, of the longest span or of the makespan, and the least that it can be on these ranks."""
     stages = ranks * chunks
-    plan = pe.build_plan(
-        schedule, num_stages=stages, num_ranks=ranks, microbatches=microbatches, costs=costs
-    )
+    plan = pe.build_plan(schedule, num_stages=stages, num_ranks=ranks, microbatches=microbatches, costs=costs)
     simulation = pe.simulate(plan, costs)
     bound = _C.lower_bound(plan.rank_of_stage, ranks, microbatches, costs.by_stage(stages, ranks))[int(span)]
     work = microbatches * chunks * (costs.forward + costs.backward)

@@ -81,9 +81,7 @@ def theirs(
     count = THEIRS[schedule]
     numbers = {2: [rank], 4: [rank, 3 - rank] if schedule == "ZBVZeroBubble" else [rank, rank + 2]}[count]
     each = case.layers // count
-    stages = [
-        PipelineStage(model[i * each : (i + 1) * each], i, count, torch.device("cpu")) for i in numbers
-    ]
+    stages = [PipelineStage(model[i * each : (i + 1) * each], i, count, torch.device("cpu")) for i in numbers]
     make = get_schedule_class(schedule)
     runner = make(stages[0] if count == 2 else stages, microbatches, loss_fn=loss_fn)
     step = functools.partial(runner.step, return_outputs=False)

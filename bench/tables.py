@@ -173,7 +173,7 @@ def k_tradeoff(results: dict) -> list[str]:
     ks = [by_k["k"] for by_k in results["rows"][0]["by_k"] if by_k["k"] != "auto"]
     columns = " | ".join(f"K = {k}" for k in ks)
     lines = [
-        f"| ranks | a message costs | {columns} | pack=\"auto\" takes | over the best K |",
+        f'| ranks | a message costs | {columns} | pack="auto" takes | over the best K |',
         "|---" * (len(ks) + 4) + "|",
     ]
     for row in results["rows"]:

@@ -48,9 +48,7 @@ class Received:
         """Whether a leaf would have kept the gradient as it came, and not copied it into its own layout."""
         if self.leaf.layout is not torch.strided or not self.leaf.is_contiguous():
             return False
-        return self.grad is None or (
-            self.grad.layout is torch.strided and self.grad.is_contiguous()
-        )
+        return self.grad is None or (self.grad.layout is torch.strided and self.grad.is_contiguous())
 
 
 class _Entry(torch.autograd.Function):
@@ -135,9 +133,7 @@ def _enter_behind_function(leaf: Tensor) -> tuple[Tensor, Received]:
     return _enter(leaf, received), received
 
 
-def _receive(
-    value: Any, tensors: list[Tensor], own: bool, enter: Enter
-) -> tuple[Any, list[Received]]:
+def _receive(value: Any, tensors: list[Tensor], own: bool, enter: Enter) -> tuple[Any, list[Received]]:
     def one(tensor: Tensor) -> tuple[Tensor, Received]:
         leaf = tensor.detach()
         return enter((leaf.clone() if own else leaf).requires_grad_())

@@ -240,4 +240,3 @@ def _recut(cost: PerStage, num_stages: int, wanted: int) -> PerStage:
 
     length = num_stages / wanted
     return [between(s * length, (s + 1) * length) for s in range(wanted)]
-

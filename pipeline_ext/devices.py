@@ -75,9 +75,7 @@ def of_ranks(given: list[torch.device] | None, num_ranks: int) -> list[torch.dev
     return [torch.device("cuda", rank * min(gpus, num_ranks) // num_ranks) for rank in range(num_ranks)]
 
 
-def place(
-    modules: Sequence[Sequence[nn.Module]], devices: Sequence[torch.device]
-) -> None:
+def place(modules: Sequence[Sequence[nn.Module]], devices: Sequence[torch.device]) -> None:
     """Moves the modules of each stage to its device; both are by stage.
 
     Raises InvalidArgument, having moved nothing, where a parameter or buffer would have to be on two.

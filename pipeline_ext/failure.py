@@ -6,9 +6,7 @@ from . import _C
 from .engine import Engine, StepResult
 from .errors import DeadPipeline, DeviceError, PeerError, StageError, StepTimeout
 
-NO_GRADIENTS = (
-    "every .grad of the model is None; buffers and random state may have advanced"
-)
+NO_GRADIENTS = "every .grad of the model is None; buffers and random state may have advanced"
 
 _KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
@@ -47,9 +45,7 @@ def reason(plan: _C.Plan, result: StepResult, timeout: float, awaited: Sequence[
     return f"{where}{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _failure(
-    plan: _C.Plan, result: StepResult, state: str, awaited: Sequence[str]
-) -> BaseException:
+def _failure(plan: _C.Plan, result: StepResult, state: str, awaited: Sequence[str]) -> BaseException:
     """A stage's code has raised, or a device or another process has failed; chained to the original."""
     error = result.error
     if isinstance(error, DeviceError) and result.failed_task is None:

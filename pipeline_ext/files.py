@@ -30,9 +30,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
         _sync(path.parent)
     except OSError as error:
-        raise PipelineError(
-            f"{str(path)!r} cannot be written: {error}; what was there is unchanged"
-        ) from error
+        raise PipelineError(f"{str(path)!r} cannot be written: {error}; what was there is unchanged") from error
 
 
 def put_folder(new: Path, path: Path) -> None:

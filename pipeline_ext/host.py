@@ -93,9 +93,7 @@ class HostEngine:
         lock_out(threads, [p for stage in stages for p in stage.parameters()])
 
 
-def _close(
-    executor: _C.HostExecutor, guard: RecomputationGuard, reduction: GradientReduction | None
-) -> None:
+def _close(executor: _C.HostExecutor, guard: RecomputationGuard, reduction: GradientReduction | None) -> None:
     executor.close()
     guard.remove()
     if reduction is not None:

@@ -141,9 +141,7 @@ def _overlapping(places: Sequence[Region]) -> list[list[int]]:
     """The places in groups that overlap, each ordered by where they begin, the groups by their first place."""
     groups: list[list[int]] = []
     last: tuple[int, int] | None = None  # memory of the last group's storage, and the group's end
-    for i in sorted(
-        range(len(places)), key=lambda i: (places[i].storage.data_ptr(), places[i].begin)
-    ):
+    for i in sorted(range(len(places)), key=lambda i: (places[i].storage.data_ptr(), places[i].begin)):
         storage, begin, end = places[i]
         memory = storage.data_ptr()
         if begin < end and last is not None and memory == last[0] and begin < last[1]:

@@ -68,9 +68,7 @@ def split(value: Any, size: int, microbatches: int, what: str) -> list[Any]:
         return list(cut(value))
     flat, spec = pytree.tree_flatten(value)
     columns = [cut(leaf) for leaf in flat]
-    return [
-        pytree.tree_unflatten([column[m] for column in columns], spec) for m in range(microbatches)
-    ]
+    return [pytree.tree_unflatten([column[m] for column in columns], spec) for m in range(microbatches)]
 
 
 def lengths(size: int, microbatches: int) -> list[int]:

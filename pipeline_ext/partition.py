@@ -109,10 +109,7 @@ def balanced(weights: Sequence[float], parts: int) -> list[int]:
     for part in range(2, parts + 1):
         best = [
             min(
-                (
-                    (max(history[-1][j][0], sums[i] - sums[j]), j)
-                    for j in range(part - 1, i)
-                ),
+                ((max(history[-1][j][0], sums[i] - sums[j]), j) for j in range(part - 1, i)),
                 default=(float("inf"), 0),
             )
             for i in range(count + 1)
@@ -189,9 +186,7 @@ def _starts_of(cuts: Sequence[str | int], names: list[str], num_stages: int | No
             )
         starts.append(position)
     if num_stages is not None and num_stages != len(starts):
-        raise InvalidArgument(
-            f"{len(cuts)} cuts make {len(starts)} stages, but num_stages is {num_stages}"
-        )
+        raise InvalidArgument(f"{len(cuts)} cuts make {len(starts)} stages, but num_stages is {num_stages}")
     return starts
 
 
@@ -222,9 +217,7 @@ def _balanced_starts(layers, num_stages, balance, sample) -> list[int]:
         weights = _parameter_counts([layer for _, layer in layers])
     elif balance == "time":
         if sample is None:
-            raise InvalidArgument(
-                'balance="time" runs each layer on one microbatch; give its input as sample='
-            )
+            raise InvalidArgument('balance="time" runs each layer on one microbatch; give its input as sample=')
         weights = _layer_times([layer for _, layer in layers], sample)
     else:
         raise InvalidArgument(f'balance is {balance!r}; it is "parameters" or "time"')
@@ -265,11 +258,7 @@ def _layer_times(layers: Sequence[nn.Module], sample: Any, repeats: int = 3) -> 
                 begin = time.perf_counter()
                 with scope:
                     result = layer(*inputs)
-                outputs = [
-                    t
-                    for t in pytree.tree_leaves(result)
-                    if isinstance(t, Tensor) and t.requires_grad
-                ]
+                outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
                 if outputs:
                     torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
                 runs.append(time.perf_counter() - begin)

@@ -115,9 +115,7 @@ def build_plan(
     if isinstance(schedule, Policy):
         plan = schedule.plan(num_stages, num_ranks, microbatches, {**mode, "memory": limits(num_ranks)})
     elif isinstance(schedule, str) and path is None:
-        return _C.make_plan(
-            schedule, num_stages, num_ranks, microbatches, **mode, memory=limits(num_ranks)
-        )
+        return _C.make_plan(schedule, num_stages, num_ranks, microbatches, **mode, memory=limits(num_ranks))
     else:
         cells = _cells(schedule) if path is None else _C.cells_of_csv(_text(path))
         plan = _C.plan_of_cells(cells, **mode, memory=limits(len(cells)))

@@ -80,9 +80,7 @@ class Policy:
                 "which a rank prefers them"
             )
 
-    def plan(
-        self, num_stages: int, num_ranks: int, microbatches: int, mode: Mapping[str, Any]
-    ) -> _C.Plan:
+    def plan(self, num_stages: int, num_ranks: int, microbatches: int, mode: Mapping[str, Any]) -> _C.Plan:
         """The plan of one step; ``mode`` as for ``_C.plan_of_cells``. Raises InvalidSchedule."""
         placed = _C.rank_of_stage(self.placement, num_stages, num_ranks)
         placement = Placement(self.placement, num_ranks, placed)

@@ -157,9 +157,7 @@ def choose(
     def costs(of: _C.Plan) -> Costs:
         return profile.costs(of).with_memory_of(memory)
 
-    best = ScheduleChoice(
-        plan, first, by_first.makespan, first, by_first.makespan, simulated=1, slots=slots
-    )
+    best = ScheduleChoice(plan, first, by_first.makespan, first, by_first.makespan, simulated=1, slots=slots)
     simulated = 1
     for name, schedule, tried in _candidates(first, plan, costs(plan)):
         simulated += tried

@@ -175,9 +175,7 @@ class _Search:
         self, cuts: Sequence[tuple[int, int]], deadline: float, trials: int | None, seed: int
     ) -> None:
         """For each way to cut model and batch, in an equal part of what is left after a look at all of them."""
-        work = {
-            cut: math.inf if trials is None else trials * self._num_tasks(cut) / len(cuts) for cut in cuts
-        }
+        work = {cut: math.inf if trials is None else trials * self._num_tasks(cut) / len(cuts) for cut in cuts}
         speed = dict.fromkeys(cuts, math.inf)  # tasks placed in a second
         if math.isfinite(deadline):
             for cut in cuts:
@@ -207,9 +205,7 @@ class _Search:
             interrupted=self.interrupted,
         )
 
-    def _try(
-        self, name: str, chunks: int, microbatches: int, room: list[int] | None
-    ) -> _C.Plan | None:
+    def _try(self, name: str, chunks: int, microbatches: int, room: list[int] | None) -> _C.Plan | None:
         what = name if room is None else f"{name}, up to {max(room)} in flight"
         stages = self._ranks * chunks
         try:
@@ -225,9 +221,7 @@ class _Search:
         chunks, microbatches = cut
         return zero_bubble.num_tasks(self._ranks * chunks, microbatches)
 
-    def _search_order(
-        self, chunks: int, microbatches: int, work: int, seconds: float, seed: int
-    ) -> bool:
+    def _search_order(self, chunks: int, microbatches: int, work: int, seconds: float, seed: int) -> bool:
         """Whether to go on: not where the time is over, or the user's patience."""
         if seconds <= 0:
             return False
@@ -252,9 +246,7 @@ class _Search:
             self._offer(what, zero_bubble.NAME, chunks, None, _C.plan_of_cells(cells))
         return not self.interrupted
 
-    def _offer(
-        self, what: str, name: str, chunks: int, in_flight: list[int] | None, plan: _C.Plan
-    ) -> _C.Plan:
+    def _offer(self, what: str, name: str, chunks: int, in_flight: list[int] | None, plan: _C.Plan) -> _C.Plan:
         simulation = simulate(plan, self.costs_of(chunks, plan.num_microbatches))
         self._simulations += 1
         self._note(Tried(what, chunks, plan.num_microbatches, simulation.makespan))

@@ -157,9 +157,7 @@ class Simulation:
         working_bytes: memory the simulation took beside the plan.
     """
 
-    def __init__(
-        self, plan: _C.Plan, costs: _C.CostsByStage, times: _C.SimulatedTimes
-    ) -> None:
+    def __init__(self, plan: _C.Plan, costs: _C.CostsByStage, times: _C.SimulatedTimes) -> None:
         self.plan = plan
         self.makespan: float = times.makespan
         self.bubble: float = times.bubble
@@ -193,9 +191,7 @@ class Simulation:
         return dict(enumerate(_C.simulated_order(self.plan, self._times)))
 
 
-def simulate(
-    plan: _C.Plan, costs: Costs = Costs(), *, noise: float = 0.0, seed: int = 0
-) -> Simulation:
+def simulate(plan: _C.Plan, costs: Costs = Costs(), *, noise: float = 0.0, seed: int = 0) -> Simulation:
     """Runs ``plan`` under a virtual clock.
 
     Args:

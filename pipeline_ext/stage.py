@@ -283,4 +283,3 @@ def _checked(loss: Any, what: str) -> Tensor:
             f"got {boundary.describe(loss)}"
         )
     return loss
-

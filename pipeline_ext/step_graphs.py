@@ -218,9 +218,7 @@ class StepGraphs:
         return Outcome(loss, losses, outputs, step)
 
 
-def _what_hinders(
-    engine: DeviceEngine, route: Route, optimizer: torch.optim.Optimizer | None
-) -> str | None:
+def _what_hinders(engine: DeviceEngine, route: Route, optimizer: torch.optim.Optimizer | None) -> str | None:
     """Why no step can be captured; None where one may."""
     if len(set(engine.devices)) > 1:
         return "the ranks are on several GPUs, and a graph's memory is of one"

@@ -27,9 +27,7 @@ class StepKind:
     settings and where its state lies.
     """
 
-    def __init__(
-        self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None
-    ) -> None:
+    def __init__(self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> None:
         self._optimizer = optimizer
         self._holdings = Holdings(modules)
         self._find()
@@ -75,9 +73,7 @@ def _look(leaf: Any) -> Hashable:
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
     if isinstance(leaf, _PLAIN):
         return type(leaf), leaf
-    raise NoKind(
-        f"an input is a {type(leaf).__name__}, of which nobody can tell whether it is as it was"
-    )
+    raise NoKind(f"an input is a {type(leaf).__name__}, of which nobody can tell whether it is as it was")
 
 
 def _of_optimizer(optimizer: torch.optim.Optimizer) -> Hashable:

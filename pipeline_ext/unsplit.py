@@ -177,9 +177,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     """The module without DistributedDataParallel; a copy of containers alone, where there is any in them."""
     if isinstance(module, DistributedDataParallel):
         return _unwrapped(module.module)
-    layers = {
-        name: None if child is None else _unwrapped(child) for name, child in module._modules.items()
-    }
+    layers = {name: None if child is None else _unwrapped(child) for name, child in module._modules.items()}
     if all(layer is module._modules[name] for name, layer in layers.items()):
         return module
     part = copy.copy(module)

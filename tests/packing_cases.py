@@ -175,6 +175,6 @@ def whole(tensor):
 
 def to(tensor, device):
     """A copy with the same strides in memory of its own, the rest of the memory included."""
-    return whole(tensor).to(device, copy=True).as_strided(
-        tensor.shape, tensor.stride(), tensor.storage_offset()
+    return (
+        whole(tensor).to(device, copy=True).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     )

@@ -57,9 +57,7 @@ def orders(draw, ascending: bool = False, pairs: bool = True) -> list[list[str]]
             chosen += chance.sample(others, min(1, len(others)))
         left -= set(chosen)
         texts = [f"{s}{kind}{m}" for s, kind, m in chosen]
-        rows[ranks.index(rank)].append(
-            f"({';'.join(texts)})OVERLAP_F_B" if len(texts) > 1 else texts[0]
-        )
+        rows[ranks.index(rank)].append(f"({';'.join(texts)})OVERLAP_F_B" if len(texts) > 1 else texts[0])
     return rows
 
 

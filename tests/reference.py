@@ -37,9 +37,7 @@ def reference_step(
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     """Copies of all gradients, by parameter name."""
-    return {
-        name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
-    }
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
 def assert_same_gradients(model: nn.Module, expected: dict[str, Tensor | None]) -> None:

@@ -136,9 +136,7 @@ class Biased(nn.Module):
 
 def test_a_parameter_that_is_a_loss_itself():
     model = nn.Sequential(nn.Linear(6, 6), Biased())
-    with pe.Pipeline(
-        model, num_stages=2, microbatches=MICROBATCHES, loss_fn=nn.functional.mse_loss
-    ) as pipe:
+    with pe.Pipeline(model, num_stages=2, microbatches=MICROBATCHES, loss_fn=nn.functional.mse_loss) as pipe:
         pipe.step(torch.randn(8, 6), target=torch.randn(8, 6))
     assert model[1].bias.grad.item() == 1.0
 
@@ -168,9 +166,7 @@ class Same(Split):
 )
 def test_values_that_share_memory_are_not_changed_in_place(first, in_place, refused):
     model = nn.Sequential(nn.Sequential(nn.Linear(6, 6), first(False)), Split(in_place))
-    with pe.Pipeline(
-        model, cuts=["1"], microbatches=MICROBATCHES, loss_fn=nn.functional.mse_loss
-    ) as pipe:
+    with pe.Pipeline(model, cuts=["1"], microbatches=MICROBATCHES, loss_fn=nn.functional.mse_loss) as pipe:
         x, y = torch.randn(8, 6), torch.randn(8, 6)
         if refused:
             with pytest.raises(pe.StageError, match="shares memory with another"):
@@ -220,9 +216,7 @@ def test_what_eval_returns_requires_no_gradient():
 
 def test_the_loss_of_one_microbatch_is_not_the_one_in_losses():
     losses = []
-    with pe.Pipeline(
-        [nn.Linear(6, 6)], microbatches=1, loss_fn=nn.functional.mse_loss
-    ) as pipe:
+    with pe.Pipeline([nn.Linear(6, 6)], microbatches=1, loss_fn=nn.functional.mse_loss) as pipe:
         loss = pipe.step(torch.randn(8, 6), target=torch.randn(8, 6), losses=losses)
     loss.zero_()
     assert losses[0] != 0
@@ -238,9 +232,7 @@ def test_a_step_with_nothing_to_train_says_so():
 def test_a_microbatch_alone_that_works_in_place_costs_one_step():
     second = Watched(lambda call: call == MICROBATCHES + 2)
     model = nn.Sequential(nn.Linear(6, 6), second)
-    with pe.Pipeline(
-        model, num_stages=2, microbatches=MICROBATCHES, loss_fn=nn.functional.mse_loss
-    ) as pipe:
+    with pe.Pipeline(model, num_stages=2, microbatches=MICROBATCHES, loss_fn=nn.functional.mse_loss) as pipe:
         x, y = torch.randn(8, 6), torch.randn(8, 6)
         pipe.step(x, target=y)
         with pytest.raises(pe.StageError, match="leaf"):

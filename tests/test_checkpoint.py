@@ -57,9 +57,7 @@ def test_one_of_before_there_were_gpus_is_read(path):
     assert same(found, OLD) and found.random_of_gpus == []
 
 
-@pytest.mark.parametrize(
-    "moment, survivor", [("write", OLD), ("fsync", OLD), ("replace", OLD), ("close", NEW)]
-)
+@pytest.mark.parametrize("moment, survivor", [("write", OLD), ("fsync", OLD), ("replace", OLD), ("close", NEW)])
 def test_a_crash_leaves_the_old_or_the_new_one(path, moment, survivor):
     """The process dies half-way through writing, before the sync, before and after the replacement."""
     checkpoint.write(path, OLD)

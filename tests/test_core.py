@@ -35,8 +35,6 @@ def test_core(mode, tmp_path):
     subprocess.run(["g++", *flags, *objects, "-ldl", "-o", "core"], cwd=tmp_path, check=True)
     standin = build_standin(tmp_path / "libcuda-standin.so", MODES[mode])
     environment = {**os.environ, "PIPELINE_EXT_LIBCUDA": str(standin)}
-    ran = subprocess.run(
-        [tmp_path / "core"], env=environment, capture_output=True, text=True, timeout=300
-    )
+    ran = subprocess.run([tmp_path / "core"], env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ", 0 failed checks" in ran.stdout

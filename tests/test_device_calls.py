@@ -17,9 +17,7 @@ WITH_SENDS = [
 
 def pipeline(stages=4, microbatches=6, **options):
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(stages)))
-    return pe.Pipeline(
-        model, stages, microbatches=microbatches, loss_fn=nn.functional.mse_loss, **options
-    )
+    return pe.Pipeline(model, stages, microbatches=microbatches, loss_fn=nn.functional.mse_loss, **options)
 
 
 def step(pipe, standin, call=None):
@@ -57,9 +55,7 @@ def check(pipe, order):
 @pytest.mark.parametrize("options", [{}, {"overlap": False}, {"pack": 2}, {"reactive": False}], ids=str)
 @pytest.mark.parametrize("ordinals", [(0, 0), (0, 1)], ids=["one GPU", "two GPUs"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_waits_cover_every_dependency_and_nothing_stops_the_host(
-    gpus, standin, schedule, ordinals, options
-):
+def test_waits_cover_every_dependency_and_nothing_stops_the_host(gpus, standin, schedule, ordinals, options):
     ranks = 2 if schedule == "interleaved-1f1b" else 4
     devices = [f"cuda:{ordinals[rank * 2 // ranks]}" for rank in range(ranks)]
     with pipeline(schedule=schedule, devices=devices, **options) as pipe:
@@ -214,9 +210,7 @@ def test_what_two_streams_use_is_kept_until_its_stream_follows_the_last_use(gpus
             assert early > len(kept) / 2
 
 
-def test_streams_have_priorities_do_not_wait_for_the_default_stream_and_serve_the_next_pipeline(
-    gpus, standin
-):
+def test_streams_have_priorities_do_not_wait_for_the_default_stream_and_serve_the_next_pipeline(gpus, standin):
     made = {}
 
     def train(devices):

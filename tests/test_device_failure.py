@@ -90,9 +90,7 @@ def test_every_error_of_the_driver_at_every_call(standin, monkeypatch, capsys, d
             continue
         standin.reset(devices)
         scenario = Scenario(**options)
-        (standin.fail_sticky if sticky else standin.fail_at)(
-            number, LAUNCH_FAILED if sticky else OUT_OF_MEMORY
-        )
+        (standin.fail_sticky if sticky else standin.fail_at)(number, LAUNCH_FAILED if sticky else OUT_OF_MEMORY)
         code = LAUNCH_FAILED if sticky else OUT_OF_MEMORY
         try:
             scenario.run()

@@ -57,9 +57,7 @@ def test_equal_to_plain_autograd(gpus, make, schedule, stages, devices, options)
         model, x, y, loss_fn = case(make, microbatches)
         plain = twin(model)
         expected_loss = reference_step(plain, x, y, microbatches, loss_fn)
-        with pe.Pipeline(
-            model, stages, microbatches, schedule, loss_fn, devices=devices, **options
-        ) as pipe:
+        with pe.Pipeline(model, stages, microbatches, schedule, loss_fn, devices=devices, **options) as pipe:
             for _ in range(2):
                 model.zero_grad()
                 losses = []

@@ -262,9 +262,7 @@ def test_on_gpus_gradients_are_the_reference_s_too(name, gpus, tmp_path):
     stages, schedule = stages_of(name, ranks), schedule_of(name, ranks, microbatches, tmp_path)
     model, x, y, expected, loss = reference(perceptron, stages, microbatches)
     for devices, mode in zip((["cuda:0"] * 2, ["cuda:0", "cuda:1"]) * 2, MODES):
-        with pe.Pipeline(
-            model, stages, microbatches, schedule, F.mse_loss, devices=devices, **mode
-        ) as pipe:
+        with pe.Pipeline(model, stages, microbatches, schedule, F.mse_loss, devices=devices, **mode) as pipe:
             for _ in range(2):
                 model.zero_grad()
                 assert torch.equal(pipe.step(x, target=y), loss)

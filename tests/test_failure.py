@@ -80,9 +80,7 @@ def assert_next_step_works(pipe, stages):
 def test_an_exception_anywhere_stops_the_step_and_names_its_place(schedule, overlap):
     stages = trapped()
     model = nn.Sequential(*stages)
-    with pe.Pipeline(
-        stages, microbatches=3, schedule=schedule, loss_fn=F.mse_loss, overlap=overlap
-    ) as pipe:
+    with pe.Pipeline(stages, microbatches=3, schedule=schedule, loss_fn=F.mse_loss, overlap=overlap) as pipe:
         for s in range(3):
             for kind, word in (("F", "forward"), ("B", "backward")):
                 for m in range(3):
@@ -185,9 +183,7 @@ def test_what_a_stage_cannot_take_is_shown():
         with pytest.raises(pe.StageError) as caught:
             pipe.step(torch.randn(4, 4), target=torch.randn(4, 4))
         assert "1F0" in str(caught.value)
-        assert (
-            "stage 1 was given (float32[2, 4], float32[2, 4]) by stage 0" in str(caught.value)
-        )
+        assert "stage 1 was given (float32[2, 4], float32[2, 4]) by stage 0" in str(caught.value)
     with pe.Pipeline([nn.Linear(4, 3), nn.Linear(4, 4)], microbatches=2, loss_fn=F.mse_loss) as pipe:
         with pytest.raises(pe.StageError, match=r"stage 1 was given float32\[2, 3\] by stage 0"):
             pipe.step(torch.randn(4, 4), target=torch.randn(4, 4))

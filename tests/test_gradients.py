@@ -58,9 +58,7 @@ def test_static_and_reactive_agree(schedule, reactive):
     model, x, y = chain(), torch.randn(9, 12), torch.randn(9, 12)
     plain = twin(model)
     reference_step(plain, x, y, 7, F.mse_loss)
-    with pe.Pipeline(
-        model, 4, 7, schedule, F.mse_loss, reactive=reactive
-    ) as pipe:
+    with pe.Pipeline(model, 4, 7, schedule, F.mse_loss, reactive=reactive) as pipe:
         for _ in range(REPEATS):
             model.zero_grad()
             pipe.step(x, target=y)
@@ -176,9 +174,7 @@ class Last(torch.nn.Module):
 def test_gradients_keep_their_memory_layout_at_a_cut():
     # What stands before a cut may sum in another order if its gradient comes in another layout.
     nn = torch.nn
-    patches = nn.Sequential(
-        nn.Conv2d(3, 32, 4, 4), nn.BatchNorm2d(32), Patches(), nn.Linear(32, 8)
-    )
+    patches = nn.Sequential(nn.Conv2d(3, 32, 4, 4), nn.BatchNorm2d(32), Patches(), nn.Linear(32, 8))
     images = torch.randn(8, 3, 32, 32), torch.randn(8, 64, 8)
     recurrent = nn.Sequential(Last(16, 24), nn.Linear(24, 24), Last(24, 8))
     sequences = torch.randn(8, 12, 16), torch.randn(8, 12, 8)

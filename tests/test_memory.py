@@ -53,9 +53,7 @@ def test_never_more_activations_alive_than_the_limit(schedule, ranks, reactive, 
     ) as pipe:
         for _ in range(10):
             pipe.step(torch.randn(18, 4), target=torch.randn(18, 4))
-            for stage, limit, engine in zip(
-                stages, pipe.plan.limits, pipe.trace.peak_in_flight_of_stage
-            ):
+            for stage, limit, engine in zip(stages, pipe.plan.limits, pipe.trace.peak_in_flight_of_stage):
                 assert stage.peak <= limit
                 assert engine <= limit
             assert all(stage.alive == 0 for stage in stages)

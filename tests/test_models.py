@@ -104,9 +104,7 @@ def test_recomputed_batch_norm_is_refused_where_it_would_race():
 
 
 def test_recomputed_dropout_is_refused_where_its_mask_would_change():
-    model = nn.Sequential(
-        *(Checkpointed(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))) for _ in range(2))
-    )
+    model = nn.Sequential(*(Checkpointed(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))) for _ in range(2)))
     x = torch.randn(8, 4)
     with pe.Pipeline(model, 2, 2, loss_fn=F.mse_loss) as pipe:
         with pytest.raises(pe.StageError, match="dropout is recomputed.*one rank"):
@@ -347,9 +345,7 @@ def test_parameters_reached_through_a_closure_get_their_gradients():
     plain = twin(model)
     x, y = torch.randn(8, 12), torch.randn(8, 12)
     reference_step(plain, x, y, 4, lambda a, b: F.mse_loss(a, b) + penalty(plain.parameters()))
-    with pe.Pipeline(
-        model, 2, 4, loss_fn=lambda a, b: F.mse_loss(a, b) + penalty(model.parameters())
-    ) as pipe:
+    with pe.Pipeline(model, 2, 4, loss_fn=lambda a, b: F.mse_loss(a, b) + penalty(model.parameters())) as pipe:
         pipe.step(x, target=y)
     for p, q in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
@@ -386,9 +382,7 @@ def test_sparse_gradients():
     with pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss) as pipe:
         pipe.step(x, target=y)
     assert model[0].table.weight.grad.is_sparse
-    assert torch.equal(
-        model[0].table.weight.grad.to_dense(), plain[0].table.weight.grad.to_dense()
-    )
+    assert torch.equal(model[0].table.weight.grad.to_dense(), plain[0].table.weight.grad.to_dense())
 
 
 class Keyword(nn.Module):

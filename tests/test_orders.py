@@ -41,9 +41,7 @@ def test_interleaved_order_is_the_published_order(ranks, chunks):
             num_ranks=ranks,
             microbatches=groups * ranks,
         )
-        expected = {
-            r: textbook.interleaved(r, ranks, chunks, groups * ranks) for r in range(ranks)
-        }
+        expected = {r: textbook.interleaved(r, ranks, chunks, groups * ranks) for r in range(ranks)}
         assert plan.order() == expected
         assert pe.simulate(plan).order() == expected
 

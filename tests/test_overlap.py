@@ -60,8 +60,7 @@ def test_forward_and_backward_of_one_rank_meet_only_where_they_may(overlap):
         assert sorted(met) == ([0, 1] if overlap else [])
         by_action = {r.action: r for r in pipe.trace.tasks}
         together = (
-            by_action["0F1"].begin < by_action["0B0"].end
-            and by_action["0B0"].begin < by_action["0F1"].end
+            by_action["0F1"].begin < by_action["0B0"].end and by_action["0B0"].begin < by_action["0F1"].end
         )
         assert together == overlap
         assert {r.stream for r in pipe.trace.tasks} == {"forward", "backward"}
@@ -95,9 +94,7 @@ def test_a_forward_is_not_held_up_by_a_backward_whose_input_is_missing(overlap):
         ["0F0", "0F1", "0B0", "0F2", "0F3", "0B1", "0B2", "0B3"],
         ["1F0", "1B0", "1F1", "1B1", "1F2", "1B2", "1F3", "1B3"],
     ]
-    with pe.Pipeline(
-        [first, last], microbatches=4, schedule=order, loss_fn=total, overlap=overlap
-    ) as pipe:
+    with pe.Pipeline([first, last], microbatches=4, schedule=order, loss_fn=total, overlap=overlap) as pipe:
         pipe.step(rows(4))
         assert waits == [True]
         ran = pipe.trace.order()[0]
@@ -134,9 +131,7 @@ def test_reactive_ranks_keep_the_order_of_each_stage_and_kind():
 def test_ranks_run_at_the_same_time():
     # Three stages meet in three different tasks.
     barrier = threading.Barrier(3)
-    stages = [
-        Hooked(lambda m, s=s: m == 2 - s and barrier.wait(timeout=10)) for s in range(3)
-    ]
+    stages = [Hooked(lambda m, s=s: m == 2 - s and barrier.wait(timeout=10)) for s in range(3)]
     with pe.Pipeline(stages, microbatches=3, schedule="gpipe", loss_fn=total) as pipe:
         pipe.step(rows(3))
     assert not barrier.broken

@@ -110,9 +110,7 @@ def test_a_schedule_given_as_text_packs_too():
     ]
     model, x, y = chain(), torch.randn(8, 12), torch.randn(8, 12)
     for reactive, pack in itertools.product((False, True), (1, 2, 3, 4)):
-        with pe.Pipeline(
-            model, 2, 4, rows, F.mse_loss, reactive=reactive, pack=pack
-        ) as pipe:
+        with pe.Pipeline(model, 2, 4, rows, F.mse_loss, reactive=reactive, pack=pack) as pipe:
             assert_trains_as_plain(pipe, model, twin(model), x, y, F.mse_loss, steps=1)
             assert messages(pipe)[0, "backward"] == math.ceil(4 / pack)
             if not reactive:
@@ -133,9 +131,7 @@ def test_groups_leave_with_the_one_that_runs_last():
 
 
 def test_stages_of_one_rank_send_no_messages():
-    with pe.Pipeline(
-        chain(), 4, 6, "interleaved-1f1b", F.mse_loss, devices=["cpu"], pack=3
-    ) as pipe:
+    with pe.Pipeline(chain(), 4, 6, "interleaved-1f1b", F.mse_loss, devices=["cpu"], pack=3) as pipe:
         pipe.step(torch.randn(6, 12), target=torch.randn(6, 12))
         assert pipe.trace.messages == []
         assert pipe.plan.num_messages == 0
@@ -196,9 +192,7 @@ class Use(nn.Module):
 @pytest.mark.parametrize("pack, pack_forward", [(1, 1), (2, 1), (1, 2), (3, 2), ("all", "all")])
 def test_tensors_of_every_kind(pack, pack_forward):
     model, x, y = nn.Sequential(Awkward(), Use()), torch.randn(11, 6), torch.randn(11, 6)
-    with pe.Pipeline(
-        model, 2, 5, loss_fn=F.mse_loss, pack=pack, pack_forward=pack_forward
-    ) as pipe:
+    with pe.Pipeline(model, 2, 5, loss_fn=F.mse_loss, pack=pack, pack_forward=pack_forward) as pipe:
         assert_trains_as_plain(pipe, model, twin(model), x, y, F.mse_loss)
 
 
@@ -223,9 +217,7 @@ def test_changes_in_place_reach_no_other_microbatch():
 
     model = nn.Sequential(nn.Linear(4, 4), InPlace(), nn.Linear(4, 4))
     x, y = torch.randn(9, 4), torch.randn(9, 4)
-    with pe.Pipeline(
-        model, 2, 4, loss_fn=F.mse_loss, cuts=["1"], pack=2, pack_forward=2
-    ) as pipe:
+    with pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss, cuts=["1"], pack=2, pack_forward=2) as pipe:
         assert_trains_as_plain(pipe, model, twin(model), x, y, F.mse_loss)
 
 
@@ -280,9 +272,7 @@ def test_parts_that_do_not_overlap_may_be_changed_in_place(pack_forward):
 
     model = nn.Sequential(nn.Linear(6, 6), Halves(), Join())
     x, y = torch.randn(9, 6), torch.randn(9, 6)
-    with pe.Pipeline(
-        model, 2, 4, loss_fn=F.mse_loss, cuts=["2"], pack=2, pack_forward=pack_forward
-    ) as pipe:
+    with pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss, cuts=["2"], pack=2, pack_forward=pack_forward) as pipe:
         assert_trains_as_plain(pipe, model, twin(model), x, y, F.mse_loss)
 
 
@@ -316,9 +306,7 @@ def test_sparse_tensors_are_refused_with_advice():
 def test_rows_may_change_from_step_to_step():
     model = chain()
     plain = twin(model)
-    with pe.Pipeline(
-        model, 4, 5, loss_fn=F.mse_loss, pack=2, pack_forward=3
-    ) as pipe:
+    with pe.Pipeline(model, 4, 5, loss_fn=F.mse_loss, pack=2, pack_forward=3) as pipe:
         for rows in (10, 5, 23, 7, 10):
             x, y = torch.randn(rows, 12), torch.randn(rows, 12)
             assert_trains_as_plain(pipe, model, plain, x, y, F.mse_loss, steps=1)
@@ -372,9 +360,7 @@ def test_what_arrives_is_a_view_of_the_message(allocations):
             x.register_hook(lambda grad: None)
             return x * 2
 
-    with pe.Pipeline(
-        [nn.Linear(5, 5), Look()], microbatches=6, loss_fn=F.mse_loss, pack_forward=3
-    ) as pipe:
+    with pe.Pipeline([nn.Linear(5, 5), Look()], microbatches=6, loss_fn=F.mse_loss, pack_forward=3) as pipe:
         pipe.step(torch.randn(12, 5), target=torch.randn(12, 5))
     whole = [(buffer.data_ptr(), buffer.data_ptr() + buffer.numel()) for buffer in allocations]
     assert len(seen) == 6
@@ -410,9 +396,7 @@ def test_too_few_microbatches_in_flight_are_refused_with_the_limit_it_takes():
     for pack in (2, 3, 5, 8):
         with pytest.raises(pe.InvalidSchedule, match=rf"allow {pack} in flight at each stage"):
             pe.Pipeline(layers, microbatches=8, loss_fn=F.mse_loss, pack=pack, in_flight=pack - 1)
-        with pe.Pipeline(
-            layers, microbatches=8, loss_fn=F.mse_loss, pack=pack, in_flight=pack
-        ) as pipe:
+        with pe.Pipeline(layers, microbatches=8, loss_fn=F.mse_loss, pack=pack, in_flight=pack) as pipe:
             pipe.step(torch.randn(8, 2), target=torch.randn(8, 2))
             assert max(pipe.trace.peak_in_flight_of_stage) <= pack
 
@@ -461,9 +445,7 @@ class Slow(nn.Module):
 @pytest.mark.parametrize("pack", [2, 4])
 def test_the_simulator_and_a_real_run_agree_on_who_waits(pack, in_flight):
     stages = [nn.Sequential(nn.Linear(2, 2), Slow()) for _ in range(3)]
-    with pe.Pipeline(
-        stages, microbatches=8, loss_fn=F.mse_loss, pack=pack, in_flight=in_flight
-    ) as pipe:
+    with pe.Pipeline(stages, microbatches=8, loss_fn=F.mse_loss, pack=pack, in_flight=in_flight) as pipe:
         x, y = torch.randn(8, 2), torch.randn(8, 2)
         pipe.step(x, target=y)
         simulation = pe.simulate(pipe.plan, pe.Costs(forward=6.0, backward=12.0))
@@ -485,9 +467,7 @@ def test_a_stage_that_may_hold_too_few_is_named():
 
 def test_limits_are_raised_where_results_wait_and_nowhere_else():
     def plan(packs, room=()):
-        return pe.build_plan(
-            "1f1b", num_stages=4, microbatches=64, reactive=True, packs=packs, room=room
-        )
+        return pe.build_plan("1f1b", num_stages=4, microbatches=64, reactive=True, packs=packs, room=room)
 
     tight, roomy = plan([8, 1, 1]), plan([8, 1, 1], room=[16, 7, 4, 1])
     assert tight.limits == [16, 3, 2, 1] and roomy.limits == [16, 7, 4, 1]

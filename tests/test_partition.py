@@ -69,9 +69,7 @@ def test_by_time_leaves_buffers_alone_and_takes_ids():
 
 
 def test_nested_containers_are_opened():
-    model = nn.Sequential(
-        nn.Linear(4, 4), nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), nn.Linear(4, 4)
-    )
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), nn.Linear(4, 4))
     stages = cut(model, 3)
     assert [stage.names for stage in stages] == [["0", "1.0"], ["1.1", "1.2"], ["1.3", "2"]]
 

@@ -62,9 +62,7 @@ def test_a_preset_only_changes_defaults(name, gpus):
 def test_the_largest_preset_fills_an_h200_and_leaves_room():
     largest = Options(**PRESETS["h200"])
     with torch.device("meta"):
-        model = gpt(
-            context=largest.context, width=largest.width, layers=largest.layers, heads=largest.heads
-        )
+        model = gpt(context=largest.context, width=largest.width, layers=largest.layers, heads=largest.heads)
     blocks = 12 * largest.width**2 * largest.layers
     tokens = largest.batch // largest.microbatches * largest.context
     kept = 40 * largest.width * tokens * largest.layers + 2 * blocks  # of a microbatch

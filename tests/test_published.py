@@ -27,9 +27,7 @@ def ident(row):
 
 def simulated(schedule, ranks, chunks, microbatches, f, i, w, latency=0.0, pair=1.0):
     """The simulated step, with the times of one stage."""
-    plan = pe.build_plan(
-        schedule, num_stages=ranks * chunks, num_ranks=ranks, microbatches=microbatches
-    )
+    plan = pe.build_plan(schedule, num_stages=ranks * chunks, num_ranks=ranks, microbatches=microbatches)
     costs = pe.Costs(forward=f, backward=i + w, input_grad=i, weight_grad=w, latency=latency, pair=pair)
     return pe.simulate(plan, costs)
 

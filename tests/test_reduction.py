@@ -29,9 +29,7 @@ def assert_means(replicas, plains):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize(
-    "schedule, stages", [("gpipe", 2), ("1f1b", 1), ("1f1b", 3), ("interleaved-1f1b", 4)]
-)
+@pytest.mark.parametrize("schedule, stages", [("gpipe", 2), ("1f1b", 1), ("1f1b", 3), ("interleaved-1f1b", 4)])
 @pytest.mark.parametrize("make", [chain, tree], ids=["chain", "tree"])
 def test_both_replicas_hold_the_mean(make, schedule, stages, overlap):
     model, loss_fn = (make(), F.mse_loss) if make is chain else (make(), tree_loss)

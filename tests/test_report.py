@@ -106,9 +106,7 @@ def test_arrows_join_the_tasks_of_each_message(trace, tmp_path):
 
     def tasks_at(arrow):
         around = [
-            e
-            for e in events["X"]
-            if track(e) == track(arrow) and e["ts"] <= arrow["ts"] <= e["ts"] + e["dur"]
+            e for e in events["X"] if track(e) == track(arrow) and e["ts"] <= arrow["ts"] <= e["ts"] + e["dur"]
         ]
         return [number[e["name"]] for e in around]
 
@@ -348,8 +346,7 @@ def test_a_step_is_drawn_below_its_plan_on_one_time_axis(trace, figures, tmp_pat
 
 def test_pictures_grow_with_the_ranks(drawing):
     heights = [
-        drawing("1f1b", num_stages=ranks, microbatches=8).get_size_inches()[1]
-        for ranks in (1, 2, 4, 8, 16, 64)
+        drawing("1f1b", num_stages=ranks, microbatches=8).get_size_inches()[1] for ranks in (1, 2, 4, 8, 16, 64)
     ]
     assert heights == sorted(set(heights))
     assert heights[1] < 2 and heights[4] < 5
@@ -360,9 +357,7 @@ def test_a_plan_that_takes_no_time_is_drawn(drawing):
     assert headline(figure) == "1 stage on 1 rank, 1 microbatch"
 
 
-@pytest.mark.parametrize(
-    "name, head", [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml"), ("sub/a.pdf", b"%PDF")]
-)
+@pytest.mark.parametrize("name, head", [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml"), ("sub/a.pdf", b"%PDF")])
 def test_a_picture_is_written_as_its_suffix_says(figures, tmp_path, name, head):
     plan = pe.build_plan("1f1b", num_stages=2, microbatches=2)
     plan.draw(tmp_path / name)
@@ -397,9 +392,7 @@ def test_other_files_are_refused(path):
     trace = ran("1f1b", 2, 2)
     with pytest.raises(pe.InvalidArgument) as refused:
         trace.save(path)
-    assert str(refused.value) == (
-        f"the path is {str(path)!r}; give one that ends in .json, .png, .svg or .pdf"
-    )
+    assert str(refused.value) == (f"the path is {str(path)!r}; give one that ends in .json, .png, .svg or .pdf")
     with pytest.raises(pe.InvalidArgument, match=r"ends in \.png, \.svg or \.pdf"):
         trace.plan.draw(path)
 

@@ -145,9 +145,7 @@ def test_a_resumed_run_can_be_resumed(tmp_path, text, stopped):
     assert losses(stopped) == losses(whole)
 
 
-@pytest.mark.parametrize(
-    "register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook]
-)
+@pytest.mark.parametrize("register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook])
 def test_ctrl_c_cannot_split_the_optimizers_step(tmp_path, text, uninterrupted, register):
     """The signal comes just before and just after the parameters change."""
     count = 0
@@ -215,9 +213,7 @@ def test_moved_data_and_other_rates_are_accepted(tmp_path, text, stopped):
         (["--resume", "other.txt"], "'other.txt' is not a checkpoint"),
     ],
 )
-def test_what_cannot_be_resumed_is_refused_in_a_sentence(
-    tmp_path, stopped, monkeypatch, capsys, args, message
-):
+def test_what_cannot_be_resumed_is_refused_in_a_sentence(tmp_path, stopped, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     Path("other.txt").write_bytes(b"five quacking zephyrs jolt my wax bed\n" * 400)
     before = losses(stopped)

@@ -120,9 +120,7 @@ def test_v_schedules_of_torch_have_the_same_order(ours, theirs, least, ranks):
 
 @pytest.mark.parametrize("ranks, chunks, microbatches", [(1, 1, 3), (2, 3, 4), (4, 2, 8), (3, 2, 5)])
 def test_looped_bfs_is_torchs_order_but_for_backwards_that_ascend(ranks, chunks, microbatches):
-    plan = pe.build_plan(
-        "looped-bfs", num_stages=ranks * chunks, num_ranks=ranks, microbatches=microbatches
-    )
+    plan = pe.build_plan("looped-bfs", num_stages=ranks * chunks, num_ranks=ranks, microbatches=microbatches)
     theirs = texts(rank_operations("ScheduleLoopedBFS", ranks, chunks, microbatches))
     for rank, row in plan.order().items():
         turned = [

@@ -73,9 +73,7 @@ CASES = list(published())
 def test_zb_auto_is_never_above_the_published_bubble(row, times, chunks, limit, bubble):
     ranks, m = int(row["p"]), int(row["m"])
     costs = costs_of(*map(float, times), chunks, row["model"], limit * ranks)
-    plan = pe.build_plan(
-        "zb-auto", num_stages=ranks * chunks, num_ranks=ranks, microbatches=m, costs=costs
-    )
+    plan = pe.build_plan("zb-auto", num_stages=ranks * chunks, num_ranks=ranks, microbatches=m, costs=costs)
     simulation = pe.simulate(plan, costs)  # refuses what exceeds the limit
     digits = len(bubble.partition(".")[2])
     assert round(simulation.bubble_from_first_start, digits) <= float(bubble)
@@ -211,9 +209,7 @@ def test_ctrl_c_stops_zb_auto():
             "none of .* plans can run within the limits",
         ),
         (
-            lambda: pe.build_plan(
-                "zb-auto", num_stages=2, microbatches=4, costs=pe.Costs(memory_limit=0.5)
-            ),
+            lambda: pe.build_plan("zb-auto", num_stages=2, microbatches=4, costs=pe.Costs(memory_limit=0.5)),
             "rank 0 may hold 0.5.* raise memory_limit",
         ),
         (

@@ -22,9 +22,7 @@ def built(schedule, **mode):
         return pe.build_plan(schedule, num_stages=stages, microbatches=microbatches, **mode)
     name, ranks, chunks, microbatches = schedule
     chunks = {"looped": chunks, "v": 2}.get(_C.layout_of(name), 1)
-    return pe.build_plan(
-        name, num_stages=ranks * chunks, num_ranks=ranks, microbatches=microbatches, **mode
-    )
+    return pe.build_plan(name, num_stages=ranks * chunks, num_ranks=ranks, microbatches=microbatches, **mode)
 
 
 named = st.tuples(st.sampled_from(NAMED), st.integers(1, 4), st.integers(1, 3), st.integers(1, 8))
@@ -166,9 +164,7 @@ def test_no_step_is_shorter_than_the_lower_bound(schedule, reactive, data):
     costs = data.draw(costs_for(plan))
     simulation = pe.simulate(plan, costs)
     by_stage = costs.by_stage(plan.num_stages, plan.num_ranks)
-    makespan, span = _C.lower_bound(
-        plan.rank_of_stage, plan.num_ranks, plan.num_microbatches, by_stage
-    )
+    makespan, span = _C.lower_bound(plan.rank_of_stage, plan.num_ranks, plan.num_microbatches, by_stage)
     assert simulation.makespan >= makespan - CLOSE
     spans = [end - begin for begin, end in zip(simulation.first_start, simulation.finish)]
     assert max(spans) >= span - CLOSE

@@ -48,9 +48,7 @@ def late(stages, microbatches, whole=lambda stage, m: False):
 
 def last(stages, microbatches):
     """Cells in which every W comes after every I."""
-    return [
-        [f"{s}{kind}{m}" for kind in "FIW" for m in range(microbatches)] for s in range(stages)
-    ]
+    return [[f"{s}{kind}{m}" for kind in "FIW" for m in range(microbatches)] for s in range(stages)]
 
 
 def alternating(stages, microbatches):
@@ -445,9 +443,7 @@ def test_what_only_i_needs_is_gone_after_i_and_the_rest_after_w(options):
 
 def test_a_slot_is_free_after_w_and_not_before():
     stages = [nn.Linear(12, 12) for _ in range(2)]
-    with pe.Pipeline(
-        stages, microbatches=6, schedule=last(2, 6), loss_fn=F.mse_loss, reactive=False
-    ) as pipe:
+    with pe.Pipeline(stages, microbatches=6, schedule=last(2, 6), loss_fn=F.mse_loss, reactive=False) as pipe:
         pipe.step(torch.randn(6, 12), target=torch.randn(6, 12))
         assert pipe.trace.peak_in_flight_of_stage == [6, 6]
     with pe.Pipeline(

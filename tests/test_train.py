@@ -26,9 +26,7 @@ def command(*args):
 
 
 def train(cwd, *args, **options):
-    return subprocess.run(
-        command(*args), cwd=cwd, capture_output=True, text=True, timeout=300, **options
-    )
+    return subprocess.run(command(*args), cwd=cwd, capture_output=True, text=True, timeout=300, **options)
 
 
 def test_what_it_prints_and_writes(tmp_path, text):

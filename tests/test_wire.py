@@ -25,8 +25,7 @@ ROUNDING = {
 
 def relative_errors(model, expected):
     return [
-        float((p.grad - expected[name]).norm() / expected[name].norm())
-        for name, p in model.named_parameters()
+        float((p.grad - expected[name]).norm() / expected[name].norm()) for name, p in model.named_parameters()
     ]
 
 
@@ -39,9 +38,7 @@ def test_gradients_are_off_by_their_rounding_alone(wire, pack):
     for layer in model:
         nn.init.orthogonal_(layer.weight)
     x, y, plain = torch.randn(24, 16), torch.randn(24, 16), twin(model)
-    with pe.Pipeline(
-        model, 4, 6, loss_fn=F.mse_loss, loss_reduction="sum", pack=pack, wire=wire
-    ) as pipe:
+    with pe.Pipeline(model, 4, 6, loss_fn=F.mse_loss, loss_reduction="sum", pack=pack, wire=wire) as pipe:
         for _ in range(3):
             model.zero_grad()
             loss = pipe.step(x, target=y)
@@ -156,9 +153,7 @@ def test_each_boundary_has_its_own_wire_type():
     plain = twin(model)
     reference_step(plain, x, y, 4, F.mse_loss)
     expected = gradients(plain)
-    with pe.Pipeline(
-        model, 3, 4, loss_fn=F.mse_loss, wire={0: torch.bfloat16}
-    ) as pipe:
+    with pe.Pipeline(model, 3, 4, loss_fn=F.mse_loss, wire={0: torch.bfloat16}) as pipe:
         pipe.step(x, target=y)
         nbytes = {(m.boundary, m.direction): m.packed_nbytes for m in pipe.trace.messages}
         last_two = [p for stage in pipe.stage_modules[1:] for p in stage.parameters()]
@@ -171,9 +166,7 @@ def test_each_boundary_has_its_own_wire_type():
 
 def test_activations_are_cast_in_step_and_eval_alike():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Identity()), torch.randn(6, 4)
-    with pe.Pipeline(
-        model, 2, 3, loss_fn=F.mse_loss, wire_forward=torch.bfloat16, pack_forward=2
-    ) as pipe:
+    with pe.Pipeline(model, 2, 3, loss_fn=F.mse_loss, wire_forward=torch.bfloat16, pack_forward=2) as pipe:
         expected = model(x).bfloat16().float()
         _, output = pipe.step(x, target=x, return_outputs=True)
         torch.testing.assert_close(output, expected, rtol=2**-7, atol=0)

@@ -10,9 +10,7 @@ from . import doctor, plan, train
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="pipeline-ext", description="Pipeline-parallel training for PyTorch."
-    )
+    parser = argparse.ArgumentParser(prog="pipeline-ext", description="Pipeline-parallel training for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train.add_parser(commands)
     plan.add_parser(commands)

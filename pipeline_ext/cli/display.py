@@ -108,9 +108,7 @@ class Display:
 
 
 def _figures(m: StepMetrics) -> str:
-    return (
-        f"loss {m.loss:.3f}  {m.bits_per_byte:.3f} bits per byte  {m.tokens_per_second:,.0f} tokens/s"
-    )
+    return f"loss {m.loss:.3f}  {m.bits_per_byte:.3f} bits per byte  {m.tokens_per_second:,.0f} tokens/s"
 
 
 def _schedule(summary: Summary) -> str:

@@ -47,9 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise InvalidArgument(f"--json {options.json} is a folder; give the name of a file")
     corpus = Corpus(options.data, options.context)
     torch.manual_seed(options.seed)
-    model = gpt(
-        context=options.context, width=options.width, layers=options.layers, heads=options.heads
-    )
+    model = gpt(context=options.context, width=options.width, layers=options.layers, heads=options.heads)
     with launch.team() as team, _pipeline(model, options, team) as pipe:
         options = replace(options, threads=options.threads or _threads(pipe, team))
         torch.set_num_threads(options.threads)

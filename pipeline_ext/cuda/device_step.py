@@ -30,9 +30,7 @@ class DeviceStep:
     waiting = ""
     begin = 0
 
-    def __init__(
-        self, layout: StreamLayout, result: _C.DeviceStepResult, idle: Callable[[], bool]
-    ) -> None:
+    def __init__(self, layout: StreamLayout, result: _C.DeviceStepResult, idle: Callable[[], bool]) -> None:
         """``idle`` says whether the devices have ended all steps."""
         self._idle = idle
         self._layout = layout

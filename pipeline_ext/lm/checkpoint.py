@@ -48,9 +48,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
             torch.save({"format": _FORMAT, "version": _VERSION, **values}, file)
     except RuntimeError as error:
         cause = error.__context__ or error  # what the disk said, which torch.save hides
-        raise PipelineError(
-            f"{str(path)!r} cannot be written: {cause}; what was there is unchanged"
-        ) from error
+        raise PipelineError(f"{str(path)!r} cannot be written: {cause}; what was there is unchanged") from error
 
 
 def read(path: Path) -> Checkpoint:

@@ -70,9 +70,7 @@ def _read_file(path: Path) -> tuple[bytearray, bytearray]:
 def _read_folder(root: Path, is_stdlib: bool) -> tuple[bytearray, bytearray]:
     skipped = {"site-packages", "dist-packages", "test", "tests"}
     if is_stdlib:
-        files = [
-            f for f in root.rglob("*.py") if skipped.isdisjoint(f.relative_to(root).parts)
-        ]
+        files = [f for f in root.rglob("*.py") if skipped.isdisjoint(f.relative_to(root).parts)]
     else:
         files = [f for f in root.rglob("*") if f.is_file()]
     train, held_out = bytearray(), bytearray()

@@ -80,9 +80,7 @@ class Summary:
             "val_bpb_first": self.val_bpb_first,
             "val_bpb_last": self.val_bpb_last,
             "tokens_per_second": self.tokens_per_second,
-            "step_ms": (
-                {"min": min(ms), "median": statistics.median(ms), "max": max(ms)} if ms else None
-            ),
+            "step_ms": ({"min": min(ms), "median": statistics.median(ms), "max": max(ms)} if ms else None),
             "bubble_predicted": self.bubble_predicted,
             "bubble_simulated": self.bubble_simulated,
             "bubble_measured": self.bubble_measured,

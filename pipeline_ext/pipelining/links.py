@@ -48,9 +48,7 @@ class TracedLink:
 
     def arguments(self, value: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         came, given = dict(zip(self._coming, value)), dict(kwargs)
-        args = tuple(
-            came[node] if node in came else self._input(node, given) for node in self._call.args
-        )
+        args = tuple(came[node] if node in came else self._input(node, given) for node in self._call.args)
         return args, given
 
     def value(self, output: Any, came: Any) -> Any:

@@ -102,9 +102,7 @@ class Runner:
 class _Losses:
     """The schedule's own losses; see ``torch_stage.Losses``."""
 
-    def begin(
-        self, schedule: Any, targets: list[Any] | None, loss_kwargs: dict[str, Any] | None
-    ) -> None:
+    def begin(self, schedule: Any, targets: list[Any] | None, loss_kwargs: dict[str, Any] | None) -> None:
         """Prepares for a step."""
         self._schedule = schedule
         self._targets = targets

@@ -24,9 +24,7 @@ def check_agreement(
     ``modules``, parameters, buffers and code are compared. Raises PeerError for processes that have not come
     within ``timeout`` seconds.
     """
-    settings = {
-        name: value if isinstance(value, list) else [f"{value}"] for name, value in settings.items()
-    }
+    settings = {name: value if isinstance(value, list) else [f"{value}"] for name, value in settings.items()}
     for name, module in (modules or {}).items():
         if isinstance(module, nn.Module):
             settings[name] = _describe_module(module)
@@ -42,9 +40,7 @@ def check_agreement(
                 _refuse(name, first, process, lines[first][name], lines[process][name])
 
 
-def skips_of_all(
-    processes: Processes, here: Iterable[DeclaredSkips], timeout: float
-) -> list[DeclaredSkips]:
+def skips_of_all(processes: Processes, here: Iterable[DeclaredSkips], timeout: float) -> list[DeclaredSkips]:
     """What the stages of all processes of a pipeline declare, by stage; ``here``: those of this one.
 
     Raises PeerError as ``check_agreement`` does.

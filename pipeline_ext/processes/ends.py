@@ -28,9 +28,7 @@ def ends_of(
         tasks.setdefault((stage, kind), []).append((task, m))
     skips: list[str] = []  # those met so far: each takes numbers of its own
 
-    def end_of(
-        sender: int, receiver: int, pack: int, wire: torch.dtype | None, skip: str | None
-    ) -> Any:
+    def end_of(sender: int, receiver: int, pack: int, wire: torch.dtype | None, skip: str | None) -> Any:
         forward = sender < receiver
         first = min(sender, receiver)
         if skip is not None and skip not in skips:

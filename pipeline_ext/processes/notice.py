@@ -82,9 +82,7 @@ class Notices:
         self._store.set(f"{rank}/{self._store.add(f'{rank}', 1)}", json.dumps(letter))
 
 
-def _read(
-    store: Store, rank: int, closed: threading.Event, told: Told, status: Callable[[], str]
-) -> None:
+def _read(store: Store, rank: int, closed: threading.Event, told: Told, status: Callable[[], str]) -> None:
     """Reads a mailbox until it is closed."""
     try:
         for number in itertools.count(1):

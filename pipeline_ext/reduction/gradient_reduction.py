@@ -72,9 +72,7 @@ class GradientReduction:
         self._sends = False  # whether this step does
         self._in_step = False
 
-    def attach(
-        self, stages: Sequence[Stage], shared: SharedParameters, microbatches: int
-    ) -> None:
+    def attach(self, stages: Sequence[Stage], shared: SharedParameters, microbatches: int) -> None:
         """Called by the one pipeline whose gradients it reduces.
 
         Raises InvalidArgument if it or its member has one already, and for parameters whose gradients cannot be

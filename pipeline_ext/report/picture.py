@@ -258,4 +258,3 @@ def _add_legend(picture: Figure, panels: Sequence[Panel], right: tuple[float, fl
 def _text_width(text: str, size: float) -> float:
     """In points."""
     return text_to_path.get_text_width_height_descent(text, FontProperties(size=size), False)[0]
-

@@ -47,6 +47,4 @@ def lanes(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> list[int]:
         return task.rank, task.begin, task.end
 
     there = Counter(place(task) for task in tasks if task.begin < task.end)
-    return [
-        1 + (task.stream == "backward") if plan.overlap or there[place(task)] > 1 else 0 for task in tasks
-    ]
+    return [1 + (task.stream == "backward") if plan.overlap or there[place(task)] > 1 else 0 for task in tasks]

@@ -60,15 +60,11 @@ def accepted_path(path: str | os.PathLike, suffixes: Sequence[str]) -> Path:
     """
     if not isinstance(path, (str, os.PathLike)) or Path(path).suffix.lower() not in suffixes:
         *others, last = suffixes
-        raise InvalidArgument(
-            f"the path is {str(path)!r}; give one that ends in {', '.join(others)} or {last}"
-        )
+        raise InvalidArgument(f"the path is {str(path)!r}; give one that ends in {', '.join(others)} or {last}")
     return Path(path)
 
 
-def save_picture(
-    path: Path, panels: Sequence[Panel], unit: str, units: float = 1.0
-) -> None:
+def save_picture(path: Path, panels: Sequence[Panel], unit: str, units: float = 1.0) -> None:
     """Draws the panels above one another, on one time axis.
 
     Args:

@@ -63,8 +63,7 @@ class Trace:
         """The tasks that ran in this process, of ``gather_trace`` in all, in the order in which they began."""
         zero = self.record.begin
         begin, end = (
-            [(time - zero) * 1e-9 for time in times]
-            for times in (self.record.task_begin, self.record.task_end)
+            [(time - zero) * 1e-9 for time in times] for times in (self.record.task_begin, self.record.task_end)
         )
         records = task_records(self.plan, begin, end)
         return [record for record in records if self.record.task_end[record.task]]

@@ -63,9 +63,7 @@ def joined(leaves: Sequence[Any], told: str | None, meshes: Meshes) -> Sequence[
     """What ``parted`` was given, at the other end."""
     if told is None:
         return leaves
-    return [
-        leaf if what is None else _join(leaf, what, meshes) for leaf, what in zip(leaves, json.loads(told))
-    ]
+    return [leaf if what is None else _join(leaf, what, meshes) for leaf, what in zip(leaves, json.loads(told))]
 
 
 def _part(whole: DTensor) -> Tensor:

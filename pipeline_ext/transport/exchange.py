@@ -84,9 +84,7 @@ class Exchange:
                 return end_of(sender, receiver, pack, wire, name)
             return Channel(plan.num_microbatches, pack, wire, plan.limits[skip.source], link)
 
-        def channel(
-            boundary: int, way: str, pack: int, wires: Sequence[torch.dtype | None]
-        ) -> AnyChannel:
+        def channel(boundary: int, way: str, pack: int, wires: Sequence[torch.dtype | None]) -> AnyChannel:
             passage = None if passage_of is None else passage_of(boundary, way)
             if not self._crossing[boundary]:
                 return Channel(plan.num_microbatches, passage=passage)

@@ -95,7 +95,6 @@ class AsIs(Format):
         slots = self._layout.slots
         return [look.see(storage, begin + slots[look.region].offset) for look in self.looks]
 
-
     def template(self, requires_grad: Sequence[bool], parts: Sequence[Any]) -> _C.MessageTemplate | None:
         if len(self.region_sizes) < len(self.looks) or not all(map(_is_copied_whole, self.looks)):
             return None

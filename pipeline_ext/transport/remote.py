@@ -228,9 +228,7 @@ class Incoming:
         self._steps: SimpleQueue[Receiver | None] = SimpleQueue()
         self.sent = self.packed_nbytes = self.result_nbytes = 0
         self.seconds = 0.0
-        self._thread = threading.Thread(
-            target=self._serve, name=f"pe from {line.peer}", daemon=True
-        )
+        self._thread = threading.Thread(target=self._serve, name=f"pe from {line.peer}", daemon=True)
         self._thread.start()
 
     def begin(self, receiver: "Receiver") -> None:

@@ -127,9 +127,7 @@ def _gather(connections: list[Connection], timeout: float) -> list[Any]:
     return [found[connection] for connection in connections]
 
 
-def _main(
-    to_test: Connection, rank: int, size: int, port: int, body: Callable[..., Any], args: tuple
-) -> None:
+def _main(to_test: Connection, rank: int, size: int, port: int, body: Callable[..., Any], args: tuple) -> None:
     global _to_test
     _to_test = to_test
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -205,9 +205,7 @@ def losses_of_stages():
         loss = (F.mse_loss(plain[3](h), b) + sum(extra)) * (len(a) / 7)
         loss.backward()
         total += loss.detach()
-    pipe = pe.Pipeline(
-        stages, None, 3, "interleaved-1f1b", F.mse_loss, mesh=dist.group.WORLD, timeout=20
-    )
+    pipe = pe.Pipeline(stages, None, 3, "interleaved-1f1b", F.mse_loss, mesh=dist.group.WORLD, timeout=20)
     torch.testing.assert_close(pipe.step(x, target=y), total)
     pipe.close()
     local = {p for module in pipe.stage_modules for p in module.parameters()}

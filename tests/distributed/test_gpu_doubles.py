@@ -20,9 +20,7 @@ NAMES = [name for name in _C.schedule_names() if name != "dualpipe"]  # which ha
 
 def pipeline(model, stages, microbatches, **options):
     options = {"loss_fn": F.mse_loss, "timeout": 20, **options}
-    return pe.Pipeline(
-        model, stages, microbatches, mesh=dist.group.WORLD, devices=["cuda:0"], **options
-    )
+    return pe.Pipeline(model, stages, microbatches, mesh=dist.group.WORLD, devices=["cuda:0"], **options)
 
 
 def batch(rows, seed=0, width=12):

@@ -96,9 +96,7 @@ def test_all_processes_follow_what_one_chooses(stages, dp, skips, options):
 
 def fail_to_choose():
     trained = model(2, False)
-    with pe.Pipeline(
-        trained, 2, MICROBATCHES, "auto", F.mse_loss, mesh=dist.group.WORLD, timeout=20
-    ) as pipe:
+    with pe.Pipeline(trained, 2, MICROBATCHES, "auto", F.mse_loss, mesh=dist.group.WORLD, timeout=20) as pipe:
         x, y = torch.randn(2, 10, WIDTH)
         for _ in range(3):
             pipe.step(x, target=y)

@@ -40,9 +40,7 @@ def two_steps(victim, fault, timeout):
     """A pipeline of one stage for each process, and what its second step raised."""
     stages = [nn.Linear(4, 4) for _ in range(dist.get_world_size())]
     stages[victim] = Faulty(fault)
-    pipe = pe.Pipeline(
-        stages, None, MICROBATCHES, "1f1b", F.mse_loss, mesh=dist.group.WORLD, timeout=timeout
-    )
+    pipe = pe.Pipeline(stages, None, MICROBATCHES, "1f1b", F.mse_loss, mesh=dist.group.WORLD, timeout=timeout)
     x, y = torch.randn(8, 4), torch.randn(8, 4)
     pipe.step(x, target=y)
     with pytest.raises(pe.PipelineError) as failed:

@@ -59,9 +59,7 @@ def scale():
     """Trains as a plain model beside it; returns the scales."""
     model = models.chain()
     plain = twin(model)
-    ours = ShardedGradScaler(
-        "cpu", init_scale=2.0**10, growth_interval=2, process_group=dist.group.WORLD
-    )
+    ours = ShardedGradScaler("cpu", init_scale=2.0**10, growth_interval=2, process_group=dist.group.WORLD)
     theirs = GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     scales = []
     with pipeline(model, 2, scaler=ours) as pipe:

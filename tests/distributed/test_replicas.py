@@ -1,6 +1,5 @@
 """Replicas whose pipelines are of processes: the same gradients as in one process, and one end for all."""
 
-
 import pytest
 import torch
 import torch.distributed as dist

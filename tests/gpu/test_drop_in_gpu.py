@@ -46,9 +46,7 @@ def main(name, device):
         expected = {of: parameter.grad for of, parameter in model.named_parameters()}
         model.zero_grad()
         losses = []
-        schedule.step(
-            *([x] if 0 in numbers else []), target=y if count - 1 in numbers else None, losses=losses
-        )
+        schedule.step(*([x] if 0 in numbers else []), target=y if count - 1 in numbers else None, losses=losses)
         for of, parameter in model.named_parameters():
             if any(parameter is mine for module in modules.values() for mine in module.parameters()):
                 torch.testing.assert_close(parameter.grad, expected[of])

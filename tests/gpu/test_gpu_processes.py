@@ -51,9 +51,7 @@ def main(case):
     model = nn.Sequential(*(Residual(64) for _ in range(8)))
     plain = twin(model).cuda()
     stages = 2 * ranks if case == "interleaved" else ranks
-    with pe.Pipeline(
-        model, stages, 8, loss_fn=F.mse_loss, mesh=mesh, timeout=60, **CASES[case]
-    ) as pipe:
+    with pe.Pipeline(model, stages, 8, loss_fn=F.mse_loss, mesh=mesh, timeout=60, **CASES[case]) as pipe:
         for step in range(8):
             rows = 40 if step == 4 else 32  # another shape, between steps of one
             x, y = torch.randn(rows, 64), torch.randn(rows, 64)

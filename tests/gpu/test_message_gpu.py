@@ -19,8 +19,6 @@ def test_what_shares_memory_shares_it_again():
     check_overlaps_travel_once("cuda")
 
 
-@pytest.mark.parametrize(
-    "wire, rounding", [(torch.bfloat16, 2.0**-8), (torch.float8_e4m3fn, 2.0**-4)], ids=str
-)
+@pytest.mark.parametrize("wire, rounding", [(torch.bfloat16, 2.0**-8), (torch.float8_e4m3fn, 2.0**-4)], ids=str)
 def test_what_is_cast_arrives_rounded(wire, rounding):
     check_cast("cuda", wire, rounding)
