@@ -1,49 +1,33 @@
-"""Pipeline: the object the user holds."""
+"""Pipeline: the object users hold."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from . import _C
+from .assemble import assemble
 from .base import arguments
-from .checkpoint.unsplit import LocalModel, UnsplitModel, repeated_names
-from .engines import devices as device_choice
-from .engines.choice import described_device, make_engine
+from .checkpoint.unsplit import UnsplitModel
+from .engines.devices import DevicesLike
 from .engines.lifetime import Lifetime
 from .errors import InvalidArgument, PipelineError
-from .model.cut import cut
-from .model.skips import declared_skips, find_skips
-from .plan.build import AUTO, ScheduleLike, check_trainable
-from .plan.ordering import Ordering, PackLike
+from .plan.build import ScheduleLike
+from .plan.ordering import PackLike
 from .plan.pack_choice import PackChoice
 from .plan.profile import Profile
 from .plan.schedule_choice import ScheduleChoice
 from .plan.simulation import Costs, Simulation, simulate
-from .processes.agreement import check_agreement, skips_of_all
-from .processes.group import MeshLike, Processes
-from .reduction import GradientReduction, ProcessGroupMember
+from .processes.group import MeshLike
+from .reduction import GradientReduction
 from .report.trace import Trace
+from .settings import Settings, WireLike
 from .stages import microbatch
-from .stages.local import initialise, local_stages
-from .stages.shared_parameters import SharedParameters
-from .stages.stage import Stage
-from .stages.ties import Ties
-from .stages.wrapped import WrappedStages
-from .step.agreed_choice import OneChooses
 from .step.batch import Batch
-from .step.gathered_trace import TraceGathering
-from .step.graphs import GraphReport, StepGraphs
-from .step.routes import Routes
-from .step.stepper import Stepper
-from .transport.exchange import Exchange
+from .step.graphs import GraphReport
 from .transport.link import FREE_LINK, LocalLink
-
-WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
 
 
 class Pipeline(UnsplitModel):
@@ -57,77 +41,87 @@ class Pipeline(UnsplitModel):
             loss = pipe.step(x, target=y)
             optimizer.step()
 
-    Args:
-        model: an ``nn.Sequential``; a list of stage modules, each of which takes what the one before
-            returns as its one argument, or of functions without arguments that make them; or a module whose
-            children run in order, with ``cuts``. Each process of a ``mesh`` calls the functions of its own
-            stages alone; what they share with stages of other processes is not known to be tied. For that
-            give modules, on the meta device if they are large.
-        num_stages: into how many stages to cut; may be left out where ``model`` or ``cuts`` say it.
+    Model and cut:
+        model: an ``nn.Sequential``; a module whose children run in order, with ``cuts``; or a list of stage
+            modules, each of which takes the result of the one before as its one argument. The list may hold
+            functions without arguments that make the modules: each process of a ``mesh`` then calls those of
+            its own stages alone, and parameters tied between processes are not recognised. To tie parameters
+            across processes give modules, on the meta device if they are large.
+        num_stages: into how many stages to cut. Optional if ``model`` or ``cuts`` say it.
+        cuts, balance, sample: where to cut; see ``pipeline_ext.partition.cut``.
+
+    Schedule:
         microbatches: M, into how many parts ``step`` cuts a batch along dimension 0.
-        schedule: a name (``schedule_names()`` lists them), the path of a CSV file in the action text of
-            torch.distributed.pipelining, or each rank's actions as text, by rank. ``"auto"`` measures the first
-            three steps; as the fourth begins it simulates and searches for two seconds, and prints what it
-            takes: of the orders that leave stages on their ranks, and hold no more microbatches than
-            ``in_flight`` says, or without it than a rank does in the first steps.
-        loss_fn: called as ``loss_fn(output, target)``, or ``loss_fn(output)`` for a step without target;
-            returns a tensor without dimensions. If it is a module, its parameters are trained too.
+        schedule: a name from ``schedule_names()``; the path of a CSV file in the action text of
+            torch.distributed.pipelining; or each rank's actions as text, by rank. ``"auto"`` measures the first
+            three steps. When the fourth begins it simulates and searches for two seconds, follows the best
+            order, and prints it. It considers orders that keep stages on their ranks and hold no more
+            microbatches than ``in_flight`` allows, or without it than a rank holds in the first steps.
+        overlap: run a rank's forward and backward tasks at the same time: on the CPU on a thread each, on a GPU
+            on streams of their own. A module may then run forward twice at once if it is recomputed. None: on
+            GPUs, and not on the CPU.
+        reactive: let a rank whose next planned task is not ready run another that is. The microbatches of
+            one stage and kind keep their order, and the limit of microbatches in flight holds, so the
+            gradients are the same. False: exactly the planned order; a ``schedule`` that lists the order is
+            refused if ``pack`` or ``in_flight`` would change it. Always False if ``mesh`` has dimensions beside
+            "pp" and "dp": their processes must communicate in one order (tensor parallelism).
+        in_flight: the most microbatches that a stage may hold at once, or a list of that by stage. None: as
+            many as the schedule takes. A schedule that would never end within it is refused.
+        costs: the costs for which ``"zb-auto"`` is searched, within their ``memory_limit`` or else
+            ``in_flight``. None: F = I = W = 1 at each stage. Every schedule keeps the ``memory_limit``: an order
+            that exceeds it is refused, and reactive ranks begin an ``F`` only if it fits.
+
+    Devices and processes:
         devices: one entry for each rank, CPUs or CUDA devices; several ranks may share one. None: as many ranks
             as stages, or half as many for a schedule that holds several stages on a rank, spread over all GPUs
-            that torch sees; without any, on the CPU. Stages are moved to their devices, in place. With ``mesh``
-            this process's one device alone, as ``["cuda:0"]``; None: where mesh is of "cuda", or a group with
-            NCCL, the GPU of torchrun's LOCAL_RANK, otherwise the CPU.
-        cuts, balance, sample: where to cut; see ``pipeline_ext.partition.cut``.
-        loss_reduction: ``"mean"`` weights a microbatch's loss by its share of the batch's rows, ``"sum"``
-            by 1.
-        overlap: let a rank's forward and backward tasks run at the same time: on the CPU on a thread each, on
-            a GPU on streams of their own. A module may then run forward twice at once where it is recomputed.
-            None: on GPUs, and not on the CPU.
-        reactive: let a rank whose next planned task is not ready run another that is. The microbatches of
-            one stage and kind keep their order, and the limit of microbatches in flight holds; so the
-            gradients are the same. False: exactly the planned order; a ``schedule`` that lists it is refused
-            where ``pack`` or ``in_flight`` would change it. Always False where ``mesh`` has dimensions beside
-            "pp" and "dp", whose processes are to communicate in one order (tensor parallelism).
-        pack: K, how many microbatches' gradients leave a stage for the one before in one message: a number,
-            ``"all"``, ``"auto"``, or a dict from boundaries to numbers (boundary b is between stages b and
-            b + 1; one left out has 1). The stages upstream then hold more microbatches, by what the
-            simulated step needs. ``"auto"`` measures the first three steps; as the fourth begins it simulates
-            K = 1, 2, 4, ..., and prints what it takes. Stages on one rank hand each result over alone.
-        pack_forward: the same for activations.
-        pack_skips: a dict from names of skip connections (see ``pipeline_ext.skips``) to K, a number or
-            ``"all"``, of the tensors that go from stage to stage and of their gradients; one left out has 1.
-        wire: floating-point type that gradients travel as, or a dict from boundaries to types; None: their
-            own. They are cast back on arrival.
-        wire_forward: the same for activations, in ``eval`` too. A skip connection that begins at stage s
-            travels as activations do at boundary s, the gradient of one that ends there as gradients do at
-            boundary s - 1.
-        in_flight: the most microbatches that a stage may hold at once, or a list of that by stage; None: as
-            many as it takes. What would never end within it is refused.
-        costs: what ``"zb-auto"`` is searched for, within their ``memory_limit`` or else ``in_flight``; None:
-            F = I = W = 1 at each stage. Every schedule keeps the ``memory_limit``: an order that exceeds it
-            is refused, and ranks that react begin an F only where it fits.
-        link: what messages pass through; a ``LocalLink`` can imitate what a network costs.
-        timeout: seconds without a task's begin or end after which a step is given up; on GPUs, seconds that
-            ``step`` waits for the step before the last.
-        trace: record when each task of a step runs; ``tracing`` says so for the steps to come.
-        graphs: on one GPU, capture a whole step in a CUDA graph once two like it have run, and launch that.
-            Where that cannot be done steps run as without, and the reason is printed. The parameters' ``.grad``
-            are then the graph's own memory, which the next step writes anew.
-        optimizer: its ``step`` is called at the end of each step, and is in the graph where there is one; for
-            that it is torch's SGD, or made with ``capturable=True``.
-        scaler: scales each loss before its backward; the losses that ``step`` returns are as without. After it
-            call ``scaler.step(optimizer)`` and ``scaler.update()`` as always. In several processes a
-            ``ShardedGradScaler`` over those that hold the stages, so that all of them skip a step together.
+            that torch sees; without GPUs, on the CPU. Stages are moved to their devices, in place. With ``mesh``
+            this process's one device alone, as in ``["cuda:0"]``; None: the GPU of torchrun's LOCAL_RANK if mesh
+            is of "cuda" or a group with NCCL, otherwise the CPU.
+        mesh: the processes that share the pipeline, one for each rank. All make it, with the same arguments.
+            A ``DeviceMesh``: stages lie along its dimension "pp"; gradients are averaged over its dimension
+            "dp", if there is one; other dimensions are left to the stages. Or a process group. Rank 0 resolves
+            every ``"auto"`` for all processes. None: this process has all ranks.
         reduction: gives each of several replicas of the pipeline the mean of their gradients. None: one is made
             for the replicas of ``mesh``, if it has any.
-        mesh: the processes that share the pipeline, one for each rank; all make it, with the same arguments. A
-            ``DeviceMesh``: its dimension "pp"; gradients are averaged over its dimension "dp", if it has one,
-            and others are left to the stages; or a process group. What is ``"auto"`` the process of rank 0
-            chooses for all. None: this process has all ranks.
+        graphs: on one GPU, capture a whole step in a CUDA graph once two like it have run, and launch that.
+            Steps that cannot be captured run without a graph, and the reason is printed. The parameters'
+            ``.grad`` are then the graph's own memory, which the next step overwrites.
+
+    Messages:
+        pack: K, how many microbatches' gradients leave a stage for the one before in one message: a number,
+            ``"all"``, ``"auto"``, or a dict from boundaries to numbers (boundary b is between stages b and
+            b + 1; one left out has 1). The stages upstream then hold as many more microbatches as the
+            simulated step needs. ``"auto"`` measures the first three steps; when the fourth begins it simulates
+            K = 1, 2, 4, ..., follows the best, and prints it. Results between stages on one rank are handed
+            over one by one.
+        pack_forward: the same for activations.
+        pack_skips: a dict from names of skip connections (see ``pipeline_ext.skips``) to K, a number or
+            ``"all"``, for the tensors that go from stage to stage and for their gradients; one left out has 1.
+        wire: floating-point type in which gradients travel, or a dict from boundaries to types. None: their
+            own. They are cast back on arrival.
+        wire_forward: the same for activations, in ``eval`` too. A skip connection that begins at stage s
+            travels as activations do at boundary s; the gradient of one that ends there travels as gradients
+            do at boundary s - 1.
+
+    Numbers:
+        loss_fn: called as ``loss_fn(output, target)``, or ``loss_fn(output)`` for a step without target;
+            returns a tensor without dimensions. If it is a module, its parameters are trained too.
+        loss_reduction: ``"mean"`` scales a microbatch's loss by its share of the batch's rows, ``"sum"``
+            does not.
+        optimizer: its ``step`` is called at the end of each step, and is part of the graph if there is one; for
+            that it must be torch's SGD, or made with ``capturable=True``.
+        scaler: scales each loss before its backward. The losses that ``step`` returns are unscaled. After
+            ``step`` call ``scaler.step(optimizer)`` and ``scaler.update()`` as usual. In several processes give a
+            ``ShardedGradScaler`` over those that hold the stages, so that all of them skip a step together.
+
+    Safety:
+        timeout: seconds without a task's begin or end after which a step is given up; on GPUs, seconds that
+            ``step`` waits for the step before the last.
+        trace: record when each task of a step runs; set ``tracing`` to change it for later steps.
 
     Raises:
         InvalidArgument: for anything above that cannot be used (InvalidSchedule for ``schedule``).
-        DeviceError: where the CUDA driver, or a device asked for, cannot be used.
+        DeviceError: if the CUDA driver, or a device asked for, cannot be used.
 
     Attributes:
         tracing: whether the next step is recorded.
@@ -141,7 +135,7 @@ class Pipeline(UnsplitModel):
         schedule: ScheduleLike = "1f1b",
         loss_fn: Callable[..., Tensor] | None = None,
         *,
-        devices: device_choice.DevicesLike = None,
+        devices: DevicesLike = None,
         cuts: Sequence[str | int] | None = None,
         balance: str = "parameters",
         sample: Any = None,
@@ -164,158 +158,51 @@ class Pipeline(UnsplitModel):
         scaler: torch.amp.GradScaler | None = None,
         mesh: MeshLike = None,
     ) -> None:
-        num_stages = None if num_stages is None else arguments.count("num_stages", num_stages)
-        microbatches = arguments.count("microbatches", microbatches)
-        arguments.check_settings(loss_fn, loss_reduction, timeout)
-        timeout = float(timeout)
-        arguments.check_type("link", link, LocalLink)
-        if costs is not None:
-            arguments.check_type("costs", costs, Costs)
-        if reduction is not None:
-            arguments.check_type("reduction", reduction, GradientReduction)
-        if optimizer is not None:
-            arguments.check_type("optimizer", optimizer, torch.optim.Optimizer)
-        if scaler is not None:
-            arguments.check_scaler(scaler, optimizer, many=mesh is not None)
-        processes = Processes.of(mesh)
-        if processes is not None:
-            devices = device_choice.of_process(devices, processes)
-            reactive = reactive and not processes.in_order
-        given = device_choice.given(devices)
-        if overlap is None:
-            overlap = device_choice.of_ranks(given, 1)[0].type == "cuda"
-        modules = cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
-        wires = arguments.wires("wire", wire, len(modules) - 1)
-        wires_forward = arguments.wires("wire_forward", wire_forward, len(modules) - 1)
-        ordering = Ordering.of(
-            schedule,
-            num_stages=len(modules),
-            num_ranks=None if given is None else len(given),
+        settings = Settings(
+            model=model,
+            num_stages=num_stages,
             microbatches=microbatches,
-            pack=pack,
-            pack_forward=pack_forward,
-            in_flight=in_flight,
-            costs=costs,
+            schedule=schedule,
+            loss_fn=loss_fn,
+            devices=devices,
+            cuts=cuts,
+            balance=balance,
+            sample=sample,
+            loss_reduction=loss_reduction,
             overlap=overlap,
             reactive=reactive,
-            graphs=graphs,
-        )
-        first_steps = ordering.first_steps()
-        plan = first_steps.plan
-        check_trainable(plan)
-        if costs is not None:
-            simulate(plan, costs)  # which refuses costs that do not fit
-        local = local_stages(modules, plan.rank_of_stage, processes)
-        declared = declared_skips(local)
-        if processes is not None:
-            check_agreement(
-                processes,
-                {
-                    "devices": described_device(given[0]),
-                    "microbatches": microbatches,
-                    "num_stages": len(modules),
-                    "pack": str(pack),
-                    "pack_forward": str(pack_forward),
-                    "pack_skips": pack_skips,
-                    "schedule": [f"{schedule}", *plan.to_csv().splitlines()],
-                    "wire": wire,
-                    "wire_forward": wire_forward,
-                    "loss_reduction": loss_reduction,
-                    "overlap": bool(overlap),
-                    "reactive": bool(reactive),
-                    "in_flight": str(plan.limits),
-                    "costs": costs,
-                    "graphs": bool(graphs),
-                },
-                timeout,
-                {
-                    **{f"stage {i}": local.get(i, module) for i, module in enumerate(modules)},
-                    "loss_fn": loss_fn,
-                },
-            )
-            declared = skips_of_all(processes, declared, timeout)
-        skips = [skip for skip in find_skips(declared) if skip.source < skip.target]
-        skip_names = [skip.name for skip in skips]
-        packs_of_skips = arguments.pack_skips(pack_skips or {}, skip_names, microbatches)
-        if skips:
-            planned = [
-                _C.Skip(skip.source, skip.target, pack=k, pack_forward=k)
-                for skip, k in zip(skips, packs_of_skips)
-            ]
-            first_steps = ordering.first_steps(planned)
-            plan = first_steps.plan
-        repeated = repeated_names(model, loss_fn)
-        ties = None
-        if processes is not None:
-            ties = Ties(modules, loss_fn, plan.rank_of_stage, processes)
-            has_loss = len(modules) - 1 in local and isinstance(loss_fn, nn.Module)
-            initialise([*local.values(), *([loss_fn] if has_loss else [])], processes.replicas)
-            ties.make_equal()
-        if reduction is None and processes is not None and processes.replicas is not None:
-            reduction = GradientReduction(processes.keep(ProcessGroupMember(processes.replicas)))
-        self.microbatches = microbatches
-        self._num_stages = len(modules)
-        self._stages = [
-            Stage(
-                index,
-                module,
-                is_last=index == len(modules) - 1,
-                loss_fn=loss_fn if index == len(modules) - 1 else None,
-                skips=skips,
-                mesh=mesh if isinstance(mesh, DeviceMesh) else None,
-            )
-            for index, module in local.items()
-        ]
-        self._local = LocalModel(model, modules, local, repeated, loss_fn)
-        self._group = None if processes is None else processes.group
-        self._gathering = None if processes is None else TraceGathering(processes, timeout)
-        self._first_steps = first_steps
-        if processes is not None and first_steps.chooses:
-            first_steps.others = OneChooses(processes, self._gathering, timeout)
-        self._has_loss = loss_fn is not None
-        self.tracing = bool(trace)
-        self._devices = device_choice.of_ranks(given, plan.num_ranks)
-        if scaler is not None:
-            scaler.scale(torch.ones((), device=self._devices[-1]))  # the first call makes what is read then
-        shared = SharedParameters({stage.index: stage.modules() for stage in self._stages})
-        wrapped = WrappedStages(self._stages, microbatches)
-        exchange_of = functools.partial(
-            Exchange, wire=wires, wire_forward=wires_forward, link=link, skips=skip_names
-        )
-        chooses_pack = first_steps.chooses and (schedule != AUTO or processes is not None)
-        self._engine = make_engine(
-            self._devices, plan, self._stages, exchange_of, shared, reduction, wrapped, chooses_pack, processes
-        )
-        if reduction is not None:
-            try:
-                reduction.attach(self._stages, shared, microbatches)
-            except BaseException:
-                self._engine.close()
-                raise
-        self._routes = Routes(self._stages, self._engine)
-        self._routes.follow(plan)
-        self._stepper = Stepper(
-            self._stages,
-            self._engine,
-            self._routes,
-            shared,
-            self._first_steps,
-            reduction,
-            wrapped,
-            optimizer,
-            scaler,
-            ties,
-            microbatches=microbatches,
-            weighted=loss_reduction == "mean",
+            pack=pack,
+            pack_forward=pack_forward,
+            pack_skips=pack_skips,
+            wire=wire,
+            wire_forward=wire_forward,
+            in_flight=in_flight,
+            costs=costs,
+            link=link,
             timeout=timeout,
+            reduction=reduction,
+            graphs=graphs,
+            optimizer=optimizer,
+            scaler=scaler,
+            mesh=mesh,
         )
-        self._graphs = (
-            StepGraphs.of(self._engine, self._routes.train, self._stages, optimizer, timeout)
-            if graphs
-            else None
-        )
-        _C.keep_freed_memory()
-        self._lifetime = Lifetime(self, self._engine)
+        parts = assemble(settings)
+        self.microbatches = settings.microbatches
+        self.tracing = bool(trace)
+        self._has_loss = loss_fn is not None
+        self._num_stages = parts.num_stages
+        self._stages = parts.stages
+        self._devices = parts.devices
+        self._sharing = parts.sharing
+        self._first_steps = parts.first_steps
+        self._engine = parts.engine
+        self._routes = parts.routes
+        self._stepper = parts.stepper
+        self._graphs = parts.graphs
+        # What UnsplitModel needs.
+        self._local = parts.local
+        self._group = parts.sharing.group
+        self._lifetime = Lifetime(self, parts.engine)
 
     # -- training and evaluation
 
@@ -468,12 +355,7 @@ class Pipeline(UnsplitModel):
         All call it together; where there is one process it is ``trace``. Raises as that does; PeerError where a
         process is gone, or does not come within ``timeout``; DeadPipeline.
         """
-        trace = self.trace
-        if self._gathering is None:
-            return trace
-        self._lifetime.check()
-        with self._lifetime.one_at_a_time("gather_trace was called"):
-            return self._gathering.gather(trace)
+        return self._sharing.gather(self.trace, self._lifetime)
 
     def profile(self) -> Profile:
         """Seconds of F, B, or I and W, and messages of one microbatch, measured in the last ``step``."""

@@ -148,15 +148,15 @@ def test_what_a_stage_was_given_is_held_until_both_parts_of_its_backward_have_ru
     orders = [[f"{s}{kind}{m}" for kind in "FIW" for m in range(4)] for s in range(2)]
     with pipeline(2, 4, schedule=orders, devices=["cuda:0"] * 2) as pipe:
         route, held = pipe._routes.train, []
-        keep = route.custody.keep
+        keep = route.keepalive.keep
 
         def noted(value, made, used):
             held.append((made, used))
             keep(value, made, used)
 
-        route.custody.keep = noted
+        route.keepalive.keep = noted
         pipe.step(torch.randn(8, 4), target=torch.randn(8, 4))
-        place = route.layout.place
+        place = route.layout.position
         activations = [(place("F", 0, m), place("W", 1, m)) for m in range(4)]
         gradients = [(place("I", 1, m), place("W", 0, m)) for m in range(4)]
         assert sorted(held) == sorted(activations + gradients)
@@ -177,35 +177,35 @@ def test_an_evaluation_waits_for_what_it_needs_too(gpus, standin):
 
 
 def test_what_two_streams_use_is_kept_until_its_stream_follows_the_last_use(gpus, standin, monkeypatch):
-    from pipeline_ext.engines.cuda.keepalive import Custody
+    from pipeline_ext.engines.cuda.keepalive import KeepAlive
 
     kept = []
-    keep = Custody.keep
+    keep = KeepAlive.keep
 
     def watched(self, value, made, used):
         kept.append((self, made, used))
         keep(self, value, made, used)
 
-    monkeypatch.setattr(Custody, "keep", watched)
+    monkeypatch.setattr(KeepAlive, "keep", watched)
     for options in ({}, {"pack": 2}, {"pack": 3, "pack_forward": 2}, {"wire": torch.bfloat16}):
         for devices in (["cuda:0"] * 4, ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]):
             kept.clear()
             with pipeline(devices=devices, **options) as pipe:
                 order = step(pipe, standin)
             assert len(kept) >= 2 * 3 * 6
-            for custody, made, used in kept:
-                until = custody._layout.streams.first_after(used.step, made.stream)
+            for keepalive, made, used in kept:
+                until = keepalive._layout.streams.first_after(used.step, made.stream)
                 assert until == len(order.before) or (
                     used.step in order.before[until]
                     and order.streams[until] == order.streams[made.step]
                     and until > used.step
                 )
                 assert made.step in order.before[used.step] | {used.step}
-                assert len(custody) == 0
+                assert len(keepalive) == 0
             # Most need not wait for the step's end: they would add up.
             early = sum(
-                custody._layout.streams.first_after(used.step, made.stream) < len(order.before)
-                for custody, made, used in kept
+                keepalive._layout.streams.first_after(used.step, made.stream) < len(order.before)
+                for keepalive, made, used in kept
             )
             assert early > len(kept) / 2
 

@@ -1,18 +1,20 @@
-"""Ranks as native threads of this process: one each, or with ``overlap`` two."""
+"""Ranks as native threads of this process: one each, or two with ``overlap``."""
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from .. import _C
+from ..processes.connections import Connections
 from ..reduction import GradientReduction
 from ..stages.abandoned import lock_out
 from ..stages.recomputation import RecomputationGuard
-from ..stages.shared_parameters import SharedParameters
 from ..stages.stage import Stage
-from ..stages.wrapped import WrappedStages
 from ..transport.exchange import Exchange
-from .protocol import Bodies
+from .parts import EngineParts
+from .protocol import Bodies, Body
 
 
 class HostRoute(NamedTuple):
@@ -26,34 +28,31 @@ class HostRoute(NamedTuple):
 class HostEngine:
     """The ``Engine`` of the CPU."""
 
-    death = "a stage's code never returned"
-
-    def __init__(
-        self,
-        plan: _C.Plan,
-        exchange_of: Callable[..., Exchange],
-        shared: SharedParameters,
-        guard: RecomputationGuard,
-        reduction: GradientReduction | None,
-        wrapped: WrappedStages,
-        rank: int | None = None,
-    ) -> None:
-        """Every plan to come has as many workers as ``plan``. ``rank``: of the plan; None: all."""
-        self._executor = _C.HostExecutor(_thread_names(plan, rank), rank)
-        self.stop = self._executor.close
-        self.close = functools.partial(_close, self._executor, guard, reduction)
-        self._exchange_of = exchange_of
-        self._shared = shared
-        self._guard = guard
-        self._reduction = reduction
-        self._wrapped = wrapped
+    def __init__(self, parts: EngineParts, rank: int | None = None) -> None:
+        """Every later plan has as many workers as ``parts.plan``. ``rank``: the one to run; None: all."""
+        threads = _thread_names(parts.plan, rank)
+        modules = [stage.module for stage in parts.stages]
+        self._executor = _C.HostExecutor(threads, rank)
+        self._guard = RecomputationGuard(modules, overlap=parts.plan.overlap, threads=len(threads))
+        self._exchange_of = parts.exchange_of
+        self._shared = parts.shared
+        self._reduction = parts.reduction
+        self._wrapped = parts.wrapped
+        self.stop: Callable[[], object] = self._executor.close
+        self.close: Callable[[], object] = functools.partial(
+            _close, self._executor, self._guard, parts.reduction
+        )
 
     @property
     def dead(self) -> bool:
         return self._executor.dead
 
+    @property
+    def death(self) -> str:
+        return "a stage's code never returned"
+
     def bodies(self, stages: list[Stage]) -> Bodies:
-        bodies = {}
+        bodies: dict[tuple[int, str], Body] = {}
         for stage in stages:
             backward = self._wrapped.watch(stage.index, self._guard.watch(stage.backward))
             weight_gradient = self._wrapped.watch(stage.index, self._guard.watch(stage.weight_gradient))
@@ -70,8 +69,12 @@ class HostEngine:
     def route(self, plan: _C.Plan, bodies: Bodies) -> HostRoute:
         return HostRoute(plan, _C.Program(plan, dict(bodies)), self._exchange_of(plan))
 
-    def agreed(self, count: int | None) -> int:
+    def agreed_count(self, count: int | None) -> int:
+        assert count is not None  # the first stage is here
         return count
+
+    def agreed_key(self, key: object, timeout: float) -> object:
+        return key
 
     def arrive(self, value: Any, stage: int) -> Any:
         return value
@@ -80,7 +83,10 @@ class HostEngine:
         return self._executor.run(route.program, timeout=timeout, record=record)
 
     def settle(self, route: HostRoute) -> None:
-        """Returns when other processes have what a step has sent them, or one has failed."""
+        pass  # nothing was sent to another process
+
+    def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
+        pass  # the sum of one process's tensor is that tensor
 
     def failed(self, reason: str) -> None:
         pass
@@ -104,4 +110,4 @@ def _thread_names(plan: _C.Plan, rank: int | None) -> list[str]:
     ranks = range(plan.num_ranks) if rank is None else (rank,)
     if not plan.overlap:
         return [f"pe rank {rank}" for rank in ranks]
-    return [f"pe rank {rank} {way}" for rank in ranks for way in ("F", "B")]
+    return [f"pe rank {rank} {direction}" for rank in ranks for direction in ("F", "B")]

@@ -1,10 +1,13 @@
 """What runs a pipeline's tasks: threads of the CPU (``host``), or the streams of GPUs (``cuda``)."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
 
 from .. import _C
 from ..plan.records import StepRecord
+from ..processes.connections import Connections
 from ..stages.stage import Stage
 from ..transport.exchange import Exchange
 
@@ -15,50 +18,82 @@ Bodies = Mapping[tuple[int, str], Body]  # by stage and kind
 class Route(Protocol):
     """A plan's tasks with what they do, and its channels."""
 
-    plan: _C.Plan
-    exchange: Exchange
+    @property
+    def plan(self) -> _C.Plan: ...
+
+    @property
+    def exchange(self) -> Exchange: ...
 
 
 class StepResult(StepRecord, Protocol):
     """What became of a step."""
 
-    outcome: str  # "done", "failed", "timed out", "closed"
-    error: BaseException | None
-    failed_task: int | None
-    waiting: str  # of a step that timed out: who waits for what
+    @property
+    def outcome(self) -> str:
+        """ "done", "failed", "timed out" or "closed"."""
+
+    @property
+    def error(self) -> BaseException | None: ...
+
+    @property
+    def failed_task(self) -> int | None: ...
+
+    @property
+    def waiting(self) -> str:
+        """Of a step that timed out: which tasks wait for what."""
 
 
-class Engine(Protocol):
-    """Runs steps, one at a time, until closed.
+RouteT = TypeVar("RouteT", bound=Route)
 
-    Attributes:
-        dead: whether it cannot run any more; ``death`` says why.
-        stop: ends a step that runs.
-        close: does that, and lets go of threads and devices. Neither refers to the model.
-    """
 
-    dead: bool
-    death: str
-    stop: Callable[[], None]
-    close: Callable[[], None]
+class Engine(Protocol[RouteT]):
+    """Runs steps, one at a time, until closed."""
+
+    @property
+    def dead(self) -> bool:
+        """Whether it cannot run any more."""
+
+    @property
+    def death(self) -> str:
+        """Why it is dead."""
+
+    @property
+    def stop(self) -> Callable[[], object]:
+        """Ends a running step. The function does not keep the model alive."""
+
+    @property
+    def close(self) -> Callable[[], object]:
+        """Ends a running step and releases threads and devices. The function does not keep the model alive."""
 
     def bodies(self, stages: list[Stage]) -> Bodies:
-        """What a training step calls."""
+        """What the tasks of a training step call."""
 
-    def route(self, plan: _C.Plan, bodies: Bodies) -> Route:
+    def route(self, plan: _C.Plan, bodies: Bodies) -> RouteT:
         """Prepares to run ``plan``."""
 
     def arrive(self, value: Any, stage: int) -> Any:
-        """A pytree of the caller's, where ``stage`` can use it."""
+        """Moves a pytree of the caller's to the device of ``stage``."""
 
-    def agreed(self, count: int | None) -> int:
+    def agreed_count(self, count: int | None) -> int:
         """Microbatches of an evaluation. ``count``: None where another process has the first stage."""
 
-    def run(self, route: Route, *, timeout: float, record: bool) -> StepResult:
-        """Runs a step that has begun. Raises what Ctrl-C raises, having stopped it."""
+    def agreed_key(self, key: Hashable | None, timeout: float) -> Hashable | None:
+        """What all processes together call a step that this one calls ``key``; None if any of them has None."""
+
+    def run(self, route: RouteT, *, timeout: float, record: bool) -> StepResult:
+        """Runs a step that has begun. On Ctrl-C, stops the step and raises KeyboardInterrupt."""
+
+    def settle(self, route: RouteT) -> None:
+        """Returns once other processes have received what a step sent them, or one has failed."""
+
+    def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
+        """Makes ``tensor`` the sum of the tensors of the connected processes.
+
+        Raises PeerError if one of them failed, StepTimeout if one does not come in time.
+        """
 
     def failed(self, reason: str) -> None:
-        """A step has failed."""
+        """Tells other processes that a step failed."""
 
     def give_up(self, stages: list[Stage]) -> None:
-        """Sees to it that what a failed step has left behind cannot touch the model."""
+        """After a failed step: makes sure that nothing it left behind can touch the model."""

@@ -7,10 +7,10 @@ import torch.distributed as dist
 
 from .. import _C
 from ..engines.host import HostEngine
+from ..engines.parts import EngineParts
 from ..engines.process import ProcessEngine
 from ..processes.agreement import check_agreement
 from ..processes.group import Processes
-from ..stages.recomputation import RecomputationGuard
 from ..stages.shared_parameters import SharedParameters
 from ..stages.wrapped import WrappedStages
 from ..transport.exchange import Exchange
@@ -25,15 +25,16 @@ def make_engine(plan: _C.Plan, schedule: Any, stage: Any) -> HostEngine:
     Raises InvalidArgument where the schedules of several processes differ.
     """
     # A parameter of several local stages needs no care: one thread runs them all.
-    nothing = (
-        SharedParameters({}),
-        RecomputationGuard((), overlap=False, threads=1),
-        None,
-        WrappedStages((), plan.num_microbatches),
+    parts = EngineParts(
+        plan=plan,
+        devices=(),
+        stages=[],
+        exchange_of=Exchange,
+        shared=SharedParameters({}),
+        wrapped=WrappedStages((), plan.num_microbatches),
     )
-    parts = (plan, Exchange, *nothing)
     if stage.group_size == 1:
-        return HostEngine(*parts)
+        return HostEngine(parts)
     processes = Processes.of(_group(stage))
     settings = {
         "n_microbatches": plan.num_microbatches,
@@ -42,9 +43,9 @@ def make_engine(plan: _C.Plan, schedule: Any, stage: Any) -> HostEngine:
     }
     check_agreement(processes, settings, timeout_of(stage))
     if stage.device.type == "cpu":
-        return ProcessEngine(*parts, processes)
+        return ProcessEngine(parts, processes)
     ends = StagedOutgoing, functools.partial(StagedIncoming, device=stage.device)
-    return ProcessEngine(*parts, processes, ends)
+    return ProcessEngine(parts, processes, ends)
 
 
 def timeout_of(stage: Any) -> float:

@@ -1,6 +1,7 @@
 """The stages of the model that this process runs."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,30 +9,25 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgument
 from ..processes.connections import own_part
-from ..processes.group import Processes
 from .wrapped import reduced_in
 
 StageLike = nn.Module | Callable[[], nn.Module]
 
 
 def local_stages(
-    stages: Sequence[StageLike], rank_of_stage: Sequence[int], processes: Processes | None
+    stages: Sequence[StageLike], rank_of_stage: Sequence[int], holds: Callable[[int], bool]
 ) -> dict[int, nn.Module]:
-    """The modules of this process's stages, by stage; of one process, all.
+    """The modules of this process's stages, by stage; ``holds(rank)`` says whether it runs a rank.
 
-    Those that are given as functions are made now. Raises InvalidArgument for what is no module.
+    Calls those that are given as functions. Raises InvalidArgument if one returns no module.
     """
-    return {
-        index: _made(index, stage)
-        for index, stage in enumerate(stages)
-        if processes is None or rank_of_stage[index] == processes.rank
-    }
+    return {index: _made(index, stage) for index, stage in enumerate(stages) if holds(rank_of_stage[index])}
 
 
 def initialise(modules: Sequence[nn.Module], replicas: dist.ProcessGroup | None) -> None:
-    """Gives what lies on the meta device memory and values, and all ``replicas`` the same.
+    """Gives parameters on the meta device memory and values, the same in all ``replicas``.
 
-    Raises InvalidArgument for what cannot be initialised.
+    Raises InvalidArgument for a layer that cannot be initialised.
     """
     _initialise(modules)
     if replicas is not None:
@@ -52,17 +48,19 @@ def _made(index: int, stage: StageLike) -> nn.Module:
 
 def _initialise(modules: Sequence[nn.Module]) -> None:
     """Gives layers on the meta device memory, and the values that their ``reset_parameters`` makes."""
-    made: dict[Tensor, Tensor] = {}  # what several layers share they share again
+    made: dict[Tensor, Tensor] = {}  # layers that shared a tensor share it again
     for owner in dict.fromkeys(layer for module in modules for layer in module.modules()):
+        tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
         on_meta = [
             (table, name)
-            for table in (owner._parameters, owner._buffers)
+            for table in tables
             for name, tensor in table.items()
             if tensor is not None and tensor.is_meta
         ]
         if not on_meta:
             continue
-        if not hasattr(owner, "reset_parameters"):
+        reset = getattr(owner, "reset_parameters", None)
+        if not callable(reset):
             names = ", ".join(name for _, name in on_meta)
             raise InvalidArgument(
                 f"{type(owner).__name__} has {names} on the meta device and no reset_parameters() that could "
@@ -73,7 +71,7 @@ def _initialise(modules: Sequence[nn.Module]) -> None:
             if tensor not in made:
                 made[tensor] = _empty_like(tensor)
             table[name] = made[tensor]
-        owner.reset_parameters()
+        reset()
 
 
 def _empty_like(tensor: Tensor) -> Tensor:

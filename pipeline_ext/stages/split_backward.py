@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 
+from .gradients import add_gradient
+
 # Of a weight, by several forks. In which order so many gradients are added up does not change the sum.
 _MOST_USES = 2
 
@@ -228,14 +230,8 @@ class _PutBy(NamedTuple):
     found: list[tuple[Tensor, Tensor]]  # weights and gradients
 
     def add(self) -> None:
-        with torch.no_grad():
-            for leaf, grad in self.found:
-                if leaf.grad is None:
-                    leaf.grad = grad
-                elif leaf.grad.is_sparse and not grad.is_sparse:
-                    leaf.grad = grad + leaf.grad
-                else:
-                    leaf.grad += grad
+        for leaf, grad in self.found:
+            add_gradient(leaf, grad)
         self.found.clear()
 
 

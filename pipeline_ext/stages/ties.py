@@ -1,7 +1,7 @@
 """Parameters that stages in several processes hold.
 
-Each of these processes has one of its own. They begin equal, and when a step has ended each has the sum of all
-their gradients; so optimizers keep them equal.
+Each of these processes has a copy. The copies begin equal, and at the end of a step each has the sum of all their
+gradients, so optimizers keep them equal.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..processes.connections import Connections
 from ..processes.group import Processes
+from .aliases import Holder, holders
 
 Add = Callable[[Tensor, Connections], None]  # makes a tensor the sum of those of connected processes
 
@@ -21,55 +22,35 @@ class _Tie(NamedTuple):
 
     owner: nn.Module
     name: str
-    among: Connections  # of them all
+    among: Connections  # of all processes that hold it
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.owner._parameters[self.name]
+        parameter = self.owner._parameters[self.name]
+        assert parameter is not None
+        return parameter
 
 
 class Ties:
-    """The parameters of this process that others hold, too; made by all processes of a pipeline together."""
+    """The parameters of this process that other processes hold, too."""
 
-    def __init__(
-        self, stages: Sequence[Any], loss_fn: Any, rank_of_stage: Sequence[int], processes: Processes
-    ) -> None:
-        """To be made before the stages get memory here and none elsewhere, which would tell them apart.
-
-        The last stage's process has ``loss_fn``, too, which may be a module.
-        """
-        holders: dict[nn.Parameter, set[int]] = {}
-        places: dict[nn.Parameter, tuple[nn.Module, str]] = {}  # of this process
-        for stage, rank in [*zip(stages, rank_of_stage), (loss_fn, rank_of_stage[-1])]:
-            for owner in stage.modules() if isinstance(stage, nn.Module) else ():
-                for name, parameter in owner._parameters.items():
-                    if parameter is not None:
-                        holders.setdefault(parameter, set()).add(rank)
-                        if rank == processes.rank:
-                            places.setdefault(parameter, (owner, name))
-        opened: dict[tuple[int, ...], Connections] = {}
-        self._ties = []
-        for parameter, ranks in holders.items():
-            if len(ranks) > 1 and parameter in places:
-                members = tuple(processes.members[rank] for rank in sorted(ranks))
-                if members not in opened:
-                    opened[members] = processes.connect("ties", members)
-                self._ties.append(_Tie(*places[parameter], opened[members]))
+    def __init__(self, ties: list[_Tie]) -> None:
+        self._ties = ties
 
     def make_equal(self) -> None:
-        """Gives all the values that the first process has."""
+        """Gives all of them the values that the first process has."""
         with torch.no_grad():
             for tie in self._ties:
                 tie.among.broadcast(tie.parameter, 0).wait()
 
     def begin(self) -> None:
-        """Leaves the gradients of earlier steps to the first process alone, lest they count several times."""
+        """Leaves the gradients of earlier steps to the first process alone, so that they count once."""
         for tie in self._ties:
             if tie.among.rank > 0:
                 tie.parameter.grad = None
 
     def end(self, add: Add) -> None:
-        """Gives each process the sum of all gradients; where none has one, there is none."""
+        """Gives each process the sum of all gradients; None stays where no process has one."""
         for tie in self._ties:
             parameter = tie.parameter
             reached = torch.tensor(float(parameter.grad is not None))
@@ -82,3 +63,27 @@ class Ties:
             add(total, tie.among)
             if total is not parameter.grad:
                 parameter.grad.copy_(total)
+
+
+def find_ties(stages: Sequence[Any], loss_fn: Any, rank_of_stage: Sequence[int], processes: Processes) -> Ties:
+    """The ties between the stages of several processes, all of which call this together.
+
+    The stages must not have memory in one process and none in another, or their parameters look different.
+    The last stage's process has ``loss_fn``, too, which may be a module.
+    """
+    holding: dict[nn.Parameter, set[int]] = {}
+    here: dict[nn.Parameter, Holder] = {}
+    for stage, rank in [*zip(stages, rank_of_stage, strict=True), (loss_fn, rank_of_stage[-1])]:
+        for holder in holders([stage] if isinstance(stage, nn.Module) else []):
+            holding.setdefault(holder.parameter, set()).add(rank)
+            if rank == processes.rank:
+                here.setdefault(holder.parameter, holder)
+    opened: dict[tuple[int, ...], Connections] = {}
+    ties = []
+    for parameter, ranks in holding.items():
+        if len(ranks) > 1 and parameter in here:
+            members = tuple(processes.members[rank] for rank in sorted(ranks))
+            if members not in opened:
+                opened[members] = processes.connect("ties", members)
+            ties.append(_Tie(here[parameter].owner, here[parameter].name, opened[members]))
+    return Ties(ties)

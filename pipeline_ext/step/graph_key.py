@@ -1,4 +1,4 @@
-"""What makes two steps so alike that the graph of one does for the other."""
+"""Decides whether a captured graph can be replayed for a step."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -7,24 +7,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..base.comparable import comparable
 from ..model.module_watch import Holdings
 from ..stages.context import CallerContext
 from .batch import Batch
 
-# What is no tensor and can be told from another by comparing.
-_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
-
-class NoKind(Exception):
+class NotCapturable(Exception):
     """No graph can hold the step; the text says why."""
 
 
-class StepKind:
-    """Finds the kind of a step, as something to compare and to look up.
+class GraphKeys:
+    """Finds a step's key: a graph captured in a step can be replayed for any step with the same key.
 
-    In it are the batch's shapes, types and values that are no tensors; the caller's context; the mode of each
-    module; where parameters and buffers lie, which require gradients and which have one; and an optimizer's
-    settings and where its state lies.
+    The key holds the batch's shapes, types and values that are no tensors; the caller's context; the mode of
+    each module; the addresses of parameters and buffers, which of them require gradients and which have one;
+    an optimizer's settings and the addresses of its state.
     """
 
     def __init__(self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> None:
@@ -34,13 +32,13 @@ class StepKind:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Those that the modules held when a kind was last found."""
+        """Those that the modules held when a key was last found."""
         return self._parameters
 
     def of(
         self, leaves: Sequence[Any], spec: pytree.TreeSpec, batch: Batch, context: CallerContext
     ) -> Hashable:
-        """``leaves`` and ``spec`` are of the batch's inputs and target. Raises NoKind."""
+        """``leaves`` and ``spec`` are of the batch's inputs and target. Raises NotCapturable."""
         if self._holdings.look():
             self._find()
         return (
@@ -59,21 +57,24 @@ class StepKind:
 
 
 def check_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Raises NoKind for an optimizer whose steps may differ in what its graph would not show."""
+    """Raises NotCapturable for an optimizer whose steps may differ in what its graph would not show."""
     if type(optimizer) is torch.optim.SGD:
         return
     if not all(group.get("capturable", False) for group in optimizer.param_groups):
-        raise NoKind(f"{type(optimizer).__name__} is neither torch's SGD nor made with capturable=True")
+        raise NotCapturable(f"{type(optimizer).__name__} is neither torch's SGD nor made with capturable=True")
 
 
 def _look(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         if leaf.requires_grad:
-            raise NoKind("an input requires a gradient")
+            raise NotCapturable("an input requires a gradient")
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
-    if isinstance(leaf, _PLAIN):
-        return type(leaf), leaf
-    raise NoKind(f"an input is a {type(leaf).__name__}, of which nobody can tell whether it is as it was")
+    found = comparable(leaf)
+    if found is None:
+        raise NotCapturable(
+            f"an input is a {type(leaf).__name__}, of which nobody can tell whether it is as it was"
+        )
+    return found
 
 
 def _of_optimizer(optimizer: torch.optim.Optimizer) -> Hashable:
@@ -94,5 +95,5 @@ def _of_optimizer(optimizer: torch.optim.Optimizer) -> Hashable:
 
 
 def _setting(value: Any) -> Hashable:
-    """A tensor's value on the GPU is read in each replay; any other has been read once."""
+    """A replay reads a tensor on the GPU again, and no other value."""
     return value.data_ptr() if isinstance(value, Tensor) and value.is_cuda else repr(value)

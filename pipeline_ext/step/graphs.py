@@ -22,14 +22,14 @@ from ..errors import PipelineError, StepTimeout
 from ..stages.stage import Stage
 from .batch import Batch, Outcome
 from .failure import NO_GRADIENTS
-from .graph_key import NoKind, StepKind, check_capturable
+from .graph_key import GraphKeys, NotCapturable, check_capturable
 from .stepper import Stepper
 
 WARM_UP_STEPS = 2
 _MOST_GRAPHS = 4  # kept at once
 _MOST_CAPTURES = 64
 _ELSEWHERE = "it cannot be captured in another process"
-_MOST_KINDS = 16  # of steps, none of which came a third time
+_MOST_KEYS = 16  # of steps, none of which came a third time
 
 
 @dataclass
@@ -56,7 +56,7 @@ class _Captured(NamedTuple):
 
 
 class StepGraphs:
-    """Runs one pipeline's steps: of each kind the first ones eagerly, the others as a graph.
+    """Runs one pipeline's steps: the first ones with a key eagerly, the others as a graph.
 
     Attributes:
         report: what has become of that.
@@ -71,7 +71,7 @@ class StepGraphs:
     ) -> None:
         self.report = GraphReport()
         self._engine = engine
-        self._kind = StepKind(modules, optimizer)
+        self._keys = GraphKeys(modules, optimizer)
         self._timeout = timeout
         self._seen: dict[Hashable, int] = {}
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
@@ -94,7 +94,7 @@ class StepGraphs:
             graphs.fall_back("the ranks are on the CPU")
             return graphs
         reason = _what_hinders(engine, route, optimizer)
-        if engine.agreed_kind("graphs" if reason is None else None, timeout) is None:
+        if engine.agreed_key("graphs" if reason is None else None, timeout) is None:
             graphs.fall_back(reason or _ELSEWHERE)
         return graphs
 
@@ -112,31 +112,31 @@ class StepGraphs:
         if self.report.fallback is not None:
             return stepper.train(batch)
         leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs, batch.target))
-        kind = reason = None
+        key = reason = None
         try:
-            kind = self._kind.of(leaves, spec, batch, stepper.caller_context())
-        except NoKind as found:
+            key = self._keys.of(leaves, spec, batch, stepper.caller_context())
+        except NotCapturable as found:
             reason = str(found)
-        kind = self._agree(kind, stepper)
-        if kind is None:
+        key = self._agree(key, stepper)
+        if key is None:
             self.fall_back(reason or _ELSEWHERE)
             return stepper.train(batch)
-        captured = self._graphs.get(kind)
+        captured = self._graphs.get(key)
         if captured is None:
-            seen = self._seen.get(kind, 0)
+            seen = self._seen.get(key, 0)
             if seen < WARM_UP_STEPS:
                 outcome = stepper.train(batch)
-                self._seen[kind] = seen + 1  # not a step that failed
-                self._check_kinds()
+                self._seen[key] = seen + 1  # not a step that failed
+                self._check_keys()
                 return outcome
             captured = self._capture(leaves, spec, batch, stepper)
             if captured is None:
                 return stepper.train(batch)
             self._seen.clear()
-            self._graphs[kind] = captured
+            self._graphs[key] = captured
             if len(self._graphs) > _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
-        self._graphs.move_to_end(kind)
+        self._graphs.move_to_end(key)
         stepper.trace = None  # its times are read before they are overwritten only if someone else has it
         try:
             outcome = self._replay(captured, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
@@ -147,17 +147,17 @@ class StepGraphs:
         stepper.keep_trace(outcome.result, batch.record)
         return outcome
 
-    def _agree(self, kind: Hashable | None, stepper: Stepper) -> Hashable | None:
+    def _agree(self, key: Hashable | None, stepper: Stepper) -> Hashable | None:
         try:
-            return self._engine.agreed_kind(kind, self._timeout)
+            return self._engine.agreed_key(key, self._timeout)
         except PipelineError as error:
             self._engine.failed(f"{type(error).__name__}: {error}")
             stepper.give_up()
             error.add_note(NO_GRADIENTS)
             raise
 
-    def _check_kinds(self) -> None:
-        if len(self._seen) > _MOST_KINDS or self.report.captured >= _MOST_CAPTURES:
+    def _check_keys(self) -> None:
+        if len(self._seen) > _MOST_KEYS or self.report.captured >= _MOST_CAPTURES:
             self.fall_back(
                 "too many steps differ from one another: in the shapes of batches, in values that are no "
                 "tensors, or in the optimizer's settings, of which a tensor on the GPU may be lr"
@@ -168,7 +168,7 @@ class StepGraphs:
     ) -> _Captured | None:
         own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs, target = pytree.tree_unflatten(own, spec)
-        parameters = self._kind.parameters
+        parameters = self._keys.parameters
         before = [p.grad for p in parameters]
         if self._memory is None:
             self._memory = torch_side.GraphMemory()
@@ -227,7 +227,7 @@ def _what_hinders(engine: DeviceEngine, route: Route, optimizer: torch.optim.Opt
     if optimizer is not None:
         try:
             check_capturable(optimizer)
-        except NoKind as reason:
+        except NotCapturable as reason:
             return str(reason)
     return None
 

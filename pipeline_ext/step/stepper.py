@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,95 +25,81 @@ from .routes import Routes
 from .run import give_up, run_step
 
 
+@dataclass(kw_only=True, eq=False)
 class Stepper:
     """Runs one batch at a time, for training or evaluation.
 
     Attributes:
-        trace: of the last training step, where it was recorded.
-        syncs: whether gradients of training steps are reduced, where there are replicas.
+        weighted: scale each microbatch's loss by its share of the batch's rows.
+        timeout: seconds without progress after which a step is given up.
+        trace: of the last training step, if it was recorded.
+        syncs: whether training steps reduce gradients, if there are replicas.
     """
 
-    def __init__(
-        self,
-        stages: list[Stage],
-        engine: Engine,
-        routes: Routes,
-        shared: SharedParameters,
-        first_steps: FirstSteps,
-        reduction: GradientReduction | None,
-        wrapped: WrappedStages,
-        optimizer: torch.optim.Optimizer | None,
-        scaler: torch.amp.GradScaler | None,
-        ties: Ties | None,
-        *,
-        microbatches: int,
-        weighted: bool,
-        timeout: float,
-    ) -> None:
-        """``weighted``: by its share of the rows is how a microbatch's loss enters the total."""
-        self.trace: Trace | None = None
-        self.syncs = True
-        self._stages = stages
-        self._has_loss = stages[-1].is_last
-        self._engine = engine
-        self._routes = routes
-        self._shared = shared
-        self._first_steps = first_steps
-        self._reduction = reduction
-        self._wrapped = wrapped
-        self._optimizer = optimizer
-        self._scaler = scaler
-        self._ties = ties
-        self._microbatches = microbatches
-        self._weighted = weighted
-        self._timeout = timeout
-        self._context = CallerContext.of_this_thread()
+    stages: list[Stage]
+    engine: Engine[Any]
+    routes: Routes
+    shared: SharedParameters
+    wrapped: WrappedStages
+    ties: Ties
+    first_steps: FirstSteps
+    reduction: GradientReduction | None
+    optimizer: torch.optim.Optimizer | None
+    scaler: torch.amp.GradScaler | None
+    microbatches: int
+    weighted: bool
+    timeout: float
+    trace: Trace | None = field(default=None, init=False)
+    syncs: bool = field(default=True, init=False)
+    _context: CallerContext = field(default_factory=CallerContext.of_this_thread, init=False)
+
+    @property
+    def _has_loss(self) -> bool:
+        return self.stages[-1].is_last
 
     def train(self, batch: Batch) -> Outcome:
         """Raises as ``Pipeline.step`` does."""
-        size, count, target = batch.rows, self._microbatches, batch.target
+        size, count, target = batch.rows, self.microbatches, batch.target
         target_rows = microbatch.rows_of(target) if size is None else size
         step = Step(
-            exchange=self._routes.train.exchange,
+            exchange=self.routes.train.exchange,
             microbatches=count,
             rows=size,
             context=self.caller_context(),
             inputs=self._split_inputs((batch.args, batch.kwargs), size, count),
             targets=None if target is None else microbatch.split(target, target_rows, count, "target"),
             target_rows=target_rows,
-            weighted=self._weighted,
-            scaler=self._scaler,
+            weighted=self.weighted,
+            scaler=self.scaler,
             keep_outputs=batch.keep_outputs,
         )
-        if self._ties is not None:
-            self._ties.begin()
-        self._shared.begin()
-        with self._replicas(), self._wrapped.step(self.syncs):
-            result = self._run(self._routes.train, step, record=batch.record)
+        self.ties.begin()
+        self.shared.begin()
+        with self._replicas(), self.wrapped.step(self.syncs):
+            result = self._run(self.routes.train, step, record=batch.record)
             if not step.has_trained and self._has_loss:
                 raise PipelineError(
                     "step found nothing to train: no microbatch's loss depends on anything that requires a "
                     "gradient; are all parameters frozen, or is the loss detached?"
                 )
             try:
-                self._shared.end()
+                self.shared.end()
                 step.backward_into_inputs()
-                if self._reduction is not None:
-                    reduced = self._reduction.finish(self._timeout)
+                if self.reduction is not None:
+                    reduced = self.reduction.finish(self.timeout)
                     if self.trace is not None:
                         self.trace.add_reductions(reduced)
-                if self._ties is not None:
-                    self._ties.end(functools.partial(self._engine.add_up, timeout=self._timeout))
+                self.ties.end(functools.partial(self.engine.add_up, timeout=self.timeout))
                 loss = step.known_loss()
                 keep = batch.keep_outputs and self._has_loss
                 outputs = microbatch.merge(step.outputs) if keep else None
             except BaseException as error:
-                self._engine.failed(f"{type(error).__name__}: {error}")
+                self.engine.failed(f"{type(error).__name__}: {error}")
                 self.give_up()
                 error.add_note(NO_GRADIENTS)
                 raise
-        if self._optimizer is not None:
-            self._optimizer.step()
+        if self.optimizer is not None:
+            self.optimizer.step()
         return Outcome(loss, step.losses if self._has_loss else [], outputs, result)
 
     def evaluate(self, args: tuple, kwargs: dict[str, Any], rows: int | None) -> Any:
@@ -120,9 +107,9 @@ class Stepper:
 
         ``rows``: None where another process has the first stage. Raises as ``Pipeline.eval`` does.
         """
-        count = self._engine.agreed(None if rows is None else min(rows, self._microbatches))
-        route = self._routes.eval(count)
-        inputs = (args, kwargs) if rows is None else self._engine.arrive((args, kwargs), 0)
+        count = self.engine.agreed_count(None if rows is None else min(rows, self.microbatches))
+        route = self.routes.eval(count)
+        inputs = (args, kwargs) if rows is None else self.engine.arrive((args, kwargs), 0)
         step = Step(
             exchange=route.exchange,
             microbatches=count,
@@ -142,7 +129,7 @@ class Stepper:
 
     def give_up(self) -> None:
         """After a training step that failed: what it has left behind cannot be used."""
-        give_up(self._engine, self._stages)
+        give_up(self.engine, self.stages)
 
     def caller_context(self) -> CallerContext:
         """Of the calling thread; the same object while nothing in it has changed."""
@@ -153,28 +140,28 @@ class Stepper:
 
     def _replicas(self) -> contextlib.AbstractContextManager[None]:
         """What a step has around it where there are replicas."""
-        if self._reduction is None:
+        if self.reduction is None:
             return contextlib.nullcontext()
-        return self._reduction.step(self._timeout, self.syncs)
+        return self.reduction.step(self.timeout, self.syncs)
 
     def _trace_of(self, result: StepResult) -> Trace:
-        route = self._routes.train
-        return Trace(route.plan, result, route.exchange.messages(), self._first_steps.choice)
+        route = self.routes.train
+        return Trace(route.plan, result, route.exchange.messages(), self.first_steps.choice)
 
     def _run(self, route: Route, step: Step, record: bool = False) -> StepResult:
         training = route.plan.has_backward
-        measures = training and self._first_steps.measures
+        measures = training and self.first_steps.measures
         result = run_step(
-            self._engine,
+            self.engine,
             route,
-            self._stages,
+            self.stages,
             step,
-            timeout=self._timeout,
+            timeout=self.timeout,
             record=record or measures,
-            within=self._wrapped.gathered(),
+            within=self.wrapped.gathered(),
         )
         if training:
             self.keep_trace(result, record)
         if measures:
-            self._first_steps.observe(self.trace or self._trace_of(result))
+            self.first_steps.observe(self.trace or self._trace_of(result))
         return result

@@ -271,14 +271,14 @@ def nothing_stops_the_host(library):
                     assert before in order.before[streams.step_of(after)]
         ran = [task.task for task in pipe.trace.tasks]
         assert sorted(ran) == [t for t in range(len(plan)) if plan.describe(t)[3] == dist.get_rank()]
-        custody = pipe._routes.train.custody
-        keep = custody.keep
+        keepalive = pipe._routes.train.keepalive
+        keep = keepalive.keep
 
         def noted(value, made, used):
-            kept.append(streams.first_after(used.step, made.stream) < len(streams.steps))
+            kept.append(streams.first_after(used.index, made.stream) < len(streams.steps))
             keep(value, made, used)
 
-        custody.keep = noted
+        keepalive.keep = noted
         pipe.step(*batch(16)[:1], target=batch(16)[1])
         assert sum(kept) > len(kept) / 3  # memory is used again within the step
 

@@ -7,27 +7,27 @@ from torch import Tensor
 
 from ... import _C
 from . import torch_side
-from .device_copy import Passage
-from .keepalive import Custody
+from .device_copy import DeviceCopy
+from .keepalive import KeepAlive
 from .layout import StreamLayout
 from .nccl import Pair
 
 
-class Crossing(Passage):
-    """This process's end of one way across one boundary: keeps what is sent or received in custody."""
+class Crossing(DeviceCopy):
+    """This process's end of one direction across one boundary: keeps what is sent or received alive."""
 
     def __init__(
         self,
         layout: StreamLayout,
-        custody: Custody,
+        keepalive: KeepAlive,
         executor: _C.StreamExecutor,
         devices: Sequence[torch.device],
         boundary: int,
-        way: str,
+        direction: str,
         pair: Pair,
     ) -> None:
-        """As ``Passage``; all ``devices`` are this process's."""
-        super().__init__(layout, custody, executor, devices, boundary, way)
+        """As ``DeviceCopy``; all ``devices`` are this process's."""
+        super().__init__(layout, keepalive, executor, devices, boundary, direction)
         self.stays = False
         self._pair = pair
 
@@ -35,12 +35,12 @@ class Crossing(Passage):
         """As ``transport.stream_ends.Crossing``; the current stream is that of the copy, as below."""
         if nbytes:
             self._pair.send(buffer[:nbytes])
-        packed = max(self._place(self._made, m) for m in results)
-        self._custody.keep(buffer, packed, self._layout.place(*self._sent, m))
+        packed = max(self._position(self._made, m) for m in results)
+        self._keepalive.keep(buffer, packed, self._layout.position(*self._sent, m))
 
     def receive(self, m: int, results: Sequence[int], nbytes: int, sent_nbytes: int) -> Tensor:
         buffer = torch_side.empty(nbytes, self._to)
         if sent_nbytes:
             self._pair.receive(buffer[:sent_nbytes])
-        self._custody.keep(buffer, self._layout.place(*self._sent, m), self._last_use(results))
+        self._keepalive.keep(buffer, self._layout.position(*self._sent, m), self._last_use(results))
         return buffer

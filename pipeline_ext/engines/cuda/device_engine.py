@@ -2,21 +2,23 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ... import _C
+from ...processes.connections import Connections
 from ...stages.recomputation import RecomputationGuard
-from ...stages.shared_parameters import SharedParameters
 from ...stages.stage import Stage
 from ...transport.exchange import EndOf, Exchange
+from ..parts import EngineParts
 from ..protocol import Bodies, Body
 from . import torch_side
-from .device_copy import Passage
+from .device_copy import DeviceCopy
 from .device_step import DeviceStep, NotRun
-from .keepalive import Custody
+from .keepalive import KeepAlive
 from .layout import StreamLayout
 from .parameters import LaneParameters
 
@@ -27,7 +29,7 @@ class DeviceRoute(NamedTuple):
     plan: _C.Plan
     exchange: Exchange
     layout: StreamLayout
-    custody: Custody
+    keepalive: KeepAlive
     program: _C.LaidProgram
 
 
@@ -38,35 +40,31 @@ class DeviceEngine:
         devices: of the ranks.
     """
 
-    death = "a GPU has failed, and with it all that this process does there"
-    _rank: int | None = None  # of this process, where each rank is one
-
-    def __init__(
-        self,
-        devices: Sequence[torch.device],
-        stages: list[Stage],
-        rank_of_stage: Sequence[int],
-        exchange_of: Callable[..., Exchange],
-        shared: SharedParameters,
-        guard: RecomputationGuard,
-    ) -> None:
-        """Raises DeviceError where the driver or a device cannot be used."""
-        self.devices = list(devices)
-        self._of_stage = [devices[rank] for rank in rank_of_stage]
-        self._executor = _C.StreamExecutor([device.index for device in devices])
-        self._exchange_of = exchange_of
-        self._parameters = LaneParameters(stages, shared.target)
-        self._guard = guard
+    def __init__(self, parts: EngineParts, rank: int | None = None) -> None:
+        """``rank``: the one to run; None: all. Raises DeviceError if the driver or a device cannot be used."""
+        self.devices = list(parts.devices)
+        self._rank = rank
+        self._of_stage = [self.devices[rank] for rank in parts.plan.rank_of_stage]
+        self._executor = _C.StreamExecutor([device.index for device in self.devices])
+        self._exchange_of = parts.exchange_of
+        self._parameters = LaneParameters(parts.stages, parts.shared.target)
+        modules = [stage.module for stage in parts.stages]
+        # One thread enqueues everything, so random numbers are drawn in the plan's order.
+        self._guard = RecomputationGuard(modules, overlap=parts.plan.overlap, threads=1)
         self._capturing = False
-        self.stop = self._executor.close
-        self.close = functools.partial(_close, self._executor, guard)
+        self.stop: Callable[[], object] = self._executor.close
+        self.close: Callable[[], object] = functools.partial(_close, self._executor, self._guard)
 
     @property
     def dead(self) -> bool:
         return self._executor.dead
 
+    @property
+    def death(self) -> str:
+        return "a GPU has failed, and with it all that this process does there"
+
     def bodies(self, stages: list[Stage]) -> Bodies:
-        bodies = {}
+        bodies: dict[tuple[int, str], Body] = {}
         for stage in stages:
             bodies[stage.index, "F"] = stage.forward
             bodies[stage.index, "B"] = self._guard.watch(stage.backward)
@@ -76,30 +74,36 @@ class DeviceEngine:
 
     def route(self, plan: _C.Plan, bodies: Bodies) -> DeviceRoute:
         layout = StreamLayout(plan, [device.index for device in self.devices], self._rank)
-        custody = Custody(layout)
-        exchange = self._exchange(layout, custody)
+        keepalive = KeepAlive(layout)
+        exchange = self._exchange(layout, keepalive)
         carrying: dict[tuple[int, str], Body] = {}
         for stage in range(plan.num_stages):
             carrying[stage, "SEND_F"] = functools.partial(exchange.carry_value, stage)
             carrying[stage, "SEND_B"] = functools.partial(exchange.carry_gradients, stage)
         streams: list[Any] = []
         enqueued = {
-            (stage, kind): self._enqueueing(layout, custody, streams, stage, kind, body)
+            (stage, kind): self._enqueueing(layout, keepalive, streams, stage, kind, body)
             for (stage, kind), body in {**bodies, **carrying}.items()
         }
         program = self._executor.lay_out(_C.Program(plan, enqueued), layout.streams)
         streams += map(torch_side.stream, program.streams, layout.streams.devices)
-        return DeviceRoute(plan, exchange, layout, custody, program)
+        return DeviceRoute(plan, exchange, layout, keepalive, program)
 
-    def agreed(self, count: int | None) -> int:
+    def agreed_count(self, count: int | None) -> int:
+        assert count is not None  # the first stage is here
         return count
+
+    def agreed_key(self, key: Hashable | None, timeout: float) -> Hashable | None:
+        return key
+
+    def settle(self, route: DeviceRoute) -> None:
+        pass  # nothing was sent to another process
+
+    def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
+        pass  # the sum of one process's tensor is that tensor
 
     def failed(self, reason: str) -> None:
         pass
-
-    def agreed_kind(self, kind: Hashable | None, timeout: float) -> Hashable | None:
-        """What all processes together see a step as, of what this one sees; None where one sees None."""
-        return kind
 
     def arrive(self, value: Any, stage: int) -> Any:
         return torch_side.move(value, self._of_stage[stage])
@@ -144,7 +148,7 @@ class DeviceEngine:
                     route.program, callers=callers, record=record, capturing=self._capturing
                 )
         finally:
-            route.custody.end()
+            route.keepalive.end()
             self._parameters.end()
         if result.outcome != "done":
             self._parameters.forget()
@@ -153,15 +157,15 @@ class DeviceEngine:
     def give_up(self, stages: list[Stage]) -> None:
         pass  # no thread of ours is left in a stage
 
-    def _exchange(self, layout: StreamLayout, custody: Custody, end_of: EndOf | None = None) -> Exchange:
+    def _exchange(self, layout: StreamLayout, keepalive: KeepAlive, end_of: EndOf | None = None) -> Exchange:
         """Between the stages of a plan."""
-        passage_of = functools.partial(Passage, layout, custody, self._executor, self._of_stage)
+        passage_of = functools.partial(DeviceCopy, layout, keepalive, self._executor, self._of_stage)
         return self._exchange_of(layout.plan, passage_of=passage_of, end_of=end_of)
 
     def _enqueueing(
         self,
         layout: StreamLayout,
-        custody: Custody,
+        keepalive: KeepAlive,
         streams: list[Any],
         stage: int,
         kind: str,
@@ -172,15 +176,15 @@ class DeviceEngine:
         adds = kind in ("B", "W")
 
         def run(m: int) -> None:
-            step, stream = layout.place(kind, stage, m)
+            index, stream = layout.position(kind, stage, m)
             torch_side.use(streams[stream])
-            custody.let_go(step)
+            keepalive.release(index)
             body(m)
 
         def train(m: int) -> None:
-            step, lane = layout.place(kind, stage, m)
+            index, lane = layout.position(kind, stage, m)
             torch_side.use(streams[lane])
-            custody.let_go(step)
+            keepalive.release(index)
             parameters.enter(stage, lane)
             try:
                 if adds:

@@ -1,34 +1,34 @@
-"""Memory that one stream makes and another uses.
+"""Keeps memory alive that one stream allocated and another uses.
 
-torch's allocator gives a freed block out again to the stream that it was made on, at once: what runs there next
-may overwrite what another stream still reads. So a reference is kept until a step comes on the first stream
-that runs after the last use has ended; the plan's waits say which. Unlike ``record_stream`` this asks the
+torch's caching allocator gives a freed block back to the stream that allocated it, at once: what runs there next
+may overwrite what another stream still reads. So a reference is kept until a task is enqueued on the allocating
+stream that runs after the last use has ended; the plan's waits say which. Unlike ``record_stream`` this asks the
 device nothing, gives the same addresses in every step, and works while a graph is captured.
 """
 
 from typing import Any
 
-from .layout import Place, StreamLayout
+from .layout import Position, StreamLayout
 
 
-class Custody:
-    """Of one step."""
+class KeepAlive:
+    """The references of one step."""
 
     def __init__(self, layout: StreamLayout) -> None:
         self._layout = layout
-        self._held: dict[int, list[Any]] = {}  # by the step at whose begin they are let go
+        self._held: dict[int, list[Any]] = {}  # by the index of the task before which they are dropped
 
-    def keep(self, value: Any, made: Place, used: Place) -> None:
-        """Holds ``value``, which ``made`` has allocated, until ``used`` has ended where it would be reused."""
-        until = self._layout.streams.first_after(used.step, made.stream)
+    def keep(self, value: Any, made: Position, used: Position) -> None:
+        """Keeps ``value``, allocated at ``made``, until ``used`` has ended where the memory would be reused."""
+        until = self._layout.streams.first_after(used.index, made.stream)
         self._held.setdefault(until, []).append(value)
 
-    def let_go(self, step: int) -> None:
-        """This step is about to be enqueued."""
-        self._held.pop(step, None)
+    def release(self, index: int) -> None:
+        """Drops what was kept until the task of this index, which is about to be enqueued."""
+        self._held.pop(index, None)
 
     def end(self) -> None:
-        """The caller's streams follow all others, and the next step follows them."""
+        """Drops everything: the caller's streams follow all others, and the next step follows them."""
         self._held = {}
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""A plan on streams, in the words of stages and microbatches."""
+"""On which stream, and in which order, each action of a plan is enqueued."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,10 +9,10 @@ from ...plan.simulation import Costs
 Action = tuple[str, int, int]  # kind, stage, microbatch
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where an action is enqueued."""
 
-    step: int  # in the order of enqueueing
+    index: int  # in the order of enqueueing
     stream: int
 
 
@@ -26,9 +26,9 @@ class StreamLayout:
     """
 
     def __init__(self, plan: _C.Plan, device_of_rank: Sequence[int], rank: int | None = None) -> None:
-        """The order is that of the simulated step with equal stages.
+        """Lays out the order of the simulated step with equal stages.
 
-        ``rank``: of this process, where each rank is one, and what is laid out; None: all ranks are here.
+        ``rank``: the one of this process, if each rank is a process; None: all ranks are here.
         """
         by_stage = Costs().by_stage(plan.num_stages, plan.num_ranks)
         self.plan = plan
@@ -36,17 +36,17 @@ class StreamLayout:
         self.streams = _C.StreamPlan(plan, by_stage, simulated, list(device_of_rank), rank)
         self.peak_in_flight: list[int] = simulated.peak_in_flight
         self.peak_in_flight_of_stage: list[int] = simulated.peak_in_flight_of_stage
-        self._places = {
-            action: Place(number, stream) for number, (action, stream, _) in enumerate(self.streams.steps)
+        self._positions = {
+            action: Position(index, stream) for index, (action, stream, _) in enumerate(self.streams.steps)
         }
 
-    def place(self, kind: str, stage: int, m: int) -> Place:
-        """Where an action of the plan is, or the SEND that carries its results to another device or process.
+    def position(self, kind: str, stage: int, m: int) -> Position:
+        """The position of an action, or of the SEND that carries its results to another device or process.
 
-        The SEND of another process is where its message is received.
+        The position of another process's SEND is where this process receives its message.
         """
-        return self._places[kind, stage, m]
+        return self._positions[kind, stage, m]
 
     def has(self, kind: str, stage: int, m: int) -> bool:
         """Whether there is such an action."""
-        return (kind, stage, m) in self._places
+        return (kind, stage, m) in self._positions

@@ -1,9 +1,9 @@
 """Parameters as the lanes see them.
 
 Autograd ties each parameter's accumulation to the one stream on which the parameter was first used, and makes
-that stream wait for the gradients of all others: lanes would wait for one another. So each lane runs on aliases
-of the parameters, which have the same memory and a ``.grad`` of their own. A backward leaves its gradients
-there, and they are added to the parameters', in the order of the plan.
+that stream wait for the gradients of all others, so lanes would wait for one another. So each lane runs on
+aliases of the parameters. A backward leaves its gradients there, and they are added to the parameters' in the
+order of the plan.
 """
 
 import weakref
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ...model.module_watch import Holdings
+from ...stages.aliases import Holder, alias, holders
+from ...stages.gradients import total
 from ...stages.stage import Stage
 
 Target = Callable[[int, nn.Parameter], nn.Parameter]
@@ -22,19 +24,15 @@ Target = Callable[[int, nn.Parameter], nn.Parameter]
 _LARGE = 64 * 2**20  # bytes of a stage's parameters
 
 
-class _Place(NamedTuple):
-    """Where a module holds a parameter."""
-
-    held: dict[str, Tensor | None]
-    name: str
-    parameter: nn.Parameter
-
-
-class _Flat(NamedTuple):
-    """A recurrent layer, which holds its weights in a list too, and moves them all where that has changed."""
+class _FlatWeights(NamedTuple):
+    """A recurrent layer, which holds its weights in a list too, and moves all of them when that list changes."""
 
     layer: nn.RNNBase
-    weights: list[nn.Parameter]
+    weights: list[Tensor | None]
+
+    def put(self, weights: Sequence[Tensor | None]) -> None:
+        self.layer._flat_weights = list(weights)
+        self.layer._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
 
 
 class LaneParameters:
@@ -44,87 +42,78 @@ class LaneParameters:
     """
 
     def __init__(self, stages: Sequence[Stage], target: Target) -> None:
-        """``target(stage, parameter)`` says what a stage's gradients of a parameter are added to."""
+        """``target(stage, parameter)`` says where to add a stage's gradients of a parameter."""
         self._stages = stages
         self._target = target
-        self._places: dict[int, list[_Place]] = {}  # by stage, as what follows
-        self._flat: dict[int, list[_Flat]] = {}
+        self._holders: dict[int, list[Holder]] = {}  # by stage, as what follows
+        self._flat: dict[int, list[_FlatWeights]] = {}
         self._large: dict[int, bool] = {}
         self._holdings = Holdings(module for stage in stages for module in stage.modules())
-        self._looks: list[tuple] | None = None
+        self._seen: list[tuple[int, bool]] | None = None
         self._aliases: dict[tuple[int, int], dict[nn.Parameter, nn.Parameter]] = {}  # by stage and lane
         self._replaced: list[Tensor] = []  # gradients that other lanes may still read
 
     def begin(self) -> None:
-        """Prepares for a step: what has been replaced since the last gets new aliases."""
+        """Prepares for a step: whatever was replaced since the last step gets new aliases."""
         replaced = self._holdings.look()
-        if self._looks is not None and not replaced and self._look() == self._looks:
+        if self._seen is not None and not replaced and self._state() == self._seen:
             return
-        owners = {
-            stage.index: [owner for module in stage.modules() for owner in module.modules()]
+        self._holders = {stage.index: list(holders(stage.modules())) for stage in self._stages}
+        self._flat = {
+            stage.index: [
+                _FlatWeights(layer, list(layer._flat_weights))
+                for module in stage.modules()
+                for layer in module.modules()
+                if isinstance(layer, nn.RNNBase)
+            ]
             for stage in self._stages
         }
-        self._places = {
-            index: [
-                _Place(owner._parameters, name, parameter)
-                for owner in of_stage
-                for name, parameter in owner._parameters.items()
-                if parameter is not None
-            ]
-            for index, of_stage in owners.items()
-        }
-        self._flat = {
-            index: [
-                _Flat(owner, list(owner._flat_weights)) for owner in of_stage if isinstance(owner, nn.RNNBase)
-            ]
-            for index, of_stage in owners.items()
-        }
         self._large = {
-            index: sum(p.numel() * p.itemsize for p in {place.parameter for place in places}) > _LARGE
-            for index, places in self._places.items()
+            index: sum(p.numel() * p.itemsize for p in {holder.parameter for holder in found}) > _LARGE
+            for index, found in self._holders.items()
         }
         self._aliases = {}
-        self._looks = self._look()
+        self._seen = self._state()
 
     def enter(self, stage: int, lane: int) -> None:
-        """From now on the stage's modules hold the lane's aliases."""
+        """The stage's modules now hold the lane's aliases."""
         aliases = self._aliases_of(stage, lane)
-        for held, name, parameter in self._places[stage]:
-            held[name] = aliases[parameter]
-        for layer, weights in self._flat[stage]:
-            _hold_flat(layer, [aliases.get(weight, weight) for weight in weights])
+        for holder in self._holders[stage]:
+            holder.put(aliases[holder.parameter])
+        for flat in self._flat[stage]:
+            flat.put([aliases.get(w, w) if isinstance(w, nn.Parameter) else w for w in flat.weights])
 
     def leave(self, stage: int) -> None:
-        """They hold the parameters again."""
-        for held, name, parameter in self._places[stage]:
-            held[name] = parameter
-        for layer, weights in self._flat[stage]:
-            _hold_flat(layer, weights)
+        """The stage's modules hold the parameters again."""
+        for holder in self._holders[stage]:
+            holder.restore()
+        for flat in self._flat[stage]:
+            flat.put(flat.weights)
 
     def before_backward(self, stage: int, lane: int) -> None:
-        """Where gradients are large the next ones are added to them at once, and are never all there."""
+        """Has autograd add large gradients to the parameters' at once, so that both are never alive together."""
         if not self._large[stage]:
             return
-        for parameter, alias in self._aliases_of(stage, lane).items():
+        for parameter, lane_alias in self._aliases_of(stage, lane).items():
             grad = self._target(stage, parameter).grad
             if grad is not None and not grad.is_sparse:
-                alias.grad = grad
+                lane_alias.grad = grad
 
     def after_backward(self, stage: int, lane: int) -> None:
-        """Adds what it has left in the lane's aliases to the parameters' gradients."""
+        """Adds the gradients of the lane's aliases to those of the parameters."""
         sums, grads = [], []
-        for parameter, alias in self._aliases_of(stage, lane).items():
-            grad = alias.grad
+        for parameter, lane_alias in self._aliases_of(stage, lane).items():
+            grad = lane_alias.grad
             if grad is None:
                 continue
-            alias.grad = None
+            lane_alias.grad = None
             target = self._target(stage, parameter)
             before = target.grad
             if before is None:
                 target.grad = grad
             elif before.is_sparse or grad.is_sparse:
                 self._replaced.append(before)
-                target.grad = before + grad if grad.is_sparse else grad + before
+                target.grad = total(before, grad)
             elif before is not grad:
                 sums.append(before)
                 grads.append(grad)
@@ -133,33 +122,25 @@ class LaneParameters:
                 torch._foreach_add_(sums, grads)
 
     def end(self) -> None:
-        """The caller's streams follow all others."""
+        """The caller's streams now follow all others."""
         self._replaced.clear()
 
     def forget(self) -> None:
-        """What a backward that failed has left behind."""
+        """Drops what a failed backward left behind."""
         for aliases in self._aliases.values():
-            for alias in aliases.values():
-                alias.grad = None
+            for lane_alias in aliases.values():
+                lane_alias.grad = None
 
-    def _look(self) -> list[tuple]:
+    def _state(self) -> list[tuple[int, bool]]:
         return [
-            (parameter.data_ptr(), parameter.requires_grad)
-            for places in self._places.values()
-            for _, _, parameter in places
+            (holder.parameter.data_ptr(), holder.parameter.requires_grad)
+            for found in self._holders.values()
+            for holder in found
         ]
 
     def _aliases_of(self, stage: int, lane: int) -> dict[nn.Parameter, nn.Parameter]:
         aliases = self._aliases.get((stage, lane))
         if aliases is None:
-            aliases = {
-                parameter: nn.Parameter(parameter.detach(), parameter.requires_grad)
-                for _, _, parameter in self._places[stage]
-            }
+            aliases = {holder.parameter: alias(holder.parameter) for holder in self._holders[stage]}
             self._aliases[stage, lane] = aliases
         return aliases
-
-
-def _hold_flat(layer: nn.RNNBase, weights: list[nn.Parameter]) -> None:
-    layer._flat_weights = weights
-    layer._flat_weight_refs = [weakref.ref(weight) for weight in weights]

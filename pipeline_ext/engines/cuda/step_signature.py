@@ -1,4 +1,4 @@
-"""Kinds of steps, as all processes of a pipeline together see them: what messages of one hold is told once."""
+"""What shapes of a step may depend on. Steps with one signature send messages of one format, told once."""
 
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ... import _C
+from ...base.comparable import comparable
 from ...errors import PipelineError
 from ...model.module_watch import Holdings
 from ...processes.failure import GRACE, Failure
@@ -20,18 +21,17 @@ from ...transport.message import Contents
 from ...transport.remote import Way
 from .descriptions import Descriptions
 
-_MOST = 64  # kinds that are remembered
-_PLAIN = (int, float, complex, str, bytes, type(None))
+_MOST = 64  # signatures that are remembered
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 
-class Kinds:
-    """The kinds of steps that have run.
+class StepSignatures:
+    """The signatures of the steps that have run, as all processes of a pipeline together see them.
 
-    Two steps are of one kind where no process sees a difference in what shapes may depend on: its inputs'
-    shapes and types, and values that are no tensors; its modules' modes, and which parameters are trained.
+    Two steps have one signature if no process sees a difference in what shapes may depend on: the shapes and
+    types of its inputs, values that are no tensors, its modules' modes, and which parameters are trained.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class Kinds:
         self._failure = failure
         self._descriptions = descriptions
         self._count = 0
-        self._numbers: OrderedDict[Hashable, int] = OrderedDict()  # of kinds as this process sees them
-        self._met: OrderedDict[str, dict[str, Contents]] = OrderedDict()  # kinds, with messages by name
+        self._numbers: OrderedDict[Hashable, int] = OrderedDict()  # of signatures as this process sees them
+        self._met: OrderedDict[str, dict[str, Contents]] = OrderedDict()  # signatures, with messages by name
         self._now = ""
         self._is_new = False
         self._contents: dict[str, Contents] = {}
@@ -54,26 +54,28 @@ class Kinds:
 
         Raises PeerError where one has failed or gone, StepTimeout where one does not come in time.
         """
-        self._now = self.agree(self._kind_of(plan, step), timeout)
+        agreed = self.agree(self._signature_of(plan, step), timeout)
+        assert agreed is not None  # no process has none here
+        self._now = agreed
         self._is_new = self._now not in self._met
         self._contents = _latest(self._met, self._now, {})
         self._descriptions.timeout = timeout
 
-    def agree(self, kind: Hashable | None, timeout: float) -> str | None:
-        """The kind of a step in all processes together, of the one that each sees; None where one sees None.
+    def agree(self, key: Hashable | None, timeout: float) -> str | None:
+        """One name for what each of the processes calls ``key``; None if one of them has None.
 
         Raises as ``begin`` does.
         """
         self._count += 1
-        mine = torch.tensor([0 if kind is None else _latest(self._numbers, kind, self._count)])
+        mine = torch.tensor([0 if key is None else _latest(self._numbers, key, self._count)])
         found = [torch.empty_like(mine) for _ in self._processes.members]
         work = self._processes.messages.all_gather(found, mine, seconds(timeout + GRACE))
         self._failure.finish(work, timeout, "all processes to begin a step")
         return "-".join(str(int(number)) for number in found) if all(found) else None
 
-    def of_way(self, way: Way, name: str) -> "KindsOfWay":
+    def of_way(self, way: Way, name: str) -> "FormatsOfWay":
         """The ``Catalogue`` of a way, whose name no other has."""
-        return KindsOfWay(self, way, name)
+        return FormatsOfWay(self, way, name)
 
     def known(self, message: str) -> Contents | None:
         """What is in a message of this step, by name, where that has been told."""
@@ -97,7 +99,7 @@ class Kinds:
             self._contents[message] = decode(told)
         return self._contents[message]
 
-    def _kind_of(self, plan: _C.Plan, step: Step) -> Hashable:
+    def _signature_of(self, plan: _C.Plan, step: Step) -> Hashable:
         if self._holdings.look():
             self._parameters = self._holdings.parameters()
         leaves, spec = pytree.tree_flatten(step.inputs)
@@ -110,31 +112,31 @@ class Kinds:
         )
 
 
-class KindsOfWay(NamedTuple):
+class FormatsOfWay(NamedTuple):
     """The ``Catalogue`` of one way."""
 
-    kinds: Kinds
+    signatures: StepSignatures
     way: Way
     name: str
 
     def known(self, index: int) -> Contents | None:
-        return self.kinds.known(f"{self.name}/{index}")
+        return self.signatures.known(f"{self.name}/{index}")
 
     def tell(self, index: int, contents: Contents) -> None:
-        self.kinds.tell(f"{self.name}/{index}", self.way, index, contents)
+        self.signatures.tell(f"{self.name}/{index}", self.way, index, contents)
 
     def ask(self, index: int) -> Contents:
-        return self.kinds.ask(f"{self.name}/{index}", self.way, index)
+        return self.signatures.ask(f"{self.name}/{index}", self.way, index)
 
 
 def _look(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.requires_grad
-    return (type(leaf), leaf) if isinstance(leaf, _PLAIN) else object()  # no two are known to be alike
+    return comparable(leaf) or object()  # no two objects are known to be alike
 
 
 def _latest(known: OrderedDict[_K, _V], key: _K, value: _V) -> _V:
-    """What is known of ``key``, or from now on ``value``; what was looked up longest ago is forgotten."""
+    """What is known of ``key``, or from now on ``value``. Forgets what was looked up longest ago."""
     value = known.setdefault(key, value)
     known.move_to_end(key)
     if len(known) > _MOST:

@@ -1,0 +1,230 @@
+"""From settings to the parts of a pipeline, wired to one another."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from . import _C
+from .base import arguments
+from .checkpoint.unsplit import LocalModel, repeated_names
+from .engines import devices as device_choice
+from .engines.choice import described_device, make_engine
+from .engines.parts import EngineParts
+from .engines.protocol import Engine
+from .model.cut import cut
+from .model.skips import NamedSkip, declared_skips, find_skips
+from .plan.build import check_trainable
+from .plan.first_steps import FirstSteps
+from .plan.ordering import Ordering
+from .plan.simulation import simulate
+from .settings import Settings
+from .stages.local import local_stages
+from .stages.shared_parameters import SharedParameters
+from .stages.stage import Stage
+from .stages.wrapped import WrappedStages
+from .step.graphs import StepGraphs
+from .step.routes import Routes
+from .step.sharing import OneProcess, sharing_of
+from .step.stepper import Stepper
+from .transport.exchange import Exchange
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a pipeline.
+
+    Attributes:
+        num_stages: of the whole pipeline.
+        stages: those of this process.
+        local: what this process holds of the unsplit model.
+        sharing: which processes hold the pipeline.
+        devices: of each rank.
+        first_steps: chooses what is "auto".
+        graphs: captures whole steps; None without ``graphs=True``.
+    """
+
+    num_stages: int
+    stages: list[Stage]
+    local: LocalModel
+    sharing: OneProcess
+    devices: list[torch.device]
+    first_steps: FirstSteps
+    engine: Engine[Any]
+    routes: Routes
+    stepper: Stepper
+    graphs: StepGraphs | None
+
+
+def assemble(settings: Settings) -> Assembly:
+    """Makes the parts of a pipeline. Raises as ``Pipeline`` does, with nothing left running."""
+    sharing = sharing_of(settings.mesh, settings.timeout)
+    given = device_choice.given(sharing.devices(settings.devices))
+    modules = cut(
+        settings.model,
+        settings.num_stages,
+        cuts=settings.cuts,
+        balance=settings.balance,
+        sample=settings.sample,
+    )
+    exchange_of = functools.partial(
+        Exchange,
+        wire=arguments.wires("wire", settings.wire, len(modules) - 1),
+        wire_forward=arguments.wires("wire_forward", settings.wire_forward, len(modules) - 1),
+        link=settings.link,
+    )
+    ordering = _ordering(settings, len(modules), given, sharing)
+    first_steps = ordering.first_steps()
+    plan = first_steps.plan
+    check_trainable(plan)
+    if settings.costs is not None:
+        simulate(plan, settings.costs)  # it refuses costs that do not fit
+    local = local_stages(modules, plan.rank_of_stage, sharing.holds)
+    declared = declared_skips(local)
+    sharing.check_agreement(
+        lambda: _agreed(settings, ordering, plan, described_device(device_choice.of_ranks(given, 1)[0])),
+        lambda: {
+            **{f"stage {i}": local.get(i, module) for i, module in enumerate(modules)},
+            "loss_fn": settings.loss_fn,
+        },
+    )
+    skips = [s for s in find_skips(sharing.skips_of_all(declared)) if s.source < s.target]
+    planned = _planned_skips(settings, skips)
+    if planned:
+        first_steps = ordering.first_steps(planned)
+        plan = first_steps.plan
+    sharing.choose_together(first_steps)
+    devices = device_choice.of_ranks(given, plan.num_ranks)
+    repeated = repeated_names(settings.model, settings.loss_fn)
+    has_loss = len(modules) - 1 in local and isinstance(settings.loss_fn, nn.Module)
+    ties = sharing.make_equal(
+        modules,
+        [*local.values(), *([settings.loss_fn] if has_loss else [])],
+        settings.loss_fn,
+        plan.rank_of_stage,
+    )
+    stages = _stages(settings, len(modules), local, skips)
+    local_model = LocalModel(settings.model, modules, local, repeated, settings.loss_fn)
+    if settings.scaler is not None:
+        settings.scaler.scale(torch.ones((), device=devices[-1]))  # the first call makes what steps read
+    parts = EngineParts(
+        plan=plan,
+        devices=devices,
+        stages=stages,
+        exchange_of=functools.partial(exchange_of, skips=[skip.name for skip in skips]),
+        shared=SharedParameters({stage.index: stage.modules() for stage in stages}),
+        wrapped=WrappedStages(stages, settings.microbatches),
+        reduction=sharing.reduction() if settings.reduction is None else settings.reduction,
+    )
+    if first_steps.chooses and devices[0].type == "cuda":
+        sharing.check_gpu_choice(settings.schedule)
+    engine = make_engine(parts, sharing.engines)
+    try:
+        if parts.reduction is not None:
+            parts.reduction.attach(stages, parts.shared, settings.microbatches)
+        routes = Routes(stages, engine)
+        routes.follow(plan)
+        graphs = (
+            StepGraphs.of(engine, routes.train, stages, settings.optimizer, settings.timeout)
+            if settings.graphs
+            else None
+        )
+    except BaseException:
+        engine.close()
+        raise
+    stepper = Stepper(
+        stages=stages,
+        engine=engine,
+        routes=routes,
+        shared=parts.shared,
+        wrapped=parts.wrapped,
+        ties=ties,
+        first_steps=first_steps,
+        reduction=parts.reduction,
+        optimizer=settings.optimizer,
+        scaler=settings.scaler,
+        microbatches=settings.microbatches,
+        weighted=settings.loss_reduction == "mean",
+        timeout=settings.timeout,
+    )
+    _C.keep_freed_memory()
+    return Assembly(
+        num_stages=len(modules),
+        stages=stages,
+        local=local_model,
+        sharing=sharing,
+        devices=devices,
+        first_steps=first_steps,
+        engine=engine,
+        routes=routes,
+        stepper=stepper,
+        graphs=graphs,
+    )
+
+
+def _ordering(
+    settings: Settings, num_stages: int, given: list[torch.device] | None, sharing: OneProcess
+) -> Ordering:
+    on_gpus = device_choice.of_ranks(given, 1)[0].type == "cuda"
+    return Ordering.of(
+        settings.schedule,
+        num_stages=num_stages,
+        num_ranks=None if given is None else len(given),
+        microbatches=settings.microbatches,
+        pack=settings.pack,
+        pack_forward=settings.pack_forward,
+        in_flight=settings.in_flight,
+        costs=settings.costs,
+        overlap=on_gpus if settings.overlap is None else settings.overlap,
+        reactive=settings.reactive and not sharing.in_order,
+        graphs=settings.graphs,
+    )
+
+
+def _planned_skips(settings: Settings, skips: Sequence[NamedSkip]) -> list[_C.Skip]:
+    names = [skip.name for skip in skips]
+    packs = arguments.pack_skips(settings.pack_skips or {}, names, settings.microbatches)
+    return [
+        _C.Skip(skip.source, skip.target, pack=k, pack_forward=k) for skip, k in zip(skips, packs, strict=True)
+    ]
+
+
+def _stages(
+    settings: Settings, num_stages: int, local: Mapping[int, nn.Module], skips: Sequence[NamedSkip]
+) -> list[Stage]:
+    return [
+        Stage(
+            index,
+            module,
+            is_last=index == num_stages - 1,
+            loss_fn=settings.loss_fn if index == num_stages - 1 else None,
+            skips=skips,
+            mesh=settings.mesh if isinstance(settings.mesh, DeviceMesh) else None,
+        )
+        for index, module in local.items()
+    ]
+
+
+def _agreed(settings: Settings, ordering: Ordering, plan: _C.Plan, device: str) -> dict[str, Any]:
+    """What all processes must be given the same, by name."""
+    return {
+        "devices": device,
+        "microbatches": settings.microbatches,
+        "num_stages": plan.num_stages,
+        "pack": str(settings.pack),
+        "pack_forward": str(settings.pack_forward),
+        "pack_skips": settings.pack_skips,
+        "schedule": [f"{settings.schedule}", *plan.to_csv().splitlines()],
+        "wire": settings.wire,
+        "wire_forward": settings.wire_forward,
+        "loss_reduction": settings.loss_reduction,
+        "overlap": ordering.overlap,
+        "reactive": ordering.reactive,
+        "in_flight": str(plan.limits),
+        "costs": settings.costs,
+        "graphs": bool(settings.graphs),
+    }

@@ -1,0 +1,36 @@
+"""What every engine is made of."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .. import _C
+from ..reduction import GradientReduction
+from ..stages.shared_parameters import SharedParameters
+from ..stages.stage import Stage
+from ..stages.wrapped import WrappedStages
+from ..transport.exchange import Exchange
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """What an engine is made of.
+
+    Attributes:
+        plan: the first plan. Later ones have the same stages on the same ranks.
+        devices: of each rank.
+        stages: those of this process.
+        exchange_of: makes the channels between the stages of a plan.
+        shared: parameters that several stages hold.
+        wrapped: stages in DistributedDataParallel or fully_shard.
+        reduction: averages gradients over replicas; None without replicas.
+    """
+
+    plan: _C.Plan
+    devices: Sequence[torch.device]
+    stages: list[Stage]
+    exchange_of: Callable[..., Exchange]
+    shared: SharedParameters
+    wrapped: WrappedStages
+    reduction: GradientReduction | None = None

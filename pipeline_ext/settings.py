@@ -1,0 +1,119 @@
+"""What a user asks of a pipeline: plain data, checked once."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import arguments
+from .engines.devices import DevicesLike
+from .errors import InvalidArgument
+from .plan.build import ScheduleLike
+from .plan.ordering import PackLike
+from .plan.simulation import Costs
+from .processes.group import MeshLike
+from .reduction import GradientReduction
+from .transport.link import FREE_LINK, LocalLink
+
+WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of ``Pipeline``, which documents them.
+
+    Raises InvalidArgument for those that are wrong whatever the others are; ``assemble`` checks the rest.
+    """
+
+    model: nn.Module | Sequence[nn.Module]
+    num_stages: int | None = None
+    cuts: Sequence[str | int] | None = None
+    balance: str = "parameters"
+    sample: Any = None
+
+    microbatches: int
+    schedule: ScheduleLike = "1f1b"
+    overlap: bool | None = None
+    reactive: bool = True
+    in_flight: int | Sequence[int] | None = None
+    costs: Costs | None = None
+
+    devices: DevicesLike = None
+    mesh: MeshLike = None
+    reduction: GradientReduction | None = None
+    graphs: bool = False
+
+    pack: PackLike = 1
+    pack_forward: PackLike = 1
+    pack_skips: Mapping[str, int | str] | None = None
+    wire: WireLike = None
+    wire_forward: WireLike = None
+    link: LocalLink = FREE_LINK
+
+    loss_fn: Callable[..., Tensor] | None = None
+    loss_reduction: str = "mean"
+    optimizer: torch.optim.Optimizer | None = None
+    scaler: torch.amp.GradScaler | None = None
+
+    timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if self.num_stages is not None:
+            self._set(num_stages=arguments.count("num_stages", self.num_stages))
+        self._set(microbatches=arguments.count("microbatches", self.microbatches))
+        _check_loss(self.loss_fn, self.loss_reduction)
+        self._set(timeout=_seconds(self.timeout))
+        arguments.check_type("link", self.link, LocalLink)
+        for name, accepted in (
+            ("costs", Costs),
+            ("reduction", GradientReduction),
+            ("optimizer", torch.optim.Optimizer),
+        ):
+            if getattr(self, name) is not None:
+                arguments.check_type(name, getattr(self, name), accepted)
+        if self.scaler is not None:
+            _check_scaler(self.scaler, self.optimizer, many=self.mesh is not None)
+
+    def _set(self, **normalized: Any) -> None:
+        for name, value in normalized.items():
+            object.__setattr__(self, name, value)  # frozen for everyone else
+
+
+def _check_loss(loss_fn: Any, loss_reduction: Any) -> None:
+    if loss_fn is not None and not callable(loss_fn):
+        raise InvalidArgument(
+            f"loss_fn is {loss_fn!r}; give a function of output and target that returns a scalar"
+        )
+    if isinstance(loss_fn, type):
+        name = loss_fn.__name__
+        raise InvalidArgument(f"loss_fn is the class {name}; give an instance, {name}()")
+    if loss_reduction not in ("mean", "sum"):
+        raise InvalidArgument(f'loss_reduction is {loss_reduction!r}; it is "mean" or "sum"')
+
+
+def _seconds(timeout: Any) -> float:
+    if not (isinstance(timeout, (int, float)) and 0 < timeout < math.inf):
+        raise InvalidArgument(f"timeout is {timeout!r}; give a positive number of seconds")
+    return float(timeout)
+
+
+def _check_scaler(scaler: Any, optimizer: torch.optim.Optimizer | None, many: bool) -> None:
+    """``many``: whether several processes hold the pipeline."""
+    arguments.check_type("scaler", scaler, torch.amp.GradScaler)
+    if many and scaler.is_enabled():
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler  # it takes long to import
+
+        if not isinstance(scaler, ShardedGradScaler):
+            raise InvalidArgument(
+                f"scaler is a {type(scaler).__name__}, with which one process could skip a step that others "
+                "take; give torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...), "
+                'of those that hold the stages, as mesh.get_group("pp")'
+            )
+    if optimizer is not None:
+        raise InvalidArgument(
+            "scaler and optimizer are both given, but the step is to be the scaler's, which waits for the "
+            "gradients; leave optimizer out, and after each step call scaler.step(optimizer)"
+        )

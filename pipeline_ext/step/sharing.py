@@ -1,0 +1,141 @@
+"""Who holds a pipeline: one process all of it, or several processes a rank each."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from ..engines.choice import MANY_PROCESSES, ONE_PROCESS, EngineTypes
+from ..engines.devices import DevicesLike, of_process
+from ..engines.lifetime import Lifetime
+from ..errors import InvalidArgument
+from ..model.skips import DeclaredSkips
+from ..plan.build import AUTO, ScheduleLike
+from ..plan.first_steps import FirstSteps
+from ..processes.agreement import check_agreement, skips_of_all
+from ..processes.group import MeshLike, Processes
+from ..reduction import GradientReduction, ProcessGroupMember
+from ..report.trace import Trace
+from ..stages.local import initialise
+from ..stages.ties import Ties, find_ties
+from .agreed_choice import OneChooses
+from .gathered_trace import TraceGathering
+
+
+class OneProcess:
+    """This process holds every stage: nothing is to be agreed, tied or gathered.
+
+    Attributes:
+        group: the processes that hold the stages; None for one.
+        in_order: whether tasks must run in one order, the same in all processes.
+        engines: which engines run the ranks.
+    """
+
+    group: dist.ProcessGroup | None = None
+    in_order = False
+    engines: EngineTypes = ONE_PROCESS
+
+    def devices(self, devices: DevicesLike) -> DevicesLike:
+        """From ``Pipeline(devices=)`` to a device for each rank, or None to choose them."""
+        return devices
+
+    def holds(self, rank: int) -> bool:
+        """Whether this process runs a rank."""
+        return True
+
+    def check_agreement(
+        self, settings: Callable[[], Mapping[str, Any]], modules: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        """Raises InvalidArgument if two processes differ in what they name; PeerError if one is missing."""
+
+    def skips_of_all(self, declared: Sequence[DeclaredSkips]) -> Sequence[DeclaredSkips]:
+        """The skips that the stages of all processes declare, of those declared here."""
+        return declared
+
+    def make_equal(
+        self, stages: Sequence[Any], local: Iterable[nn.Module], loss_fn: Any, rank_of_stage: Sequence[int]
+    ) -> Ties:
+        """Gives the modules here memory and the values of the other processes; returns what stays tied."""
+        return Ties([])
+
+    def reduction(self) -> GradientReduction | None:
+        """What averages gradients over the replicas that the mesh names."""
+        return None
+
+    def choose_together(self, first_steps: FirstSteps) -> None:
+        """Has all processes follow one choice."""
+
+    def check_gpu_choice(self, schedule: ScheduleLike) -> None:
+        """Raises InvalidArgument for an "auto" that GPUs do not support."""
+        if schedule != AUTO:
+            raise InvalidArgument(
+                'pack="auto" measures what packing costs on CPUs; give a number, or devices=["cpu", ...]'
+            )
+
+    def gather(self, trace: Trace, lifetime: Lifetime) -> Trace | None:
+        """``trace`` with the tasks of all processes, on rank 0; None on the others."""
+        return trace
+
+
+class ManyProcesses(OneProcess):
+    """Each of several processes holds the stages of one rank."""
+
+    def __init__(self, processes: Processes, timeout: float) -> None:
+        """``timeout``: seconds to wait for another process."""
+        self._processes = processes
+        self._timeout = timeout
+        self._gathering = TraceGathering(processes, timeout)
+        self.group = processes.group
+        self.in_order = processes.in_order
+        self.engines = EngineTypes(*(functools.partial(made, processes=processes) for made in MANY_PROCESSES))
+
+    def devices(self, devices: DevicesLike) -> DevicesLike:
+        return of_process(devices, self._processes)
+
+    def holds(self, rank: int) -> bool:
+        return rank == self._processes.rank
+
+    def check_agreement(
+        self, settings: Callable[[], Mapping[str, Any]], modules: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        check_agreement(self._processes, settings(), self._timeout, modules())
+
+    def skips_of_all(self, declared: Sequence[DeclaredSkips]) -> Sequence[DeclaredSkips]:
+        return skips_of_all(self._processes, declared, self._timeout)
+
+    def make_equal(
+        self, stages: Sequence[Any], local: Iterable[nn.Module], loss_fn: Any, rank_of_stage: Sequence[int]
+    ) -> Ties:
+        # Ties are found first: once modules have memory here and none elsewhere, they look different.
+        ties = find_ties(stages, loss_fn, rank_of_stage, self._processes)
+        initialise(list(local), self._processes.replicas)
+        ties.make_equal()
+        return ties
+
+    def reduction(self) -> GradientReduction | None:
+        replicas = self._processes.replicas
+        if replicas is None:
+            return None
+        return GradientReduction(self._processes.keep(ProcessGroupMember(replicas)))
+
+    def choose_together(self, first_steps: FirstSteps) -> None:
+        if first_steps.chooses:
+            first_steps.others = OneChooses(self._processes, self._gathering, self._timeout)
+
+    def check_gpu_choice(self, schedule: ScheduleLike) -> None:
+        raise InvalidArgument(
+            '"auto" measures processes on CPUs; give a schedule and numbers, or devices=["cpu"]'
+        )
+
+    def gather(self, trace: Trace, lifetime: Lifetime) -> Trace | None:
+        lifetime.check()
+        with lifetime.one_at_a_time("gather_trace was called"):
+            return self._gathering.gather(trace)
+
+
+def sharing_of(mesh: MeshLike, timeout: float) -> OneProcess:
+    """How the processes of ``Pipeline(mesh=)`` share a pipeline. Raises InvalidArgument."""
+    processes = Processes.of(mesh)
+    return OneProcess() if processes is None else ManyProcesses(processes, timeout)
