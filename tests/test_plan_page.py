@@ -131,7 +131,8 @@ def test_a_refused_schedule_is_shown_with_its_reason(show):
     page = show()
     assert page.locator("h2").all_text_contents() == [*SCHEDULES, "gpipe"]
     assert page.locator("canvas").count() == 3
-    assert "memory" in page.locator("p.reason").text_content()
+    assert page.get_by_text("the rank would hold 10 of memory, its limit is 9").is_visible()
+    assert "<-- ERROR HERE (rank 0)" in page.locator("pre").text_content()
 
 
 def test_a_bar_tells_what_it_is(show):
