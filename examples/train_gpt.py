@@ -5,8 +5,8 @@
     python examples/train_gpt.py --resume --steps 600               # goes on from the checkpoint, in either
     python examples/train_gpt.py --sample                           # text, by the plain model
 
-The text is Python's own standard library, one byte a token; nothing is downloaded. On two cores 300 steps take
-about a minute.
+The text is Python's own standard library, one byte a token; nothing is downloaded. The 300 steps take about 90
+seconds of processor time, which the two ranks share.
 """
 
 import argparse
