@@ -6,7 +6,7 @@
     python examples/train_gpt.py --sample                           # text, by the plain model
 
 The text is Python's own standard library, one byte a token; nothing is downloaded. The 300 steps take about 90
-seconds of processor time, which the two ranks share.
+seconds of processor time, which the two ranks share. On GPUs it has not yet run.
 """
 
 import argparse
@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import pipeline_ext as pe
-
-# -- the model: a list of layers, which a pipeline can cut anywhere
 
 
 class Embedding(nn.Module):
@@ -64,7 +62,7 @@ class Block(nn.Module):
 
 
 def gpt(context: int, width: int, heads: int, layers: int) -> nn.Sequential:
-    """An embedding, blocks, a head; a seed makes it the same in every process."""
+    """Layers in a row, which a pipeline can cut anywhere. A seed makes them the same in every process."""
     torch.manual_seed(0)
     blocks = [Block(width, heads) for _ in range(layers)]
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256, bias=False))
@@ -80,9 +78,6 @@ def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-# -- the data
-
-
 def read(path: str | None) -> Tensor:
     """All bytes of a file, or of the modules of Python's standard library."""
     files = [Path(path)] if path else sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -94,9 +89,6 @@ def batch_of(step: int, data: Tensor, rows: int, context: int) -> tuple[Tensor, 
     starts = torch.randint(len(data) - context, (rows, 1), generator=torch.Generator().manual_seed(step))
     pieces = data[starts + torch.arange(context + 1)].long()
     return pieces[:, :-1], pieces[:, 1:]
-
-
-# -- training and sampling
 
 
 def train(model: nn.Sequential, data: Tensor, options: argparse.Namespace, mesh: DeviceMesh | None) -> None:
@@ -126,10 +118,8 @@ def train(model: nn.Sequential, data: Tensor, options: argparse.Namespace, mesh:
 
         if shows and (step % 10 == 0 or step == options.steps):
             speed = (step - done) * target.numel() / (time.perf_counter() - began)
-            print(
-                f"step {step:4}  {loss.item() / math.log(2):.3f} bits per byte  {speed:,.0f} bytes/s",
-                flush=True,
-            )
+            bits = loss.item() / math.log(2)
+            print(f"step {step:4}  {bits:.3f} bits per byte  {speed:,.0f} bytes/s", flush=True)
         if step % 100 == 0 or step == options.steps:
             pe.save_checkpoint(options.out, pipe, optimizer, step=step)
     pipe.close()
@@ -147,14 +137,8 @@ def sample(model: nn.Sequential, prompt: str, length: int, context: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, default in {
-        "steps": 300,
-        "batch": 32,
-        "context": 64,
-        "width": 128,
-        "heads": 4,
-        "layers": 6,
-    }.items():
+    sizes = {"steps": 300, "batch": 32, "context": 64, "width": 128, "heads": 4, "layers": 6}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=8)

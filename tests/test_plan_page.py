@@ -4,10 +4,10 @@ import io
 import shutil
 
 import pytest
-from PIL import Image
 
 from pipeline_ext.cli import main
 
+Image = pytest.importorskip("PIL.Image", reason="needs pillow, which matplotlib brings")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra `test`")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FOUND = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -223,10 +223,12 @@ def test_light_and_dark(show):
 
     def look():
         drawn(page)
-        script = "[document.body].map(b => [getComputedStyle(b).backgroundColor, getComputedStyle(b).color])[0]"
+        body = page.evaluate(
+            "(({backgroundColor, color}) => [backgroundColor, color])(getComputedStyle(document.body))"
+        )
         (_, forward), *_ = bars(page, 0)
         idle = page.evaluate("[panels[0].x(6), panels[0].top(0) + 3]")
-        return [*page.evaluate(script), *map(tuple, pixels(page, 0, [forward, idle])), str(legend(page))]
+        return [*body, *map(tuple, pixels(page, 0, [forward, idle])), str(legend(page))]
 
     light = look()
     page.emulate_media(color_scheme="dark")
