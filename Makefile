@@ -1,7 +1,8 @@
 # make train   trains a small language model through a pipeline; ARGS="--help" shows the options
 # make test    runs the whole test suite; ARGS="-k name" selects tests
-# make bench   runs the benchmarks and writes bench/results/ and README's tables
-# make gpu     tests and benchmarks on an NVIDIA GPU; writes bench/results/<device>/ and README's tables
+# make docs    builds the documentation as a site: build/docs/index.html
+# make bench   runs the benchmarks; writes bench/results/, and the tables and charts of README and docs
+# make gpu     tests and benchmarks on an NVIDIA GPU; writes bench/results/<device>/, tables and charts
 
 PYTHON ?= python3
 ARGS ?=
@@ -12,13 +13,17 @@ BIN := .venv/bin
 TORCH := torch==2.13.0 numpy
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: train test bench gpu clean
+.PHONY: train test docs bench gpu clean
 
 train: .venv/installed
 	@$(BIN)/pipeline-ext train $(ARGS)
 
 test: .venv/installed-test
 	@$(BIN)/pytest $(ARGS)
+
+docs: .venv/installed-test
+	@$(BIN)/python -m sphinx -W --keep-going --quiet -d build/doctrees docs build/docs
+	@echo build/docs/index.html
 
 bench: .venv/installed
 	@for script in cpu_step dist_step overlap_dp dispatch simulate reaction planner_quality pack k_tradeoff recompute; do $(BIN)/python bench/$$script.py || exit 1; done
