@@ -22,7 +22,7 @@ test: .venv/installed-test
 	@$(BIN)/pytest $(ARGS)
 
 docs: .venv/installed-test
-	@$(BIN)/python -m sphinx -W --keep-going --quiet -d build/doctrees docs build/docs
+	@$(BIN)/python -m sphinx -W --keep-going --quiet -E -a -d build/doctrees docs build/docs
 	@echo build/docs/index.html
 
 bench: .venv/installed

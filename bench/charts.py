@@ -73,7 +73,11 @@ def overlap_dp(results: dict) -> Figure:
     panels: dict[str, dict] = {}
     for row in results["rows"]:
         panel = panels.setdefault(f"compute: {row['case']}", {})
-        spreads = {"during the step": row["during_ms"], "after it": row["after_ms"], "not at all": row["none_ms"]}
+        spreads = {
+            "during the step": row["during_ms"],
+            "after it": row["after_ms"],
+            "not at all": row["none_ms"],
+        }
         panel[f"{row['schedule']}, {names[row['engine']]}"] = spreads
     return _dots(panels, colours | {"not at all": PEER}, "a step, its gradients reduced, ms", line=None)
 
@@ -92,8 +96,9 @@ def simulate(results: dict) -> Figure:
         by_plan.setdefault(row["schedule"] + (", reactive" if row["reactive"] else ""), []).append(row)
     for name, rows in by_plan.items():
         _line(left, [r["tasks"] for r in rows], [r["nanoseconds_per_task"] for r in rows], colours[name], name)
-    left.set(title="plan and simulate, ns a task", xlabel="tasks", xscale="log", ylim=(0, None))
-    left.legend(fontsize=8)
+    left.set(title="plan and simulate, ns a task", xlabel="tasks", xscale="log")
+    left.set_ylim(0, 1.5 * left.get_ylim()[1])  # room for the legend
+    left.legend(fontsize=8, loc="upper left")
     tasks = [row["tasks"] for row in results["peers"]]
     for key, colour, name in (
         ("plan_faster_by", THIRD, "planning alone"),
@@ -155,7 +160,11 @@ def pack(results: dict) -> Figure:
         size = f"{nbytes} B" if nbytes < 1024 else f"{nbytes >> 10} KiB"
         rows.setdefault(f"{count} x {size}", {})[types] = min(faster, key=lambda spread: spread["median"])
     names = list(next(iter(rows.values())))
-    return _dots({"": rows}, dict(zip(names, (OURS, THIRD, FOURTH, PEER))), "faster than the best other way by the factor")
+    return _dots(
+        {"": rows},
+        dict(zip(names, (OURS, THIRD, FOURTH, PEER))),
+        "faster than the best other way by the factor",
+    )
 
 
 def k_tradeoff(results: dict) -> Figure:
@@ -167,7 +176,9 @@ def k_tradeoff(results: dict) -> Figure:
         for row, colour in zip(rows, (OURS, THIRD, PEER, FOURTH)):
             at = [by_k for by_k in row["by_k"] if by_k["k"] != "auto"]
             ks = [by_k["k"] for by_k in at]
-            _line(axes, ks, [by_k["step_ms"] for by_k in at], colour, f"{row['overhead_share_of_f']:.0%} of an F")
+            _line(
+                axes, ks, [by_k["step_ms"] for by_k in at], colour, f"{row['overhead_share_of_f']:.0%} of an F"
+            )
             axes.plot(ks, [by_k["predicted_ms"] for by_k in at], "--", color=colour, linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ks, [str(k) for k in ks])
@@ -215,8 +226,8 @@ def _for_light_and_dark(text: str) -> str:
     for name, (light, _) in variables.items():
         text = text.replace(light, f"var(--{name}, {light})")
     dark = "".join(f"--{name}:{colours[1]};" for name, colours in variables.items())
-    style = f"<style>@media (prefers-color-scheme:dark){{svg{{{dark}}}}}text{{font-family:sans-serif!important}}</style>"
-    return text.replace("<defs>", style + "\n <defs>", 1)
+    rules = f"@media (prefers-color-scheme:dark){{svg{{{dark}}}}}text{{font-family:sans-serif!important}}"
+    return text.replace("<defs>", f"<style>{rules}</style>\n <defs>", 1)
 
 
 def _size(row: dict) -> str:
@@ -237,6 +248,7 @@ def _beside(row: dict, kinds: Sequence[str]) -> str:
 
 def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
@@ -262,7 +274,9 @@ def _dots(
                     axes.plot([spread["min"], spread["max"]], [at, at], color=colour, linewidth=2, alpha=0.55)
                     first = key if y == 0 and key else None
                     axes.plot(spread["median"], at, "o", color=colour, markersize=5, label=first)
-        axes.set_yticks(range(len(rows)), list(rows) if axes is all_axes[0] or not _same(panels) else [""] * len(rows))
+        axes.set_yticks(
+            range(len(rows)), list(rows) if axes is all_axes[0] or not _same(panels) else [""] * len(rows)
+        )
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         axes.set_title(title)
@@ -293,4 +307,6 @@ def _line(axes: Axes, x: Sequence[float], spreads: Sequence[Spread], colour: str
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels) if len(labels) < 4 else 2, fontsize=9)
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=len(labels) if len(labels) < 4 else 2, fontsize=9
+    )

@@ -34,9 +34,9 @@ nitpick_ignore_regex = [("py:.*", r"(?!pipeline_ext(\.packing|\.pipelining)?\.[A
 # Public names are documented where users import them from, not where they are defined.
 for module in (pipeline_ext, pipeline_ext.packing, pipeline_ext.pipelining):
     for public in (getattr(module, name) for name in module.__all__):
-        if inspect.isclass(public) or inspect.isfunction(public):
-            if public.__module__.startswith("pipeline_ext"):
-                public.__module__ = module.__name__
+        defined = inspect.isclass(public) or inspect.isfunction(public)
+        if defined and public.__module__.startswith("pipeline_ext"):
+            public.__module__ = module.__name__
 
 
 def plain_signature(app, what, name, value, options, signature, returned):

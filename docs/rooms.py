@@ -1,8 +1,8 @@
-"""Draws which folder of the package imports which, and lists them in docs/architecture.md: ``python docs/rooms.py``.
+"""Draws which folder of the package imports which, and lists the folders in docs/architecture.md.
 
-Both come from the files themselves: the imports, lazy ones and those under TYPE_CHECKING included, and the first
-line of each docstring. A folder or module directly under ``pipeline_ext`` is a room, and so is the native core.
-``--check`` only tells whether picture and list are current.
+Both come from the files themselves: from all imports, also lazy ones and those under TYPE_CHECKING, and from the
+first line of each docstring. A folder or module directly under ``pipeline_ext`` is a room, and so is the native
+core. Run ``python docs/rooms.py``; ``--check`` only tells whether picture and list are current.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def picture() -> str:
     found = arrows()
     order = in_order(found)
     where = {room: (MARGIN + i * CELL + CELL // 2, i * CELL + CELL) for i, room in enumerate(order)}
-    size = len(order) * CELL
+    side = len(order) * CELL
     lines: list[str] = []
     dots: list[str] = []
     for room, imported in found.items():
@@ -98,15 +98,16 @@ def picture() -> str:
             across, down = where[other]
             lines.append(f'<path d="M{x} {y}H{across}V{down}"/>')
             kind = "down" if down > y else "up"
-            dots.append(f'<circle class="{kind}" cx="{across}" cy="{y}" r="4"><title>{room} imports {other}</title></circle>')
+            dots.append(f'<circle class="{kind}" cx="{across}" cy="{y}" r="4"/>')
     boxes: list[str] = []
     for room, (x, y) in where.items():
         kind = "core" if room == CORE else "folder" if (PACKAGE / room).is_dir() else "module"
         boxes.append(f'<rect class="{kind}" x="{x - 7}" y="{y - 7}" width="14" height="14" rx="3"/>')
         boxes.append(f'<text x="{x - 12}" y="{y}">{room}</text>')
-    width, height = MARGIN + size + 8, size + CELL
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-    paper = f'<rect class="paper" width="{width}" height="{height}" rx="6"/>'
+    width, height = MARGIN + side + 8, side + CELL
+    size = f'width="{width}" height="{height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {size}>'
+    paper = f'<rect class="paper" {size} rx="6"/>'
     return "\n".join([head, f"<style>{STYLE}</style>", paper, *lines, *dots, *boxes, "</svg>", ""])
 
 

@@ -1,4 +1,4 @@
-"""README and docs say what is true: examples run, tables are the results', links lead somewhere, the site builds."""
+"""README and docs say what is true: examples run, figures are the results', links lead somewhere."""
 
 import importlib.util
 import os
