@@ -12,7 +12,7 @@ from torch import nn
 
 import pipeline_ext as pe
 from pipeline_ext.cli import main
-from pipeline_ext.transport.message import message_of
+from pipeline_ext.transport.format import message_of
 
 # Largest relative error of one rounding: half a unit in the last place.
 ROUNDING = {
