@@ -1,8 +1,9 @@
 # make train   trains a small language model through a pipeline; ARGS="--help" shows the options
 # make test    runs the whole test suite; ARGS="-k name" selects tests
 # make lint    checks style, types and spelling; changes nothing
-# make bench   runs the benchmarks and writes bench/results/ and README's tables
-# make gpu     tests and benchmarks on an NVIDIA GPU; writes bench/results/<device>/ and README's tables
+# make docs    builds the documentation as a site: build/docs/index.html
+# make bench   runs the benchmarks; writes bench/results/, and the tables and charts of README and docs
+# make gpu     tests and benchmarks on an NVIDIA GPU; writes bench/results/<device>/, tables and charts
 
 PYTHON ?= python3
 ARGS ?=
@@ -14,7 +15,7 @@ TORCH := torch==2.13.0 numpy
 ISSUE_FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: train test lint bench gpu clean
+.PHONY: train test lint docs bench gpu clean
 
 train: .venv/installed
 	@$(BIN)/pipeline-ext train $(ARGS)
@@ -31,6 +32,10 @@ lint: .venv/installed-lint
 	@$(BIN)/codespell
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(ISSUE_FORMS)
+
+docs: .venv/installed-test
+	@$(BIN)/python -m sphinx -W --keep-going --quiet -E -a -d build/doctrees docs build/docs
+	@echo build/docs/index.html
 
 bench: .venv/installed
 	@for script in cpu_step dist_step overlap_dp dispatch simulate reaction planner_quality pack k_tradeoff recompute; do $(BIN)/python bench/$$script.py || exit 1; done
