@@ -100,13 +100,10 @@ def assemble(settings: Settings) -> Assembly:
     sharing.choose_together(first_steps)
     devices = device_choice.of_ranks(given, plan.num_ranks)
     repeated = repeated_names(settings.model, settings.loss_fn)
-    has_loss = len(modules) - 1 in local and isinstance(settings.loss_fn, nn.Module)
-    ties = sharing.make_equal(
-        modules,
-        [*local.values(), *([settings.loss_fn] if has_loss else [])],
-        settings.loss_fn,
-        plan.rank_of_stage,
-    )
+    here = list(local.values())
+    if len(modules) - 1 in local and isinstance(settings.loss_fn, nn.Module):
+        here.append(settings.loss_fn)
+    ties = sharing.make_equal(modules, here, settings.loss_fn, plan.rank_of_stage)
     stages = _stages(settings, len(modules), local, skips)
     local_model = LocalModel(settings.model, modules, local, repeated, settings.loss_fn)
     if settings.scaler is not None:

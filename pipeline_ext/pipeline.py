@@ -161,7 +161,7 @@ class Pipeline(UnsplitModel):
         settings = Settings(
             model=model,
             num_stages=num_stages,
-            microbatches=microbatches,
+            microbatches=microbatches,  # type: ignore[arg-type]  # Settings refuses None
             schedule=schedule,
             loss_fn=loss_fn,
             devices=devices,
@@ -248,8 +248,10 @@ class Pipeline(UnsplitModel):
             arguments.check_rows(size, self.microbatches)
         with self._lifetime.one_at_a_time("step was called"):
             self._first_steps.prepare(self._routes.follow)
+            args, kwargs = self._engine.arrive((args, kwargs), 0)
             batch = Batch(
-                *self._engine.arrive((args, kwargs), 0),
+                args,
+                kwargs,
                 target=self._engine.arrive(target, self.num_stages - 1) if self._stages[-1].is_last else None,
                 rows=size,
                 keep_outputs=return_outputs,
@@ -261,7 +263,7 @@ class Pipeline(UnsplitModel):
             else:
                 outcome = self._graphs.step(batch, self._stepper)
         if losses is not None:
-            losses[:] = outcome.losses
+            losses[:] = [loss for loss in outcome.losses if loss is not None]
         return (outcome.loss, outcome.outputs) if return_outputs else outcome.loss
 
     def eval(self, *args: Any, **kwargs: Any) -> Any:

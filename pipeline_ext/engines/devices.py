@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,14 +16,15 @@ DevicesLike = Sequence[str | torch.device] | None
 
 
 def given(devices: DevicesLike) -> list[torch.device] | None:
-    """What the user has given, each GPU with its number; None for None.
+    """The devices that the user named, each GPU with its number; None for None.
 
-    Raises InvalidArgument for what is no device, is not there, or cannot be mixed, DeviceError where the driver
-    cannot be used.
+    Raises InvalidArgument for a name that is no device, a device that is not there, or a mix of CPUs and GPUs;
+    DeviceError if the driver cannot be used.
     """
     if devices is None:
         return None
-    if not isinstance(devices, (list, tuple)) or len(devices) == 0:
+    as_given: Any = devices
+    if not isinstance(as_given, list | tuple) or not as_given:
         raise InvalidArgument(
             f'devices is {devices!r}; give a list with one entry for each rank, as in ["cpu", "cpu"] or '
             '["cuda:0", "cuda:1"]'
@@ -45,10 +47,10 @@ def given(devices: DevicesLike) -> list[torch.device] | None:
 
 
 def of_process(devices: DevicesLike, processes: Processes) -> Sequence[str | torch.device]:
-    """This process's device, for each process of the pipeline: the others' are not seen from here.
+    """This process's device, once for each process of the pipeline: the others' devices are unknown here.
 
-    ``devices`` of None: where processes have GPUs that of torchrun's LOCAL_RANK, or without it the current one.
-    Raises InvalidArgument for more than one, and for a GPU where there are replicas.
+    None: the CPU, or if processes have GPUs the one of torchrun's LOCAL_RANK, or without that the current one.
+    Raises InvalidArgument for more than one device, and for a GPU if there are replicas.
     """
     if devices is None:
         devices = [f"cuda:{_own_gpu()}" if processes.have_gpus else "cpu"]
@@ -59,7 +61,7 @@ def of_process(devices: DevicesLike, processes: Processes) -> Sequence[str | tor
         )
     if processes.replicas is not None and _device(devices[0]).type == "cuda":
         raise InvalidArgument(
-            'mesh has a dimension "dp", over which gradients of CPUs are averaged, and not yet those of GPUs; '
+            'mesh has a dimension "dp"; gradients are averaged over it on CPUs only; '
             'give mesh["pp"] and average .grad yourself after each step, or give devices=["cpu"]'
         )
     return list(devices) * processes.size
@@ -78,7 +80,7 @@ def of_ranks(given: list[torch.device] | None, num_ranks: int) -> list[torch.dev
 def place(modules: Sequence[Sequence[nn.Module]], devices: Sequence[torch.device]) -> None:
     """Moves the modules of each stage to its device; both are by stage.
 
-    Raises InvalidArgument, having moved nothing, where a parameter or buffer would have to be on two.
+    Raises InvalidArgument, having moved nothing, if a parameter or buffer would have to be on two devices.
     """
     places: dict[torch.Tensor, torch.device] = {}
     for of_stage, device in zip(modules, devices):
@@ -95,7 +97,7 @@ def place(modules: Sequence[Sequence[nn.Module]], devices: Sequence[torch.device
 
 
 def _own_gpu() -> int:
-    """A process may see all GPUs of its machine, or its own alone."""
+    """The ordinal of this process's GPU, whether it sees all GPUs of its machine or only its own."""
     there = _usable_gpus()
     return int(os.environ["LOCAL_RANK"]) % there if "LOCAL_RANK" in os.environ else torch_side.current_device()
 

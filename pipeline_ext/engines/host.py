@@ -1,7 +1,7 @@
 """Ranks as native threads of this process: one each, or two with ``overlap``."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -73,7 +73,7 @@ class HostEngine:
         assert count is not None  # the first stage is here
         return count
 
-    def agreed_key(self, key: object, timeout: float) -> object:
+    def agreed_key(self, key: Hashable | None, timeout: float) -> Hashable | None:
         return key
 
     def arrive(self, value: Any, stage: int) -> Any:

@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ..errors import DeadPipeline, PipelineError
 from .protocol import Engine
@@ -14,7 +15,7 @@ from .protocol import Engine
 class Lifetime:
     """The engine of one pipeline: at work for one call at a time, until closed."""
 
-    def __init__(self, pipeline: object, engine: Engine) -> None:
+    def __init__(self, pipeline: object, engine: Engine[Any]) -> None:
         """It ends with ``pipeline``, or at exit."""
         self._engine = engine
         self._in_step = threading.Lock()
@@ -53,7 +54,7 @@ class Lifetime:
             self._in_step.release()
 
 
-def _end_steps(stop: Callable[[], None], in_step: threading.Lock) -> None:
+def _end_steps(stop: Callable[[], object], in_step: threading.Lock) -> None:
     """Ends another thread's step at exit; the interpreter may not end while torch frees its tensors."""
     was_busy = in_step.locked()
     stop()

@@ -86,7 +86,7 @@ def _flush(exchange: Exchange, settled: threading.Event) -> None:
 
 
 def _close(
-    close: Callable[[], None], exchanges: list[Exchange], failure: Failure, processes: Processes
+    close: Callable[[], object], exchanges: list[Exchange], failure: Failure, processes: Processes
 ) -> None:
     for exchange in exchanges:
         exchange.close(_LEAVING if failure.is_known else _PARTING)

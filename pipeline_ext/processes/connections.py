@@ -4,32 +4,38 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# What waits longest is a receive, through a whole step; the step itself says when that is too long.
+from .store import Store
+
+# A receive may wait through a whole step, and the step itself decides when that is too long.
 _PATIENCE = timedelta(days=1)
 
-_left: list["Connections"] = []  # as they are: to end them would be to wait for what may never come
+_left: list["Connections"] = []  # left open: closing them could wait for messages that never come
 
 
 class Connections:
     """Connections (gloo) between some processes, this one among them, for one purpose.
 
-    They are in no list of torch's groups, which is why they can be closed in one process before another: torch
-    names what is in the list by its length, and the next groups of these processes could not meet.
+    torch does not list them among its groups, so one process can close them before another does: torch names a
+    listed group by the length of the list, and these processes' next groups would get different names.
 
     Attributes:
+        members: by rank, as numbers in the world.
         rank: of this process among them.
     """
 
-    def __init__(self, store: dist.Store, members: Sequence[int], timeout: timedelta = _PATIENCE) -> None:
-        """All of them, by rank as numbers in the world, open theirs together; ``store`` is for these alone."""
-        self.rank = list(members).index(dist.get_rank())
+    def __init__(self, store: Store, members: Sequence[int], timeout: timedelta = _PATIENCE) -> None:
+        """All ``members`` open theirs together; ``store`` is used for nothing else."""
+        self.members = list(members)
+        self.rank = self.members.index(dist.get_rank())
         with _in_background():
-            self._gloo = dist.ProcessGroupGloo(store, self.rank, len(members), timeout)
+            # torch has no type stubs for what a gloo group can do.
+            self._gloo: Any = dist.ProcessGroupGloo(store, self.rank, len(members), timeout)  # type: ignore[arg-type]
 
     def send(self, tensors: list[Tensor], rank: int, tag: int) -> dist.Work:
         return self._gloo.send(tensors, rank, tag)
@@ -38,11 +44,11 @@ class Connections:
         return self._gloo.recv(tensors, rank, tag)
 
     def broadcast(self, tensor: Tensor, rank: int) -> dist.Work:
-        """From ``rank`` to all; of a tensor that processes share out, what each has of it."""
+        """From ``rank`` to all; of a DTensor, each process's own part."""
         return self._gloo.broadcast(own_part(tensor), rank)
 
     def all_reduce(self, tensor: Tensor, timeout: timedelta) -> dist.Work:
-        """Makes ``tensor`` the sum of all processes', part by part as ``broadcast``."""
+        """Makes ``tensor`` the sum of all processes' tensors, part by part as ``broadcast``."""
         return self._gloo.allreduce(own_part(tensor), timeout=timeout)
 
     def all_gather(self, found: list[Tensor], tensor: Tensor, timeout: timedelta) -> dist.Work:
@@ -50,7 +56,7 @@ class Connections:
         return self._gloo.allgather(found, tensor, timeout)
 
     def close(self, idle: bool) -> None:
-        """Ends them; where they are not ``idle``, they end with the process."""
+        """Closes them; unless they are ``idle``, they stay open until the process ends."""
         if idle:
             self._gloo = None
         else:
@@ -58,16 +64,16 @@ class Connections:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What of it is in this process, where several share it out."""
+    """The part of a DTensor that is in this process; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextlib.contextmanager
 def _in_background() -> Iterator[None]:
-    """Threads that begin within it interrupt no others as they wake, where the system (Linux) can see to that.
+    """Threads started within it preempt no other thread when they wake, where Linux can do that.
 
-    gloo's thread tries for the lock of a connection again and again. If it has interrupted the one that holds
-    the lock, a stage that sends, and has its core, neither goes on before the system's next tick, after 4 ms.
+    gloo's thread tries again and again to take the lock of a connection. If it has preempted the stage that
+    holds the lock, on the same core, both stand still until the next timer tick, up to 4 ms later.
     """
     if not hasattr(os, "SCHED_BATCH") or os.sched_getscheduler(0) != os.SCHED_OTHER:
         yield

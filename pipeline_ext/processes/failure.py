@@ -1,4 +1,4 @@
-"""What becomes of a pipeline when one of its processes fails."""
+"""What happens to a pipeline when one of its processes fails."""
 
 import threading
 from typing import Protocol
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ..errors import PeerError, StepTimeout
 from .notices import Notices
 
-GRACE = 1.0  # seconds in which a process that is gone may still be found to have said why; replicas wait longer
+GRACE = 1.0  # seconds to wait for the reason why a process has gone; replicas wait longer
 
 
 class Executor(Protocol):
@@ -19,10 +19,10 @@ class Executor(Protocol):
 
 
 class Failure:
-    """That a process of a pipeline has failed: this one, which tells the others, or another."""
+    """The failure of one of a pipeline's processes: this one, which tells the others, or another."""
 
     def __init__(self, notices: Notices, everyone: list[int]) -> None:
-        """``everyone``: those that are told, as numbers in the world."""
+        """``everyone``: the processes to tell, as numbers in the world."""
         self._notices = notices
         self._everyone = everyone
         self._told = threading.Event()  # by another process
@@ -44,7 +44,7 @@ class Failure:
         self.is_known = True
 
     def begin_wait(self) -> threading.Event:
-        """Set once another process has failed; the caller sets it for his own ends."""
+        """An event that is set once another process has failed; the caller may set it, too."""
         self._over.clear()
         if self.error is not None:
             self._over.set()
@@ -61,19 +61,24 @@ class Failure:
         if not over.wait(min(timeout, threading.TIMEOUT_MAX)):
             raise StepTimeout(f"waited {timeout:g} seconds for {whom}")
         if not future.done():
-            raise self.error
+            raise self.known_error()
         try:
             work.wait()
         except RuntimeError as error:
             raise PeerError(f"this process waited for {whom}, and one has gone: {error}") from error
 
+    def known_error(self) -> Exception:
+        """What another process failed with; to be called once that is known."""
+        assert self.error is not None
+        return self.error
+
     def lost(self, error: Exception) -> None:
-        """Another process cannot be reached. It may yet be heard why."""
+        """Another process cannot be reached. Waits shortly for the reason before it stops the step."""
         if not self._told.wait(GRACE):
             self._stop(error)
 
     def seek(self) -> None:
-        """Finds out who does not answer: whom this process waits for may only wait for that one in turn."""
+        """Finds the processes that do not answer: the one waited for may itself wait for one of them."""
         answered = self._notices.ask(GRACE)
         self._silent = [
             process
@@ -98,4 +103,5 @@ class Failure:
         self.is_known = True
         self.error = error
         self._over.set()
-        self._executor.fail(error)
+        if self._executor is not None:
+            self._executor.fail(error)

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import InvalidArgument
 from .connections import Connections
 from .notices import Notices
+from .store import default_store, prefixed
 
 MeshLike = DeviceMesh | dist.ProcessGroup | None
 
@@ -65,7 +66,7 @@ class Processes:
         key = tuple(everyone)
         self.name = f"pipeline_ext/{'-'.join(map(str, everyone))}/{_made[key]}"
         _made[key] += 1
-        self.store = dist.distributed_c10d._get_default_store()
+        self.store = default_store()
         self._opened: list[Closable] = []
 
     @classmethod
@@ -116,7 +117,7 @@ class Processes:
     def connect(self, purpose: str, members: Sequence[int]) -> Connections:
         """Between these processes, numbers in the world, this one among them; all of them do so together."""
         # Replicas connect at the same time, for the same purpose.
-        store = dist.PrefixStore(f"{self.name}/{purpose}/{'-'.join(map(str, members))}", self.store)
+        store = prefixed(f"{self.name}/{purpose}/{'-'.join(map(str, members))}", self.store)
         return self.keep(Connections(store, members))
 
     def keep(self, opened: Opened) -> Opened:

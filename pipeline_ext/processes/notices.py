@@ -1,17 +1,19 @@
-"""Notices: what a process tells the others at once, whatever they are doing."""
+"""Notices: how a process reaches the others at once, whatever they are doing."""
 
 import contextlib
 import itertools
-import json
 import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, PrefixStore, Store
+from torch.distributed import DistError
+
+from . import values
+from .store import Store, prefixed
 
 _FOREVER = timedelta(days=1000)
-_GRACE = 2.0  # seconds: a store that goes away may do so because all is over, and who watches it is closed next
+_GRACE = 2.0  # seconds: a store may go away because the program ends; its watcher is then closed next
 
 Told = Callable[[int | None, str], None]
 
@@ -24,18 +26,18 @@ class Notices:
     """
 
     def __init__(self, store: Store, name: str, rank: int, size: int) -> None:
-        """``name`` tells these mailboxes from others in the store. This process is ``rank`` of ``size``."""
-        self._store = PrefixStore(name, store.clone())
+        """``name`` distinguishes these mailboxes in the store. This process is ``rank`` of ``size``."""
+        self._store = prefixed(name, store.clone())
         self._rank = rank
         self._others = [other for other in range(size) if other != rank]
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
 
     def watch(self, told: Told, status: Callable[[], str] = str) -> None:
-        """Begins to read the mailbox, in a daemon thread, in which it calls both.
+        """Begins to read the mailbox, in a daemon thread that calls both functions.
 
-        ``told`` is called with each notice: the rank that tells, and its text; or None, and that the store has
-        gone. ``status()`` is what this process answers to ``ask``. Neither may keep this object alive.
+        ``told(rank, text)`` is called for each notice; ``rank`` is the sender, or None if the store has gone.
+        ``status()`` is this process's answer to ``ask``. Neither may keep this object alive.
         """
         self._watcher = threading.Thread(
             target=_read,
@@ -46,13 +48,13 @@ class Notices:
         self._watcher.start()
 
     def tell(self, text: str) -> None:
-        """Puts ``text`` into the mailboxes of all others. Where the store has gone, they know without."""
+        """Puts ``text`` into the mailboxes of all others. If the store has gone, they have noticed that."""
         with contextlib.suppress(DistError):
             for other in self._others:
                 self._write(other, {"from": self._rank, "text": text})
 
     def ask(self, within: float) -> dict[int, str]:
-        """The status of the others that answer within so many seconds, by rank: whose process runs."""
+        """The status of the others that answer within this many seconds, by rank: their processes run."""
         with contextlib.suppress(DistError):
             question = f"question {self._store.add('questions', 1)}"
             answers = {other: f"{question}/{other}" for other in self._others}
@@ -74,12 +76,12 @@ class Notices:
         self._closed.set()
         with contextlib.suppress(DistError):
             self._write(self._rank, {})
-        if self._watcher not in (None, threading.current_thread()):
+        if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join(_GRACE)
-        self._store = None
+        del self._store  # which ends the connection
 
     def _write(self, rank: int, letter: dict[str, Any]) -> None:
-        self._store.set(f"{rank}/{self._store.add(f'{rank}', 1)}", json.dumps(letter))
+        self._store.set(f"{rank}/{self._store.add(f'{rank}', 1)}", values.encode(letter))
 
 
 def _read(store: Store, rank: int, closed: threading.Event, told: Told, status: Callable[[], str]) -> None:
@@ -90,7 +92,7 @@ def _read(store: Store, rank: int, closed: threading.Event, told: Told, status: 
             store.wait([key], _FOREVER)
             if closed.is_set():
                 return
-            letter = json.loads(store.get(key))
+            letter = values.decode(store.get(key))
             if "question" in letter:
                 store.set(f"{letter['question']}/{rank}", status())
             else:

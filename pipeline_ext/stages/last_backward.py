@@ -1,4 +1,4 @@
-"""When the backwards of a step have ended, stage by stage."""
+"""Notices the last backward of each stage in a step."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 Body = Callable[[int], None]
 
 
-class Endings:
+class LastBackward:
     """Calls ``ended(stage)`` once in a step for each of ``stages``, when its last backward has ended.
 
-    In descending order, whichever stage ends first, and one call at a time: what replicas exchange is to be
-    in the same order in all of them. It is called in the thread of the backward that made it possible.
+    It calls in descending order of the stages, whichever ends first, and once at a time, because replicas must
+    exchange their gradients in one order. The call is made in the thread of the backward that allowed it.
     """
 
     def __init__(self, stages: Iterable[int], ended: Callable[[int], None]) -> None:
@@ -21,7 +21,7 @@ class Endings:
         self._calling = threading.Lock()
 
     def begin(self, microbatches: int) -> None:
-        """Begins a step in which each stage runs so many backwards."""
+        """Begins a step in which each stage runs this many backwards."""
         self._left = dict.fromkeys(self._stages, microbatches)
         self._due = list(self._stages)
 
@@ -30,7 +30,7 @@ class Endings:
         self._left, self._due = {}, []
 
     def watch(self, stage: int, backward: Body) -> Body:
-        """``backward`` of a stage: B, or W where that is split."""
+        """``backward`` of a stage: `B`, or `W` if the backward is split."""
 
         def watched(m: int) -> None:
             backward(m)

@@ -38,7 +38,7 @@ def rows_of(value: Any) -> int | None:
     return next((leaf.shape[0] for leaf in pytree.tree_leaves(value) if _is_split(leaf)), None)
 
 
-def split(value: Any, size: int, microbatches: int, what: str) -> list[Any]:
+def split(value: Any, size: int | None, microbatches: int, what: str) -> list[Any]:
     """``value`` cut leaf by leaf with ``Tensor.tensor_split`` along dimension 0.
 
     What is no tensor, or has no dimension, goes to every microbatch as it is. The parts share the tensor's

@@ -1,4 +1,4 @@
-"""What activation checkpointing must not recompute while other tasks run: refused, with advice."""
+"""Refuses, with advice, to recompute layers (activation checkpointing) that running tasks would disturb."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ from ..errors import PipelineError
 
 
 def _eager_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and those inside it, but for compiled ones, which a hook could break up."""
+    """The module and those inside it, without compiled ones: a hook could break their graph."""
     if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
         return
     yield module
@@ -19,15 +19,15 @@ def _eager_layers(module: nn.Module) -> Iterator[nn.Module]:
         yield from _eager_layers(child)
 
 
-_thread = threading.local()  # not the guard's: hooks on layers are copied and saved with them
+_thread = threading.local()  # outside of the guard: hooks on layers are copied and saved with them
 
 
 class RecomputationGuard:
-    """Raises when a layer is recomputed inside a backward task though other tasks disturb it.
+    """Raises when a backward task recomputes a layer that other tasks disturb.
 
     Batch norm in training mode, with ``overlap``: another microbatch's forward may run beside the
     recomputed one, and both update the running statistics. Dropout, with several threads: the CPU has one
-    random generator for the process, so that the recomputed mask need not be the forward's. Layers of
+    random generator for the process, so the recomputed mask may differ from the forward's. Layers of
     compiled modules are not watched.
     """
 
@@ -40,7 +40,7 @@ class RecomputationGuard:
                 self._handles.append(layer.register_forward_pre_hook(self._check_dropout))
 
     def watch(self, backward: Callable[[int], None]) -> Callable[[int], None]:
-        """``backward`` as the guard needs to see it."""
+        """``backward``, during which the guard raises."""
         if not self._handles:
             return backward
 
@@ -70,10 +70,15 @@ class RecomputationGuard:
             )
 
     def _check_dropout(self, layer: nn.Module, _inputs: tuple) -> None:
-        if layer.training and layer.p > 0 and self._recomputes():
+        if layer.training and _probability(layer) > 0 and self._recomputes():
             raise PipelineError(
                 "dropout is recomputed by activation checkpointing while other ranks draw from the "
                 "process's one random generator, so its mask would differ from the forward's; leave the "
                 "dropout out of the checkpointed part, or use one rank (a schedule that holds several "
                 'stages on each, devices=["cpu"])'
             )
+
+
+def _probability(layer: nn.Module) -> float:
+    assert isinstance(layer, _DropoutNd)
+    return layer.p

@@ -1,17 +1,17 @@
-"""The backward of a stage in two: first the gradients of its inputs, later those of its weights.
+"""Splits a stage's backward: first the gradients of its inputs (`I`), later those of its weights (`W`).
 
-That a graph comes apart where the ways to inputs and to weights part is an idea of zero-bubble schedules (Qi et
-al., Zero Bubble Pipeline Parallelism, ICLR 2024), which torch.distributed.pipelining (2.13, ``_backward.py``)
-carries out for modules in general. There each group of weights takes a backward of its own, which looks through
-the graph down to the inputs again. Here the nodes at which the ways part, the forks, are run once more and
-nothing else on the way to inputs is. What makes that possible is that autograd's engine tells a node which of
-its gradients are asked for: those that lead to weights.
+Zero-bubble schedules split a backward where the paths to inputs and to weights separate (Qi et al., Zero Bubble
+Pipeline Parallelism, ICLR 2024). torch.distributed.pipelining (2.13, ``_backward.py``) does so for any module,
+with one backward for each group of weights, each of which walks the graph down to the inputs again. Here `W` runs
+only the nodes at which the paths separate, the forks, a second time. That works because autograd's engine tells
+a node which of its gradients are needed: those that lead to weights.
 """
 
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,21 +20,19 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from .gradients import add_gradient
 
-# Of a weight, by several forks. In which order so many gradients are added up does not change the sum.
+# A weight may be reached through at most two forks: adding two gradients is order-independent.
 _MOST_USES = 2
 
 
 class WeightGradients(Protocol):
-    """What is left of a backward once the gradients of the inputs are there.
+    """The part of a backward that finds the gradients of the weights."""
 
-    Attributes:
-        whole: why all of it has run and only the adding is left; empty where it came apart.
-    """
-
-    whole: str
+    @property
+    def whole(self) -> str:
+        """Why the full backward has run already, so that only adding is left; empty if it was split."""
 
     def add(self) -> None:
-        """Adds the gradients of the weights to their ``.grad``, and lets go of all they are made from."""
+        """Adds the gradients of the weights to their ``.grad``, and frees what they are made from."""
 
 
 def run_backward(
@@ -45,7 +43,7 @@ def run_backward(
 ) -> None:
     """``torch.autograd.backward`` without its checks in Python, which take as long as a small backward.
 
-    The engine itself checks that the gradients fit.
+    The engine itself checks that the gradients match.
     """
     torch.autograd.graph._engine_run_backward(
         tuple(outputs),
@@ -65,15 +63,15 @@ def find_input_gradients(
     weights: Callable[[], Iterable[Tensor]],
     check: Callable[[], None],
 ) -> WeightGradients:
-    """Adds the gradients of leaves ``inputs`` to their ``.grad``; what is returned does so for the weights.
+    """Adds the gradients of the leaves ``inputs`` to their ``.grad``; the result does so for the weights.
 
-    A backward that does not come apart runs whole, and the weights' gradients are put by. For that ``weights``
-    lists those that the graph itself may not show; ``check`` raises an error where the caller has been given up
-    meanwhile and may touch no ``.grad`` any more.
+    If the graph cannot be split, runs the full backward and stores the weights' gradients. For that, ``weights``
+    lists weights that the graph may not show, and ``check`` raises an error if the caller was given up
+    meanwhile and must not touch any ``.grad``.
     """
     roots = [get_gradient_edge(tensor) for tensor in outputs]
     if not inputs:
-        return _Apart([], set(), list(zip(roots, grads)))
+        return _Split([], set(), list(zip(roots, grads)))
     graph = _Graph(roots, [get_gradient_edge(tensor).node for tensor in inputs])
     above = [pair for pair in zip(roots, grads) if graph.leads_to_inputs[pair[0].node]]
     beside = [pair for pair in zip(roots, grads) if not graph.leads_to_inputs[pair[0].node]]
@@ -88,47 +86,55 @@ def find_input_gradients(
     for fork in forks:
         fork.keep_grads()
     if above:
-        run_backward(*zip(*above), inputs=inputs, keep_graph=bool(forks))
+        _run_pairs(above, inputs=inputs, keep_graph=bool(forks))
     if forks:
         graph.release(forks)
-    return _Apart(forks, meeting, beside)
+    return _Split(forks, meeting, beside)
+
+
+def _run_pairs(
+    pairs: Sequence[tuple[GradientEdge, Tensor]], inputs: Sequence[Tensor] = (), keep_graph: bool = False
+) -> None:
+    edges, grads = zip(*pairs, strict=True)
+    run_backward(edges, grads, inputs, keep_graph)
 
 
 class _Fork:
-    """A node that leads to inputs, and on other ways to weights alone.
+    """A node that leads to inputs, and by other edges to weights alone.
 
     Attributes:
-        ways: those to weights, each with its place among the node's.
+        edges: those to weights, each with its index among the node's.
     """
 
-    def __init__(self, node: Node, ways: list[tuple[int, GradientEdge]]) -> None:
+    def __init__(self, node: Node, edges: list[tuple[int, GradientEdge]]) -> None:
         self.node = node
-        self.ways = ways
+        self.edges = edges
         self._grads: list[Tensor | None] = []
 
     def keep_grads(self) -> None:
-        """Keeps what the node is given when the gradients of inputs are computed."""
+        """Keeps the gradients that reach the node when the gradients of inputs are computed."""
         kept = self._grads
 
         def keep(grads: tuple[Tensor | None, ...]) -> None:
-            # A tensor of our own: nobody then takes the memory for his alone, and writes to it.
+            # A tensor of our own, so that no node believes it owns the memory and writes to it.
             kept.extend(None if grad is None else grad.detach() for grad in grads)
 
         self.node.register_prehook(keep)
 
     def run(self) -> list[tuple[GradientEdge, Tensor]]:
-        """The gradients that go to weights, and where."""
-        found = self.node(*self._grads)
+        """The gradients that lead to weights, each with its edge."""
+        node: Any = self.node  # torch's stubs do not say that a node can be called
+        found = node(*self._grads)
         if not isinstance(found, tuple):
             found = (found,)
-        return [(edge, found[place]) for place, edge in self.ways if found[place] is not None]
+        return [(edge, found[index]) for index, edge in self.edges if found[index] is not None]
 
 
 class _Graph:
     """The nodes between a stage's outputs and its leaves.
 
     Attributes:
-        leads_to_inputs: of each node, whether it does; children before their parents.
+        leads_to_inputs: by node, children before their parents.
     """
 
     def __init__(self, roots: Iterable[GradientEdge], inputs: Iterable[Node]) -> None:
@@ -150,25 +156,25 @@ class _Graph:
                 stack.pop()
 
     def forks(self) -> list[_Fork]:
-        """The nodes at which the ways to inputs and to weights part."""
+        """The nodes at which the paths to inputs and to weights separate."""
         found = []
         for node in self._trunk():
-            ways = [
-                (place, GradientEdge(child, number))
-                for place, (child, number) in enumerate(self._children[node])
+            edges = [
+                (index, GradientEdge(child, number))
+                for index, (child, number) in enumerate(self._children[node])
                 if child is not None and not self.leads_to_inputs[child]
             ]
-            if ways:
-                found.append(_Fork(node, ways))
+            if edges:
+                found.append(_Fork(node, edges))
         return found
 
     def leaves(self) -> list[Tensor]:
-        """Those that are no inputs."""
+        """The leaves that are not inputs."""
         nodes = (node for node in self._children if not self._children[node])
         return [node.variable for node in nodes if hasattr(node, "variable")]
 
     def hides_weights(self) -> str:
-        """Why the graph does not show what its backward does; empty where it does."""
+        """Why the graph does not show all that its backward does; empty if it does."""
         for node in self._children:
             function = getattr(node, "_forward_cls", None)
             if function is CheckpointFunction:
@@ -178,7 +184,7 @@ class _Graph:
         return ""
 
     def release(self, forks: Iterable[_Fork]) -> None:
-        """Lets go of the tensors saved for the gradients of inputs alone; forks hold all nodes below them."""
+        """Frees the tensors saved for the gradients of inputs alone; forks hold all nodes below them."""
         needed = {fork.node for fork in forks}
         for node in self._trunk():
             if node not in needed:
@@ -186,31 +192,31 @@ class _Graph:
                     try:
                         saved.register_hooks(_nothing, _nothing)
                     except RuntimeError:
-                        pass  # it holds nothing, or what a hook of others holds
+                        pass  # it holds nothing, or another hook is registered
 
     def _trunk(self) -> Iterator[Node]:
         return (node for node, leads in self.leads_to_inputs.items() if leads and node not in self._inputs)
 
 
-class _Apart:
-    """Forks, and outputs that lead to weights alone; see ``WeightGradients``."""
+class _Split:
+    """A split backward: forks, and outputs that lead to weights alone; see ``WeightGradients``."""
 
     whole = ""
 
     def __init__(
         self, forks: list[_Fork], meeting: set[_Fork], beside: list[tuple[GradientEdge, Tensor]]
     ) -> None:
-        """What the forks ``meeting`` find goes on together, with the gradients of the outputs ``beside``."""
+        """Gradients from the forks ``meeting`` and the outputs ``beside`` go on in one backward."""
         self._forks = forks
         self._meeting = meeting
         self._together = beside
 
     def add(self) -> None:
         if self._forks:
-            _asked_for([edge for fork in self._forks for _, edge in fork.ways], self._run_forks)
+            _with_needed([edge for fork in self._forks for _, edge in fork.edges], self._run_forks)
         together, self._together = self._together, []
         if together:
-            run_backward(*zip(*together))
+            _run_pairs(together)
 
     def _run_forks(self, _: Tensor) -> None:
         while self._forks:
@@ -219,12 +225,13 @@ class _Apart:
             if fork in self._meeting:
                 self._together += found
             elif found:
-                run_backward(*zip(*found))  # at once: the gradients of all weights are never all there
+                _run_pairs(found)  # at once, so that the gradients of all weights are never alive together
         self._meeting = set()
 
 
-class _PutBy(NamedTuple):
-    """Gradients that a whole backward has found; see ``WeightGradients``."""
+@dataclass(frozen=True)
+class _Stored:
+    """Gradients of weights that a full backward found; see ``WeightGradients``."""
 
     whole: str
     found: list[tuple[Tensor, Tensor]]  # weights and gradients
@@ -241,7 +248,7 @@ def _run_whole(
     leaves: Iterable[Tensor],
     check: Callable[[], None],
     whole: str,
-) -> _PutBy:
+) -> _Stored:
     before = [(leaf, leaf.grad) for leaf in leaves]
     for leaf, _ in before:
         leaf.grad = None
@@ -250,11 +257,11 @@ def _run_whole(
     found = [(leaf, leaf.grad) for leaf, _ in before if leaf.grad is not None]
     for leaf, grad in before:
         leaf.grad = grad
-    return _PutBy(whole, found)
+    return _Stored(whole, found)
 
 
 def _not_twice(forks: Iterable[_Fork]) -> str:
-    """Why a fork is not to be run for inputs, and again for weights; empty where all may be."""
+    """Why a fork must not run for inputs and again for weights; empty if all may."""
     for fork in forks:
         if hasattr(fork.node, "_forward_cls"):
             return f"{fork.node.name()}, in Python, computes the gradients of inputs and weights at once"
@@ -264,28 +271,30 @@ def _not_twice(forks: Iterable[_Fork]) -> str:
 
 
 def _that_meet(forks: Sequence[_Fork], roots: Sequence[GradientEdge]) -> tuple[set[_Fork], int]:
-    """The forks whose ways lead to a node that others' do, too; and how many edges lead to the same at most."""
+    """The forks that share a node below them with others, and the most edges that lead to one node."""
     found: set[_Fork] = set()
     uses: Counter[tuple[Node, int]] = Counter()
     owners: dict[Node, _Fork | None] = {}
-    ways = [(None, [(root.node, root.output_nr) for root in roots])]
-    ways += [(fork, [(edge.node, edge.output_nr) for _, edge in fork.ways]) for fork in forks]
-    for owner, stack in ways:
+    begins: list[tuple[_Fork | None, list[tuple[Node, int]]]] = [
+        (None, [(root.node, root.output_nr) for root in roots])
+    ]
+    begins += [(fork, [(edge.node, edge.output_nr) for _, edge in fork.edges]) for fork in forks]
+    for owner, stack in begins:
         while stack:
             node, number = stack.pop()
             uses[node, number] += 1
             if node not in owners:
                 owners[node] = owner
-                stack += [edge for edge in node.next_functions if edge[0] is not None]
+                stack += [(child, index) for child, index in node.next_functions if child is not None]
             elif owners[node] is not owner:
                 found |= {fork for fork in (owners[node], owner) if fork is not None}
     return found, max(uses.values(), default=0)
 
 
-def _asked_for(edges: Sequence[GradientEdge], call: Callable[[Tensor], None]) -> None:
-    """Makes a call in which nodes, when called, compute what goes along ``edges`` and nothing else.
+def _with_needed(edges: Sequence[GradientEdge], call: Callable[[Tensor], None]) -> None:
+    """Makes a call in which nodes, when called, compute the gradients along ``edges`` and no others.
 
-    What the engine is asked for holds for every node that runs in its thread meanwhile.
+    The engine's list of needed gradients holds for every node that runs in its thread meanwhile.
     """
     start = torch.zeros((), device="cpu", requires_grad=True)
     start.register_hook(call)
@@ -301,7 +310,7 @@ def _asked_for(edges: Sequence[GradientEdge], call: Callable[[Tensor], None]) ->
 
 
 def _saved(node: Node) -> Iterator[Any]:
-    """What holds the tensors that a node has saved."""
+    """The holders of the tensors that a node saved."""
     for name in _names_of_saved(type(node)):
         saved = getattr(node, name)
         yield from saved if isinstance(saved, tuple) else (saved,)

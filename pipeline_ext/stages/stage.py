@@ -105,9 +105,13 @@ class Stage:
         self._in_flight = {}
         self._weight_grads = {}
 
+    def _running(self) -> Step:
+        assert self._step is not None  # tasks run between begin and end
+        return self._step
+
     def forward(self, m: int) -> None:
         """Runs microbatch ``m``, hands the result on, and keeps what its backward needs."""
-        step = self._step
+        step = self._running()
         step.context.apply()
         arguments, received = self._receive(step, m)
         scope = self._skips.receive(step.exchange, m)
@@ -142,7 +146,7 @@ class Stage:
     def backward(self, m: int) -> None:
         """Runs microbatch ``m`` backward; sends its input's gradients back, adds the others to ``.grad``."""
         self.thread = this_thread()
-        step = self._step
+        step = self._running()
         step.context.apply()
         self._run_backward(step, m)
         step.exchange.release(self.index, m)
@@ -154,7 +158,7 @@ class Stage:
         ``tied()`` are parameters that other stages, on other threads, hold too.
         """
         self.thread = this_thread()
-        step = self._step
+        step = self._running()
         step.context.apply()
         outputs, grads, in_flight = self._begin_backward(step, m)
         if outputs:
@@ -173,7 +177,7 @@ class Stage:
     def weight_gradient(self, m: int) -> None:
         """Runs the rest of microbatch ``m``'s backward: adds its parameters' gradients to ``.grad``."""
         self.thread = this_thread()
-        step = self._step
+        step = self._running()
         step.context.apply()
         if m in self._weight_grads:
             self._weight_grads.pop(m).add()
@@ -182,7 +186,7 @@ class Stage:
 
     def evaluate(self, m: int) -> None:
         """Runs microbatch ``m`` without gradients and hands the result on."""
-        step = self._step
+        step = self._running()
         step.context.apply()
         self._evaluate(step, m)
         step.exchange.release(self.index, m)
@@ -238,6 +242,7 @@ class Stage:
 
     def _arguments(self, step: Step, m: int) -> Arguments:
         if self.index == 0:
+            assert step.inputs is not None  # they are given to the process with the first stage
             return step.inputs[m]
         return (step.exchange.receive_value(self.index, m, self._meshes),), {}
 
@@ -263,11 +268,12 @@ class Stage:
                 )
             else:
                 error.add_note(f"stage 0 was given {describe(arguments)} by the step")
-                if isinstance(error, TypeError) and self._step.targets is None and len(args) > 1:
+                if isinstance(error, TypeError) and self._running().targets is None and len(args) > 1:
                     error.add_note("if the last argument is the target, give it as target=")
             raise
 
-    def _loss_of(self, step: Step, m: int, value: Any) -> Tensor:
+    def _loss_of(self, step: Step, m: int, value: Any) -> Any:
+        assert self._loss_fn is not None  # a training step has one
         if step.targets is None:
             try:
                 return self._loss_fn(value)

@@ -56,9 +56,9 @@ class Step:
         self.outputs: list[Any] = [None] * microbatches
         self.losses: list[Tensor | None] = [None] * microbatches  # unweighted
         # Where the inputs themselves require a gradient: the tensors, and their gradients.
-        needed = bool(inputs) and differentiable(inputs[0])
+        needed = inputs and differentiable(inputs[0])
         self.input_tensors: list[list[Tensor]] = (
-            [differentiable(value) for value in inputs] if needed else [[]] * microbatches
+            [differentiable(value) for value in inputs] if inputs and needed else [[]] * microbatches
         )
         self.input_grads: list[list[Tensor | None]] = [[]] * microbatches
 
@@ -74,7 +74,10 @@ class Step:
         return weight if self._scaler is None else self._scaler.scale(weight).to(loss.dtype)
 
     def _weight(self, m: int) -> float:
-        return self._lengths[m] / self._rows if self._weighted else 1
+        if not self._weighted:
+            return 1
+        assert self._rows is not None  # known since the first microbatch came
+        return self._lengths[m] / self._rows
 
     def passed_on(self, stage: int, m: int) -> list[Any]:
         """What goes along with microbatch ``m`` from ``stage`` to another process."""

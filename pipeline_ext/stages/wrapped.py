@@ -12,18 +12,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import _C
 from ..errors import InvalidArgument
-from .last_backward import Body, Endings
+from .last_backward import Body, LastBackward
 from .shared_parameters import SharedParameters
 from .stage import Stage
 
-Kind = TypeVar("Kind", bound=nn.Module)
+Wrapper = DistributedDataParallel | FSDPModule
+Kind = TypeVar("Kind", DistributedDataParallel, FSDPModule)
 
 
 def reduced_in(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
@@ -40,11 +41,11 @@ class WrappedStages:
         self._sharded = {stage.index: layers_of(FSDPModule, stage) for stage in stages}
         self._shared_out = {p for stage in stages for p in stage.parameters() if isinstance(p, DTensor)}
         self._microbatches = microbatches
-        self._endings = Endings(self._ddp, self._reduce)
+        self._last_backward = LastBackward(self._ddp, self._reduce)
 
     def check(self, shared: SharedParameters, plan: _C.Plan, device: torch.device) -> None:
         """Raises InvalidArgument for wrapped or tensor-parallel stages that cannot run so."""
-        wrapped = [*self._all(self._ddp), *self._all(self._sharded)]
+        wrapped = [*_modules(self._all(self._ddp)), *_modules(self._all(self._sharded))]
         if (plan.overlap or plan.reactive) and not self._shared_out <= reduced_in(wrapped):
             raise InvalidArgument(
                 "a stage has DTensor parameters (tensor parallelism), whose processes are to run all tasks in "
@@ -54,7 +55,7 @@ class WrappedStages:
             return
         if device.type != "cpu":
             raise InvalidArgument(
-                "a stage is wrapped in fully_shard or DistributedDataParallel, which runs on CPUs so far; give "
+                "a stage is wrapped in fully_shard or DistributedDataParallel, which runs on CPUs only; give "
                 'devices=["cpu", ...]'
             )
         if not reduced_in(wrapped).isdisjoint(shared.parameters()):
@@ -70,15 +71,15 @@ class WrappedStages:
 
     def watch(self, stage: int, backward: Body) -> Body:
         """``backward`` of a stage, B or W; after the last one of a step the stage's modules reduce."""
-        return self._endings.watch(stage, backward)
+        return self._last_backward.watch(stage, backward)
 
     @contextlib.contextmanager
     def step(self, sends: bool) -> Iterator[None]:
         """Within it a step runs. Unless it ``sends``, gradients add up unreduced."""
         if sends:
-            self._endings.begin(self._microbatches)
+            self._last_backward.begin(self._microbatches)
         else:
-            self._endings.pause()
+            self._last_backward.pause()
         with self.accumulating():
             yield
 
@@ -86,10 +87,10 @@ class WrappedStages:
     def accumulating(self) -> Iterator[None]:
         """Within it a backward only adds to ``.grad``. If it fails, those of sharded parameters are None."""
         with contextlib.ExitStack() as held:
-            for module in self._all(self._ddp):
-                held.enter_context(module.no_sync())
-            for module in self._all(self._sharded):
-                _set_reduces(module, False)
+            for ddp in self._all(self._ddp):
+                held.enter_context(ddp.no_sync())
+            for sharded in self._all(self._sharded):
+                _set_reduces(sharded, False)
             try:
                 yield
             except BaseException:
@@ -112,7 +113,7 @@ class WrappedStages:
         for module in self._all(self._sharded):
             if module._get_fsdp_state()._is_root:
                 module.reset_iter_state()
-            for parameter in module.parameters():
+            for parameter in _module(module).parameters():
                 parameter.grad = None
 
     @staticmethod
@@ -127,7 +128,7 @@ class WrappedStages:
 
 def reduce_ddp(module: DistributedDataParallel) -> None:
     """Has it average the gradients now, in its own buckets and with its hooks."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
     if module.find_unused_parameters:
         parameters = [p for p in parameters if p.grad is not None]
     module.reducer.prepare_for_backward(parameters)
@@ -150,6 +151,15 @@ def layers_of(kind: type[Kind], stage: Stage) -> list[Kind]:
     """Those of a stage's modules, and of all layers inside them."""
     layers = dict.fromkeys(layer for module in stage.modules() for layer in module.modules())
     return [layer for layer in layers if isinstance(layer, kind)]
+
+
+def _module(wrapper: Wrapper) -> nn.Module:
+    assert isinstance(wrapper, nn.Module)  # fully_shard makes it one; the class of torch's alone is none
+    return wrapper
+
+
+def _modules(wrappers: Iterable[Wrapper]) -> list[nn.Module]:
+    return [_module(wrapper) for wrapper in wrappers]
 
 
 def _is_wrapped(layer: nn.Module) -> bool:

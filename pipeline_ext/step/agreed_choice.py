@@ -1,6 +1,5 @@
-"""What one process of a pipeline chooses for all, and for its replicas."""
+"""One process of a pipeline chooses for all, and for its replicas."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from ..errors import PeerError
 from ..processes.connections import Connections
 from ..processes.group import Processes, seconds
+from ..processes.values import as_bytes, as_tensor, decode, encode
 from ..report.trace import Trace
 from .gathered_trace import TraceGathering
 
@@ -36,7 +36,8 @@ class OneChooses:
 
     def hear(self, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Raises PeerError for a process that is gone, does not come in time, or could not choose."""
-        said, failure = None, None
+        said: Any = None
+        failure: BaseException | None = None
         if self.chooses:
             try:
                 said = {"choice": choose()}
@@ -52,14 +53,14 @@ class OneChooses:
 
     def _broadcast(self, said: Any, connections: Connections) -> Any:
         """What the process of rank 0 among these has to say."""
-        encoded = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
+        encoded = as_tensor(encode(said))
         size = torch.tensor([len(encoded)])
         try:
             connections.broadcast(size, 0).wait(self._timeout)
             if connections.rank > 0:
-                encoded = torch.empty(size.item(), dtype=torch.uint8)
+                encoded = torch.empty(int(size), dtype=torch.uint8)
             connections.broadcast(encoded, 0).wait(self._timeout)
         except RuntimeError as error:
             chooser = connections.members[0]
             raise PeerError(f"process {chooser} has not said which plan to follow: {error}") from error
-        return json.loads(encoded.numpy().tobytes())
+        return decode(as_bytes(encoded))

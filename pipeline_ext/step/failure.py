@@ -1,6 +1,7 @@
 """A step's failure, as the exception the user sees."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from .. import _C
 from ..engines.protocol import Engine, StepResult
@@ -14,7 +15,7 @@ _KINDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight g
 def step_error(
     plan: _C.Plan,
     result: StepResult,
-    engine: Engine,
+    engine: Engine[Any],
     timeout: float,
     training: bool,
     awaited: Sequence[str],
@@ -52,9 +53,10 @@ def _failure(plan: _C.Plan, result: StepResult, state: str, awaited: Sequence[st
         return DeviceError(f"{error}; {state}")
     if isinstance(error, PeerError):
         waits = f"; this process waited for {', and '.join(awaited)}" if awaited else ""
-        failure = PeerError(f"{error}{waits}; {state}")
-        failure.__cause__ = error.__cause__
-        return failure
+        peer_error = PeerError(f"{error}{waits}; {state}")
+        peer_error.__cause__ = error.__cause__
+        return peer_error
+    assert error is not None and result.failed_task is not None  # a task failed
     action = plan.action(result.failed_task)
     kind, stage, m, rank, _ = plan.describe(result.failed_task)
     where = f"{action}, the {_KINDS[kind]} of microbatch {m} at stage {stage} on rank {rank}"
@@ -75,7 +77,7 @@ def _failure(plan: _C.Plan, result: StepResult, state: str, awaited: Sequence[st
     return failure
 
 
-def _state(engine: Engine, training: bool) -> str:
+def _state(engine: Engine[Any], training: bool) -> str:
     parts = [NO_GRADIENTS] if training else []
     if engine.dead:
         parts.append(f"the pipeline is dead, for {engine.death}: make a new one")

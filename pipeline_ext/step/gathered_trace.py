@@ -1,9 +1,10 @@
-"""The trace of a step that several processes have run, put together by that of rank 0."""
+"""The trace of a step that several processes ran, put together on rank 0."""
 
 import torch
 
 from ..errors import PeerError
 from ..processes.group import Processes, seconds
+from ..processes.values import as_bytes, as_tensor
 from ..report.merged import Part, merged
 from ..report.trace import Trace
 from ..transport import clocks
@@ -21,7 +22,7 @@ class TraceGathering:
         self._timeout = seconds(timeout)
 
     def gather(self, trace: Trace) -> Trace | None:
-        """What all processes make of theirs, in rank 0's clock; None on the other ranks.
+        """One trace of all processes' tasks, in rank 0's clock; None on the other ranks.
 
         Raises PeerError for a process that is gone, or does not come in time.
         """
@@ -33,7 +34,7 @@ class TraceGathering:
 
     def _give(self, part: Part) -> None:
         line = self._line(0)
-        encoded = torch.frombuffer(bytearray(part.encode()), dtype=torch.uint8)
+        encoded = as_tensor(part.encode())
         try:
             clocks.answer(line, self._timeout)
             line.send(torch.tensor([len(encoded)])).wait(self._timeout)
@@ -48,11 +49,11 @@ class TraceGathering:
             ahead = clocks.ask(line, self._timeout)
             size = torch.zeros(1, dtype=torch.int64)
             line.receive(size).wait(self._timeout)
-            encoded = torch.empty(size.item(), dtype=torch.uint8)
+            encoded = torch.empty(int(size), dtype=torch.uint8)
             line.receive(encoded).wait(self._timeout)
         except RuntimeError as error:
             raise PeerError(f"{line.name} has not given its trace: {error}") from error
-        return Part.decode(encoded.numpy().tobytes()).earlier(ahead)
+        return Part.decode(as_bytes(encoded)).earlier(ahead)
 
     def _line(self, rank: int) -> Line:
         return Line(self._processes.messages, rank, _TAG, self._processes.describe(rank))

@@ -50,7 +50,8 @@ class GraphReport:
 class _Captured(NamedTuple):
     graph: torch_side.Graph
     batch: list[Tensor]  # the graph's own
-    outcome: Outcome  # its losses as one tensor
+    outcome: Outcome  # without its losses
+    losses: Tensor | None  # of all microbatches; None if the caller did not ask for them
     parameters: list[nn.Parameter]
     gradients: list[Tensor | None]  # of these
 
@@ -64,13 +65,13 @@ class StepGraphs:
 
     def __init__(
         self,
-        engine: DeviceEngine,
+        engine: DeviceEngine | None,
         modules: Sequence[nn.Module],
         optimizer: torch.optim.Optimizer | None,
         timeout: float,
     ) -> None:
         self.report = GraphReport()
-        self._engine = engine
+        self._gpus = engine
         self._keys = GraphKeys(modules, optimizer)
         self._timeout = timeout
         self._seen: dict[Hashable, int] = {}
@@ -81,7 +82,7 @@ class StepGraphs:
     @classmethod
     def of(
         cls,
-        engine: Engine,
+        engine: Engine[Any],
         route: Route,
         stages: Sequence[Stage],
         optimizer: torch.optim.Optimizer | None,
@@ -89,7 +90,7 @@ class StepGraphs:
     ) -> "StepGraphs":
         """The graphs of a pipeline, where its steps can be captured."""
         modules = [module for stage in stages for module in stage.modules()]
-        graphs = cls(engine, modules, optimizer, timeout)
+        graphs = cls(engine if isinstance(engine, DeviceEngine) else None, modules, optimizer, timeout)
         if not isinstance(engine, DeviceEngine):
             graphs.fall_back("the ranks are on the CPU")
             return graphs
@@ -97,6 +98,10 @@ class StepGraphs:
         if engine.agreed_key("graphs" if reason is None else None, timeout) is None:
             graphs.fall_back(reason or _ELSEWHERE)
         return graphs
+
+    def _engine(self) -> DeviceEngine:
+        assert self._gpus is not None  # without GPUs all steps run eagerly
+        return self._gpus
 
     def fall_back(self, reason: str) -> None:
         """From now on steps run eagerly."""
@@ -149,9 +154,9 @@ class StepGraphs:
 
     def _agree(self, key: Hashable | None, stepper: Stepper) -> Hashable | None:
         try:
-            return self._engine.agreed_key(key, self._timeout)
+            return self._engine().agreed_key(key, self._timeout)
         except PipelineError as error:
-            self._engine.failed(f"{type(error).__name__}: {error}")
+            self._engine().failed(f"{type(error).__name__}: {error}")
             stepper.give_up()
             error.add_note(NO_GRADIENTS)
             raise
@@ -174,9 +179,10 @@ class StepGraphs:
             self._memory = torch_side.GraphMemory()
         graph = torch_side.Graph(self._memory)
         try:
-            with self._engine.capturing(), graph.capture(self._engine.devices[0]):
+            with self._engine().capturing(), graph.capture(self._engine().devices[0]):
                 outcome = stepper.train(batch._replace(args=args, kwargs=kwargs, target=target))
-                losses = torch.stack(outcome.losses) if batch.keep_losses and outcome.losses else None
+                kept = [loss for loss in outcome.losses if loss is not None] if batch.keep_losses else []
+                losses = torch.stack(kept) if kept else None
             reason = None
         except Exception as error:
             reason = f"the step cannot be captured: {_root(error)}"
@@ -188,13 +194,13 @@ class StepGraphs:
         self.report.captured += 1
         gradients = [p.grad for p in parameters]
         own = [leaf for leaf in own if isinstance(leaf, Tensor)]
-        return _Captured(graph, own, outcome._replace(losses=losses), parameters, gradients)
+        return _Captured(graph, own, outcome._replace(losses=[]), losses, parameters, gradients)
 
     def _replay(self, captured: _Captured, tensors: list[Tensor]) -> Outcome:
         recorded = self._recorded()
         if recorded is not None:
             recorded.read()
-        full = self._engine.wait_for_room(self._timeout)
+        full = self._engine().wait_for_room(self._timeout)
         if full is not None:
             raise StepTimeout(f"nothing was run: in {self._timeout:g} seconds{full.waiting}")
         with torch.no_grad():
@@ -207,15 +213,15 @@ class StepGraphs:
                     parameter.grad = gradient
             captured.graph.replay()
             # The next replay writes all that is the graph's.
-            loss, losses, outputs, step = captured.outcome
+            loss, _, outputs, step = captured.outcome
             loss = loss.clone()
-            losses = [] if losses is None else list(losses.clone().unbind())
+            losses = [] if captured.losses is None else list(captured.losses.clone().unbind())
             outputs = pytree.tree_map_only(Tensor, torch.clone, outputs)
-        self._engine.mark()
+        self._engine().mark()
         step = step.again()
         self._recorded = weakref.ref(step) if step.recorded else lambda: None
         self.report.nodes = step.num_nodes
-        return Outcome(loss, losses, outputs, step)
+        return Outcome(loss, [*losses], outputs, step)
 
 
 def _what_hinders(engine: DeviceEngine, route: Route, optimizer: torch.optim.Optimizer | None) -> str | None:

@@ -1,4 +1,6 @@
-"""The ways a batch takes through the stages: one for training, one for each size of an evaluation."""
+"""The routes of a batch through the stages: one for training, one for each number of microbatches of ``eval``."""
+
+from typing import Any
 
 from .. import _C
 from ..engines.protocol import Bodies, Engine, Route
@@ -9,12 +11,12 @@ class Routes:
     """The routes of one pipeline.
 
     Attributes:
-        train: of a training step, along the plan of the last ``follow``.
+        train: of a training step; it follows the plan of the last ``follow``.
     """
 
     train: Route
 
-    def __init__(self, stages: list[Stage], engine: Engine) -> None:
+    def __init__(self, stages: list[Stage], engine: Engine[Any]) -> None:
         self._engine = engine
         self._bodies = engine.bodies(stages)
         self._eval_bodies: Bodies = {(s.index, "F"): s.evaluate for s in stages}

@@ -1,6 +1,7 @@
 """The engine's run of one step, and what is done where it does not come to its end."""
 
 import contextlib
+from typing import Any
 
 from ..engines.protocol import Engine, Route, StepResult
 from ..stages.stage import Stage
@@ -9,7 +10,7 @@ from .failure import NO_GRADIENTS, reason, step_error
 
 
 def run_step(
-    engine: Engine,
+    engine: Engine[Any],
     route: Route,
     stages: list[Stage],
     step: Step,
@@ -51,7 +52,7 @@ def run_step(
     return result
 
 
-def give_up(engine: Engine, stages: list[Stage], training: bool = True) -> None:
+def give_up(engine: Engine[Any], stages: list[Stage], training: bool = True) -> None:
     """After a step that failed: what it has left behind cannot be used."""
     engine.give_up(stages)
     if training:

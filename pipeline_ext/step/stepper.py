@@ -67,7 +67,7 @@ class Stepper:
             rows=size,
             context=self.caller_context(),
             inputs=self._split_inputs((batch.args, batch.kwargs), size, count),
-            targets=None if target is None else microbatch.split(target, target_rows, count, "target"),
+            targets=self._split_targets(target, target_rows),
             target_rows=target_rows,
             weighted=self.weighted,
             scaler=self.scaler,
@@ -91,6 +91,7 @@ class Stepper:
                         self.trace.add_reductions(reduced)
                 self.ties.end(functools.partial(self.engine.add_up, timeout=self.timeout))
                 loss = step.known_loss()
+                assert loss is not None  # the last stage is here, or its process has told
                 keep = batch.keep_outputs and self._has_loss
                 outputs = microbatch.merge(step.outputs) if keep else None
             except BaseException as error:
@@ -119,6 +120,11 @@ class Stepper:
         )
         self._run(route, step)
         return microbatch.merge(step.outputs) if self._has_loss else None
+
+    def _split_targets(self, target: Any, rows: int | None) -> list[Any] | None:
+        if target is None:
+            return None
+        return microbatch.split(target, rows, self.microbatches, "target")
 
     def _split_inputs(self, inputs: Any, rows: int | None, count: int) -> list[Any] | None:
         return None if rows is None else microbatch.split(inputs, rows, count, "an input")

@@ -275,7 +275,7 @@ def nothing_stops_the_host(library):
         keep = keepalive.keep
 
         def noted(value, made, used):
-            kept.append(streams.first_after(used.index, made.stream) < len(streams.steps))
+            kept.append(streams.first_after(used.number, made.stream) < len(streams.steps))
             keep(value, made, used)
 
         keepalive.keep = noted

@@ -1,16 +1,17 @@
-"""What processes tell one another of their messages, from host to host."""
+"""How processes describe their messages to one another, from host to host."""
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import PeerError
 from ...processes.failure import Failure
 from ...processes.group import Processes, seconds
+from ...processes.store import prefixed
+from ...processes.values import as_bytes, as_tensor
 
 
 class Descriptions:
-    """Bytes by name, in the store of torch.distributed; each is told once and heard once.
+    """Descriptions by name, in the store of torch.distributed; each is told once and heard once.
 
     Attributes:
         timeout: seconds to wait for one.
@@ -18,22 +19,22 @@ class Descriptions:
 
     def __init__(self, processes: Processes, failure: Failure) -> None:
         self.timeout = 0.0
-        self._store = dist.PrefixStore(f"{processes.name}/descriptions", processes.store.clone())
+        self._store = prefixed(f"{processes.name}/descriptions", processes.store.clone())
         self._failure = failure
         self._awaited = ""
 
     def tell(self, name: str, data: Tensor) -> None:
         """``data`` is uint8, and has at least one byte."""
-        self._store.set(name, bytes(data.numpy()))
+        self._store.set(name, as_bytes(data))
 
     def hear(self, name: str, what: str) -> Tensor:
-        """Returns when it has been told; ``what`` it says, for people.
+        """Waits until it has been told. ``what`` names it in errors.
 
-        Raises PeerError where that does not happen in time, or a process has failed.
+        Raises PeerError if that does not happen in time, or a process has failed.
         """
         self._awaited = name
         if self._failure.error is not None:
-            raise self._failure.error
+            raise self._failure.known_error()
         try:
             self._store.wait([name], seconds(self.timeout))
             told = self._store.get(name)
@@ -42,11 +43,11 @@ class Descriptions:
         finally:
             self._awaited = ""
         if not told:
-            raise self._failure.error
+            raise self._failure.known_error()
         self._store.delete_key(name)
-        return torch.frombuffer(bytearray(told), dtype=torch.uint8)
+        return as_tensor(told)
 
     def give_up(self) -> None:
-        """Ends the wait of another thread, once it is known who has failed."""
+        """Ends the wait of another thread, once ``failure`` knows the error."""
         if self._awaited:
             self._store.clone().set(self._awaited, "")

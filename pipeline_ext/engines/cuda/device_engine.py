@@ -176,15 +176,15 @@ class DeviceEngine:
         adds = kind in ("B", "W")
 
         def run(m: int) -> None:
-            index, stream = layout.position(kind, stage, m)
+            number, stream = layout.position(kind, stage, m)
             torch_side.use(streams[stream])
-            keepalive.release(index)
+            keepalive.release(number)
             body(m)
 
         def train(m: int) -> None:
-            index, lane = layout.position(kind, stage, m)
+            number, lane = layout.position(kind, stage, m)
             torch_side.use(streams[lane])
-            keepalive.release(index)
+            keepalive.release(number)
             parameters.enter(stage, lane)
             try:
                 if adds:

@@ -1,4 +1,4 @@
-"""What became of a step on GPUs, and when its tasks ran there."""
+"""The result of a step on GPUs, and when its tasks ran there."""
 
 import copy
 import time
@@ -22,7 +22,7 @@ class NotRun(NamedTuple):
 
 
 class DeviceStep:
-    """A step that has been enqueued. Its times are read when they are asked for, once it has ended.
+    """A step that has been enqueued. Its times are read on first use, once it has ended.
 
     Times are nanoseconds since its begin, each device's own. Raises DeviceError where a device fails before.
     """
@@ -55,10 +55,12 @@ class DeviceStep:
 
     @cached_property
     def _read(self) -> tuple[float, list[float], list[float]]:
+        times = self._times
+        assert times is not None
         # The events alone may be those of the replay before.
-        while not (self._idle() and self._times.done()):
+        while not (self._idle() and times.done()):
             time.sleep(_LOOK_PERIOD)
-        return self._times.read()
+        return times.read()
 
     def read(self) -> None:
         """Reads the times now: the next replay overwrites them."""
@@ -76,9 +78,9 @@ class DeviceStep:
     def task_end(self) -> Sequence[int]:
         return self._by_task(self._read[2])
 
-    def _by_task(self, by_step: list[float]) -> list[int]:
-        steps = map(self._layout.streams.step_of, range(len(self._layout.plan)))
-        return [0 if step is None else _nanoseconds(by_step[step]) for step in steps]
+    def _by_task(self, by_number: list[float]) -> list[int]:
+        numbers = map(self._layout.streams.step_of, range(len(self._layout.plan)))
+        return [0 if number is None else _nanoseconds(by_number[number]) for number in numbers]
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -12,7 +12,7 @@ Action = tuple[str, int, int]  # kind, stage, microbatch
 class Position(NamedTuple):
     """Where an action is enqueued."""
 
-    index: int  # in the order of enqueueing
+    number: int  # in the order of enqueueing
     stream: int
 
 

@@ -1,6 +1,5 @@
 """Messages between the GPUs of two processes: NCCL, on the current stream. Not yet run on GPUs."""
 
-import json
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -10,7 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import PeerError
+from ...processes import values
 from ...processes.group import Processes
+from ...processes.store import prefixed
 from . import torch_side
 
 _TIMEOUT = timedelta(minutes=5)  # for another process to make its end
@@ -41,10 +42,10 @@ class CupyPair:
 
         key = f"{processes.name}/nccl/{name}"
         if is_sender:
-            processes.store.set(key, json.dumps(nccl.get_unique_id()))
+            processes.store.set(key, values.encode(nccl.get_unique_id()))
         else:
             processes.store.wait([key], _TIMEOUT)
-        number = tuple(json.loads(processes.store.get(key)))
+        number = tuple(values.decode(processes.store.get(key)))
         with torch_side.on(device):
             self._communicator: Any = nccl.NcclCommunicator(2, number, 0 if is_sender else 1)
         self._peer = 1 if is_sender else 0
@@ -73,10 +74,11 @@ class TorchPair:
 
     def __init__(self, processes: Processes, name: str, device: torch.device, is_sender: bool) -> None:
         """Both ends are made before the first message."""
-        store = dist.PrefixStore(f"{processes.name}/nccl/{name}", processes.store)
+        store = prefixed(f"{processes.name}/nccl/{name}", processes.store)
         with torch_side.on(device):
             # The step itself says when a receive has waited for too long.
-            self._group = dist.ProcessGroupNCCL(store, 0 if is_sender else 1, 2, timedelta(days=1))
+            # torch has no type stubs for this form, nor for what such a group can do.
+            self._group: Any = dist.ProcessGroupNCCL(store, 0 if is_sender else 1, 2, timedelta(days=1))  # type: ignore[arg-type]
         self._peer = 1 if is_sender else 0
 
     def send(self, buffer: Tensor) -> None:

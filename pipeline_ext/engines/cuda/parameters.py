@@ -8,7 +8,7 @@ order of the plan.
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,9 @@ class _FlatWeights(NamedTuple):
     """A recurrent layer, which holds its weights in a list too, and moves all of them when that list changes."""
 
     layer: nn.RNNBase
-    weights: list[Tensor | None]
+    weights: list[Any]
 
-    def put(self, weights: Sequence[Tensor | None]) -> None:
+    def put(self, weights: Sequence[Any]) -> None:
         self.layer._flat_weights = list(weights)
         self.layer._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
 

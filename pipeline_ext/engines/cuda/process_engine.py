@@ -11,6 +11,7 @@ from ...errors import PeerError, StepTimeout
 from ...processes.connections import Connections
 from ...processes.failure import GRACE, Failure
 from ...processes.group import Processes, seconds
+from ...stages.step import Step
 from ...transport.exchange import EndOf, Exchange
 from ...transport.remote import Way
 from ...transport.stream_ends import StreamIncoming, StreamOutgoing
@@ -73,7 +74,9 @@ class DeviceProcessEngine(DeviceEngine):
 
     def run(self, route: DeviceRoute, *, timeout: float, record: bool) -> DeviceStep | NotRun:
         try:
-            self._signatures.begin(route.plan, route.exchange.step, timeout)
+            step = route.exchange.step
+            assert isinstance(step, Step)  # an exchange knows no more of it than it needs
+            self._signatures.begin(route.plan, step, timeout)
             result = super().run(route, timeout=timeout, record=record)
         except StepTimeout as error:
             result = NotRun("timed out", f"  {error}")
@@ -129,7 +132,7 @@ class _Waits(NamedTuple):
                 pair.abort()
 
 
-def _close(close: Callable[[], None], failure: Failure, processes: Processes) -> None:
+def _close(close: Callable[[], object], failure: Failure, processes: Processes) -> None:
     close()
     failure.close()
     processes.close(idle=not failure.is_known)

@@ -132,7 +132,8 @@ class FormatsOfWay(NamedTuple):
 def _look(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.requires_grad
-    return comparable(leaf) or object()  # no two objects are known to be alike
+    found = comparable(leaf)
+    return object() if found is None else found  # no two objects are known to be alike
 
 
 def _latest(known: OrderedDict[_K, _V], key: _K, value: _V) -> _V:
