@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "h200 to fill an H200 (default: gpu-small on a GPU, else cpu)",
     )
 
-    def add(flag: str, help: str, **settings) -> None:
+    def add(flag: str, help: str, **settings: Any) -> None:
         default = getattr(Options, flag[2:].replace("-", "_"))
         shown = "" if default is None or default is False else f" (default: {default})"
         parser.add_argument(flag, help=help + shown, default=argparse.SUPPRESS, **settings)

@@ -15,12 +15,12 @@ from ..plan import zero_bubble
 from ..plan.build import AUTO, check_size, schedule_names
 from ..plan.comparison import Planned, planned, rebatched, recut, searched, simulated, stages_of
 from ..plan.search import SearchResult, search
-from ..plan.simulation import Costs
+from ..plan.simulation import Costs, Simulation
 from ..report.page import save_page
 from ..report.panel import Panel, percent, simulated_panel
 from ..report.timeline import SUFFIXES, accepted_path, save_picture, unit_of
 from .plan_options import add_arguments, costs_of
-from .plan_table import show
+from .plan_table import feasible, show
 
 _SECONDS = 5.0  # for a search, where nothing else bounds it
 
@@ -127,8 +127,8 @@ def _named(
                 **size,
             )
         )
-    feasible = [result for result in found if result.simulation is not None]
-    return min(feasible, key=lambda result: result.simulation.bubble_from_first_start, default=found[0])
+    best, _ = min(feasible(found), key=lambda pair: pair[1].bubble_from_first_start, default=(found[0], None))
+    return best
 
 
 def _read(path: Path, overlap: bool) -> _C.Plan | str:
@@ -182,7 +182,7 @@ def _search(options: argparse.Namespace, costs: Costs) -> tuple[Planned, SearchR
 
 def _write(options: argparse.Namespace, results: Sequence[Planned]) -> None:
     """Writes the files asked for; --json - to standard output."""
-    feasible = [result for result in results if result.simulation is not None]
+    simulated = feasible(results)
     if options.json:
         values = [result.as_json() for result in results]
         text = json.dumps(values[0] if len(values) == 1 else values) + "\n"
@@ -190,21 +190,22 @@ def _write(options: argparse.Namespace, results: Sequence[Planned]) -> None:
             print(text, end="")
         else:
             _save(Path(options.json), text)
-    if not feasible:
+    if not simulated:
         return
+    first, simulation = simulated[0]
     if options.csv:
-        _save(options.csv, feasible[0].simulation.plan.to_csv())
-    unit = unit_of(feasible[0].costs)
+        _save(options.csv, simulation.plan.to_csv())
+    unit = unit_of(first.costs)
     if options.html:
         save_page(options.html, results, unit)
     if options.png:
-        save_picture(options.png, [_panel(result) for result in feasible], unit)
+        save_picture(options.png, [_panel(*pair) for pair in simulated], unit)
 
 
-def _panel(result: Planned) -> Panel:
-    memory = max(result.simulation.peak_memory)
+def _panel(result: Planned, simulation: Simulation) -> Panel:
+    memory = max(simulation.peak_memory)
     return simulated_panel(
-        f"{result.title}: bubble {percent(result.bubble)}, peak memory {memory:.6g}", result.simulation
+        f"{result.title}: bubble {percent(result.bubble)}, peak memory {memory:.6g}", simulation
     )
 
 

@@ -96,7 +96,7 @@ def costs_of(options: argparse.Namespace, num_stages: int, num_ranks: int) -> Co
     costs = Costs(input_grad=1.0, weight_grad=1.0) if options.costs is None else Costs.load(options.costs)
     given = {field: value for field in _COSTS if (value := getattr(options, field)) is not None}
     costs = replace(costs, **given)
-    counts = {BOUNDARY: num_stages - 1, RANK: num_ranks}
+    counts: dict[str | None, int] = {BOUNDARY: num_stages - 1, RANK: num_ranks}
     for field, place in PLACES.items():
         value, expected = getattr(costs, field), counts.get(place, num_stages)
         if isinstance(value, list) and len(value) != expected:

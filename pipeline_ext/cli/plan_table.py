@@ -9,20 +9,29 @@ from rich.table import Table
 
 from ..plan.comparison import Planned
 from ..plan.search import SearchResult
+from ..plan.simulation import Simulation
 from ..report.panel import percent
 
 _WIDTH = 112  # where there is no terminal
+
+
+Feasible = tuple[Planned, Simulation]
+
+
+def feasible(results: Sequence[Planned]) -> list[Feasible]:
+    """The plans that can run, each with its simulation."""
+    return [(result, result.simulation) for result in results if result.simulation is not None]
 
 
 def show(results: Sequence[Planned], found: SearchResult | None, console: Console) -> None:
     """Prints the table, what the search came to, and why schedules cannot be."""
     if not console.is_terminal:
         console.width = _WIDTH
-    feasible = [result for result in results if result.simulation is not None]
-    if feasible:
-        console.print(_schedules(feasible))
-    if len(feasible) == len(results) == 1:
-        console.print(_ranks(feasible[0]))
+    simulated = feasible(results)
+    if simulated:
+        console.print(_schedules(simulated))
+    if len(simulated) == len(results) == 1:
+        console.print(_ranks(simulated[0][1]))
     if found is not None:
         console.print(_tried(found))
         console.print(_searched(found), markup=False, soft_wrap=True)
@@ -31,13 +40,12 @@ def show(results: Sequence[Planned], found: SearchResult | None, console: Consol
             console.print(f"{result.title} cannot be: {result.reason}", markup=False, soft_wrap=True)
 
 
-def _schedules(results: Sequence[Planned]) -> Table:
+def _schedules(results: Sequence[Feasible]) -> Table:
     table = _table(
         "schedule", "chunks", "M", "makespan", "not below", "bubble", "from first start", "in flight", "memory",
         "messages",
     )  # fmt: skip
-    for result in results:
-        simulation = result.simulation
+    for result, simulation in results:
         table.add_row(
             escape(result.title),
             str(result.chunks),
@@ -53,9 +61,8 @@ def _schedules(results: Sequence[Planned]) -> Table:
     return table
 
 
-def _ranks(result: Planned) -> Table:
+def _ranks(simulation: Simulation) -> Table:
     table = _table("rank", "stages", "bubble", "in flight", "memory")
-    simulation = result.simulation
     plan = simulation.plan
     for rank in range(plan.num_ranks):
         stages = [s for of in (plan.rank_of_stage, plan.rank_of_copy) for s, r in enumerate(of) if r == rank]

@@ -49,8 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     torch.manual_seed(options.seed)
     model = gpt(context=options.context, width=options.width, layers=options.layers, heads=options.heads)
     with launch.team() as team, _pipeline(model, options, team) as pipe:
-        options = replace(options, threads=options.threads or _threads(pipe, team))
-        torch.set_num_threads(options.threads)
+        threads = options.threads or _threads(pipe, team)
+        options = replace(options, threads=threads)
+        torch.set_num_threads(threads)
         training = Training(
             model,
             pipe,
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         log = out / "metrics.jsonl"
         if team.is_first:
             out.mkdir(parents=True, exist_ok=True)
-            begin_log(log, Path(options.resume).with_name(log.name) if resumed else log, training.step)
+            begin_log(log, Path(options.resume).with_name(log.name) if options.resume else log, training.step)
         with interrupt.noted(team.size > 1) as stops:
             _train(training, log, display, options, stops)
         written = [log, out / checkpoint.NAME, *_save_last_step(training, out, display)]
@@ -142,10 +143,12 @@ def _save_last_step(training: Training, out: Path, display: Display) -> list[Pat
 
 def _folder(options: Options) -> Path:
     """Where the run writes. Raises InvalidArgument rather than write over another run's checkpoint."""
-    if options.out is None and options.resume is not None:
+    if options.out is not None:
+        out = Path(options.out)
+    elif options.resume is not None:
         out = Path(options.resume).parent
     else:
-        out = Path(options.out or time.strftime("runs/%Y%m%d-%H%M%S"))
+        out = Path(time.strftime("runs/%Y%m%d-%H%M%S"))
     file = out / checkpoint.NAME
     if file.exists() and not (options.resume and file.samefile(options.resume)):
         raise InvalidArgument(

@@ -8,7 +8,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ def read(path: Path) -> Checkpoint:
             f"{_VERSION}; install the newer one that wrote it"
         )
     values = {"random_of_gpus": [], **values}  # those of earlier versions have none
-    types = {field.name: field.type for field in fields(Checkpoint)}
+    types = get_type_hints(Checkpoint)
     if not all(isinstance(values.get(key), kind) for key, kind in types.items()):
         raise InvalidArgument(not_ours)
     return Checkpoint(**{key: values[key] for key in types})

@@ -29,8 +29,9 @@ class Team:
 
     def check_agreement(self, settings: Mapping[str, Any]) -> None:
         """Raises InvalidArgument, in all processes, where two have other settings."""
-        if self.group is not None:
-            check_agreement(Processes.of(self.group), settings, _TIMEOUT)
+        processes = Processes.of(self.group)
+        if processes is not None:
+            check_agreement(processes, settings, _TIMEOUT)
 
     def all_of(self, values: Sequence[float]) -> Tensor:
         """What all processes call it with, float64 [processes, values]."""

@@ -264,7 +264,8 @@ class Training:
         self._optimizer.zero_grad()
         self.pipe.tracing = self._is_timed(step)
         with self._precision():
-            loss: Tensor = self.pipe.step(x, target=y)
+            loss = self.pipe.step(x, target=y)
+        assert isinstance(loss, Tensor)  # the outputs were not asked for
         self.pipe.clip_grad_norm_(1.0)
         with interrupt.deferred():
             self._optimizer.step()

@@ -42,8 +42,8 @@ __all__ = [
     "stage",
 ]
 
-for _, _name, _ in pkgutil.iter_modules(_torch.__path__):
-    if _name not in globals():
-        globals()[_name] = sys.modules[f"{__name__}.{_name}"] = importlib.import_module(
-            f"{_torch.__name__}.{_name}"
+for _module in pkgutil.iter_modules(_torch.__path__):
+    if _module.name not in globals():
+        globals()[_module.name] = sys.modules[f"{__name__}.{_module.name}"] = importlib.import_module(
+            f"{_torch.__name__}.{_module.name}"
         )

@@ -36,8 +36,8 @@ def weights(target_mbs: list[Any] | None, microbatches: int, means: bool) -> lis
     """By microbatch: with ``means`` its share of the target's rows, and otherwise 1."""
     if not means:
         return [1] * microbatches
-    rows = [_rows(target) for target in target_mbs or ()]
-    if not rows or None in rows or len(set(rows)) == 1:
+    rows = [n for target in target_mbs or () if (n := _rows(target)) is not None]
+    if len(rows) < microbatches or len(set(rows)) == 1:
         return [1 / microbatches] * microbatches
     return [n / sum(rows) for n in rows]
 

@@ -5,7 +5,12 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineContext
+from torch.distributed.pipelining.schedules import (
+    _Action,
+    _ComputationType,
+    _PipelineContext,
+    _PipelineScheduleRuntime,
+)
 
 from . import sharding
 from .torch_stage import TorchStage
@@ -64,6 +69,7 @@ class Calls:
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
         """Takes what the stage before has made."""
+        assert self._before is not None
         self._before.send_value(mb_index, prev_stage_outputs)
 
     def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor | None, ...]:
@@ -72,6 +78,7 @@ class Calls:
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
         """Takes the gradients that the next stage has found."""
+        assert self._next is not None
         self._next.send_gradients(mb_index, list(next_stage_bwd_outputs))
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
@@ -104,7 +111,10 @@ def calls_in_place(stages: dict[int, TorchStage], trains: bool) -> Iterator[None
 def call(function: Any, action: _Action, context: _PipelineContext, local: Collection[int]) -> None:
     """Calls a custom function for an action whose input has come; ``local`` are this process's stages."""
     schedule = context.schedule_ref
+    assert isinstance(schedule, _PipelineScheduleRuntime)  # no other has custom functions
     for part in action.sub_actions or (action,):
+        if part.microbatch_index is None:
+            continue  # no task, which alone receives
         key = (part.stage_index, part.microbatch_index)
         if part.computation_type == _ComputationType.FORWARD and part.stage_index - 1 not in local:
             schedule.fwd_recv_ops[key] = []  # nothing to wait for

@@ -35,6 +35,7 @@ def make_engine(plan: _C.Plan, schedule: Any, stage: Any) -> HostEngine:
     if stage.group_size == 1:
         return HostEngine(*parts)
     processes = Processes.of(_group(stage))
+    assert processes is not None
     settings = {
         "n_microbatches": plan.num_microbatches,
         "scale_grads": schedule.scale_grads,
@@ -56,4 +57,6 @@ def timeout_of(stage: Any) -> float:
 
 
 def _group(stage: Any) -> dist.ProcessGroup:
-    return dist.group.WORLD if stage.group is None else stage.group
+    group = dist.group.WORLD if stage.group is None else stage.group
+    assert group is not None  # torch makes no stage without
+    return group

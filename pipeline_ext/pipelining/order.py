@@ -16,6 +16,9 @@ _MESSAGES = {
 }
 
 
+Order = dict[int, list[_Action | None]]  # by rank, as in torch; None where it waits
+
+
 class Cell(NamedTuple):
     """An action that computes, or a pair of them."""
 
@@ -45,7 +48,7 @@ def order_of(schedule: Any) -> dict[int, list[Cell]] | None:
     return {rank: _cells(row) for rank, row in rows.items()}
 
 
-def named_order(name: str, num_stages: int, microbatches: int) -> dict[int, list[_Action]]:
+def named_order(name: str, num_stages: int, microbatches: int) -> Order:
     """That of one of this package's schedules, a stage on each rank."""
     plan = _C.make_plan(name, num_stages, num_stages, microbatches)
     return {rank: [_Action.from_str(cell) for cell in row] for rank, row in plan.order().items()}

@@ -72,7 +72,7 @@ class Runner:
         """
         self._lifetime.check()
         trains = self._schedule._has_backward and self._train is not None
-        route = self._train if trains else self._eval
+        route = self._train if trains and self._train is not None else self._eval
         caller = CallerContext.of_this_thread()
         arg_mbs, kwarg_mbs = (list(column) for column in zip(*inputs))
         context = _PipelineContext(self._schedule, arg_mbs, kwarg_mbs, targets, losses)

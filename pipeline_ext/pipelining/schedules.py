@@ -5,14 +5,15 @@ What is replaced is how a step runs. All other names of the module are torch's o
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.pipelining import schedules as _torch
+from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from .batch import split_target, weights
-from .order import named_order
+from .order import Order, named_order
 from .runner import Runner
 
 __all__ = [
@@ -33,7 +34,7 @@ def __getattr__(name: str) -> Any:
     return getattr(_torch, name)
 
 
-class _OnEngine:
+class _OnEngine(_torch._PipelineSchedule):
     """How a schedule of torch's runs here.
 
     Where a loss is a mean over its microbatch (``scale_grads``), it enters the total by its share of the rows;
@@ -41,6 +42,10 @@ class _OnEngine:
     """
 
     _runner: Runner | None = None
+
+    def _local_stages(self) -> list[_PipelineStageBase]:
+        """The stages of this process."""
+        raise NotImplementedError
 
     def step(
         self,
@@ -70,7 +75,7 @@ class _OnEngine:
         arg_mbs, kwarg_mbs = self._split_inputs(args, kwargs)
         target_mbs = None if target is None else split_target(target, self._n_microbatches)
         self._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, losses, return_outputs, loss_kwargs)
-        for stage in self._stages:
+        for stage in self._local_stages():
             if stage.is_last and return_outputs:
                 return self._merge_outputs(stage.output_chunks)
         return None
@@ -88,7 +93,7 @@ class _OnEngine:
         arg_mbs, kwarg_mbs = self._check_inputs(arg_mbs, kwarg_mbs, target_mbs, losses)
         self._internal_losses.clear()
         if self._runner is None:
-            self._runner = Runner(self, self._stages)
+            self._runner = Runner(self, self._local_stages())
         self._runner.run(
             list(zip(arg_mbs, kwarg_mbs)),
             target_mbs,
@@ -97,7 +102,7 @@ class _OnEngine:
             weights=weights(target_mbs, self._n_microbatches, self.scale_grads),
             keep_outputs=return_outputs,
         )
-        self._update_losses(self._stages, losses)
+        self._update_losses(self._local_stages(), losses)
 
     def _maybe_compute_loss(
         self,
@@ -112,15 +117,14 @@ class _OnEngine:
             return
         target = None if target_mbs is None else target_mbs[mb_index]
         missing = mb_index + 1 - len(self._internal_losses)
-        self._internal_losses.extend([None] * missing)
+        self._internal_losses.extend([None] * missing)  # type: ignore[list-item]  # until they are computed
         self._internal_losses[mb_index] = self._compute_loss(output, target, loss_kwargs)
 
 
 class PipelineScheduleSingle(_OnEngine, _torch.PipelineScheduleSingle):
     """Base of schedules with one stage in a process."""
 
-    @property
-    def _stages(self) -> list[Any]:
+    def _local_stages(self) -> list[_PipelineStageBase]:
         return [self._stage]
 
 
@@ -131,24 +135,27 @@ class _ScheduleForwardOnly(PipelineScheduleSingle, _torch._ScheduleForwardOnly):
 class ScheduleGPipe(PipelineScheduleSingle, _torch.ScheduleGPipe):
     """All microbatches forward, then all backward."""
 
-    def _get_pipeline_order(self) -> dict[int, list[_torch._Action]]:
+    def _get_pipeline_order(self) -> Order:
         return named_order("gpipe", self._num_stages, self._n_microbatches)
 
 
 class Schedule1F1B(PipelineScheduleSingle, _torch.Schedule1F1B):
     """One forward, one backward; also on fewer microbatches than stages."""
 
-    @functools.wraps(_torch.Schedule1F1B.__init__)
+    @functools.wraps(_torch.Schedule1F1B.__init__)  # type: ignore[misc]  # mypy knows no decorated constructor
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super(_torch.Schedule1F1B, self).__init__(*args, **kwargs)  # past its own, which refuses so few
 
-    def _get_pipeline_order(self) -> dict[int, list[_torch._Action]]:
+    def _get_pipeline_order(self) -> Order:
         # Torch 2.13 lists one here that leaves out the last stage's first forward, and runs another.
         return named_order("1f1b", self._num_stages, self._n_microbatches)
 
 
 class PipelineScheduleMulti(_OnEngine, _torch.PipelineScheduleMulti):
     """Base of schedules with several stages in a process; runs the order of ``_load_csv``."""
+
+    def _local_stages(self) -> list[_PipelineStageBase]:
+        return self._stages
 
     def _validate_and_set_stage_mapping(self, actions: dict[int, list]) -> None:
         super()._validate_and_set_stage_mapping(actions)
@@ -160,7 +167,11 @@ class PipelineScheduleMulti(_OnEngine, _torch.PipelineScheduleMulti):
 class _PipelineScheduleRuntime(PipelineScheduleMulti, _torch._PipelineScheduleRuntime):
     """Runs any order, messages listed or not, and custom functions in place of its actions."""
 
-    def _load_actions(self, actions: dict[int, list], format: str = "compute_only") -> None:
+    def _load_actions(
+        self,
+        actions: dict[int, list],
+        format: Literal["compute_only", "compute_comms"] = "compute_only",
+    ) -> None:
         """What torch 2.13 calls ``_prepare_schedule_with_comms``."""
         self._prepare_schedule_with_comms(actions, format)
 

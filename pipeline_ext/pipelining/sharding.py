@@ -9,7 +9,8 @@ from ..stages.wrapped import layers_of, reduce_sharded
 
 def unshard(module: nn.Module) -> list[UnshardHandle]:
     """Begins to gather the parameters; returns what to wait for."""
-    return [layer.unshard(async_op=True) for layer in _sharded(module)]
+    handles = [layer.unshard(async_op=True) for layer in _sharded(module)]
+    return [handle for handle in handles if handle is not None]
 
 
 def reshard(module: nn.Module) -> None:

@@ -2,11 +2,16 @@
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineContext
+from torch.distributed.pipelining.schedules import (
+    _Action,
+    _ComputationType,
+    _PipelineContext,
+    _PipelineScheduleRuntime,
+)
 
 from ..engines.protocol import Bodies, Body
 from ..stages.context import CallerContext
@@ -40,8 +45,11 @@ class Tasks:
         self._cells = cells
         device = next(iter(stages.values())).torch_stage.device
         self._gpu = device if device.type == "cuda" else None
-        self._functions = getattr(schedule, "_comp_type_to_function_map", {})
-        self._counter: Counter[int] = getattr(schedule, "backward_counter", Counter())
+        self._functions: dict[_ComputationType, Callable] = {}
+        self._counter: Counter[int] = Counter()
+        if isinstance(schedule, _PipelineScheduleRuntime):
+            self._functions = schedule._comp_type_to_function_map
+            self._counter = schedule.backward_counter
 
     def bodies(self) -> Bodies:
         """Of a training step."""
@@ -51,6 +59,7 @@ class Tasks:
                 begins, ends = part is cell.parts[0], part is cell.parts[-1]
                 task = _Task(part, self._body_of(part), cell, begins, ends)
                 kind = (part.stage_index, part.computation_type.value)
+                assert part.microbatch_index is not None  # it computes
                 tasks.setdefault(kind, {})[part.microbatch_index] = task
         return {kind: functools.partial(self._run, of_kind) for kind, of_kind in tasks.items()}
 
@@ -64,7 +73,7 @@ class Tasks:
         self._context = context
         self._caller = caller
         self._counter.clear()
-        if hasattr(self._schedule, "unshard_ops"):  # a step that failed may have left some
+        if isinstance(self._schedule, _PipelineScheduleRuntime):  # a step that failed may have left some
             self._schedule.unshard_ops.clear()
             self._schedule.unsharded_stages.clear()
 
@@ -91,7 +100,7 @@ class Tasks:
             for action in cell.before:
                 self._attend_to(action)
         if function is None:
-            self._perform(task)
+            self._perform(task, m)
         elif task.ends:  # now the input of all parts has come
             self._call(function, cell.action)
         if task.ends:
@@ -113,27 +122,33 @@ class Tasks:
         if self._gpu is not None:
             torch.cuda.set_device(self._gpu)
 
-    def _perform(self, task: _Task) -> None:
+    def _perform(self, task: _Task, m: int) -> None:
         stage = self._stages[task.action.stage_index]
-        if hasattr(self._schedule, "_assert_unsharded"):
+        if isinstance(self._schedule, _PipelineScheduleRuntime):
             self._schedule._assert_unsharded(stage.torch_stage)
         if task.action.computation_type in _ENDS_BACKWARD:
             self._counter[stage.index] += 1
-        task.body(task.action.microbatch_index)
+        task.body(m)
 
     def _attend_to(self, action: _Action) -> None:
         """Runs what is listed beside the tasks: for FSDP, or a custom function."""
         stage = self._stages[action.stage_index]
         if action.computation_type in self._functions:
             self._call(self._functions[action.computation_type], action)
-        elif action.computation_type == _ComputationType.UNSHARD:
-            for work in sharding.unshard(stage.module):
-                self._schedule.unshard_ops[action.stage_index].append(work)
-        elif action.computation_type == _ComputationType.RESHARD:
-            sharding.reshard(stage.module)
-            self._schedule.unsharded_stages.discard(action.stage_index)
-        else:
+        elif action.computation_type == _ComputationType.REDUCE_GRAD:
             sharding.reduce(stage)
+        else:
+            self._gather(stage, action)
+
+    def _gather(self, stage: TorchStage, action: _Action) -> None:
+        """Gathers a stage's sharded parameters, or frees them."""
+        assert isinstance(self._schedule, _PipelineScheduleRuntime)  # no other lists these
+        if action.computation_type == _ComputationType.UNSHARD:
+            for work in sharding.unshard(stage.module):
+                self._schedule.unshard_ops[stage.index].append(work)
+        else:
+            sharding.reshard(stage.module)
+            self._schedule.unsharded_stages.discard(stage.index)
 
     def _call(self, function: Any, action: _Action) -> None:
         with self._caller.forward():
