@@ -91,7 +91,11 @@ def capabilities_of(machine: Machine, failure: str | None) -> list[Capability]:
             if failure is None
             else "the self-test failed; report it with what `pipeline-ext doctor --json` prints",
         ),
-        Capability("GPU ranks", machine.gpu_problem is None, machine.gpu_problem or _gpus(machine)),
+        Capability(
+            "GPU ranks",
+            machine.gpu_problem is None,
+            machine.gpu_problem or f"{_gpus(machine)}; tested with a stand-in driver, not yet run on a GPU",
+        ),
         Capability(
             "pictures",
             plot.problem is None,
@@ -106,9 +110,8 @@ def capabilities_of(machine: Machine, failure: str | None) -> list[Capability]:
         ),
         Capability(
             "many processes",
-            False,
-            "not in this version; use ranks of one process (torch.distributed has "
-            f"{', '.join(machine.process_backends) or 'no backend'})",
+            machine.process_problem is None,
+            machine.process_problem or _many_processes(machine),
         ),
     ]
 
@@ -120,6 +123,11 @@ def _packing_on_a_gpu(machine: Machine) -> str:
     if not machine.gpus:
         return f"torch sees no CUDA device; the CPU packs natively (triton {triton.version} imports)"
     return f"triton {triton.version}"
+
+
+def _many_processes(machine: Machine) -> str:
+    on_gpus = "; with a GPU each over NCCL, not yet run" if "nccl" in machine.process_backends else ""
+    return f"over gloo, one rank each, started by torchrun{on_gpus}"
 
 
 def _show(machine: Machine, capabilities: list[Capability], failure: str | None) -> None:

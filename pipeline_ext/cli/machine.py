@@ -6,11 +6,13 @@ import importlib.metadata
 import os
 import platform
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed
+import torch.distributed as dist
 
 from .. import _C
 from ..engines import devices
@@ -46,6 +48,7 @@ class Machine:
         cores: that this process may use.
         intra_op_threads: of torch, in this process.
         process_backends: of torch.distributed.
+        process_problem: why processes cannot share a pipeline; None: they can.
         cuda_library: where the CUDA driver is looked for.
         gpu_problem: why ranks cannot run on GPUs; None: they can.
         keeps_freed_memory: whether malloc could be told to keep freed memory, as pipelines want.
@@ -63,6 +66,7 @@ class Machine:
     cores: int
     intra_op_threads: int
     process_backends: list[str]
+    process_problem: str | None
     gpus: list[Gpu]
     cuda_library: str
     cuda_driver: Library
@@ -86,6 +90,7 @@ def describe() -> Machine:
         cores=len(os.sched_getaffinity(0)),
         intra_op_threads=torch.get_num_threads(),
         process_backends=_process_backends(),
+        process_problem=_process_problem(),
         gpus=_gpus(),
         cuda_library=cuda_library,
         cuda_driver=cuda_driver(cuda_library),
@@ -143,9 +148,30 @@ def _own_version() -> str | None:
 
 
 def _process_backends() -> list[str]:
-    if not torch.distributed.is_available():
+    if not dist.is_available():
         return []
-    return [name for name in ("gloo", "nccl", "mpi") if torch.distributed.is_backend_available(name)]
+    return [name for name in ("gloo", "nccl", "mpi") if dist.is_backend_available(name)]
+
+
+def _process_problem() -> str | None:
+    """Connects two threads as processes are connected, and lets them add two numbers."""
+    if "gloo" not in _process_backends():
+        return "this torch is built without gloo, which connects processes"
+    patience = timedelta(seconds=10)
+    store = dist.HashStore()
+    store.set_timeout(patience)
+
+    def add(rank: int) -> float:
+        number = torch.ones(())
+        dist.ProcessGroupGloo(store, rank, 2, patience).allreduce(number).wait()
+        return number.item()
+
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            sums = list(threads.map(add, range(2)))
+    except Exception as error:  # gloo's own, torch's, or of the network
+        return f"gloo cannot connect processes: {first_line(error)}"
+    return None if sums == [2.0, 2.0] else f"gloo finds that 1 + 1 is {sums}"
 
 
 def _gpu_problem() -> str | None:

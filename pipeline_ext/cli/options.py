@@ -119,7 +119,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stages", "stages to cut the model into", type=count)
     add("--microbatches", "parts a batch is cut into", type=count)
     add("--schedule", f"{', '.join(schedule_names())}, a CSV file, or {AUTO}: measured and chosen")
-    add("--device", "auto: all GPUs, else the CPU; cpu; cuda: all GPUs; cuda:0, cuda:1, ...: one", type=_device)
+    add(
+        "--device",
+        "auto: all GPUs, or the CPU if there is none or under torchrun; cpu; cuda: all GPUs; cuda:0, cuda:1, "
+        "...: one",
+        type=_device,
+    )
     add(
         "--overlap",
         "let a rank run forward and backward at once; not given: on GPUs",
@@ -221,7 +226,7 @@ def _begun(out: str | None) -> str | None:
 def _check_device(options: Options, processes: int) -> None:
     if processes > 1 and options.device != "cpu":
         raise InvalidArgument(
-            f"--device is {options.device}, and {processes} processes can share a pipeline on CPUs so far; "
+            f"--device is {options.device}, and train runs the {processes} processes of torchrun on CPUs only; "
             "give --device cpu, or start the command without torchrun"
         )
     if options.device.startswith("cuda"):

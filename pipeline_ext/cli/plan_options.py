@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     add = parser.add_argument_group(f"search, with --schedule {AUTO} or zb-auto").add_argument
-    add("--budget", metavar="TIME", type=seconds, help="500ms, 5s, 1m (default: 5s, without --trials)")
+    add("--budget", metavar="TIME", type=seconds, help="500ms, 5s, 1m (default of auto: 5s, without --trials)")
     add("--trials", metavar="N", type=count, help="plans to try; without --budget the same ones for a seed")
     add("--seed", metavar="N", type=count_or_zero, default=0, help="of its choices (default: 0)")
 

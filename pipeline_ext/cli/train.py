@@ -30,7 +30,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "train",
         help="train a byte-level GPT on text",
         description="Trains a byte-level GPT through a pipeline. By default it learns the source files of "
-        "Python's standard library, in about two minutes on two cores or on a GPU.",
+        "Python's standard library, in about two minutes on two cores. Started by torchrun, each process is a "
+        "rank on a CPU.",
     )
     parser.set_defaults(run=run)
     add_arguments(parser)
