@@ -1,7 +1,8 @@
-"""A checkpoint file: all that a training run needs to go on as if it had never stopped.
+"""The checkpoint file of ``pipeline-ext train``: all that a run needs to continue as if it had never stopped.
 
-Tensors, numbers and text in torch.save's format, read with ``weights_only``: reading never executes code.
-(torch.distributed.checkpoint keeps its metadata as a pickle, which can; hence it is not used here.)
+Holds tensors, numbers and text in torch.save's format. Reading checks every byte and never executes code, which
+the folders of ``pipeline_ext.save_checkpoint`` cannot offer: torch.distributed.checkpoint keeps their metadata as
+a pickle and no checksums. So there are two formats; this one gathers the whole state in one process.
 """
 
 import pickle
