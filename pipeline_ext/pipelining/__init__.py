@@ -1,6 +1,6 @@
-"""torch.distributed.pipelining on this engine: the same names, and the same module names below.
+"""torch.distributed.pipelining on this engine, with the same names and sub-modules.
 
-A script changes its imports. What is not replaced here is torch's own: stages, tracing, chunking.
+A script only changes its imports. Schedules are this package's; stages, tracing and chunking are torch's own.
 """
 
 import importlib
