@@ -127,7 +127,7 @@ def test_a_malloc_set_by_the_environment_is_left_alone():
         text=True,
         timeout=120,
     )
-    assert "left as your environment has it: MALLOC_TOP_PAD_" in shown.stdout
+    assert "left as your environment sets it: MALLOC_TOP_PAD_" in shown.stdout
 
 
 @pytest.mark.parametrize("spoil", ["add to a gradient", "leave a gradient out", "raise"])

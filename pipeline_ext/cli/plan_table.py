@@ -1,4 +1,4 @@
-"""What a person sees of a plan: figures of each schedule, and of each rank where there is one schedule."""
+"""The table of ``plan``: figures of each schedule; with a single schedule also of each rank."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ..plan.search import SearchResult
 from ..plan.simulation import Simulation
 from ..report.panel import percent
 
-_WIDTH = 112  # where there is no terminal
+_WIDTH = 112  # without a terminal
 
 
 Feasible = tuple[Planned, Simulation]
@@ -24,7 +24,7 @@ def feasible(results: Sequence[Planned]) -> list[Feasible]:
 
 
 def show(results: Sequence[Planned], found: SearchResult | None, console: Console) -> None:
-    """Prints the table, what the search came to, and why schedules cannot be."""
+    """Prints the table, the result of the search, and why schedules are refused."""
     if not console.is_terminal:
         console.width = _WIDTH
     simulated = feasible(results)
@@ -37,7 +37,7 @@ def show(results: Sequence[Planned], found: SearchResult | None, console: Consol
         console.print(_searched(found), markup=False, soft_wrap=True)
     for result in results:
         if result.reason is not None:
-            console.print(f"{result.title} cannot be: {result.reason}", markup=False, soft_wrap=True)
+            console.print(f"{result.title} is not possible: {result.reason}", markup=False, soft_wrap=True)
 
 
 def _schedules(results: Sequence[Feasible]) -> Table:
@@ -85,7 +85,7 @@ def _table(first: str, *others: str) -> Table:
 
 
 def _tried(found: SearchResult) -> Table:
-    """The best of each kind of plan, from short to long."""
+    """The best plan of each kind, the shortest first."""
     best: dict[tuple[str, int, int], float] = {}
     for tried in found.tried:
         kind = tried.what, tried.chunks, tried.microbatches
@@ -93,7 +93,7 @@ def _tried(found: SearchResult) -> Table:
         best[kind] = min(time, best.get(kind, math.inf))
     table = _table("tried", "chunks", "M", "makespan")
     for kind, time in sorted(best.items(), key=lambda item: item[1]):
-        table.add_row(*map(str, kind), _figure(time) if time < math.inf else "cannot be")
+        table.add_row(*map(str, kind), _figure(time) if time < math.inf else "not possible")
     return table
 
 

@@ -74,7 +74,7 @@ class TracedDataflow:
 
 
 def _crossing(calls: Sequence[fx.Node], boundary: int) -> list[fx.Node]:
-    """The nodes that stages up to ``boundary`` compute and later stages use: calls, or parts of their output."""
+    """What stages up to ``boundary`` compute and later stages use: calls, or parts of their output."""
     later = set(calls[boundary + 1 :])
     parts = [
         part

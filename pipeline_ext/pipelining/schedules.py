@@ -1,7 +1,7 @@
 """The schedules of torch.distributed.pipelining, run by this engine.
 
-A schedule inherits from torch's class of the same name, with its constructor, order and CSV files. Only the way a
-step runs is replaced. All other names of the module are torch's own.
+A schedule inherits from torch's class of the same name, with its constructor, order and CSV files. Only the way
+a step runs is replaced. All other names of the module are torch's own.
 """
 
 import functools
@@ -37,8 +37,8 @@ def __getattr__(name: str) -> Any:
 class _OnEngine(_torch._PipelineSchedule):
     """Runs the steps of a torch schedule.
 
-    With ``scale_grads`` a loss is the mean over its microbatch, and is weighted by its microbatch's share of the
-    rows. Nothing is divided after the step, so gradients of earlier steps stay as they are.
+    With ``scale_grads`` a loss is the mean over its microbatch, and is weighted by its microbatch's share of
+    the rows. Nothing is divided after the step, so gradients of earlier steps stay as they are.
     """
 
     _runner: Runner | None = None
@@ -59,8 +59,9 @@ class _OnEngine(_torch._PipelineSchedule):
         """Runs one batch forward and backward; adds the gradients to the parameters' ``.grad``.
 
         Args:
-            args, kwargs: the whole batch, cut along dimension 0, or as the chunk specs say. Positional arguments
-                are for the first stage, in its process; each process's stages get its keyword arguments.
+            args, kwargs: the whole batch, cut along dimension 0, or as the chunk specs say. The process of the
+                first stage gives the positional arguments; keyword arguments go to the stages of the process
+                that gives them.
             target: any pytree of tensors, cut along dimension 0; needed in the process of the last stage.
             losses: emptied and filled with each microbatch's loss, in the process of the last stage.
             return_outputs: whether that process returns the outputs.

@@ -28,7 +28,7 @@ def reduce(stage: Stage) -> None:
 
 
 def _sharded(module: nn.Module) -> list[FSDPModule]:
-    """The sharded layers; none if the module itself is not sharded, as in torch: they gather in their forwards."""
+    """As in torch none if the module itself is not sharded: its layers gather in their forwards."""
     if not isinstance(module, FSDPModule):
         return []
     return [layer for layer in module.modules() if isinstance(layer, FSDPModule)]

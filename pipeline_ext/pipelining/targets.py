@@ -15,8 +15,8 @@ _ROWS = TensorChunkSpec(0)
 def split_target(target: Any, microbatches: int) -> list[Any]:
     """Cuts each tensor of a pytree along dimension 0.
 
-    Every microbatch gets scalars, and what is no tensor, unchanged. Raises InvalidArgument if a tensor has fewer
-    rows than there are microbatches.
+    Scalars, and leaves that are no tensors, go to every microbatch unchanged. Raises InvalidArgument if a
+    tensor has fewer rows than there are microbatches.
     """
 
     def cut(leaf: Any) -> Sequence[Any]:

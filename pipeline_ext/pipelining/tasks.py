@@ -39,7 +39,8 @@ class Tasks:
     def __init__(self, schedule: Any, stages: dict[int, TorchStage], cells: list[Cell]) -> None:
         """``cells`` are in the order in which this process runs them.
 
-        Holds the schedule during a step only: the engine holds this object and must not keep the schedule alive.
+        Holds the schedule during a step only: the engine holds this object, and must not keep the schedule
+        alive.
         """
         self._stages = stages
         self._cells = cells
