@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ..lm.team import Team
 
@@ -26,8 +28,8 @@ def team() -> Iterator[Team]:
         yield Team()
         return
     # After a restart torchrun's store still holds addresses of processes that are gone; a prefix hides them.
-    store, rank, size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     yield Team(dist.group.WORLD)
     dist.destroy_process_group()  # not after an error: the others may not come to it

@@ -158,7 +158,7 @@ def _process_problem() -> str | None:
     if "gloo" not in _process_backends():
         return "this torch is built without gloo, which connects processes"
     patience = timedelta(seconds=10)
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it
     store.set_timeout(patience)
 
     def add(rank: int) -> float:

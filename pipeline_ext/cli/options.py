@@ -121,8 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--schedule", f"{', '.join(schedule_names())}, a CSV file, or {AUTO} to measure and choose")
     add(
         "--device",
-        "cpu; cuda for all GPUs; cuda:0, cuda:1, ... for one; auto for all GPUs, or the CPU if there is none or "
-        "under torchrun",
+        "cpu; cuda for all GPUs; cuda:0, cuda:1, ... for one; auto for all GPUs, or the CPU if there is none "
+        "or under torchrun",
         type=_device,
     )
     add(

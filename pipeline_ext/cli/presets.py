@@ -4,8 +4,8 @@ The comments estimate a preset's GPU memory from its shapes, with P float32 para
 gradients and AdamW's two moments take 16 bytes per parameter. For the backward of each microbatch in flight a
 block keeps about 40 bytes x width per token (inputs of the layer norms 2 x 4, of the matrix products
 2 + 2 + 2 + 8, of attention 6 + 2, of GELU 8, and some), and its weights cast to bfloat16, 2 bytes per
-parameter. With two stages on one GPU, half of the blocks each, 1F1B with overlap has five halves of the model in
-flight.
+parameter. With two stages on one GPU, half of the blocks each, 1F1B with overlap has five halves of the model
+in flight.
 """
 
 from typing import Any
