@@ -157,8 +157,10 @@ def _process_problem() -> str | None:
     """Why processes cannot share a pipeline: tries gloo between two threads, which add two numbers."""
     if "gloo" not in _process_backends():
         return "this torch is built without gloo, which connects processes"
+    from torch._C._distributed_c10d import HashStore  # which torch without torch.distributed lacks
+
     patience = timedelta(seconds=10)
-    store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it
+    store = HashStore()
     store.set_timeout(patience)
 
     def add(rank: int) -> float:
