@@ -3,9 +3,8 @@
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
-from torch.utils.dlpack import DLDeviceType
+from torch.utils.dlpack import DLDeviceType, from_dlpack
 
 from ..errors import InvalidArgument
 
@@ -30,7 +29,7 @@ def as_tensor(value: Array, name: str) -> Tensor:
     try:
         on_cpu = value.__dlpack_device__()[0] == DLDeviceType.kDLCPU
         # A capsule of no particular version is not given out for memory that must not be written.
-        return torch.from_dlpack(value.__dlpack__() if on_cpu else value)
+        return from_dlpack(value.__dlpack__() if on_cpu else value)
     except Exception as error:
         why = str(error).partition("\n")[0]
         raise InvalidArgument(f"{name} does not lend its memory: {why}") from error

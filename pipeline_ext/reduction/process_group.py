@@ -1,7 +1,5 @@
 """Replicas in processes of their own, over torch.distributed."""
 
-import hashlib
-import itertools
 import threading
 import time
 import weakref
@@ -18,6 +16,7 @@ from ..base import arguments
 from ..base.tensors import describe
 from ..errors import InvalidArgument, ReductionError, StepTimeout
 from ..processes.connections import Connections
+from ..processes.differences import digest, first_difference
 from ..processes.notices import Notices
 
 _made: Counter[str] = Counter()  # members, by the processes of their group
@@ -50,7 +49,7 @@ class ProcessGroupMember:
         self.size = len(self._processes)
         name = "-".join(map(str, self._processes))
         store = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"pipeline_ext/replicas/{name}/{_made[name]}", store)
+        self._store = dist.distributed_c10d.PrefixStore(f"pipeline_ext/replicas/{name}/{_made[name]}", store)
         _made[name] += 1
         self._connections = Connections(self._store, self._processes, self._timeout)
         self._lock = threading.RLock()
@@ -73,7 +72,7 @@ class ProcessGroupMember:
         with self._lock:
             self._calls += 1
             self._agreed = False
-        mine = torch.frombuffer(bytearray(_digest(plan)), dtype=torch.uint8)
+        mine = torch.frombuffer(bytearray(digest(plan).encode()), dtype=torch.uint8)
         found = [torch.empty_like(mine) for _ in range(self.size)]
         work = self._connections.all_gather(found, mine, self._timeout)
         work.get_future().add_done_callback(lambda future: self._compare(future, plan, mine, found))
@@ -181,7 +180,7 @@ class ProcessGroupMember:
                     self.settle(work, error)
                 self._held = []
             return
-        others = [rank for rank, digest in enumerate(found) if not torch.equal(digest, mine)]
+        others = [rank for rank, theirs in enumerate(found) if not torch.equal(theirs, mine)]
         if others:
             self.fail(self._difference(plan, others[0]))
             return
@@ -199,8 +198,7 @@ class ProcessGroupMember:
         except dist.DistError:
             return f"{self._name()} and {self._name(other)} do not reduce the same"
         theirs = self._store.get(f"plan {other}").decode().splitlines()
-        pairs = itertools.zip_longest(plan, theirs, fillvalue="nothing more")
-        ours, its = next(pair for pair in pairs if pair[0] != pair[1])
+        ours, its = first_difference(plan, theirs)
         return (
             f"{self._name()} reduces {ours} where {self._name(other)} reduces {its}; replicas need equal "
             "models, frozen alike, in equal pipelines"
@@ -255,10 +253,6 @@ class ProcessWork:
         if self._tensor.dtype != torch.float16:
             self._tensor.div_(self._member.size)
         self._member.settle(self, None)
-
-
-def _digest(plan: Sequence[str]) -> bytes:
-    return hashlib.sha256("\n".join(plan).encode()).digest()
 
 
 def _fail(member: weakref.ref[ProcessGroupMember], reason: str) -> None:

@@ -52,8 +52,8 @@ class Passage:
         if self.stays:
             self._custody.keep(buffer, packs, self._last_use(results))
 
-    def carry(self, results: Sequence[int], buffer: Tensor, nbytes: int) -> Tensor:
-        """As ``transport.channel.Passage``; the current stream is that of the copy."""
+    def copy(self, results: Sequence[int], buffer: Tensor, nbytes: int) -> Tensor:
+        """As ``transport.channel.StreamMemory``; the current stream is that of the copy."""
         packed = max(self._place(self._made, m) for m in results)
         sent = max(self._layout.place(*self._sent, m) for m in results if self._layout.has(*self._sent, m))
         copied = torch_side.empty(buffer.numel(), self._to)

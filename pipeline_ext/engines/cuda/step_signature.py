@@ -15,9 +15,9 @@ from ...processes.failure import GRACE, Failure
 from ...processes.group import Processes, seconds
 from ...stages.stage import Stage
 from ...stages.step import Step
-from ...transport.description import decode, encode
-from ...transport.message import Contents
-from ...transport.remote import Way
+from ...transport.description import Description
+from ...transport.encoding import decode, encode
+from ...transport.flow import Flow
 from .descriptions import Descriptions
 
 _MOST = 64  # kinds that are remembered
@@ -44,10 +44,10 @@ class Kinds:
         self._descriptions = descriptions
         self._count = 0
         self._numbers: OrderedDict[Hashable, int] = OrderedDict()  # of kinds as this process sees them
-        self._met: OrderedDict[str, dict[str, Contents]] = OrderedDict()  # kinds, with messages by name
+        self._met: OrderedDict[str, dict[str, Description]] = OrderedDict()  # kinds, with messages by name
         self._now = ""
         self._is_new = False
-        self._contents: dict[str, Contents] = {}
+        self._described: dict[str, Description] = {}
 
     def begin(self, plan: _C.Plan, step: Step, timeout: float) -> None:
         """Begins a step, which all processes do together.
@@ -56,7 +56,7 @@ class Kinds:
         """
         self._now = self.agree(self._kind_of(plan, step), timeout)
         self._is_new = self._now not in self._met
-        self._contents = _latest(self._met, self._now, {})
+        self._described = _latest(self._met, self._now, {})
         self._descriptions.timeout = timeout
 
     def agree(self, kind: Hashable | None, timeout: float) -> str | None:
@@ -71,31 +71,31 @@ class Kinds:
         self._failure.finish(work, timeout, "all processes to begin a step")
         return "-".join(str(int(number)) for number in found) if all(found) else None
 
-    def of_way(self, way: Way, name: str) -> "KindsOfWay":
-        """The ``Catalogue`` of a way, whose name no other has."""
-        return KindsOfWay(self, way, name)
+    def of_flow(self, flow: Flow, name: str) -> "KindsOfFlow":
+        """The ``KnownMessages`` of a flow; no other flow has this name."""
+        return KindsOfFlow(self, flow, name)
 
-    def known(self, message: str) -> Contents | None:
+    def known(self, message: str) -> Description | None:
         """What is in a message of this step, by name, where that has been told."""
-        return self._contents.get(message)
+        return self._described.get(message)
 
-    def tell(self, message: str, way: Way, index: int, contents: Contents) -> None:
-        """As ``Catalogue``."""
+    def tell(self, message: str, flow: Flow, index: int, description: Description) -> None:
+        """As ``KnownMessages``."""
         if not self._is_new:
             raise PipelineError(
-                f"{way.describe(index)} differ in shape, or in a value that is no tensor, from those of an "
+                f"{flow.describe(index)} differ in shape, or in a value that is no tensor, from those of an "
                 "earlier step with inputs alike, for which the process that receives them has made ready; "
                 "between processes with GPUs shapes may depend on the shapes of inputs, not on their values"
             )
-        self._descriptions.tell(f"{self._now}/{message}", encode(contents, way.wire))
-        self._contents[message] = contents
+        self._descriptions.tell(f"{self._now}/{message}", encode(description, flow.wire))
+        self._described[message] = description
 
-    def ask(self, message: str, way: Way, index: int) -> Contents:
-        """As ``Catalogue``."""
-        if message not in self._contents:
-            told = self._descriptions.hear(f"{self._now}/{message}", f"what {way.describe(index)} are")
-            self._contents[message] = decode(told)
-        return self._contents[message]
+    def ask(self, message: str, flow: Flow, index: int) -> Description:
+        """As ``KnownMessages``."""
+        if message not in self._described:
+            told = self._descriptions.hear(f"{self._now}/{message}", f"what {flow.describe(index)} are")
+            self._described[message] = decode(told)
+        return self._described[message]
 
     def _kind_of(self, plan: _C.Plan, step: Step) -> Hashable:
         if self._holdings.look():
@@ -110,21 +110,21 @@ class Kinds:
         )
 
 
-class KindsOfWay(NamedTuple):
-    """The ``Catalogue`` of one way."""
+class KindsOfFlow(NamedTuple):
+    """The ``KnownMessages`` of one flow."""
 
     kinds: Kinds
-    way: Way
+    flow: Flow
     name: str
 
-    def known(self, index: int) -> Contents | None:
+    def known(self, index: int) -> Description | None:
         return self.kinds.known(f"{self.name}/{index}")
 
-    def tell(self, index: int, contents: Contents) -> None:
-        self.kinds.tell(f"{self.name}/{index}", self.way, index, contents)
+    def tell(self, index: int, description: Description) -> None:
+        self.kinds.tell(f"{self.name}/{index}", self.flow, index, description)
 
-    def ask(self, index: int) -> Contents:
-        return self.kinds.ask(f"{self.name}/{index}", self.way, index)
+    def ask(self, index: int) -> Description:
+        return self.kinds.ask(f"{self.name}/{index}", self.flow, index)
 
 
 def _look(leaf: Any) -> Hashable:
