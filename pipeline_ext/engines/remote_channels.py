@@ -8,10 +8,10 @@ import torch
 from .. import _C
 from ..processes.group import Processes
 from ..processes.peer import Peer
+from ..transport.flow import Flow
 from ..transport.make_channels import RemoteChannelOf
 from ..transport.remote_receiver import RemoteReceiver
 from ..transport.remote_sender import RemoteSender
-from ..transport.flow import Flow
 
 
 def remote_channels(

@@ -17,9 +17,9 @@ _LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}  # finite nu
 class Cast(Format):
     """Sends floating-point tensors as the wire type. The receiver casts them back, after the message.
 
-    For float8 each tensor is scaled by a power of two, which is sent along. It follows from the tensor's largest
-    magnitude in the step before: delayed scaling, as in Micikevicius et al., FP8 Formats for Deep Learning,
-    2022. If that scale does not fit the values of this step, they are packed again.
+    For float8 each tensor is scaled by a power of two, which is sent along. It follows from the tensor's
+    largest magnitude in the step before: delayed scaling, as in Micikevicius et al., FP8 Formats for Deep
+    Learning, 2022. If that scale does not fit the values of this step, they are packed again.
     """
 
     def __init__(self, tensors: Sequence[Tensor], looks: list[Look], wire: torch.dtype) -> None:

@@ -45,9 +45,9 @@ class StreamMemory(Protocol):
 class Channel:
     """Carries the results of one stage to a neighbor: those of ``pack`` microbatches in one message.
 
-    A group holds consecutive microbatches; the last group may be smaller. A result that is alone in its message,
-    and not cast to a wire type, is handed over itself. ``send`` is for the sender's threads, the rest for the
-    receiver's; the plan guarantees that a result is sent before it is received.
+    A group holds consecutive microbatches; the last group may be smaller. A result that is alone in its
+    message, and not cast to a wire type, is handed over itself. ``send`` is for the sender's threads, the rest
+    for the receiver's; the plan guarantees that a result is sent before it is received.
 
     Attributes:
         hands_over: whether results are handed over, not packed.
@@ -123,7 +123,7 @@ class Channel:
         self.seconds += self._link.send()
 
     def transfer(self, m: int) -> None:
-        """Copies the message that holds microbatch ``m``'s result to the receiver's device, if that is another."""
+        """Copies the message that holds microbatch ``m``'s result to the receiver's device, if it is another."""
         if self._stream_memory is not None and not self._stream_memory.stays:
             message = self._arrived[m].message
             group = self._grouping.groups[self._grouping.index(m)]

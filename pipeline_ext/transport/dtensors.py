@@ -1,7 +1,7 @@
 """DTensors between processes: this process's shard, and how the shards make the whole.
 
-Each process of a stage has a counterpart in the next stage, at the same coordinates in the other dimensions of the
-mesh. The two send each other their shards; the global shape and the placements are sent as text.
+Each process of a stage has a counterpart in the next stage, at the same coordinates in the other dimensions of
+the mesh. The two send each other their shards; the global shape and the placements are sent as text.
 """
 
 import json

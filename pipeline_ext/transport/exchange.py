@@ -33,8 +33,8 @@ class StepData(Protocol):
 class Exchange:
     """Sends activations forward and gradients backward between the stages of a plan.
 
-    They cross the boundaries between neighbors, and skip connections. Between stages of one rank nothing is packed,
-    and there are no messages. Messages to another process also carry the row count and the losses so far.
+    They cross the boundaries between neighbors, and skip connections. Between stages of one rank nothing is
+    packed or counted as a message. Messages to another process also carry the row count and the losses so far.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Exchange:
         ``stream_memory_of``: for ranks on device streams, what manages the memory of the activations ("F") or
         gradients ("B") that cross a boundary.
 
-        ``skips``: names of the plan's skips. A skip's tensors are cast to the wire type of its sender's boundary.
+        ``skips``: names of the plan's skips. A skip is cast to the wire type of its sender's boundary.
 
         ``remote_channel_of``: for ranks that are processes, the sender or receiver of this process between two
         stages; None if neither stage is here.

@@ -50,8 +50,8 @@ class ChannelMaker:
         if self.remote_channel_of is not None:
             sender, receiver = (boundary, boundary + 1) if forward else (boundary + 1, boundary)
             return self.remote_channel_of(sender, receiver, pack, wire, None)
-        # Activations are in use while their microbatch is in flight at the later stage, gradients while it is in
-        # flight at the earlier one, which holds at least as many.
+        # Activations are in use while their microbatch is in flight at the later stage, gradients while it is
+        # in flight at the earlier one, which holds at least as many.
         in_flight = plan.limits[boundary]
         return Channel(plan.num_microbatches, pack, wire, in_flight, self.link, memory)
 

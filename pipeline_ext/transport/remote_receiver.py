@@ -13,10 +13,10 @@ from ..errors import PeerError
 from ..processes.peer import Peer
 from .description import Description, Leaves
 from .encoding import decode
+from .flow import Flow
 from .message import Message, Result
 from .packet import Packet, Packets
 from .remote_protocol import DESCRIBED, NO_MORE, Known, buffer_nbytes, sent_nbytes
-from .flow import Flow
 
 _POSTED = 2  # receives at once: one is filled while the next is there for the sender to find
 

@@ -11,11 +11,11 @@ from ..errors import PeerError
 from ..processes.peer import Peer
 from .description import Description, Leaves
 from .encoding import encode
+from .flow import Flow
 from .grouping import Grouping
 from .message import nbytes_of, prepare
 from .packet import Packet, Packets
 from .remote_protocol import AS_KNOWN, DESCRIBED, NO_MORE, Known, buffer_nbytes, sent_nbytes
-from .flow import Flow
 
 
 class RemoteSender:

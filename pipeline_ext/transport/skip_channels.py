@@ -35,7 +35,8 @@ class SkipChannels:
     def receive(self, name: str, m: int) -> Tensor:
         """What microbatch ``m`` pops.
 
-        Raises PipelineError if a stage in between changed it in place, which autograd cannot detect across stages.
+        Raises PipelineError if a stage in between changed it in place, which autograd cannot detect across
+        stages.
         """
         channel = self.forward.receiving[name]
         tensor: Tensor

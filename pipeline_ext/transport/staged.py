@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..processes.peer import Peer
 from .description import Leaves
+from .flow import Flow
 from .remote_receiver import RemoteReceiver
 from .remote_sender import RemoteSender
-from .flow import Flow
 
 _HOST = torch.device("cpu")
 

@@ -1,8 +1,8 @@
 """Sender and receiver of results that cross a boundary between processes on device streams.
 
-All processes enqueue their tasks in one order. A receive is enqueued where that order has the send, and its size
-must be known then. So in the first step of a kind the sender's host tells the receiver's host what each message
-holds; the messages of later steps of that kind are the same.
+All processes enqueue their tasks in one order. A receive is enqueued where that order has the send, and its
+size must be known then. So in the first step of a kind the sender's host tells the receiver's host what each
+message holds; the messages of later steps of that kind are the same.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .description import Description, Leaves
+from .flow import Flow
 from .format import AsIs
 from .grouping import Grouping
 from .message import Message, Result, nbytes_of, prepare
-from .flow import Flow
 
 
 class StreamConnection(Protocol):
@@ -31,7 +31,7 @@ class StreamConnection(Protocol):
         """Sends the first ``nbytes``, the results of these microbatches, at ``m``'s turn."""
 
     def receive(self, m: int, results: Sequence[int], nbytes: int, sent_nbytes: int) -> Tensor:
-        """A buffer of ``nbytes`` on this process's device; its first ``sent_nbytes`` are what ``send`` sends."""
+        """A buffer of ``nbytes`` on this process's device; ``send`` fills its first ``sent_nbytes``."""
 
 
 class KnownMessages(Protocol):

@@ -16,9 +16,9 @@ from ...stages.recomputation import RecomputationGuard
 from ...stages.shared_parameters import SharedParameters
 from ...stages.stage import Stage
 from ...transport.exchange import Exchange
+from ...transport.flow import Flow
 from ...transport.make_channels import RemoteChannelOf
 from ...transport.stream_remote import StreamReceiver, StreamSender
-from ...transport.flow import Flow
 from ..remote_channels import remote_channels
 from .crossing import Crossing
 from .descriptions import Descriptions
