@@ -41,7 +41,7 @@ from .step.graphs import GraphReport, StepGraphs
 from .step.routes import Routes
 from .step.stepper import Stepper
 from .transport.exchange import Exchange
-from .transport.link import FREE_LINK, LocalLink
+from .transport.link import current_link
 
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
 
@@ -106,7 +106,6 @@ class Pipeline(UnsplitModel):
         costs: what ``"zb-auto"`` is searched for, within their ``memory_limit`` or else ``in_flight``; None:
             F = I = W = 1 at each stage. Every schedule keeps the ``memory_limit``: an order that exceeds it
             is refused, and ranks that react begin an F only where it fits.
-        link: what messages pass through; a ``LocalLink`` can imitate what a network costs.
         timeout: seconds without a task's begin or end after which a step is given up; on GPUs, seconds that
             ``step`` waits for the step before the last.
         trace: record when each task of a step runs; ``tracing`` says so for the steps to come.
@@ -155,7 +154,6 @@ class Pipeline(UnsplitModel):
         wire_forward: WireLike = None,
         in_flight: int | Sequence[int] | None = None,
         costs: Costs | None = None,
-        link: LocalLink = FREE_LINK,
         timeout: float = 1800.0,
         trace: bool = True,
         reduction: GradientReduction | None = None,
@@ -168,7 +166,6 @@ class Pipeline(UnsplitModel):
         microbatches = arguments.count("microbatches", microbatches)
         arguments.check_settings(loss_fn, loss_reduction, timeout)
         timeout = float(timeout)
-        arguments.check_type("link", link, LocalLink)
         if costs is not None:
             arguments.check_type("costs", costs, Costs)
         if reduction is not None:
@@ -280,7 +277,7 @@ class Pipeline(UnsplitModel):
         shared = SharedParameters({stage.index: stage.modules() for stage in self._stages})
         wrapped = WrappedStages(self._stages, microbatches)
         exchange_of = functools.partial(
-            Exchange, wire=wires, wire_forward=wires_forward, link=link, skips=skip_names
+            Exchange, wire=wires, wire_forward=wires_forward, link=current_link(), skips=skip_names
         )
         chooses_pack = first_steps.chooses and (schedule != AUTO or processes is not None)
         self._engine = make_engine(
