@@ -28,7 +28,6 @@ from .reduction import GradientReduction, LocalGroup, ProcessGroupMember
 from .report.trace import Trace
 from .stages.stage import WithLoss
 from .step.graphs import GraphReport
-from .transport.link import LocalLink
 
 __all__ = [
     "Costs",
@@ -39,7 +38,6 @@ __all__ = [
     "InvalidArgument",
     "InvalidSchedule",
     "LocalGroup",
-    "LocalLink",
     "PackChoice",
     "PeerError",
     "Pipeline",

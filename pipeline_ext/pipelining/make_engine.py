@@ -14,7 +14,7 @@ from ..processes.group import Processes
 from ..stages.shared_parameters import SharedParameters
 from ..stages.wrapped import WrappedStages
 from ..transport.exchange import Exchange
-from ..transport.staged import StagedIncoming, StagedOutgoing
+from ..transport.staged import StagedReceiver, StagedSender
 
 _TIMEOUT = 1800.0  # seconds, in one process
 
@@ -45,8 +45,8 @@ def make_engine(plan: _C.Plan, schedule: Any, stage: Any) -> HostEngine:
     check_agreement(processes, settings, timeout_of(stage))
     if stage.device.type == "cpu":
         return ProcessEngine(parts, processes)
-    ends = StagedOutgoing, functools.partial(StagedIncoming, device=stage.device)
-    return ProcessEngine(parts, processes, ends)
+    channel_types = StagedSender, functools.partial(StagedReceiver, device=stage.device)
+    return ProcessEngine(parts, processes, channel_types)
 
 
 def timeout_of(stage: Any) -> float:

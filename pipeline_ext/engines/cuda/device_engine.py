@@ -12,7 +12,8 @@ from ... import _C
 from ...processes.connections import Connections
 from ...stages.recomputation import RecomputationGuard
 from ...stages.stage import Stage
-from ...transport.exchange import EndOf, Exchange
+from ...transport.exchange import Exchange
+from ...transport.make_channels import RemoteChannelOf
 from ..parts import EngineParts
 from ..protocol import Bodies, Body
 from . import torch_side
@@ -78,8 +79,8 @@ class DeviceEngine:
         exchange = self._exchange(layout, keepalive)
         carrying: dict[tuple[int, str], Body] = {}
         for stage in range(plan.num_stages):
-            carrying[stage, "SEND_F"] = functools.partial(exchange.carry_value, stage)
-            carrying[stage, "SEND_B"] = functools.partial(exchange.carry_gradients, stage)
+            carrying[stage, "SEND_F"] = functools.partial(exchange.transfer_value, stage)
+            carrying[stage, "SEND_B"] = functools.partial(exchange.transfer_gradients, stage)
         streams: list[Any] = []
         enqueued = {
             (stage, kind): self._enqueueing(layout, keepalive, streams, stage, kind, body)
@@ -157,10 +158,14 @@ class DeviceEngine:
     def give_up(self, stages: list[Stage]) -> None:
         pass  # no thread of ours is left in a stage
 
-    def _exchange(self, layout: StreamLayout, keepalive: KeepAlive, end_of: EndOf | None = None) -> Exchange:
+    def _exchange(
+        self, layout: StreamLayout, keepalive: KeepAlive, remote_channel_of: RemoteChannelOf | None = None
+    ) -> Exchange:
         """Between the stages of a plan."""
-        passage_of = functools.partial(DeviceCopy, layout, keepalive, self._executor, self._of_stage)
-        return self._exchange_of(layout.plan, passage_of=passage_of, end_of=end_of)
+        stream_memory_of = functools.partial(DeviceCopy, layout, keepalive, self._executor, self._of_stage)
+        return self._exchange_of(
+            layout.plan, stream_memory_of=stream_memory_of, remote_channel_of=remote_channel_of
+        )
 
     def _enqueueing(
         self,
