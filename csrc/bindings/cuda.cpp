@@ -13,12 +13,10 @@ namespace pe {
 namespace {
 
 using SharedStreamPlan = std::shared_ptr<StreamPlan>;
-using StepTuple =
-    std::tuple<std::tuple<std::string, int, int>, int, std::vector<std::uint32_t>>;
+using StepTuple = std::tuple<std::tuple<std::string, int, int>, int, std::vector<std::uint32_t>>;
 
-SharedStreamPlan make_stream_plan(std::shared_ptr<Plan> plan, const Costs& costs,
-                                  const Simulation& simulation, std::vector<int> device_of_rank,
-                                  std::optional<int> rank) {
+SharedStreamPlan make_stream_plan(std::shared_ptr<Plan> plan, const Costs& costs, const Simulation& simulation,
+                                  std::vector<int> device_of_rank, std::optional<int> rank) {
   TaskTimes times{simulation.begin, end_times(*plan, costs, simulation)};
   return std::make_shared<StreamPlan>(std::move(plan), times, std::move(device_of_rank),
                                       rank.value_or(kEveryRank));
@@ -42,8 +40,8 @@ const char* wait_for_room(StreamExecutor& executor, double timeout) {
   Outcome outcome = Outcome::Done;
   {
     py::gil_scoped_release release;
-    outcome = executor.wait_for_room(
-        {std::chrono::duration<double>(timeout), [&signals] { return signals(); }});
+    outcome =
+        executor.wait_for_room({std::chrono::duration<double>(timeout), [&signals] { return signals(); }});
   }
   signals.rethrow();
   return outcome_name(outcome);
@@ -84,10 +82,10 @@ A step, by number, is a task or the copy of its results to another device, in th
             std::vector<StepTuple> steps;
             for (const Enqueued& step : p.steps()) {
               const auto waits = p.waits(step);
-              steps.push_back({{std::string(kind_name(step.action.kind)), step.action.stage,
-                                step.action.microbatch},
-                               step.stream,
-                               {waits.begin(), waits.end()}});
+              steps.push_back(
+                  {{std::string(kind_name(step.action.kind)), step.action.stage, step.action.microbatch},
+                   step.stream,
+                   {waits.begin(), waits.end()}});
             }
             return steps;
           },
@@ -104,8 +102,7 @@ A step, by number, is a task or the copy of its results to another device, in th
       .def("first_after", &StreamPlan::first_after, py::arg("step"), py::arg("stream"),
            "The first step on a stream that runs once a step has ended; len(steps) if only the end does.");
 
-  py::class_<DeviceTimes, std::shared_ptr<DeviceTimes>>(m, "DeviceTimes",
-                                                        "When the steps of a StreamPlan ran.")
+  py::class_<DeviceTimes, std::shared_ptr<DeviceTimes>>(m, "DeviceTimes", "When the steps of a StreamPlan ran.")
       .def("done", &DeviceTimes::done)
       .def(
           "read",
@@ -116,8 +113,7 @@ A step, by number, is a task or the copy of its results to another device, in th
           "(seconds of the whole, begin and end of each in seconds since its begin), once done.");
 
   py::class_<DeviceStepResult>(m, "DeviceStepResult", "What became of enqueueing a step.")
-      .def_property_readonly("outcome",
-                             [](const DeviceStepResult& r) { return outcome_name(r.outcome); })
+      .def_property_readonly("outcome", [](const DeviceStepResult& r) { return outcome_name(r.outcome); })
       .def(
           "take_error",
           // Once: its traceback leads to whoever holds the result, and no garbage collector sees through that.
@@ -129,10 +125,7 @@ A step, by number, is a task or the copy of its results to another device, in th
                                return py::int_(r.failed_task);
                              })
       .def_property_readonly(
-          "times",
-          [](const DeviceStepResult& r) {
-            return r.times ? std::optional(r.times) : std::nullopt;
-          },
+          "times", [](const DeviceStepResult& r) { return r.times ? std::optional(r.times) : std::nullopt; },
           "None where they were not recorded.")
       .def_readonly("num_nodes", &DeviceStepResult::num_nodes, "Of the graph, where one was captured.");
 
@@ -161,29 +154,24 @@ Raises DeviceError without a driver or device.)")
           py::arg("program"), py::arg("plan"))
       .def(
           "run",
-          [](StreamExecutor& e, const PyLaid& program, const std::vector<std::uintptr_t>& callers,
-             bool record, bool capturing) {
-            return e.run(*program.laid, {handles(callers), record, capturing});
-          },
+          [](StreamExecutor& e, const PyLaid& program, const std::vector<std::uintptr_t>& callers, bool record,
+             bool capturing) { return e.run(*program.laid, {handles(callers), record, capturing}); },
           py::arg("program"), py::kw_only(), py::arg("callers"), py::arg("record") = false,
           py::arg("capturing") = false)
       .def("wait_for_room", &wait_for_room, py::kw_only(), py::arg("timeout"),
            "Waits until at most one marked step is not done; 'done', 'timed out' or 'closed'.")
       .def(
           "mark",
-          [](StreamExecutor& e, const std::vector<std::uintptr_t>& callers) {
-            e.mark(handles(callers));
-          },
+          [](StreamExecutor& e, const std::vector<std::uintptr_t>& callers) { e.mark(handles(callers)); },
           py::arg("callers"), "What the callers have enqueued so far is a step.")
       .def(
           "copy",
-          [](const StreamExecutor& e, cuda::Address to, int to_device, cuda::Address from,
-             int from_device, std::size_t nbytes, std::uintptr_t stream) {
-            e.copy(to, to_device, from, from_device, nbytes,
-                   reinterpret_cast<cuda::StreamHandle>(stream));
+          [](const StreamExecutor& e, cuda::Address to, int to_device, cuda::Address from, int from_device,
+             std::size_t nbytes, std::uintptr_t stream) {
+            e.copy(to, to_device, from, from_device, nbytes, reinterpret_cast<cuda::StreamHandle>(stream));
           },
-          py::arg("to"), py::arg("to_device"), py::arg("source"), py::arg("source_device"),
-          py::arg("nbytes"), py::arg("stream"))
+          py::arg("to"), py::arg("to_device"), py::arg("source"), py::arg("source_device"), py::arg("nbytes"),
+          py::arg("stream"))
       .def("idle", &StreamExecutor::idle, "Whether the step that was marked last is done.")
       .def("close", &StreamExecutor::close)
       .def_property_readonly("dead", &StreamExecutor::dead);

@@ -33,8 +33,8 @@ void Borrower::look_up(PyTypeObject* type) {
   exchange_ = nullptr;
   const py::object capsule = py::getattr(object, "__dlpack_c_exchange_api__", py::none());
   if (PyCapsule_IsValid(capsule.ptr(), kExchangeCapsule)) {
-    const auto* api = static_cast<const DLPackExchangeAPI*>(
-        PyCapsule_GetPointer(capsule.ptr(), kExchangeCapsule));
+    const auto* api =
+        static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), kExchangeCapsule));
     while (api != nullptr && api->version.major != dlpack::kMajorVersion) api = api->previous;
     if (api != nullptr) exchange_ = api->dltensor_from_py_object_no_sync;
   }
@@ -47,8 +47,8 @@ const DLTensor& Borrower::ask_by_capsule(py::handle tensor, ArgumentName name) {
                        "; give a tensor or an array");
   }
   // torch lends no tensor this way that requires a gradient.
-  const py::object bare = py::hasattr(tensor, "detach") ? tensor.attr("detach")()
-                                                        : py::reinterpret_borrow<py::object>(tensor);
+  const py::object bare =
+      py::hasattr(tensor, "detach") ? tensor.attr("detach")() : py::reinterpret_borrow<py::object>(tensor);
   capsules_.push_back(bare.attr("__dlpack__")());
   void* const held = PyCapsule_GetPointer(capsules_.back().ptr(), kTensorCapsule);
   if (held == nullptr) throw py::error_already_set();
@@ -82,8 +82,7 @@ Strided Borrower::borrow(py::handle tensor, ArgumentName name) {
     const Strided strided{static_cast<std::byte*>(lent.data) + lent.byte_offset,
                           {lent.dtype.code, lent.dtype.bits},
                           shape,
-                          lent.strides == nullptr ? row_major(shape)
-                                                  : copied(lent.strides, dimensions)};
+                          lent.strides == nullptr ? row_major(shape) : copied(lent.strides, dimensions)};
     if (is_lazy(tensor, strided)) {
       throw PackingError(name.str() + " is a view that negates; give tensor.resolve_neg()");
     }

@@ -36,8 +36,11 @@ class MessageTemplate {
       const py::sequence place = places[i];
       const std::string dtype = py::str(place[0]);
       Expected expected{pe::dtype_of(std::string_view(dtype).substr(dtype.find('.') + 1)),
-                        place[1].cast<std::vector<std::int64_t>>(), place[2].cast<std::int64_t>(),
-                        place[3].cast<std::int64_t>(), 0, requires_grad[i].cast<bool>()};
+                        place[1].cast<std::vector<std::int64_t>>(),
+                        place[2].cast<std::int64_t>(),
+                        place[3].cast<std::int64_t>(),
+                        0,
+                        requires_grad[i].cast<bool>()};
       const Strided whole{nullptr, expected.dtype, expected.shape, {}};
       expected.nbytes = whole.size() * static_cast<std::int64_t>(expected.dtype.size());
       nbytes_ = std::max(nbytes_, expected.offset + expected.nbytes);

@@ -9,8 +9,7 @@ namespace pe {
 template <class Error>
 void translate(const char* name) {
   // Leaked on purpose: needed until the interpreter ends.
-  static auto* const raised =
-      new pybind11::object(pybind11::module_::import("pipeline_ext.errors").attr(name));
+  static auto* const raised = new pybind11::object(pybind11::module_::import("pipeline_ext.errors").attr(name));
   pybind11::register_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);

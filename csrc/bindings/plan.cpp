@@ -37,9 +37,7 @@ std::vector<int> packs_by_boundary(const Plan& plan, Kind kind) {
   return packs;
 }
 
-const char* stream_name(Stream stream) {
-  return stream == Stream::Forward ? "forward" : "backward";
-}
+const char* stream_name(Stream stream) { return stream == Stream::Forward ? "forward" : "backward"; }
 
 }  // namespace
 
@@ -70,8 +68,7 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
       .def_property_readonly(
           "reactive", [](const Plan& p) { return p.options().reactive; },
           "Whether a rank whose next planned task is not ready takes another that is.")
-      .def_property_readonly(
-          "rank_of_stage", [](const Plan& p) { return p.shape().rank_of_stage; })
+      .def_property_readonly("rank_of_stage", [](const Plan& p) { return p.shape().rank_of_stage; })
       .def_property_readonly(
           "rank_of_copy", [](const Plan& p) { return p.shape().rank_of_copy; },
           "By stage, the rank of the second copy of its parameters; empty where there is none.")
@@ -84,30 +81,32 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
       .def_property_readonly(
           "skips", [](const Plan& p) { return p.options().packs.skips; },
           "What goes past stages; between stages of one rank each result is handed over alone.")
-      .def_property_readonly("limits", &Plan::limits,
-                             "The most microbatches each stage may have in flight.")
+      .def_property_readonly("limits", &Plan::limits, "The most microbatches each stage may have in flight.")
       .def_property_readonly("nbytes", &Plan::nbytes, "Memory the plan holds.")
       .def("order", &order_by_rank, "Rank -> its actions as text, from first to last.")
-      .def("to_csv", [](const Plan& p) { return to_csv(p.order()); },
-           "One line a rank, in the action text of torch.distributed.pipelining.")
-      .def("kinds",
-           [](const Plan& p) {
-             std::vector<bool> seen(kNumKinds, false);
-             for (TaskId t = 0; t < p.size(); ++t) seen[static_cast<int>(p.action(t).kind)] = true;
-             std::vector<std::string> kinds;
-             for (int k = 0; k < kNumKinds; ++k) {
-               if (seen[k]) kinds.emplace_back(kind_name(static_cast<Kind>(k)));
-             }
-             return kinds;
-           },
-           "The kinds of action in the plan.")
-      .def("action", [](const Plan& p, TaskId t) { return to_text(p.action(t)); }, py::arg("task"))
+      .def(
+          "to_csv", [](const Plan& p) { return to_csv(p.order()); },
+          "One line a rank, in the action text of torch.distributed.pipelining.")
+      .def(
+          "kinds",
+          [](const Plan& p) {
+            std::vector<bool> seen(kNumKinds, false);
+            for (TaskId t = 0; t < p.size(); ++t) seen[static_cast<int>(p.action(t).kind)] = true;
+            std::vector<std::string> kinds;
+            for (int k = 0; k < kNumKinds; ++k) {
+              if (seen[k]) kinds.emplace_back(kind_name(static_cast<Kind>(k)));
+            }
+            return kinds;
+          },
+          "The kinds of action in the plan.")
+      .def(
+          "action", [](const Plan& p, TaskId t) { return to_text(p.action(t)); }, py::arg("task"))
       .def(
           "describe",
           [](const Plan& p, TaskId t) {
             const Action& a = p.action(t);
-            return py::make_tuple(std::string(kind_name(a.kind)), a.stage, a.microbatch,
-                                  p.rank_of(t), stream_name(stream_of(a.kind)));
+            return py::make_tuple(std::string(kind_name(a.kind)), a.stage, a.microbatch, p.rank_of(t),
+                                  stream_name(stream_of(a.kind)));
           },
           py::arg("task"), "(kind, stage, microbatch, rank, stream) of a task.")
       .def("dependencies", &Plan::dependencies, py::arg("task"),
@@ -152,27 +151,28 @@ matplotlib or where the file cannot be written.)")
   m.def(
       "layout_of", [](const std::string& name) { return std::string(layout_name(find_schedule(name).layout)); },
       py::arg("schedule"), "How the schedule places stages: linear, looped, v or bidirectional.");
-  const auto options = [](bool overlap, bool reactive, std::vector<int> packs,
-                          std::vector<int> packs_forward, const std::optional<Memory>& memory,
-                          std::vector<Skip> skips) {
-    return PlanOptions{overlap, reactive, {std::move(packs_forward), std::move(packs), std::move(skips)},
+  const auto options = [](bool overlap, bool reactive, std::vector<int> packs, std::vector<int> packs_forward,
+                          const std::optional<Memory>& memory, std::vector<Skip> skips) {
+    return PlanOptions{overlap,
+                       reactive,
+                       {std::move(packs_forward), std::move(packs), std::move(skips)},
                        memory.value_or(Memory{})};
   };
   m.def(
       "make_plan",
-      [options](const std::string& name, int num_stages, int num_ranks, int microbatches,
-                bool overlap, bool reactive, std::vector<int> packs,
-                std::vector<int> packs_forward, std::vector<int> in_flight,
-                std::vector<int> room, const std::optional<Memory>& memory, std::vector<Skip> skips) {
+      [options](const std::string& name, int num_stages, int num_ranks, int microbatches, bool overlap,
+                bool reactive, std::vector<int> packs, std::vector<int> packs_forward,
+                std::vector<int> in_flight, std::vector<int> room, const std::optional<Memory>& memory,
+                std::vector<Skip> skips) {
         return make_shared_plan([&] {
           return make_plan(find_schedule(name), num_stages, num_ranks, microbatches,
-                           options(overlap, reactive, packs, packs_forward, memory, skips), Slots{in_flight, room});
+                           options(overlap, reactive, packs, packs_forward, memory, skips),
+                           Slots{in_flight, room});
         });
       },
-      py::arg("schedule"), py::arg("num_stages"), py::arg("num_ranks"), py::arg("microbatches"),
-      py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
-      py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
-      py::arg("in_flight") = py::list(), py::arg("room") = py::list(),
+      py::arg("schedule"), py::arg("num_stages"), py::arg("num_ranks"), py::arg("microbatches"), py::kw_only(),
+      py::arg("overlap") = false, py::arg("reactive") = false, py::arg("packs") = py::list(),
+      py::arg("packs_forward") = py::list(), py::arg("in_flight") = py::list(), py::arg("room") = py::list(),
       py::arg("memory") = py::none(), py::arg("skips") = py::list());
   m.def(
       "rank_of_stage",
@@ -183,40 +183,39 @@ matplotlib or where the file cannot be written.)")
   m.def(
       "plan_of_rule",
       [options](const std::string& layout, const std::vector<std::string>& preference,
-                const std::vector<int>& limits, int num_ranks, int microbatches, bool overlap,
-                bool reactive, std::vector<int> packs, std::vector<int> packs_forward,
-                std::vector<int> in_flight, std::vector<int> room,
-                const std::optional<Memory>& memory, std::vector<Skip> skips) {
+                const std::vector<int>& limits, int num_ranks, int microbatches, bool overlap, bool reactive,
+                std::vector<int> packs, std::vector<int> packs_forward, std::vector<int> in_flight,
+                std::vector<int> room, const std::optional<Memory>& memory, std::vector<Skip> skips) {
         return make_shared_plan([&] {
           Rule rule{{}, [&](const Placement&, int stage, int m) { return std::min(limits[stage], m); }};
           for (const std::string& kind : preference) rule.preference.push_back(kind_of(kind));
           const int num_stages = static_cast<int>(limits.size());
           return make_plan({layout, layout_of_name(layout), rule}, num_stages, num_ranks, microbatches,
-                           options(overlap, reactive, packs, packs_forward, memory, skips), Slots{in_flight, room});
+                           options(overlap, reactive, packs, packs_forward, memory, skips),
+                           Slots{in_flight, room});
         });
       },
       py::arg("placement"), py::arg("preference"), py::arg("limits"), py::arg("num_ranks"),
       py::arg("microbatches"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
-      py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
-      py::arg("in_flight") = py::list(), py::arg("room") = py::list(), py::arg("memory") = py::none(),
-      py::arg("skips") = py::list(), "The plan of a rule, whose limits are slots by stage.");
+      py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(), py::arg("in_flight") = py::list(),
+      py::arg("room") = py::list(), py::arg("memory") = py::none(), py::arg("skips") = py::list(),
+      "The plan of a rule, whose limits are slots by stage.");
   m.def(
       "plan_of_cells",
       [options](const Cells& cells, bool overlap, bool reactive, std::vector<int> packs,
-                std::vector<int> packs_forward, std::vector<int> in_flight,
-                std::vector<int> room, const std::optional<Memory>& memory, std::vector<Skip> skips) {
+                std::vector<int> packs_forward, std::vector<int> in_flight, std::vector<int> room,
+                const std::optional<Memory>& memory, std::vector<Skip> skips) {
         return make_shared_plan([&] {
           return make_plan(parse_order(cells), options(overlap, reactive, packs, packs_forward, memory, skips),
                            Slots{in_flight, room});
         });
       },
       py::arg("cells"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
-      py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
-      py::arg("in_flight") = py::list(), py::arg("room") = py::list(),
-      py::arg("memory") = py::none(), py::arg("skips") = py::list());
+      py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(), py::arg("in_flight") = py::list(),
+      py::arg("room") = py::list(), py::arg("memory") = py::none(), py::arg("skips") = py::list());
   m.def(
-      "cells_of_csv", [](const std::string& text) { return to_cells(order_from_csv(text)); },
-      py::arg("text"), "The cells of a CSV file, by rank, without empty ones.");
+      "cells_of_csv", [](const std::string& text) { return to_cells(order_from_csv(text)); }, py::arg("text"),
+      "The cells of a CSV file, by rank, without empty ones.");
   m.def(
       "make_forward_plan",
       [](const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, bool overlap,

@@ -39,8 +39,8 @@ struct DeleteWithoutGil {
   }
 };
 
-std::unique_ptr<HostExecutor, DeleteWithoutGil> make_executor(
-    const std::vector<std::string>& thread_names, std::optional<int> rank) {
+std::unique_ptr<HostExecutor, DeleteWithoutGil> make_executor(const std::vector<std::string>& thread_names,
+                                                              std::optional<int> rank) {
   const int workers = static_cast<int>(thread_names.size());
   return std::unique_ptr<HostExecutor, DeleteWithoutGil>(
       new HostExecutor(workers, thread_names, python_threads(workers), rank.value_or(kEveryRank)));
@@ -90,9 +90,10 @@ void bind_runtime(py::module_& m) {
       .def_property_readonly("plan", [](const PyProgram& p) { return p.plan; });
 
   py::class_<StepResult>(m, "StepResult", "What a step did; times are nanoseconds of a steady clock.")
-      .def_property_readonly("outcome",
-                             [](const StepResult& r) { return outcome_name(r.outcome); })
-      .def_property_readonly("error", [](const StepResult& r) { return python_error(r.error); }, "The first exception a body raised, or None.")
+      .def_property_readonly("outcome", [](const StepResult& r) { return outcome_name(r.outcome); })
+      .def_property_readonly(
+          "error", [](const StepResult& r) { return python_error(r.error); },
+          "The first exception a body raised, or None.")
       .def_property_readonly("failed_task",
                              [](const StepResult& r) -> py::object {
                                if (r.failed_task == kNoTask) return py::none();
@@ -111,16 +112,15 @@ void bind_runtime(py::module_& m) {
 
 Of ``rank`` alone, where it is given: then ``deliver`` says what other ranks have done.)")
       .def(py::init(&make_executor), py::arg("thread_names"), py::arg("rank") = py::none())
-      .def("deliver", &HostExecutor::deliver, py::arg("task"), py::arg("stage"),
-           py::arg("microbatches"), py::call_guard<py::gil_scoped_release>(),
+      .def("deliver", &HostExecutor::deliver, py::arg("task"), py::arg("stage"), py::arg("microbatches"),
+           py::call_guard<py::gil_scoped_release>(),
            "What another rank's task sent to a stage of these microbatches has arrived.")
       .def("fail", &fail, py::arg("error"),
            "Stops the step that runs with this exception; returns whether there is one.")
-      .def("run", &run, py::arg("program"), py::kw_only(), py::arg("timeout"),
-           py::arg("record") = true)
+      .def("run", &run, py::arg("program"), py::kw_only(), py::arg("timeout"), py::arg("record") = true)
       .def("close", &HostExecutor::close, py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("dead", py::cpp_function(&HostExecutor::dead,
-                                                      py::call_guard<py::gil_scoped_release>()));
+      .def_property_readonly("dead",
+                             py::cpp_function(&HostExecutor::dead, py::call_guard<py::gil_scoped_release>()));
 }
 
 }  // namespace pe

@@ -43,8 +43,8 @@ Found search_until(const Problem& problem, const std::vector<Order>& templates, 
 
 std::tuple<Cells, double, long, bool> search(const std::vector<int>& rank_of_stage, int num_ranks,
                                              int microbatches, const Costs& costs, bool span,
-                                             const std::vector<Cells>& templates, long work,
-                                             double seconds, std::uint64_t seed, int threads) {
+                                             const std::vector<Cells>& templates, long work, double seconds,
+                                             std::uint64_t seed, int threads) {
   SignalPoll poll;
   bool interrupted = false;
   py::gil_scoped_release release;

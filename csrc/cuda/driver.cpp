@@ -72,8 +72,7 @@ void Driver::fail(Result result, const char* function) const {
   const char* text = nullptr;
   if (cuGetErrorName(result, &name) != kSuccess || name == nullptr) name = "an unknown error";
   if (cuGetErrorString(result, &text) != kSuccess || text == nullptr) text = "it has no text";
-  throw CudaError(std::string(function) + " failed: " + name + " (" + std::to_string(result) +
-                      "), " + text,
+  throw CudaError(std::string(function) + " failed: " + name + " (" + std::to_string(result) + "), " + text,
                   result);
 }
 

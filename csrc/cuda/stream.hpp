@@ -1,5 +1,5 @@
-// Streams and events of a device. Made, read and destroyed from anywhere; a thread that records or waits has the
-// device's context current.
+// Streams and events of a device. Made, read and destroyed from anywhere; a thread that records or waits has
+// the device's context current.
 #pragma once
 
 #include <memory>
@@ -13,8 +13,7 @@ namespace pe::cuda {
 class Event {
  public:
   Event() = default;
-  Event(std::shared_ptr<const PrimaryContext> context, unsigned flags)
-      : context_(std::move(context)) {
+  Event(std::shared_ptr<const PrimaryContext> context, unsigned flags) : context_(std::move(context)) {
     const CurrentContext current(*context_);
     PE_CUDA(Driver::get(), cuEventCreate, &handle_, flags);
   }

@@ -22,8 +22,8 @@ Pool& pool() {
 bool is_captured(const PrimaryContext& context, StreamHandle stream) {
   const CurrentContext current(context, kQuietly);
   int status = 0;
-  const Result result = Driver::get().cuStreamGetCaptureInfo(stream, &status, nullptr, nullptr,
-                                                             nullptr, nullptr);
+  const Result result =
+      Driver::get().cuStreamGetCaptureInfo(stream, &status, nullptr, nullptr, nullptr, nullptr);
   return result != kSuccess || status != kCaptureNone;
 }
 

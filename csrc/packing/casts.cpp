@@ -53,7 +53,7 @@ PE_INLINE typename F::Bits encoded(float value) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
   const std::uint32_t magnitude = bits & ~kSign;
   constexpr std::uint32_t just_below_half = (1u << (kDropped<F> - 1)) - 1;
-  const std::uint32_t odd = (magnitude >> kDropped<F>) & 1;
+  const std::uint32_t odd = (magnitude >> kDropped<F>) % 2;
   if constexpr (kRebias<F> == 0) {  // the upper half of a float32
     const std::uint32_t rounded = (bits + just_below_half + odd) >> kDropped<F>;
     return static_cast<typename F::Bits>(magnitude > kInfinity ? F::nan : rounded);
@@ -78,22 +78,20 @@ PE_INLINE float decoded(std::uint32_t bits) {
   std::uint32_t out = magnitude + kRebias<F>;
   if constexpr (kRebias<F> != 0) {
     constexpr std::uint32_t least_normal = kRebias<F> + (1u << kMantissa);
-    const float subnormal = std::bit_cast<float>(magnitude + least_normal) -
-                            std::bit_cast<float>(least_normal);
+    const float subnormal = std::bit_cast<float>(magnitude + least_normal) - std::bit_cast<float>(least_normal);
     out = magnitude < (1u << kMantissa) ? std::bit_cast<std::uint32_t>(subnormal) : out;
     out = magnitude >= F::special << kDropped<F> ? magnitude | kInfinity : out;
   }
   return std::bit_cast<float>(out | (bits & sign) << (31 - F::exponent - F::mantissa));
 }
 
-#define PE_FORMAT(F)                                                                             \
-  PE_VECTORIZED void encode_row(const float* __restrict in, float scale, F::Bits* __restrict out, \
-                                std::size_t n, F) {                                              \
-    for (std::size_t i = 0; i < n; ++i) out[i] = encoded<F>(in[i] * scale);                      \
-  }                                                                                              \
-  PE_VECTORIZED void decode_row(const F::Bits* __restrict in, float* __restrict out,             \
-                                std::size_t n, F) {                                              \
-    for (std::size_t i = 0; i < n; ++i) out[i] = decoded<F>(in[i]);                              \
+#define PE_FORMAT(F)                                                                                     \
+  PE_VECTORIZED void encode_row(const float* __restrict in, float scale, F::Bits* __restrict out,        \
+                                std::size_t n, F) {                                                      \
+    for (std::size_t i = 0; i < n; ++i) out[i] = encoded<F>(in[i] * scale);                              \
+  }                                                                                                      \
+  PE_VECTORIZED void decode_row(const F::Bits* __restrict in, float* __restrict out, std::size_t n, F) { \
+    for (std::size_t i = 0; i < n; ++i) out[i] = decoded<F>(in[i]);                                      \
   }
 PE_FORMAT(Float16)
 PE_FORMAT(Bfloat16)
@@ -107,12 +105,10 @@ PE_VECTORIZED void multiply_row(const double* in, double scale, double* out, std
   for (std::size_t i = 0; i < n; ++i) out[i] = in[i] * scale;
 }
 
-PE_VECTORIZED void widen(const float* __restrict in, float scale, double* __restrict out,
-                         std::size_t n) {
+PE_VECTORIZED void widen(const float* __restrict in, float scale, double* __restrict out, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) out[i] = in[i] * scale;
 }
-PE_VECTORIZED void narrow(const double* __restrict in, double scale, float* __restrict out,
-                          std::size_t n) {
+PE_VECTORIZED void narrow(const double* __restrict in, double scale, float* __restrict out, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) out[i] = static_cast<float>(in[i] * scale);
 }
 

@@ -37,24 +37,22 @@ void raise(float& largest, float to) {
 
 }  // namespace
 
-Packer::Packer(std::vector<Slot> slots, std::int64_t nbytes)
-    : slots_(std::move(slots)), nbytes_(nbytes) {
+Packer::Packer(std::vector<Slot> slots, std::int64_t nbytes) : slots_(std::move(slots)), nbytes_(nbytes) {
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
     const std::string named = "slot " + std::to_string(i);
     if (slot.wire != slot.dtype && !(is_arithmetic(slot.dtype) && is_arithmetic(slot.wire))) {
-      throw PackingError(named + " would cast " + name_of(slot.dtype) + " to " +
-                         name_of(slot.wire) + "; only floating-point types are cast");
+      throw PackingError(named + " would cast " + name_of(slot.dtype) + " to " + name_of(slot.wire) +
+                         "; only floating-point types are cast");
     }
     const Strided whole{nullptr, slot.wire, slot.shape, {}};
     const auto bytes = static_cast<std::int64_t>(whole.size() * slot.wire.size());
     traffic_ += bytes + static_cast<std::int64_t>(whole.size() * slot.dtype.size());
     if (slot.offset < 0 || slot.offset % static_cast<std::int64_t>(kAlignment) != 0 ||
         slot.offset + bytes > nbytes_) {
-      throw PackingError(named + ", " + std::to_string(bytes) + " bytes at " +
-                         std::to_string(slot.offset) + ", must begin at a multiple of " +
-                         std::to_string(kAlignment) + " and end within the buffer's " +
-                         std::to_string(nbytes_));
+      throw PackingError(named + ", " + std::to_string(bytes) + " bytes at " + std::to_string(slot.offset) +
+                         ", must begin at a multiple of " + std::to_string(kAlignment) +
+                         " and end within the buffer's " + std::to_string(nbytes_));
     }
   }
 }
@@ -68,27 +66,26 @@ void Packer::check(std::span<const Strided> tensors) const {
     const Strided& tensor = tensors[i];
     const Slot& slot = slots_[i];
     if (tensor.dtype != slot.dtype || !std::ranges::equal(tensor.shape, slot.shape)) {
-      throw PackingError("tensor " + std::to_string(i) + " is " +
-                         describe(tensor.dtype, tensor.shape) + "; its slot is for " +
-                         describe(slot.dtype, slot.shape));
+      throw PackingError("tensor " + std::to_string(i) + " is " + describe(tensor.dtype, tensor.shape) +
+                         "; its slot is for " + describe(slot.dtype, slot.shape));
     }
     if (tensor.size() == 0) continue;
     if (tensor.data == nullptr) throw PackingError("tensor " + std::to_string(i) + " has no memory");
     if (is_arithmetic(tensor.dtype) && !is_aligned(tensor.data, tensor.dtype.size())) {
-      throw PackingError("tensor " + std::to_string(i) + " is not aligned to its " +
-                         name_of(tensor.dtype) + " elements; give a copy");
+      throw PackingError("tensor " + std::to_string(i) + " is not aligned to its " + name_of(tensor.dtype) +
+                         " elements; give a copy");
     }
   }
 }
 
 void Packer::check_buffer(const Strided& buffer) const {
   if (buffer.dtype != kUint8 || buffer.shape.size() != 1 || !buffer.is_contiguous()) {
-    throw PackingError("the buffer is " + describe(buffer.dtype, buffer.shape) +
-                       "; give contiguous uint8[" + std::to_string(nbytes_) + "]");
+    throw PackingError("the buffer is " + describe(buffer.dtype, buffer.shape) + "; give contiguous uint8[" +
+                       std::to_string(nbytes_) + "]");
   }
   if (buffer.size() < nbytes_) {
-    throw PackingError("the buffer has " + std::to_string(buffer.size()) +
-                       " bytes; the layout needs " + std::to_string(nbytes_));
+    throw PackingError("the buffer has " + std::to_string(buffer.size()) + " bytes; the layout needs " +
+                       std::to_string(nbytes_));
   }
   if (!is_aligned(buffer.data, kAlignment)) {
     throw PackingError("the buffer's address is not a multiple of " + std::to_string(kAlignment) +
@@ -126,8 +123,7 @@ void Packer::unpack(std::span<const Strided> tensors, const Strided& buffer, con
   check_buffer(buffer);
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     if (accumulate && !is_arithmetic(slots_[i].dtype)) {
-      throw PackingError("tensor " + std::to_string(i) + " is " +
-                         describe(slots_[i].dtype, slots_[i].shape) +
+      throw PackingError("tensor " + std::to_string(i) + " is " + describe(slots_[i].dtype, slots_[i].shape) +
                          "; only floating-point types accumulate");
     }
     if (tensors[i].is_expanded()) {

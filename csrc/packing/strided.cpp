@@ -100,8 +100,7 @@ bool Strided::is_expanded() const {
   return false;
 }
 
-void for_each_block(const Strided& tensor, std::int64_t limit,
-                    const std::function<void(const Block&)>& visit) {
+void for_each_block(const Strided& tensor, std::int64_t limit, const std::function<void(const Block&)>& visit) {
   if (tensor.size() == 0) return;
   std::vector<Dimension> outward = joined_dimensions(tensor);
   // Columns run along the last dimension, rows along the one whose elements are closest in memory: cache lines

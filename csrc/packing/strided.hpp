@@ -37,8 +37,7 @@ struct Block {
 };
 
 // Visits every element once, in blocks of at most `limit`. A contiguous tensor's blocks are one row each.
-void for_each_block(const Strided& tensor, std::int64_t limit,
-                    const std::function<void(const Block&)>& visit);
+void for_each_block(const Strided& tensor, std::int64_t limit, const std::function<void(const Block&)>& visit);
 
 // Copies a block's elements, of 1, 2, 4 or 8 bytes, to `out`, row after row, or from `in` into the block.
 void gather(const Block& block, std::size_t element, std::byte* out);

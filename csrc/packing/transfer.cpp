@@ -70,8 +70,7 @@ void copy_from(const std::byte* place, const Strided& tensor) {
 }
 
 template <class Real>
-Real cast_to(std::byte* place, DType wire, const Strided& tensor, Real scale, bool watches,
-             bool streams) {
+Real cast_to(std::byte* place, DType wire, const Strided& tensor, Real scale, bool watches, bool streams) {
   alignas(64) std::byte gathered[kBlock * sizeof(Real)];
   alignas(64) std::byte cast[kBlock * sizeof(double)];
   alignas(64) Real decoded[kBlock];
@@ -102,8 +101,7 @@ Real cast_to(std::byte* place, DType wire, const Strided& tensor, Real scale, bo
 }
 
 template <class Real>
-void cast_from(const std::byte* place, DType wire, const Strided& tensor, Real scale,
-               bool accumulates) {
+void cast_from(const std::byte* place, DType wire, const Strided& tensor, Real scale, bool accumulates) {
   alignas(64) std::byte gathered[kBlock * sizeof(Real)];
   alignas(64) Real decoded[kBlock], before[kBlock];
   const std::size_t element = tensor.dtype.size();

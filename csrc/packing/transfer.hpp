@@ -9,15 +9,13 @@ namespace pe {
 void copy_to(std::byte* place, const Strided& tensor, bool streams);
 void copy_from(const std::byte* place, const Strided& tensor);
 
-// place = tensor * scale, cast to `wire`. Real, the type of the arithmetic, is double for a float64 tensor, else float.
-// Returns the greatest |value| of the tensor (NaN if any is) where it `watches`, else 0.
+// place = tensor * scale, cast to `wire`. Real, the type of the arithmetic, is double for a float64 tensor,
+// else float. Returns the greatest |value| of the tensor (NaN if any is) where it `watches`, else 0.
 template <class Real>
-Real cast_to(std::byte* place, DType wire, const Strided& tensor, Real scale, bool watches,
-             bool streams);
+Real cast_to(std::byte* place, DType wire, const Strided& tensor, Real scale, bool watches, bool streams);
 
 // tensor = place * scale, cast; or tensor += place * scale.
 template <class Real>
-void cast_from(const std::byte* place, DType wire, const Strided& tensor, Real scale,
-               bool accumulates);
+void cast_from(const std::byte* place, DType wire, const Strided& tensor, Real scale, bool accumulates);
 
 }  // namespace pe

@@ -12,15 +12,14 @@ namespace {
 struct Way {
   int from;
   int to;
-  Kind kind;                     // F, or B for gradients, which come of B or I
-  std::vector<TaskId> senders;   // by microbatch, the task whose end lets it go; or kNoTask
+  Kind kind;                    // F, or B for gradients, which come of B or I
+  std::vector<TaskId> senders;  // by microbatch, the task whose end lets it go; or kNoTask
 };
 
 // Finds the task of (stage, kind, microbatch); whole-stage actions are found at microbatch 0.
 class TaskIndex {
  public:
-  TaskIndex(const std::vector<Action>& actions, const Shape& shape, const Packs& packs)
-      : shape_(shape) {
+  TaskIndex(const std::vector<Action>& actions, const Shape& shape, const Packs& packs) : shape_(shape) {
     first_row_.fill(-1);
     int rows = 0;
     for (const Action& a : actions) {
@@ -118,9 +117,7 @@ void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& s
     if (task != kNoTask) emit(task);
     return task != kNoTask;
   };
-  const auto add = [&](int stage, Kind kind) {
-    return add_task(index.find(stage, kind, a.microbatch));
-  };
+  const auto add = [&](int stage, Kind kind) { return add_task(index.find(stage, kind, a.microbatch)); };
   const auto add_sender = [&](int stage, Kind kind) {
     return add_task(index.find_sender(stage, kind, a.microbatch));
   };
@@ -198,8 +195,8 @@ Links::Links(const std::vector<Action>& actions, const Shape& shape, const Packs
       ++successors_begin_[before + 1];
     });
     if (count > kMaxDependencies) {
-      throw PlanError(to_text(actions[t]) + " waits for more than " +
-                      std::to_string(kMaxDependencies) + " tasks");
+      throw PlanError(to_text(actions[t]) + " waits for more than " + std::to_string(kMaxDependencies) +
+                      " tasks");
     }
     num_dependencies_[t] = static_cast<std::uint16_t>(count);
   }
@@ -207,8 +204,7 @@ Links::Links(const std::vector<Action>& actions, const Shape& shape, const Packs
   successors_.resize(successors_begin_.back());
   std::vector<TaskId> next(successors_begin_.begin(), successors_begin_.end() - 1);
   for (TaskId t = 0; t < size; ++t) {
-    for_each_dependency(actions[t], index, shape,
-                        [&](TaskId before) { successors_[next[before]++] = t; });
+    for_each_dependency(actions[t], index, shape, [&](TaskId before) { successors_[next[before]++] = t; });
   }
   skips_sent_ = find_skips_sent(index, shape, size);
 }

@@ -28,8 +28,7 @@ class Links {
 
   std::uint16_t num_dependencies(TaskId task) const { return num_dependencies_[task]; }
   std::span<const TaskId> successors(TaskId task) const {
-    return {successors_.data() + successors_begin_[task],
-            successors_.data() + successors_begin_[task + 1]};
+    return {successors_.data() + successors_begin_[task], successors_.data() + successors_begin_[task + 1]};
   }
   SkipsSent skips_sent(TaskId task) const { return skips_sent_.empty() ? SkipsSent{} : skips_sent_[task]; }
   std::size_t nbytes() const;

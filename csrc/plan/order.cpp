@@ -114,13 +114,13 @@ Index index_of(const Order& order) {
 }
 
 // Of two actions on one rank, `before` must come first.
-void require_order(const Order& order, const Index& index, int stage, int microbatch, Kind before,
-                   Kind after) {
+void require_order(const Order& order, const Index& index, int stage, int microbatch, Kind before, Kind after) {
   const auto first = find(index, stage, before, microbatch);
   const auto second = find(index, stage, after, microbatch);
   if (first && second && first->position > second->position) {
-    refuse(order, *second, "needs " + to_text({stage, microbatch, before}) +
-                               ", which comes only later, as " + where(order, *first));
+    refuse(order, *second,
+           "needs " + to_text({stage, microbatch, before}) + ", which comes only later, as " +
+               where(order, *first));
   }
 }
 
@@ -207,8 +207,8 @@ Shape validate(const Order& order) {
     shape.num_microbatches = std::max(shape.num_microbatches, microbatch + 1);
     shape.has_backward |= kind == Kind::B || kind == Kind::I || kind == Kind::W;
     if (is_compute(kind) && !find(index, stage, Kind::F, microbatch)) {
-      refuse(order, place, "stage " + std::to_string(stage) + " has no F for microbatch " +
-                               std::to_string(microbatch));
+      refuse(order, place,
+             "stage " + std::to_string(stage) + " has no F for microbatch " + std::to_string(microbatch));
     }
   }
   // The first action listed for a stage stands for what is missing there.
@@ -225,16 +225,22 @@ Shape validate(const Order& order) {
       const auto i = find(index, s, Kind::I, m);
       const auto w = find(index, s, Kind::W, m);
       if (!f) {
-        refuse(order, first[s],
-               "stage " + std::to_string(s) + " has no F for microbatch " + std::to_string(m));
+        refuse(order, first[s], "stage " + std::to_string(s) + " has no F for microbatch " + std::to_string(m));
       }
       if (b && (i || w)) {
-        refuse(order, *b, "the backward is listed whole and as " +
-                              to_text({s, m, i ? Kind::I : Kind::W}) + "; use B, or I and W");
+        refuse(order, *b,
+               "the backward is listed whole and as " + to_text({s, m, i ? Kind::I : Kind::W}) +
+                   "; use B, or I and W");
       }
       if (shape.has_backward && !b && !(i && w)) {
-        refuse(order, i ? *i : w ? *w : *f,
-               "stage " + std::to_string(s) + " has no " + (i ? "W" : w ? "I" : "B") +
+        refuse(order,
+               i   ? *i
+               : w ? *w
+                   : *f,
+               "stage " + std::to_string(s) + " has no " +
+                   (i   ? "W"
+                    : w ? "I"
+                        : "B") +
                    " for microbatch " + std::to_string(m));
       }
       for (const Kind backward : {Kind::B, Kind::I, Kind::W}) {
@@ -280,8 +286,8 @@ std::string to_table(const Order& order, int marked_rank, int marked_cell) {
   // Around an error a few rows are enough, however long the schedule.
   constexpr int kContext = 8;
   const int from = marked_cell < 0 ? 0 : std::max(0, marked_cell - kContext);
-  const int to = marked_cell < 0 ? static_cast<int>(rows)
-                                 : std::min(static_cast<int>(rows), marked_cell + kContext + 1);
+  const int to =
+      marked_cell < 0 ? static_cast<int>(rows) : std::min(static_cast<int>(rows), marked_cell + kContext + 1);
   for (int row = from; row < to; ++row) {
     const std::string number = std::to_string(row);
     text += std::string(6 - std::min<std::size_t>(6, number.size()), ' ') + number;

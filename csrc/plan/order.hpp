@@ -39,9 +39,10 @@ struct Shape {
   int num_copies() const { return rank_of_copy.empty() ? 1 : 2; }
 };
 
-// Every stage on one rank, or all on two that share the microbatches alike; every (stage, microbatch) with one F and, if there is any backward at all,
-// one B or one I and one W; nothing twice; on its own rank no action before one it needs; every send
-// with its receive. Throws PlanError naming rank and cell, with a table that marks it.
+// Every stage on one rank, or all on two that share the microbatches alike; every (stage, microbatch) with one
+// F and, if there is any backward at all, one B or one I and one W; nothing twice; on its own rank no action
+// before one it needs; every send with its receive. Throws PlanError naming rank and cell, with a table that
+// marks it.
 Shape validate(const Order& order);
 
 // Throws PlanError: says of one of a rank's actions why it cannot be, with a table that marks its cell.

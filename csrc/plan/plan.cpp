@@ -52,10 +52,9 @@ Plan::Plan(const Order& order, const Shape& shape, PlanOptions options, std::vec
   const bool has_slots = std::equal(peaks.begin(), peaks.end(), limits_.begin(), std::less_equal{});
   number_tasks(order);
   const Packs& packs = options_.packs;
-  computes_alone_ = !packs.any() && packs.skips.empty() &&
-                    std::all_of(actions_.begin(), actions_.end(), [](const Action& a) {
-                      return is_compute(a.kind);
-                    });
+  computes_alone_ =
+      !packs.any() && packs.skips.empty() &&
+      std::all_of(actions_.begin(), actions_.end(), [](const Action& a) { return is_compute(a.kind); });
   in_order_ = computes_alone_ && has_slots && !options_.overlap && !options_.reactive;
   if (!computes_alone_) links();  // refuses what it cannot hold
   fill_queues(preference);
@@ -91,9 +90,8 @@ int Plan::num_sent(TaskId task) const {
     return next != kNoStage && shape_.rank_of(next, a.microbatch) != rank_of(task) ? 1 : 0;
   }
   const auto after = successors(task);
-  return static_cast<int>(std::count_if(after.begin(), after.end(), [&](TaskId t) {
-    return rank_of(t) != rank_of(task);
-  }));
+  return static_cast<int>(
+      std::count_if(after.begin(), after.end(), [&](TaskId t) { return rank_of(t) != rank_of(task); }));
 }
 
 int Plan::num_messages(TaskId task) const {
@@ -138,9 +136,8 @@ void Plan::fill_queues(const std::vector<Kind>& preference) {
     for (TaskId t = first_of_rank(rank); t < end_of_rank(rank); ++t) {
       if (worker_of(t) == worker) mine.push_back(t);
     }
-    std::stable_sort(mine.begin(), mine.end(), [&](TaskId a, TaskId b) {
-      return key_of(actions_[a]) < key_of(actions_[b]);
-    });
+    std::stable_sort(mine.begin(), mine.end(),
+                     [&](TaskId a, TaskId b) { return key_of(actions_[a]) < key_of(actions_[b]); });
     int last_key = -1;
     for (const TaskId t : mine) {
       const int key = key_of(actions_[t]);
@@ -168,8 +165,7 @@ std::size_t Plan::nbytes() const {
 Order Plan::order() const {
   Order order;
   for (int rank = 0; rank < num_ranks(); ++rank) {
-    order.emplace_back(actions_.begin() + first_of_rank(rank),
-                       actions_.begin() + end_of_rank(rank));
+    order.emplace_back(actions_.begin() + first_of_rank(rank), actions_.begin() + end_of_rank(rank));
   }
   return order;
 }

@@ -71,9 +71,7 @@ class Plan {
 
   const Action& action(TaskId task) const { return actions_[task]; }
   int rank_of_stage(int stage) const { return shape_.rank_of_stage[stage]; }
-  int rank_of(TaskId task) const {
-    return shape_.rank_of(actions_[task].stage, actions_[task].microbatch);
-  }
+  int rank_of(TaskId task) const { return shape_.rank_of(actions_[task].stage, actions_[task].microbatch); }
 
   // Tasks are numbered rank by rank in their planned order.
   TaskId first_of_rank(int rank) const { return rank_begin_[rank]; }

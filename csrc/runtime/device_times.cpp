@@ -5,8 +5,7 @@
 namespace pe {
 
 bool DeviceTimes::done() const {
-  return std::all_of(finish_.begin(), finish_.end(),
-                     [](const cuda::Event& event) { return event.done(); });
+  return std::all_of(finish_.begin(), finish_.end(), [](const cuda::Event& event) { return event.done(); });
 }
 
 MeasuredTimes DeviceTimes::read() const {

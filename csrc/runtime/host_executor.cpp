@@ -20,8 +20,7 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kPollPeriod = std::chrono::milliseconds(50);
 
 Nanoseconds now() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch())
-      .count();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
 }
 
 }  // namespace
@@ -111,15 +110,15 @@ struct HostExecutor::Shared {
   bool dead = false;
 };
 
-HostExecutor::HostExecutor(int num_workers, const std::vector<std::string>& thread_names,
-                           ThreadHooks hooks, int rank)
+HostExecutor::HostExecutor(int num_workers, const std::vector<std::string>& thread_names, ThreadHooks hooks,
+                           int rank)
     : num_workers_(num_workers),
       rank_(rank),
       owner_pid_(getpid()),
       shared_(std::make_shared<Shared>(num_workers, std::move(hooks))) {
   for (int worker = 0; worker < num_workers; ++worker) {
-    auto& thread = shared_->threads.emplace_back(
-        [shared = shared_, worker] { HostExecutor::work(shared, worker); });
+    auto& thread =
+        shared_->threads.emplace_back([shared = shared_, worker] { HostExecutor::work(shared, worker); });
     // The kernel keeps 15 characters.
     pthread_setname_np(thread.native_handle(), thread_names[worker].substr(0, 15).c_str());
   }
@@ -168,7 +167,7 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
 
     lock.lock();
     if (s.abandoned[me]) {  // the step is gone
-      lock.unlock();  // before `error` dies, whose destructor may need a lock of the body's own language
+      lock.unlock();        // before `error` dies, whose destructor may need a lock of the body's own language
       return;
     }
     s.running[me] = kNoTask;

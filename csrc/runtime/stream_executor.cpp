@@ -54,10 +54,10 @@ class StreamExecutor::Laid {
  public:
   std::shared_ptr<const Program> program;
   std::shared_ptr<const StreamPlan> plan;
-  std::vector<std::size_t> device;          // by stream, as an index
+  std::vector<std::size_t> device;  // by stream, as an index
   std::vector<cuda::StreamHandle> streams;
-  std::vector<cuda::Event> events;          // by step; of those that another stream awaits
-  std::vector<cuda::Event> tails;           // by stream
+  std::vector<cuda::Event> events;  // by step; of those that another stream awaits
+  std::vector<cuda::Event> tails;   // by stream
   std::vector<std::shared_ptr<DeviceTimes>> times;
 
   std::shared_ptr<DeviceTimes> unused_times(const StreamExecutor& executor) {
@@ -66,8 +66,7 @@ class StreamExecutor::Laid {
     }
     DeviceTimes::Contexts contexts;
     for (const auto& device : executor.devices_) contexts.push_back(device->context);
-    return times.emplace_back(
-        std::make_shared<DeviceTimes>(plan->steps().size(), std::move(contexts)));
+    return times.emplace_back(std::make_shared<DeviceTimes>(plan->steps().size(), std::move(contexts)));
   }
 };
 
@@ -200,8 +199,8 @@ void StreamExecutor::check_usable() const {
   if (closed_) throw std::logic_error("it is closed");
 }
 
-std::shared_ptr<StreamExecutor::Laid> StreamExecutor::lay_out(
-    std::shared_ptr<const Program> program, std::shared_ptr<const StreamPlan> plan) {
+std::shared_ptr<StreamExecutor::Laid> StreamExecutor::lay_out(std::shared_ptr<const Program> program,
+                                                              std::shared_ptr<const StreamPlan> plan) {
   check_usable();
   auto laid = std::make_shared<Laid>();
   laid->program = std::move(program);
@@ -210,8 +209,7 @@ std::shared_ptr<StreamExecutor::Laid> StreamExecutor::lay_out(
   for (const StreamInfo& stream : laid->plan->streams()) {
     const std::size_t device = index_of(stream.device);
     laid->device.push_back(device);
-    laid->streams.push_back(
-        devices_[device]->stream(stream.copies, taken[2 * device + stream.copies]++));
+    laid->streams.push_back(devices_[device]->stream(stream.copies, taken[2 * device + stream.copies]++));
     laid->tails.emplace_back(devices_[device]->context, cuda::kEventDisableTiming);
   }
   for (const Enqueued& step : laid->plan->steps()) {
@@ -320,15 +318,12 @@ void StreamExecutor::close() {
   if (!busy_) devices_.clear();
 }
 
-const std::vector<cuda::StreamHandle>& StreamExecutor::streams_of(const Laid& laid) {
-  return laid.streams;
-}
+const std::vector<cuda::StreamHandle>& StreamExecutor::streams_of(const Laid& laid) { return laid.streams; }
 
 void StreamExecutor::copy(cuda::Address to, int to_device, cuda::Address from, int from_device,
                           std::size_t nbytes, cuda::StreamHandle stream) const {
   if (devices_.empty()) throw std::logic_error("it is closed");  // not while a step that is to stop ends
-  PE_CUDA(cuda::Driver::get(), cuMemcpyPeerAsync, to,
-          devices_[index_of(to_device)]->context->handle(), from,
+  PE_CUDA(cuda::Driver::get(), cuMemcpyPeerAsync, to, devices_[index_of(to_device)]->context->handle(), from,
           devices_[index_of(from_device)]->context->handle(), nbytes, stream);
 }
 

@@ -53,8 +53,7 @@ class StreamExecutor {
   // The ordinals of its devices.
   const std::vector<int>& devices() const { return ordinals_; }
 
-  std::shared_ptr<Laid> lay_out(std::shared_ptr<const Program> program,
-                                std::shared_ptr<const StreamPlan> plan);
+  std::shared_ptr<Laid> lay_out(std::shared_ptr<const Program> program, std::shared_ptr<const StreamPlan> plan);
 
   // Enqueues one step. A body is called with nothing but its action: it puts its work on
   // streams_of(laid)[...] itself. Whatever happens, the callers then follow all that was enqueued;
@@ -93,8 +92,8 @@ class StreamExecutor {
   std::vector<int> ordinals_;
   std::vector<std::unique_ptr<OfDevice>> devices_;
   unsigned steps_ = 0;  // marked
-  std::mutex closing_;                // of what follows
-  bool busy_ = false;                 // in run or wait_for_room
+  std::mutex closing_;  // of what follows
+  bool busy_ = false;   // in run or wait_for_room
   std::atomic<bool> closed_ = false;
   bool dead_ = false;
 };

@@ -20,8 +20,7 @@ class Lanes {
   // A lane on which none of `others` is.
   int take(const std::vector<int>& others) {
     const auto free_of_others = [&](std::size_t lane) {
-      return std::find(others.begin(), others.end(), first_stream_ + static_cast<int>(lane)) ==
-             others.end();
+      return std::find(others.begin(), others.end(), first_stream_ + static_cast<int>(lane)) == others.end();
     };
     std::size_t best = lanes_.size();
     for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
@@ -283,8 +282,8 @@ std::uint32_t StreamPlan::first_after(std::uint32_t before, int stream) const {
   const auto has_ended = [&](std::uint32_t step) {
     return ended_[step * streams_.size() + other] > place_[before];
   };
-  const auto first = std::partition_point(steps.begin(), steps.end(),
-                                          [&](std::uint32_t step) { return !has_ended(step); });
+  const auto first =
+      std::partition_point(steps.begin(), steps.end(), [&](std::uint32_t step) { return !has_ended(step); });
   return first == steps.end() ? static_cast<std::uint32_t>(steps_.size()) : *first;
 }
 

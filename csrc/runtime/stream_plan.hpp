@@ -26,7 +26,7 @@ inline constexpr std::uint32_t kNoStep = ~std::uint32_t{0};
 
 // One thing the host enqueues: a task, or the copy that takes a task's results to another device.
 struct Enqueued {
-  Action action;         // of a copy: SEND_F or SEND_B of the task's stage and microbatch
+  Action action;  // of a copy: SEND_F or SEND_B of the task's stage and microbatch
   TaskId task = kNoTask;
   int stream = 0;
   std::uint32_t waits_begin = 0;  // range of StreamPlan::waits
@@ -47,8 +47,8 @@ struct Enqueued {
 class StreamPlan {
  public:
   // `rank`: the process's; kEveryRank: it has all. Throws PlanError if there are not as many devices as ranks.
-  StreamPlan(std::shared_ptr<const Plan> plan, const TaskTimes& times,
-             std::vector<int> device_of_rank, int rank = kEveryRank);
+  StreamPlan(std::shared_ptr<const Plan> plan, const TaskTimes& times, std::vector<int> device_of_rank,
+             int rank = kEveryRank);
 
   const Plan& plan() const { return *plan_; }
   const std::shared_ptr<const Plan>& shared_plan() const { return plan_; }
@@ -101,8 +101,8 @@ class StreamPlan {
   int rank_;
   std::vector<StreamInfo> streams_;
   std::vector<int> lane_of_task_;
-  std::vector<int> copy_streams_;  // by boundary and way; -1: none so far
-  std::vector<Way> ways_;          // the same
+  std::vector<int> copy_streams_;     // by boundary and way; -1: none so far
+  std::vector<Way> ways_;             // the same
   std::vector<std::uint32_t> freed_;  // by stage, the last step so far that freed a slot
   std::vector<Room> rooms_;
   std::vector<Enqueued> steps_;

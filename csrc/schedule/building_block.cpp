@@ -80,12 +80,9 @@ class BlockRank {
 
   // The first slot from `slot` on that no block takes, and in which a W is left whose I came before.
   int next_w_slot(int slot) const {
-    const auto taken = [&](int pass) {
-      return count_before(pass, slot + 1) > count_before(pass, slot);
-    };
-    while (done_[kW] < 2 * microbatches_ &&
-           (count_before(2, slot) + count_before(3, slot) <= done_[kW] || taken(0) || taken(1) ||
-            taken(2) || taken(3))) {
+    const auto taken = [&](int pass) { return count_before(pass, slot + 1) > count_before(pass, slot); };
+    while (done_[kW] < 2 * microbatches_ && (count_before(2, slot) + count_before(3, slot) <= done_[kW] ||
+                                             taken(0) || taken(1) || taken(2) || taken(3))) {
       ++slot;
     }
     return slot;
@@ -103,8 +100,7 @@ class BlockRank {
 
 }  // namespace
 
-Order order_of_blocks(int num_ranks, int microbatches, int most,
-                      const std::function<Block(int rank)>& block) {
+Order order_of_blocks(int num_ranks, int microbatches, int most, const std::function<Block(int rank)>& block) {
   std::vector<BlockRank> ranks;
   for (int rank = 0; rank < num_ranks; ++rank) ranks.emplace_back(block(rank), microbatches, most);
   // From the first microbatch's end to the last one's begin the blocks leave no idle time.
@@ -124,8 +120,7 @@ Order order_of_blocks(int num_ranks, int microbatches, int most,
     for (int rank = 0; rank < num_ranks; ++rank) {
       chosen[rank] = ranks[rank].finished()
                          ? std::nullopt
-                         : ranks[rank].choose(settled, drained,
-                                              [&](int pass) { return is_ready(rank, pass); });
+                         : ranks[rank].choose(settled, drained, [&](int pass) { return is_ready(rank, pass); });
     }
     for (int rank = 0; rank < num_ranks; ++rank) {
       if (!chosen[rank]) continue;

@@ -16,7 +16,6 @@ using Block = std::array<int, 4>;
 
 // While the first microbatches come in and the last go out, there is idle time between the blocks: ranks go
 // on then with what is ready, F with no more than `most` half chunks held, and W when nothing else is.
-Order order_of_blocks(int num_ranks, int microbatches, int most,
-                      const std::function<Block(int rank)>& block);
+Order order_of_blocks(int num_ranks, int microbatches, int most, const std::function<Block(int rank)>& block);
 
 }  // namespace pe

@@ -11,8 +11,8 @@ std::string where(const Plan& plan, TaskId task) {
   const int rank = plan.rank_of(task);
   int cell = 0;
   for (TaskId t = plan.first_of_rank(rank); t < task; ++t) cell += plan.action(t).joins_next ? 0 : 1;
-  return "rank " + std::to_string(rank) + ", cell " + std::to_string(cell) + " '" +
-         to_text(plan.action(task)) + "'";
+  return "rank " + std::to_string(rank) + ", cell " + std::to_string(cell) + " '" + to_text(plan.action(task)) +
+         "'";
 }
 
 }  // namespace
@@ -56,9 +56,9 @@ std::string ListScheduler::cycle() const {
   for (; task != kNoTask && !seen[task]; task = blocker[task]) seen[task] = true;
   std::string text;
   for (TaskId t = task; t != kNoTask; t = blocker[t]) {
-    const char* why = !is_head[t]           ? " stands behind "
-                      : missing_[t] == 0    ? " needs the slot that is freed by "
-                                            : " waits for ";
+    const char* why = !is_head[t]        ? " stands behind "
+                      : missing_[t] == 0 ? " needs the slot that is freed by "
+                                         : " waits for ";
     text += "  " + where(plan_, t) + why + where(plan_, blocker[t]) + "\n";
     if (blocker[t] == task) break;
   }

@@ -7,8 +7,7 @@ namespace pe {
 
 std::vector<Action> dual_pipe_order(int depth, int rank, const Chunk& inward, const Chunk& outward) {
   const int inner = depth - 1 - rank;  // ranks further in
-  const int microbatches =
-      std::max({2 * depth, inward.end - inward.begin, outward.end - outward.begin});
+  const int microbatches = std::max({2 * depth, inward.end - inward.begin, outward.end - outward.begin});
   TwoChunks rows({inward, outward});
   std::deque<int> late;  // chunks of the W to come, in the order of their I
   const auto list_input = [&](int chunk) {

@@ -8,8 +8,7 @@
 namespace pe {
 
 Schedule dualpipev() {
-  return {"dualpipev", Layout::V,
-          OrderOfRank([](const Placement& placement, int rank, int microbatches) {
+  return {"dualpipev", Layout::V, OrderOfRank([](const Placement& placement, int rank, int microbatches) {
             const int ranks = placement.num_ranks;
             return dual_pipe_order(ranks, rank, {rank, 0, microbatches},
                                    {2 * ranks - 1 - rank, 0, microbatches});

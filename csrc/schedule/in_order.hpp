@@ -15,8 +15,7 @@ class Inputs {
  public:
   static constexpr std::size_t kNone = ~std::size_t{0};
 
-  explicit Inputs(const Plan& plan)
-      : stages_(plan.num_stages()), microbatches_(plan.num_microbatches()) {}
+  explicit Inputs(const Plan& plan) : stages_(plan.num_stages()), microbatches_(plan.num_microbatches()) {}
 
   std::size_t size() const { return 2 * stages_ * microbatches_; }
 

@@ -71,13 +71,12 @@ std::string ListScheduler::waiting() const {
       if (head_[at] != q.end) first = std::min(first, plan_.queued(head_[at]));
     }
     if (first == kNoTask) continue;
-    text += "  rank " + std::to_string(plan_.rank_of_worker(worker)) + ": " +
-            to_text(plan_.action(first)) + " waits for";
+    text += "  rank " + std::to_string(plan_.rank_of_worker(worker)) + ": " + to_text(plan_.action(first)) +
+            " waits for";
     const char* separator = " ";
     for (const TaskId before : plan_.dependencies(first)) {
       if (finished(before)) continue;
-      text += separator + to_text(plan_.action(before)) + " on rank " +
-              std::to_string(plan_.rank_of(before));
+      text += separator + to_text(plan_.action(before)) + " on rank " + std::to_string(plan_.rank_of(before));
       separator = ", ";
     }
     if (missing_[first] == 0) {

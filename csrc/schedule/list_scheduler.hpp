@@ -15,8 +15,8 @@ namespace pe {
 
 // Under a limit of memory a rank starts its F as planned, each when it fits, while what frees memory goes as
 // soon as it can. That cannot deadlock if the plan run in order does not: take the first task, in such a run,
-// that has not begun. What it waits for is done. If it is an F, all that its rank holds the plan's own run holds
-// at that moment too, so it fits.
+// that has not begun. What it waits for is done. If it is an F, all that its rank holds the plan's own run
+// holds at that moment too, so it fits.
 class ListScheduler {
  public:
   // Keeps the plan's own limits of memory, if it has any. Schedules the tasks of `rank` alone, or all; what
@@ -93,8 +93,8 @@ class ListScheduler {
   const Links& links_;
   std::optional<MemoryUse> memory_;
   std::vector<std::uint16_t> missing_;  // dependencies that are not done, by task; or kFinished
-  std::vector<TaskId> head_;  // position in Plan::queued, by queue
-  std::vector<int> in_flight_;  // by slots_of
+  std::vector<TaskId> head_;            // position in Plan::queued, by queue
+  std::vector<int> in_flight_;          // by slots_of
   std::vector<int> peak_of_stage_;
   std::vector<int> in_flight_of_rank_, peak_of_rank_;
   TaskId unfinished_;
@@ -118,8 +118,7 @@ TaskId ListScheduler::take(int worker, IsHere&& is_here) {
     const TaskId task = plan_.queued(head_[at]);
     if (missing_[task] != 0 || !has_slot(task) || !is_here(task)) continue;
     if (limited && plan_.takes_slot(task) && (task != forward || !memory_->fits(task))) continue;
-    if (best == kNoTask || q.priority < best_priority ||
-        (q.priority == best_priority && task < best)) {
+    if (best == kNoTask || q.priority < best_priority || (q.priority == best_priority && task < best)) {
       best = task;
       best_queue = at;
       best_priority = q.priority;

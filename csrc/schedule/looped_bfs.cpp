@@ -6,8 +6,7 @@
 namespace pe {
 
 Schedule looped_bfs() {
-  return {"looped-bfs", Layout::Looped,
-          OrderOfRank([](const Placement& placement, int rank, int microbatches) {
+  return {"looped-bfs", Layout::Looped, OrderOfRank([](const Placement& placement, int rank, int microbatches) {
             const std::vector<int> stages = placement.stages_of(rank);
             std::vector<Action> order;
             for (auto stage = stages.begin(); stage != stages.end(); ++stage) {

@@ -19,8 +19,7 @@ struct Rule {
 };
 
 // All actions of one rank, from first to last.
-using OrderOfRank =
-    std::function<std::vector<Action>(const Placement&, int rank, int microbatches)>;
+using OrderOfRank = std::function<std::vector<Action>(const Placement&, int rank, int microbatches)>;
 
 // All actions of all ranks, where those of one follow from the others'.
 using OrderOfRanks = std::function<Order(const Placement&, int microbatches)>;

@@ -42,9 +42,7 @@ class TwoChunks {
   }
 
   // How many microbatches of a chunk have been listed, or left out, for a kind.
-  int count(int chunk, Kind kind) const {
-    return next_[chunk][static_cast<int>(kind)] - chunks_[chunk].begin;
-  }
+  int count(int chunk, Kind kind) const { return next_[chunk][static_cast<int>(kind)] - chunks_[chunk].begin; }
 
   std::vector<Action> take() { return std::move(actions_); }
 

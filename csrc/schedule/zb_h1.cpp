@@ -7,8 +7,7 @@
 namespace pe {
 
 Schedule zb_h1() {
-  return {"zb-h1", Layout::Linear,
-          OrderOfRank([](const Placement& placement, int rank, int microbatches) {
+  return {"zb-h1", Layout::Linear, OrderOfRank([](const Placement& placement, int rank, int microbatches) {
             return zero_bubble_order(rank, placement.num_ranks - rank, rank, microbatches);
           })};
 }

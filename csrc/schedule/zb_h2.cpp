@@ -8,8 +8,7 @@
 namespace pe {
 
 Schedule zb_h2() {
-  return {"zb-h2", Layout::Linear,
-          OrderOfRank([](const Placement& placement, int rank, int microbatches) {
+  return {"zb-h2", Layout::Linear, OrderOfRank([](const Placement& placement, int rank, int microbatches) {
             const int ahead = 2 * (placement.num_ranks - rank) - 1;
             return zero_bubble_order(rank, ahead, 2 * rank, microbatches);
           })};

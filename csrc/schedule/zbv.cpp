@@ -11,8 +11,7 @@
 namespace pe {
 
 Schedule zbv() {
-  return {"zbv", Layout::V,
-          OrderOfRank([](const Placement& placement, int rank, int microbatches) {
+  return {"zbv", Layout::V, OrderOfRank([](const Placement& placement, int rank, int microbatches) {
             const int ranks = placement.num_ranks;
             const int full = std::max(2 * ranks - 1, microbatches);
             TwoChunks rows({Chunk{rank, 0, microbatches}, Chunk{2 * ranks - 1 - rank, 0, microbatches}});

@@ -26,9 +26,9 @@ struct RankPolicy {
   // The rank waits for a better F or I that arrives within so much of the time of the one at hand; by phase.
   std::array<double, kNumPhases> hold{};
   struct Preference {
-    bool forward_first = false;           // F before I
-    bool early_stages_forward = false;    // among its stages' F, the earlier stage's
-    bool early_stages_backward = false;   // among its stages' I
+    bool forward_first = false;          // F before I
+    bool early_stages_forward = false;   // among its stages' F, the earlier stage's
+    bool early_stages_backward = false;  // among its stages' I
   };
   std::array<Preference, kNumPhases> preference{};
   bool early_stages_weights = false;

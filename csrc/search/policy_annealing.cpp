@@ -7,9 +7,9 @@
 namespace pe {
 namespace {
 
-constexpr double kWarmest = 0.02;      // of what could be gained
+constexpr double kWarmest = 0.02;  // of what could be gained
 constexpr double kShareOfMean = 2e-3;
-constexpr int kMostChanges = 3;        // in one round
+constexpr int kMostChanges = 3;  // in one round
 
 int clamp_limit(const Problem& problem, int limit) { return std::clamp(limit, 1, problem.microbatches()); }
 
@@ -59,9 +59,8 @@ void change(const Problem& problem, Policy& policy, Random& random) {
   if (what < 9) {
     const double slack = random_slack(random);
     const bool input = random.one_in(2);
-    return change_ranks(problem, policy, random, [&](RankPolicy& rank) {
-      (input ? rank.input_slack : rank.forward_slack) = slack;
-    });
+    return change_ranks(problem, policy, random,
+                        [&](RankPolicy& rank) { (input ? rank.input_slack : rank.forward_slack) = slack; });
   }
   const int phase = random.below(kNumPhases);
   if (what < 12) {

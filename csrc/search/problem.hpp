@@ -64,9 +64,7 @@ class Problem {
   double transfer(int boundary) const { return transfer_[boundary]; }  // how long a result occupies the link
 
   // A rank's part in the objective.
-  double share(double begin, double end) const {
-    return objective_ == Objective::Span ? end - begin : end;
-  }
+  double share(double begin, double end) const { return objective_ == Objective::Span ? end - begin : end; }
   // From when each rank first begins and last ends.
   Score score(const std::vector<double>& begin, const std::vector<double>& end) const;
   // No order can do in less.

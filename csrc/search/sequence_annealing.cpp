@@ -6,9 +6,9 @@
 namespace pe {
 namespace {
 
-constexpr double kWarmest = 3e-6;      // of the time
+constexpr double kWarmest = 3e-6;  // of the time
 constexpr double kShareOfMean = 0.3;
-constexpr int kFarthest = 6;           // that a token moves
+constexpr int kFarthest = 6;  // that a token moves
 
 // Most that can be won is where the pipeline fills and drains.
 int random_position(int size, int ends_at, Random& random) {

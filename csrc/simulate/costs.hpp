@@ -11,24 +11,24 @@
 namespace pe {
 
 struct Costs {
-  std::vector<double> forward;       // by stage
-  std::vector<double> backward;      // by stage, the full backward
-  std::vector<double> input_grad;    // by stage
-  std::vector<double> weight_grad;   // by stage
+  std::vector<double> forward;      // by stage
+  std::vector<double> backward;     // by stage, the full backward
+  std::vector<double> input_grad;   // by stage
+  std::vector<double> weight_grad;  // by stage
   // Of messages to another rank, by boundary (stage s to s + 1), as in the LogGP model (Alexandrov et al.,
   // SPAA 1995): the way of each; what its sender spends on it; how long each result in it occupies the link.
   // A skip's are charged as what else its sender sends in that direction, and share the link with it.
   std::vector<double> latency;
   std::vector<double> overhead;  // empty: none
   std::vector<double> transfer;  // empty: none
-  double contention = 1.0;           // how much longer a task takes beside one of its rank's other stream
-  double pair = 1.0;                 // time of an overlapped pair, as a share of its actions' one after another
+  double contention = 1.0;       // how much longer a task takes beside one of its rank's other stream
+  double pair = 1.0;             // time of an overlapped pair, as a share of its actions' one after another
   // Memory of one microbatch, in one unit throughout; what neither I nor W has freed goes with the last of
   // them.
-  std::vector<double> taken;         // by stage, by F; empty: 1
+  std::vector<double> taken;                // by stage, by F; empty: 1
   std::vector<double> freed_by_input_grad;  // by stage; empty: none, W frees it all
-  std::vector<double> memory_limit;  // by rank; empty: none
-  Noise noise{};  // of the times of tasks
+  std::vector<double> memory_limit;         // by rank; empty: none
+  Noise noise{};                            // of the times of tasks
 
   // F = 1 and B = 2 at every stage, I and W half of B, no latency.
   static Costs uniform(int num_stages);
@@ -74,8 +74,8 @@ struct Costs {
   // Each boundary has a link in each direction, and each copy of the stages has links of its own.
   int num_links(const Shape& shape) const { return 2 * static_cast<int>(latency.size()) * shape.num_copies(); }
   int link(const Shape& shape, const Action& action) const {
-    const int boundary = boundary_sent_over(action) +
-                         (shape.on_copy(action.microbatch) ? static_cast<int>(latency.size()) : 0);
+    const int boundary =
+        boundary_sent_over(action) + (shape.on_copy(action.microbatch) ? static_cast<int>(latency.size()) : 0);
     return 2 * boundary + static_cast<int>(stream_of(action.kind));
   }
 

@@ -53,8 +53,7 @@ class EventClock {
     result_.peak_in_flight_of_stage = scheduler_.peak_by_stage();
     result_.peak_memory = scheduler_.peak_memory();
     result_.working_bytes = sizeof(double) * (result_.begin.size() + result_.stretched_end.size()) +
-                            scheduler_.nbytes() + events_.nbytes() +
-                            workers_.size() * sizeof(Worker);
+                            scheduler_.nbytes() + events_.nbytes() + workers_.size() * sizeof(Worker);
   }
 
  private:
@@ -203,9 +202,7 @@ class EventClock {
     push_end(index, now_ + worker.work_left * stretch(index));
   }
 
-  double stretch(int index) const {
-    return workers_[index ^ 1].task != kNoTask ? costs_.contention : 1.0;
-  }
+  double stretch(int index) const { return workers_[index ^ 1].task != kNoTask ? costs_.contention : 1.0; }
 
   const Plan& plan_;
   const Costs& costs_;

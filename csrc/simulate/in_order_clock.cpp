@@ -77,8 +77,8 @@ InOrderClock::InOrderClock(const Plan& plan, const Costs& costs, Simulation& res
         Charge& charge = charges_.emplace_back();
         charge.duration = costs.of(a);
         const int after = plan.stage_after(a);
-        charge.crosses = after != kNoStage &&
-                         shape.rank_of(after, a.microbatch) != shape.rank_of(stage, a.microbatch);
+        charge.crosses =
+            after != kNoStage && shape.rank_of(after, a.microbatch) != shape.rank_of(stage, a.microbatch);
         if (!charge.crosses) continue;
         const int boundary = Costs::boundary_sent_over(a);
         if (!costs.overhead.empty()) charge.duration += costs.overhead[boundary];

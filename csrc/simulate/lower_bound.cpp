@@ -8,9 +8,9 @@ namespace {
 // What one microbatch takes at each stage at least, sending included; pairs may shorten all of it.
 struct TaskTimes {
   std::vector<double> forward;
-  std::vector<double> input_grad;  // until the gradient leaves: by I, or by B
-  std::vector<double> backward;    // all of it: B, or I and W
-  std::vector<double> way;         // of a message, by boundary
+  std::vector<double> input_grad;                   // until the gradient leaves: by I, or by B
+  std::vector<double> backward;                     // all of it: B, or I and W
+  std::vector<double> way;                          // of a message, by boundary
   std::vector<double> most_forward, most_backward;  // the most that it takes
 };
 
@@ -39,11 +39,11 @@ TaskTimes times_of(const std::vector<int>& rank_of_stage, const Costs& costs) {
 
 // What one rank has to do, and one microbatch's way from its first stage and back.
 struct Part {
-  int first;          // stage; every microbatch passes it before the rank's others, and comes back to it last
+  int first;  // stage; every microbatch passes it before the rank's others, and comes back to it last
   double forwards = 0, gradients = 0, backwards = 0;
-  double wait = 0;    // from its first begin to the first gradient at its last stage
-  double alone = 0;   // one microbatch's whole way
-  double crowded = 0; // how long the rank idles for want of memory, at least
+  double wait = 0;     // from its first begin to the first gradient at its last stage
+  double alone = 0;    // one microbatch's whole way
+  double crowded = 0;  // how long the rank idles for want of memory, at least
 };
 
 class Bounds {
@@ -73,8 +73,8 @@ class Bounds {
     bound.makespan = backward_[0] + times_.backward[0];
     for (const Part& mine : parts_) {
       // No gradient comes before the first microbatch's; the W may all come when the last gradient has left.
-      double span = std::max({mine.forwards + mine.backwards + mine.crowded,
-                              mine.wait + mine.backwards, mine.alone});
+      double span =
+          std::max({mine.forwards + mine.backwards + mine.crowded, mine.wait + mine.backwards, mine.alone});
       for (const Part& other : parts_) span = std::max(span, by_way_of(other, mine.first));
       bound.span = std::max(bound.span, span);
       bound.makespan = std::max({bound.makespan, forward_[mine.first] + span, by_way_of(mine, 0)});
@@ -142,8 +142,8 @@ class Bounds {
   const TaskTimes times_;
   // Of one microbatch alone: when its F, and its gradients, begin at each stage.
   std::vector<double> forward_, backward_;
-  std::vector<double> way_back_;            // of a gradient that has left a stage, to the begin of the pipeline
-  std::vector<Part> parts_;                 // of the ranks that hold stages
+  std::vector<double> way_back_;  // of a gradient that has left a stage, to the begin of the pipeline
+  std::vector<Part> parts_;       // of the ranks that hold stages
 };
 
 }  // namespace

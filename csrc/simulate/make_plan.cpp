@@ -108,9 +108,10 @@ void check_kept(const Plan& plan, const Slots& slots) {
   }
   if (plan.options().packs.any() && !ends(plan)) {
     check_ends(Plan(plan.order(), plan.shape(), {plan.options().overlap, plan.options().reactive}));
-    throw PlanError("in exactly the order given the step would never end, because results that leave together "
-                    "wait for one another; pack fewer, give another order, or let ranks change it with "
-                    "reactive=True");
+    throw PlanError(
+        "in exactly the order given the step would never end, because results that leave together "
+        "wait for one another; pack fewer, give another order, or let ranks change it with "
+        "reactive=True");
   }
   check_ends(plan);
 }
@@ -125,8 +126,8 @@ Placement place(const Schedule& schedule, int num_stages, int num_ranks) {
   }
 }
 
-Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int microbatches,
-               PlanOptions options, const Slots& slots) {
+Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int microbatches, PlanOptions options,
+               const Slots& slots) {
   const Placement placement = place(schedule, num_stages, num_ranks);
   const Shape shape = shape_of(placement, microbatches);
   check(options.packs, shape);
@@ -157,8 +158,9 @@ Plan make_plan(const Order& order, PlanOptions options, const Slots& slots) {
   check(slots, shape);
   if (options.memory.limited()) options.memory.validate(shape.num_stages, static_cast<int>(order.size()));
   if (options.packs.any() && sends_explicitly(order)) {
-    throw PlanError("the schedule lists its sends, one for each result, so that none leave together; leave "
-                    "out SEND and RECV, or pack=1, of skips too");
+    throw PlanError(
+        "the schedule lists its sends, one for each result, so that none leave together; leave "
+        "out SEND and RECV, or pack=1, of skips too");
   }
   if (options.reactive && (options.packs.any() || slots.given())) {
     return settled_plan(order, shape, options, slots);
@@ -168,8 +170,8 @@ Plan make_plan(const Order& order, PlanOptions options, const Slots& slots) {
   return plan;
 }
 
-Plan make_forward_plan(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches,
-                       bool overlap, std::vector<Skip> skips, bool reactive) {
+Plan make_forward_plan(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, bool overlap,
+                       std::vector<Skip> skips, bool reactive) {
   const int num_stages = static_cast<int>(rank_of_stage.size());
   Order order(num_ranks);
   for (int m = 0; m < microbatches; ++m) {

@@ -14,8 +14,8 @@ Placement place(const Schedule& schedule, int num_stages, int num_ranks);
 
 // Throws PlanError where the schedule cannot place `num_stages` on `num_ranks`, or the step would never end
 // with so few slots.
-Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int microbatches,
-               PlanOptions options, const Slots& slots = {});
+Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int microbatches, PlanOptions options,
+               const Slots& slots = {});
 
 // The order is validated and shown to end. It is kept, unless the plan is reactive, and results leave together
 // or `slots` are given. Throws PlanError where it must be kept and does not end so, or needs more slots.

@@ -25,8 +25,8 @@ double Noise::factor(const Action& action) const {
     bits = mix(bits ^ static_cast<std::uint32_t>(part));
   }
   // Box and Muller's normal number.
-  const double normal = std::sqrt(-2.0 * std::log(uniform(bits))) *
-                        std::cos(2.0 * std::numbers::pi * uniform(mix(bits)));
+  const double normal =
+      std::sqrt(-2.0 * std::log(uniform(bits))) * std::cos(2.0 * std::numbers::pi * uniform(mix(bits)));
   const double variance = std::log1p(cv * cv);
   return std::exp(std::sqrt(variance) * normal - variance / 2);
 }

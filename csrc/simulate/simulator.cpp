@@ -111,9 +111,8 @@ Order order_of(const Plan& plan, const Simulation& simulation) {
   for (int rank = 0; rank < plan.num_ranks(); ++rank) {
     std::vector<TaskId> tasks(plan.end_of_rank(rank) - plan.first_of_rank(rank));
     std::iota(tasks.begin(), tasks.end(), plan.first_of_rank(rank));
-    std::stable_sort(tasks.begin(), tasks.end(), [&](TaskId a, TaskId b) {
-      return simulation.begin[a] < simulation.begin[b];
-    });
+    std::stable_sort(tasks.begin(), tasks.end(),
+                     [&](TaskId a, TaskId b) { return simulation.begin[a] < simulation.begin[b]; });
     auto& actions = order.emplace_back();
     for (const TaskId t : tasks) {
       actions.push_back(plan.action(t));

@@ -10,15 +10,15 @@ namespace pe {
 
 struct Simulation {
   double makespan = 0;
-  std::vector<double> begin;             // by task
-  std::vector<double> stretched_end;     // by task, where tasks took longer than they cost; else empty
-  std::vector<double> busy;              // by rank: time in which at least one of its tasks runs
-  std::vector<double> first_start;       // by rank: when its first task begins
-  std::vector<double> finish;            // by rank: when its last task ends
-  std::vector<double> peak_memory;       // by rank
-  std::vector<int> peak_in_flight;       // by rank
+  std::vector<double> begin;          // by task
+  std::vector<double> stretched_end;  // by task, where tasks took longer than they cost; else empty
+  std::vector<double> busy;           // by rank: time in which at least one of its tasks runs
+  std::vector<double> first_start;    // by rank: when its first task begins
+  std::vector<double> finish;         // by rank: when its last task ends
+  std::vector<double> peak_memory;    // by rank
+  std::vector<int> peak_in_flight;    // by rank
   std::vector<int> peak_in_flight_of_stage;
-  std::size_t working_bytes = 0;         // that the simulation took beside the plan, its result included
+  std::size_t working_bytes = 0;  // that the simulation took beside the plan, its result included
 
   double bubble_of(int rank) const { return makespan > 0 ? 1.0 - busy[rank] / makespan : 0.0; }
   double bubble() const;         // mean over ranks

@@ -54,8 +54,7 @@ class HostFunctions {
   void enqueue(cuda::StreamHandle stream, const std::string& name, std::function<void()> work) {
     Function& function = functions_.emplace_back(Function{*this, name, std::move(work)});
     const auto run = [](void* data) { static_cast<Function*>(data)->run(); };
-    cuda::Driver::get().check(standin::controls().launch_host(stream, run, &function),
-                              "cuLaunchHostFunc");
+    cuda::Driver::get().check(standin::controls().launch_host(stream, run, &function), "cuLaunchHostFunc");
   }
 
   // For work that needs another to run beside it.
@@ -194,9 +193,7 @@ class Scene {
   // Checks that all of the step so named ran, each after what it needs, between two of `enqueue_on_callers`.
   void check_step(std::map<std::string, Ran>& ran, const std::string& label, const std::string& before = "",
                   const std::string& after = "") const {
-    const auto of = [&](std::uint32_t number) {
-      return ran[label + to_text(plan->steps()[number].action)];
-    };
+    const auto of = [&](std::uint32_t number) { return ran[label + to_text(plan->steps()[number].action)]; };
     const Plan& tasks = plan->plan();
     for (TaskId t = 0; t < tasks.size(); ++t) {
       const std::uint32_t own = plan->step_of(t), sent = plan->sent_by(t);

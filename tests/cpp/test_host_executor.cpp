@@ -16,9 +16,7 @@ using namespace std::chrono_literals;
 
 namespace {
 
-std::shared_ptr<const Plan> shared_plan(Plan plan) {
-  return std::make_shared<const Plan>(std::move(plan));
-}
+std::shared_ptr<const Plan> shared_plan(Plan plan) { return std::make_shared<const Plan>(std::move(plan)); }
 
 std::shared_ptr<Program> program_of(std::shared_ptr<const Plan> plan, const Body& body) {
   auto program = std::make_shared<Program>(plan);
@@ -29,8 +27,7 @@ std::shared_ptr<Program> program_of(std::shared_ptr<const Plan> plan, const Body
 }
 
 struct Pool : HostExecutor {
-  explicit Pool(int workers)
-      : HostExecutor(workers, std::vector<std::string>(workers, "test"), {}) {}
+  explicit Pool(int workers) : HostExecutor(workers, std::vector<std::string>(workers, "test"), {}) {}
 };
 
 RunOptions with_timeout(double seconds) {
@@ -67,8 +64,8 @@ TEST(random_steps_keep_the_rules) {
     const Schedule& schedule = schedules()[random() % schedules().size()];
     const auto [stages, ranks] = size_of(schedule, 1 + static_cast<int>(random() % 4), 2);
     const PlanOptions options{random() % 2 == 0, random() % 2 == 0};
-    const auto plan = shared_plan(
-        make_plan(schedule, stages, ranks, 1 + static_cast<int>(random() % 9), options));
+    const auto plan =
+        shared_plan(make_plan(schedule, stages, ranks, 1 + static_cast<int>(random() % 9), options));
     std::atomic<int> count{0};
     std::atomic<unsigned> noise{static_cast<unsigned>(random())};
     Pool pool(plan->num_workers());
@@ -257,8 +254,8 @@ TEST(closing_from_inside_a_step_stops_it) {
 }
 
 TEST(a_body_may_be_missing) {
-  const auto plan = shared_plan(
-      make_plan(order_from_csv("0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0,1SEND_B0\n"), {}));
+  const auto plan =
+      shared_plan(make_plan(order_from_csv("0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0,1SEND_B0\n"), {}));
   Pool pool(2);
   CHECK(pool.run(std::make_shared<Program>(plan), {}).outcome == Outcome::Done);
 }

@@ -115,8 +115,8 @@ float cast(float value, DType to) {
 TEST(any_strides_are_packed_row_by_row_and_unpacked) {
   std::mt19937 random(1);
   for (int round = 0; round < 300; ++round) {
-    std::vector<Tensor> tensors = random_tensors(
-        random, {kUint8, kFloat16, kInt32, kFloat32, dtype_of("int64")});
+    std::vector<Tensor> tensors =
+        random_tensors(random, {kUint8, kFloat16, kInt32, kFloat32, dtype_of("int64")});
     const Packer packer = packer_of(tensors);
     Buffer buffer(packer.nbytes() + 64);
     packer.pack(strided(tensors), buffer.strided(), {}, {});
@@ -162,7 +162,8 @@ TEST(every_number_of_a_small_type_is_kept) {
 
 TEST(halfway_goes_to_the_even_number_and_a_little_more_upward) {
   for (const DType dtype : {kFloat16, kBfloat16, kFloat8E4m3fn, kFloat8E5m2}) {
-    const std::uint32_t numbers = dtype == kFloat8E4m3fn ? 0x7e : dtype == kFloat8E5m2 ? 0x7b
+    const std::uint32_t numbers = dtype == kFloat8E4m3fn ? 0x7e
+                                  : dtype == kFloat8E5m2 ? 0x7b
                                   : dtype == kFloat16    ? 0x7bff
                                                          : 0x7f7f;
     for (std::uint32_t bits = 0; bits < numbers; ++bits) {

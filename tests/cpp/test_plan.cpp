@@ -38,8 +38,8 @@ TEST(a_task_depends_on_what_it_computes_from) {
 }
 
 TEST(messages_stand_between_where_they_are_listed) {
-  const Plan plan = make_plan(
-      order_from_csv("0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1I0,1SEND_B0,1W0\n"), {});
+  const Plan plan =
+      make_plan(order_from_csv("0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1I0,1SEND_B0,1W0\n"), {});
   CHECK((dependencies(plan, "1F0") == std::set<std::string>{"1RECV_F0"}));
   CHECK((dependencies(plan, "1RECV_F0") == std::set<std::string>{"0SEND_F0"}));
   CHECK((dependencies(plan, "0B0") == std::set<std::string>{"0F0", "0RECV_B0"}));
@@ -59,8 +59,7 @@ TEST(limits_of_an_order_are_what_it_has_in_flight) {
 TEST(every_task_stands_in_one_queue_of_its_worker) {
   for (const bool overlap : {false, true}) {
     for (const bool reactive : {false, true}) {
-      const Plan plan =
-          make_plan(find_schedule("interleaved-1f1b"), 6, 3, 6, {overlap, reactive});
+      const Plan plan = make_plan(find_schedule("interleaved-1f1b"), 6, 3, 6, {overlap, reactive});
       std::vector<int> seen(plan.size(), 0);
       for (int worker = 0; worker < plan.num_workers(); ++worker) {
         for (const Queue& queue : plan.queues_of(worker)) {

@@ -158,8 +158,7 @@ TEST(random_simulations_keep_the_rules) {
     const Schedule& schedule = schedules()[random() % schedules().size()];
     const auto [stages, ranks] = size_of(schedule, 1 + static_cast<int>(random() % 4), 1 + random() % 3);
     const PlanOptions options{random() % 2 == 0, random() % 2 == 0};
-    const Plan plan =
-        make_plan(schedule, stages, ranks, 1 + static_cast<int>(random() % 9), options);
+    const Plan plan = make_plan(schedule, stages, ranks, 1 + static_cast<int>(random() % 9), options);
     Costs costs = Costs::uniform(stages);
     for (auto* values : {&costs.forward, &costs.backward, &costs.latency}) {
       for (double& value : *values) value = random() % 5 == 0 ? 0.0 : cost(random);

@@ -142,8 +142,9 @@ TEST(two_executors_reach_the_same_peers) {
   CHECK((another.devices() == std::vector{0, 1}));
   CHECK(controls().lines().back().starts_with("cuCtxPopCurrent"));
   const auto lines = controls().lines();
-  CHECK_EQ(std::count_if(lines.begin(), lines.end(),
-                         [](const auto& line) { return line.ends_with("result=704"); }), 2);
+  CHECK_EQ(
+      std::count_if(lines.begin(), lines.end(), [](const auto& line) { return line.ends_with("result=704"); }),
+      2);
 }
 
 TEST(the_host_is_at_most_two_steps_ahead) {
@@ -411,8 +412,7 @@ TEST(closed_while_a_result_is_being_sent_it_still_sends_it) {
     if (action.kind != Kind::SendF) return;
     scene.executor->close();
     scene.executor->copy(reinterpret_cast<cuda::Address>(to.data()), 1,
-                         reinterpret_cast<cuda::Address>(from.data()), 0, from.size(),
-                         scene.stream_of(action));
+                         reinterpret_cast<cuda::Address>(from.data()), 0, from.size(), scene.stream_of(action));
   };
   CHECK(scene.run().outcome == Outcome::Closed);
   scene.ran();

@@ -9,8 +9,8 @@
 #include <string>
 
 #include "check.hpp"
-#include "sizes.hpp"
 #include "simulate/make_plan.hpp"
+#include "sizes.hpp"
 #include "times.hpp"
 
 using namespace pe;

@@ -35,7 +35,7 @@ static_assert(!same_function<int (*)(float*), CUresult (*)(float*, CUdevice)>);
 static_assert(!same_function<int (*)(float*), CUresult (*)(double*)>);
 static_assert(!same_function<int (*)(std::size_t), CUresult (*)(CUstream)>);
 
-#define SAME_FUNCTION(name, version, parameters)                               \
+#define SAME_FUNCTION(name, version, parameters)                              \
   static_assert(same_function<Result(*) parameters, PFN_##name##_v##version>, \
                 #name " of version " #version " has other parameters");
 PE_CUDA_FUNCTIONS(SAME_FUNCTION)
@@ -44,8 +44,7 @@ static_assert(same_function<GetProcAddress, PFN_cuGetProcAddress_v12000>);
 
 static_assert(sizeof(AttributeValue) == sizeof(CUlaunchAttributeValue));
 static_assert(offsetof(AttributeValue, priority) == offsetof(CUlaunchAttributeValue, priority));
-static_assert(same_to_call<decltype(AttributeValue::priority),
-                           decltype(CUlaunchAttributeValue::priority)>);
+static_assert(same_to_call<decltype(AttributeValue::priority), decltype(CUlaunchAttributeValue::priority)>);
 
 #define SAME_VALUE(ours, theirs) \
   static_assert(static_cast<long>(ours) == static_cast<long>(theirs), #ours " is not " #theirs)

@@ -98,9 +98,7 @@ Result cuDeviceGetCount(int* count) {
   return call("cuDeviceGetCount", {}, [&] { *count = machine.num_devices; });
 }
 
-void need_device(Device device) {
-  need(device >= 0 && device < machine.num_devices, kInvalidDevice);
-}
+void need_device(Device device) { need(device >= 0 && device < machine.num_devices, kInvalidDevice); }
 
 Result cuDeviceGet(Device* device, int ordinal) {
   return call("cuDeviceGet", {{"ordinal", ordinal}}, [&] {
@@ -122,9 +120,8 @@ Result cuDevicePrimaryCtxRelease(Device device) {
     need(machine.retained.contains(device), kInvalidContext);
     if (--machine.retained[device] > 0) return;
     machine.retained.erase(device);
-    std::erase_if(machine.peers, [&](const auto& pair) {
-      return pair.first == device || pair.second == device;
-    });
+    std::erase_if(machine.peers,
+                  [&](const auto& pair) { return pair.first == device || pair.second == device; });
   });
 }
 
@@ -282,8 +279,8 @@ Result cuEventElapsedTime(float* milliseconds, EventHandle begin, EventHandle en
   });
 }
 
-Result cuMemcpyPeerAsync(Address to, Context to_context, Address from, Context from_context,
-                         std::size_t nbytes, StreamHandle stream) {
+Result cuMemcpyPeerAsync(Address to, Context to_context, Address from, Context from_context, std::size_t nbytes,
+                         StreamHandle stream) {
   const auto fields = {Field{"stream", number(stream)},
                        {"nbytes", static_cast<long>(nbytes)},
                        {"to", number(to_context)},
@@ -299,9 +296,8 @@ Result cuMemcpyPeerAsync(Address to, Context to_context, Address from, Context f
 
 // The only work with code of its own; as a node it says to be a kernel, so that it can have a priority.
 Result cuLaunchHostFunc(StreamHandle stream, HostFunction function, void* data) {
-  return call("cuLaunchHostFunc", {{"stream", number(stream)}}, [&] {
-    machine.submit(machine.stream(stream), kNodeTypeKernel, [=] { function(data); });
-  });
+  return call("cuLaunchHostFunc", {{"stream", number(stream)}},
+              [&] { machine.submit(machine.stream(stream), kNodeTypeKernel, [=] { function(data); }); });
 }
 
 Result cuGraphGetNodes(GraphHandle graph, NodeHandle* nodes, std::size_t* count) {
@@ -320,15 +316,13 @@ Result cuGraphGetNodes(GraphHandle graph, NodeHandle* nodes, std::size_t* count)
 }
 
 Result cuGraphNodeGetType(NodeHandle node, int* type) {
-  return call("cuGraphNodeGetType", {{"node", number(node)}},
-              [&] { *type = machine.node(node).type; });
+  return call("cuGraphNodeGetType", {{"node", number(node)}}, [&] { *type = machine.node(node).type; });
 }
 
 Result cuGraphKernelNodeSetAttribute(NodeHandle node, int attribute, const AttributeValue* value) {
   const bool is_priority = attribute == kAttributePriority;
-  const auto fields = {Field{"node", number(node)},
-                       {"attribute", attribute},
-                       {"priority", is_priority ? value->priority : 0}};
+  const auto fields = {
+      Field{"node", number(node)}, {"attribute", attribute}, {"priority", is_priority ? value->priority : 0}};
   return call("cuGraphKernelNodeSetAttribute", fields, [&] {
     need(machine.node(node).type == kNodeTypeKernel, kInvalidHandle);
     need(is_priority, kInvalidValue);
@@ -336,9 +330,8 @@ Result cuGraphKernelNodeSetAttribute(NodeHandle node, int attribute, const Attri
 }
 
 Result cuGraphInstantiateWithFlags(ExecHandle* exec, GraphHandle graph, std::uint64_t flags) {
-  const auto fields = {Field{"graph_exec", kGivenOut},
-                       {"graph", number(graph)},
-                       {"flags", static_cast<long>(flags)}};
+  const auto fields = {
+      Field{"graph_exec", kGivenOut}, {"graph", number(graph)}, {"flags", static_cast<long>(flags)}};
   return call("cuGraphInstantiateWithFlags", fields, [&] {
     auto order = launch_order(machine.graph(graph));
     *exec = as_handle<ExecHandle>(machine.new_number());
@@ -356,8 +349,7 @@ Result cuGraphDestroy(GraphHandle graph) {
 }
 
 Result cuGraphExecDestroy(ExecHandle exec) {
-  return call("cuGraphExecDestroy", {{"graph_exec", number(exec)}},
-              [&] { erase(machine.execs, exec); });
+  return call("cuGraphExecDestroy", {{"graph_exec", number(exec)}}, [&] { erase(machine.execs, exec); });
 }
 
 struct Function {
@@ -369,6 +361,7 @@ struct Function {
 // What the CUDA runtime calls, and what tests call in torch's place.
 #define FUNCTION(name, version, parameters) \
   {#name, version, reinterpret_cast<void*>(static_cast<Result(*) parameters>(name))},
+// clang-format off
 const Function kFunctions[] = {
     PE_CUDA_FUNCTIONS(FUNCTION)
     FUNCTION(cuStreamQuery, 2000, (StreamHandle))
@@ -380,6 +373,7 @@ const Function kFunctions[] = {
     FUNCTION(cuGraphDestroy, 10000, (GraphHandle))
     FUNCTION(cuGraphExecDestroy, 10000, (ExecHandle))
 };
+// clang-format on
 #undef FUNCTION
 
 }  // namespace
@@ -447,8 +441,10 @@ long standin_live(const char* kind) {
   long retains = 0;
   for (const auto& [_, count] : machine.retained) retains += count;
   const std::map<std::string_view, long> counts = {
-      {"stream", machine.streams.size()}, {"event", machine.events.size()},
-      {"graph", machine.graphs.size()},   {"graph_exec", machine.execs.size()},
+      {"stream", machine.streams.size()},
+      {"event", machine.events.size()},
+      {"graph", machine.graphs.size()},
+      {"graph_exec", machine.execs.size()},
       {"context", retains},
   };
   const auto found = counts.find(kind);

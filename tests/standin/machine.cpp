@@ -46,9 +46,7 @@ Stream& Machine::stream(StreamHandle handle) {
   return *stream;
 }
 
-const std::shared_ptr<Event>& Machine::event(EventHandle handle) const {
-  return find(events, handle);
-}
+const std::shared_ptr<Event>& Machine::event(EventHandle handle) const { return find(events, handle); }
 
 Graph& Machine::graph(GraphHandle handle) { return find(graphs, handle); }
 

@@ -135,8 +135,8 @@ class Machine {
   int num_devices = 2;
   int next_number = kFirstHandle;
   int given_out = 0;
-  std::map<int, int> retained;            // contexts: device -> how often
-  std::set<std::pair<int, int>> peers;    // (device, peer) with access enabled
+  std::map<int, int> retained;                             // contexts: device -> how often
+  std::set<std::pair<int, int>> peers;                     // (device, peer) with access enabled
   std::map<int, std::shared_ptr<Stream>> default_streams;  // by device
   std::map<StreamHandle, std::shared_ptr<Stream>> streams;
   std::map<EventHandle, std::shared_ptr<Event>> events;
