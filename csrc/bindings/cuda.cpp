@@ -29,6 +29,7 @@ struct PyLaid {
 
 std::vector<cuda::StreamHandle> handles(const std::vector<std::uintptr_t>& streams) {
   std::vector<cuda::StreamHandle> found;
+  found.reserve(streams.size());
   for (const std::uintptr_t stream : streams) {
     found.push_back(reinterpret_cast<cuda::StreamHandle>(stream));
   }

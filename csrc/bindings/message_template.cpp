@@ -28,7 +28,7 @@ class MessageTemplate {
   // bytes of memory. `parts`: of each result its leaves but the tensors, and the tensors' numbers by leaf.
   MessageTemplate(const py::sequence& places, const py::sequence& requires_grad, const py::sequence& parts,
                   std::int64_t alignment)
-      : alignment_(alignment), nbytes_(0) {
+      : alignment_(alignment) {
     const py::module_ torch = py::module_::import("torch");
     tensor_ = torch.attr("Tensor");
     parameter_ = torch.attr("nn").attr("Parameter");
@@ -165,7 +165,7 @@ class MessageTemplate {
   }
 
   const std::int64_t alignment_;
-  std::int64_t nbytes_;
+  std::int64_t nbytes_ = 0;
   py::object tensor_, parameter_;
   std::vector<Expected> expected_;
   std::vector<std::vector<Leaf>> parts_;

@@ -10,13 +10,14 @@ template <class Error>
 void translate(const char* name) {
   // Leaked on purpose: needed until the interpreter ends.
   static auto* const raised = new pybind11::object(pybind11::module_::import("pipeline_ext.errors").attr(name));
-  pybind11::register_exception_translator([](std::exception_ptr error) {
-    try {
-      if (error) std::rethrow_exception(error);
-    } catch (const Error& refused) {
-      pybind11::set_error(*raised, refused.what());
-    }
-  });
+  pybind11::register_exception_translator(
+      [](std::exception_ptr error) {  // NOLINT(performance-unnecessary-value-param): pybind11's type
+        try {
+          if (error) std::rethrow_exception(error);
+        } catch (const Error& refused) {
+          pybind11::set_error(*raised, refused.what());
+        }
+      });
 }
 
 void bind_plan(pybind11::module_& m);

@@ -141,6 +141,7 @@ matplotlib or where the file cannot be written.)")
                std::to_string(p.num_microbatches()) + " microbatches>";
       });
 
+  // NOLINTNEXTLINE(bugprone-unused-raii): making it registers the type.
   py::class_<Memory>(m, "Memory", "What microbatches take of ranks, and by rank what they may.");
 
   m.def("schedule_names", [] {

@@ -51,6 +51,7 @@ std::tuple<Cells, double, long, bool> search(const std::vector<int>& rank_of_sta
   const Problem problem(placement_of(rank_of_stage, num_ranks), microbatches, costs,
                         span ? Objective::Span : Objective::Makespan);
   std::vector<Order> orders;
+  orders.reserve(templates.size());
   for (const Cells& given : templates) orders.push_back(parse_order(given));
   Effort effort;
   effort.work = work;

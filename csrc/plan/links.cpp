@@ -60,7 +60,7 @@ class TaskIndex {
         if (next < 0 || next == shape_.num_stages) continue;
         for_each_group(stage, next, packs.of(kind, std::min(stage, next)), [&](int first, int end) {
           const TaskId last = find_last(stage, kind, first, end);
-          if (last != kNoTask) std::fill_n(senders_.begin() + slot({stage, first, kind}), end - first, last);
+          if (last != kNoTask) std::fill_n(&senders_[slot({stage, first, kind})], end - first, last);
         });
       }
     }

@@ -191,7 +191,7 @@ std::string to_csv(const Order& order) {
   std::string text;
   for (const auto& row : to_cells(order)) {
     for (std::size_t i = 0; i < row.size(); ++i) text += (i ? "," : "") + row[i];
-    text += "\n";
+    text += '\n';
   }
   return text;
 }
@@ -277,7 +277,7 @@ std::string to_table(const Order& order, int marked_rank, int marked_cell) {
   };
   const auto end_line = [&] {
     text.erase(text.find_last_not_of(' ') + 1);
-    text += "\n";
+    text += '\n';
   };
   for (std::size_t rank = 0; rank < cells.size(); ++rank) {
     pad("rank " + std::to_string(rank), width[rank]);

@@ -95,7 +95,7 @@ std::vector<TaskId> StreamPlan::in_order(const TaskTimes& times) const {
   std::priority_queue<Next, std::vector<Next>, std::greater<>> ready;
   for (TaskId t = 0; t < plan_->size(); ++t) {
     missing[t] += plan_->num_dependencies(t);
-    if (missing[t] == 0) ready.push({times.begin[t], times.end[t], t});
+    if (missing[t] == 0) ready.emplace(times.begin[t], times.end[t], t);
   }
   std::vector<TaskId> order;
   order.reserve(plan_->size());
@@ -104,7 +104,7 @@ std::vector<TaskId> StreamPlan::in_order(const TaskTimes& times) const {
     ready.pop();
     order.push_back(t);
     const auto arrive = [&](TaskId after) {
-      if (--missing[after] == 0) ready.push({times.begin[after], times.end[after], after});
+      if (--missing[after] == 0) ready.emplace(times.begin[after], times.end[after], after);
     };
     for (const TaskId after : plan_->successors(t)) arrive(after);
     if (next_in_queue[t] != kNoTask) arrive(next_in_queue[t]);
@@ -179,7 +179,7 @@ bool StreamPlan::is_copied(TaskId task, TaskId after) const {
 }
 
 void StreamPlan::enqueue(const std::vector<TaskId>& order) {
-  const std::size_t num_ways = 2 * std::max(0, plan_->num_stages() - 1);
+  const std::size_t num_ways = std::size_t{2} * std::max(0, plan_->num_stages() - 1);
   copy_streams_.assign(num_ways, -1);
   ways_.assign(num_ways, {});
   freed_.assign(plan_->num_stages(), kNoStep);

@@ -102,6 +102,7 @@ class BlockRank {
 
 Order order_of_blocks(int num_ranks, int microbatches, int most, const std::function<Block(int rank)>& block) {
   std::vector<BlockRank> ranks;
+  ranks.reserve(num_ranks);
   for (int rank = 0; rank < num_ranks; ++rank) ranks.emplace_back(block(rank), microbatches, most);
   // From the first microbatch's end to the last one's begin the blocks leave no idle time.
   const int settled = block(0)[3];
@@ -123,8 +124,8 @@ Order order_of_blocks(int num_ranks, int microbatches, int most, const std::func
                          : ranks[rank].choose(settled, drained, [&](int pass) { return is_ready(rank, pass); });
     }
     for (int rank = 0; rank < num_ranks; ++rank) {
-      if (!chosen[rank]) continue;
-      order[rank].push_back(ranks[rank].run(*chosen[rank], rank, 2 * num_ranks - 1 - rank));
+      const std::optional<int>& pass = chosen[rank];
+      if (pass) order[rank].push_back(ranks[rank].run(*pass, rank, 2 * num_ranks - 1 - rank));
     }
   }
   return order;

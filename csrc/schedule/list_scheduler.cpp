@@ -13,7 +13,7 @@ ListScheduler::ListScheduler(const Plan& plan, int rank)
       links_(plan.links()),
       missing_(plan.size()),
       head_(plan.num_queues()),
-      in_flight_(plan.num_stages() * plan.shape().num_copies(), 0),
+      in_flight_(std::size_t{1} * plan.num_stages() * plan.shape().num_copies(), 0),
       peak_of_stage_(plan.num_stages(), 0),
       in_flight_of_rank_(plan.num_ranks(), 0),
       peak_of_rank_(plan.num_ranks(), 0),
@@ -90,7 +90,7 @@ std::string ListScheduler::waiting() const {
         text += " its rank's running task";
       }
     }
-    text += "\n";
+    text += '\n';
   }
   return text;
 }
@@ -99,6 +99,7 @@ namespace {
 
 void run_without_time(ListScheduler& scheduler, const Plan& plan) {
   std::vector<int> awake;
+  awake.reserve(plan.num_workers());
   for (int worker = 0; worker < plan.num_workers(); ++worker) awake.push_back(worker);
   const auto wake = [&](int worker) { awake.push_back(worker); };
   while (!awake.empty()) {

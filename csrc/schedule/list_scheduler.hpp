@@ -54,8 +54,8 @@ class ListScheduler {
   // The most microbatches that were in flight at once.
   const std::vector<int>& peak_by_stage() const { return peak_of_stage_; }
   const std::vector<int>& peak_by_rank() const { return peak_of_rank_; }
-  // The most that was held at once, by rank; only where memory is accounted for.
-  const std::vector<double>& peak_memory() const { return memory_->peak(); }
+  // The most that was held at once, by rank; empty where memory is not accounted for.
+  std::vector<double> peak_memory() const { return memory_ ? memory_->peak() : std::vector<double>(); }
 
   // For each worker with tasks left, its foremost one and what that waits for, a line each.
   std::string waiting() const;

@@ -1,6 +1,8 @@
 // Breadth-first: each rank runs all microbatches through one of its stages before it turns to the next.
 // Lamy-Poirier, Breadth-First Pipeline Parallelism, MLSys 2023. As in torch.distributed.pipelining, but
 // backwards ascend like those of every schedule here; by symmetry that takes no longer.
+#include <ranges>
+
 #include "schedule/schedule.hpp"
 
 namespace pe {
@@ -9,11 +11,11 @@ Schedule looped_bfs() {
   return {"looped-bfs", Layout::Looped, OrderOfRank([](const Placement& placement, int rank, int microbatches) {
             const std::vector<int> stages = placement.stages_of(rank);
             std::vector<Action> order;
-            for (auto stage = stages.begin(); stage != stages.end(); ++stage) {
-              for (int m = 0; m < microbatches; ++m) order.push_back({*stage, m, Kind::F});
+            for (const int stage : stages) {
+              for (int m = 0; m < microbatches; ++m) order.push_back({stage, m, Kind::F});
             }
-            for (auto stage = stages.rbegin(); stage != stages.rend(); ++stage) {
-              for (int m = 0; m < microbatches; ++m) order.push_back({*stage, m, Kind::B});
+            for (const int stage : std::views::reverse(stages)) {
+              for (int m = 0; m < microbatches; ++m) order.push_back({stage, m, Kind::B});
             }
             return order;
           })};

@@ -76,7 +76,7 @@ Score Problem::score(const std::vector<double>& begin, const std::vector<double>
 Order Problem::to_order(const Tokens& tokens) const {
   constexpr Kind kKinds[kNumSteps] = {Kind::F, Kind::I, Kind::W};
   Order order;
-  std::vector<int> next(kNumSteps * num_stages(), 0);
+  std::vector<int> next(std::size_t{kNumSteps} * num_stages(), 0);
   for (const auto& of_rank : tokens) {
     auto& actions = order.emplace_back();
     actions.reserve(of_rank.size());

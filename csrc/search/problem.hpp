@@ -2,6 +2,7 @@
 // what memory there is.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -81,7 +82,7 @@ class Problem {
   Objective objective_;
   std::vector<int> rank_of_, chunk_of_;
   std::vector<std::vector<int>> stages_of_;
-  std::vector<double> times_[kNumSteps];
+  std::array<std::vector<double>, kNumSteps> times_;
   std::vector<double> taken_, freed_by_input_;
   std::vector<double> limit_;
   std::vector<double> latency_, transfer_;
@@ -91,7 +92,8 @@ class Problem {
 // When results arrive that travel over links, each of which carries one at a time in each direction.
 class Wires {
  public:
-  explicit Wires(const Problem& problem) : problem_(problem), free_(2 * problem.num_stages(), 0.0) {}
+  explicit Wires(const Problem& problem)
+      : problem_(problem), free_(std::size_t{2} * problem.num_stages(), 0.0) {}
 
   void reset() { free_.assign(free_.size(), 0.0); }
 

@@ -135,31 +135,32 @@ class Search {
   }
 
   void vary(const std::vector<Tokens>& beginnings) {
-    std::vector<std::optional<RatedSequence>> sequences(beginnings.size());
+    std::vector<RatedSequence> sequences;
     const auto ends = [this](const Score& score) { return is_over(score); };
     const auto vary_each = [&](double share, int seed) {
       if (is_over(found_.tokens.empty() ? kNothing : found_.score)) return;
       const long rounds = trials(problem_, share, kCheaper) / static_cast<long>(sequences.size());
       for_each(static_cast<int>(sequences.size()), effort_.threads, [&](int i) {
-        sequences[i] = anneal(problem_, std::move(*sequences[i]), rounds, random(seed + i), ends);
+        sequences[i] = anneal(problem_, std::move(sequences[i]), rounds, random(seed + i), ends);
       });
     };
-    for (std::size_t i = 0; i < beginnings.size(); ++i) sequences[i] = sequence_of(problem_, beginnings[i]);
-    std::erase_if(sequences, [](const auto& sequence) { return !sequence.has_value(); });
+    for (const Tokens& beginning : beginnings) {
+      if (auto sequence = sequence_of(problem_, beginning)) sequences.push_back(std::move(*sequence));
+    }
     if (sequences.empty()) return;
     const auto best_first = [&](std::size_t kept) {
       std::stable_sort(sequences.begin(), sequences.end(),
-                       [](const auto& a, const auto& b) { return a->score.time < b->score.time; });
-      sequences.resize(std::min(sequences.size(), kept));
+                       [](const auto& a, const auto& b) { return a.score.time < b.score.time; });
+      if (sequences.size() > kept)
+        sequences.erase(sequences.begin() + static_cast<long>(kept), sequences.end());
     };
     best_first(kTasted);
     vary_each(kTastingSequences, 2000);
     best_first(kSequences);
     vary_each(kSequenceAnnealing, 3000);
-    for (const auto& sequence : sequences) {
+    for (const RatedSequence& rated : sequences) {
       Tokens tokens;
-      const auto score = Filler(problem_).run(sequence->sequence, tokens);
-      offer(*score, tokens);
+      if (const auto score = Filler(problem_).run(rated.sequence, tokens)) offer(*score, tokens);
     }
   }
 

@@ -143,11 +143,11 @@ Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int micr
     }
     // From here on the order decides, also for ranks that react: preferring a kind whatever was planned costs
     // 1F1B a tenth where times vary.
-    return Plan(settled.order, shape, options, settled.limits);
+    return Plan(settled.order, shape, std::move(options), settled.limits);
   }
   const Order order = order_of(schedule, placement, microbatches);
   if (options.packs.any() || slots.given()) return settled_plan(order, shape, options, slots);
-  Plan plan(order, shape, options);
+  Plan plan(order, shape, std::move(options));
   check_ends(plan);
   return plan;
 }
@@ -165,7 +165,7 @@ Plan make_plan(const Order& order, PlanOptions options, const Slots& slots) {
   if (options.reactive && (options.packs.any() || slots.given())) {
     return settled_plan(order, shape, options, slots);
   }
-  Plan plan(order, shape, options);
+  Plan plan(order, shape, std::move(options));
   check_kept(plan, slots);
   return plan;
 }

@@ -5,6 +5,7 @@
 #include <functional>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace check {
@@ -25,7 +26,7 @@ inline int& failures() {
 }
 
 struct Register {
-  Register(const char* name, std::function<void()> body) { tests().push_back({name, body}); }
+  Register(const char* name, std::function<void()> body) { tests().push_back({name, std::move(body)}); }
 };
 
 inline void fail(const char* file, int line, const std::string& what) {

@@ -119,7 +119,7 @@ void fail_from_each_call_on(const Act& act, const SharedStreamPlan& plan) {
     if (loud) CHECK(error.find(" failed: CUDA_ERROR_LAUNCH_FAILED (719), ") != std::string::npos);
     if (error.empty() || !scene.executor) return;
     try {
-      CHECK(error_of(act, scene) != "");
+      CHECK(!error_of(act, scene).empty());
     } catch (const std::logic_error& refused) {
       CHECK(scene.executor->dead());
     }

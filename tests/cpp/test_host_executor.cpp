@@ -18,7 +18,7 @@ namespace {
 
 std::shared_ptr<const Plan> shared_plan(Plan plan) { return std::make_shared<const Plan>(std::move(plan)); }
 
-std::shared_ptr<Program> program_of(std::shared_ptr<const Plan> plan, const Body& body) {
+std::shared_ptr<Program> program_of(const std::shared_ptr<const Plan>& plan, const Body& body) {
   auto program = std::make_shared<Program>(plan);
   for (int stage = 0; stage < plan->num_stages(); ++stage) {
     for (const Kind kind : {Kind::F, Kind::B, Kind::I, Kind::W}) program->set_body(stage, kind, body);

@@ -89,6 +89,7 @@ Packer packer_of(std::vector<Tensor>& tensors, DType wire = {}) {
 
 std::vector<Strided> strided(std::vector<Tensor>& tensors) {
   std::vector<Strided> all;
+  all.reserve(tensors.size());
   for (Tensor& tensor : tensors) all.push_back(tensor.strided());
   return all;
 }
@@ -132,10 +133,9 @@ TEST(any_strides_are_packed_row_by_row_and_unpacked) {
     CHECK(std::equal(expected.begin(), expected.end(), buffer.data()));
 
     const std::vector<Tensor> before = tensors;
-    for (std::size_t t = 0; t < tensors.size(); ++t) {
-      const std::size_t element = tensors[t].dtype.size();
-      for (std::int64_t i = 0; i < tensors[t].strided().size(); ++i) {
-        std::memset(tensors[t].at(i), 0, element);
+    for (Tensor& tensor : tensors) {
+      for (std::int64_t i = 0; i < tensor.strided().size(); ++i) {
+        std::memset(tensor.at(i), 0, tensor.dtype.size());
       }
     }
     packer.unpack(strided(tensors), buffer.strided(), {}, false);

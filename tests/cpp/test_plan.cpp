@@ -30,7 +30,7 @@ std::set<std::string> dependencies(const Plan& plan, const std::string& text) {
 
 TEST(a_task_depends_on_what_it_computes_from) {
   const Plan plan = make_plan(find_schedule("1f1b"), 3, 3, 4, {});
-  CHECK((dependencies(plan, "0F2") == std::set<std::string>{}));
+  CHECK(dependencies(plan, "0F2").empty());
   CHECK((dependencies(plan, "1F2") == std::set<std::string>{"0F2"}));
   CHECK((dependencies(plan, "2B1") == std::set<std::string>{"2F1"}));
   CHECK((dependencies(plan, "0B1") == std::set<std::string>{"0F1", "1B1"}));

@@ -288,8 +288,11 @@ TEST(first_after_is_the_first_step_of_a_stream_that_comes_after) {
     const std::uint32_t end = static_cast<std::uint32_t>(c.before.size());
     for (int stream = 0; stream < static_cast<int>(c.laid.streams().size()); ++stream) {
       for (std::uint32_t i = 0; i < end; ++i) {
+        const auto comes_after = [&](std::uint32_t step) {
+          return c.laid.steps()[step].stream == stream && c.before[step][i];
+        };
         std::uint32_t first = 0;
-        while (first < end && !(c.laid.steps()[first].stream == stream && c.before[first][i])) ++first;
+        while (first < end && !comes_after(first)) ++first;
         CHECK_EQ(c.laid.first_after(i, stream), first);
       }
     }
