@@ -13,7 +13,7 @@ namespace pe {
 namespace {
 
 using SharedStreamPlan = std::shared_ptr<StreamPlan>;
-using StepTuple = std::tuple<std::tuple<std::string, int, int>, int, std::vector<std::uint32_t>>;
+using OpTuple = std::tuple<std::tuple<std::string, int, int>, int, std::vector<std::uint32_t>>;
 
 SharedStreamPlan make_stream_plan(std::shared_ptr<Plan> plan, const Costs& costs, const Simulation& simulation,
                                   std::vector<int> device_of_rank, std::optional<int> rank) {
@@ -78,29 +78,28 @@ A step, by number, is a task or the copy of its results to another device, in th
           },
           "By stream, the ordinal of its device.")
       .def_property_readonly(
-          "steps",
+          "ops",
           [](const StreamPlan& p) {
-            std::vector<StepTuple> steps;
-            for (const Enqueued& step : p.steps()) {
-              const auto waits = p.waits(step);
-              steps.push_back(
-                  {{std::string(kind_name(step.action.kind)), step.action.stage, step.action.microbatch},
-                   step.stream,
-                   {waits.begin(), waits.end()}});
+            std::vector<OpTuple> ops;
+            for (const StreamOp& op : p.ops()) {
+              const auto waits = p.waits(op);
+              ops.push_back({{std::string(kind_name(op.action.kind)), op.action.stage, op.action.microbatch},
+                             op.stream,
+                             {waits.begin(), waits.end()}});
             }
-            return steps;
+            return ops;
           },
           "For each step ((kind, stage, microbatch), stream, the steps on other streams it waits for).")
       .def(
-          "step_of",
+          "op_of",
           [](const StreamPlan& p, TaskId task) -> std::optional<std::uint32_t> {
-            if (p.step_of(task) == kNoStep) return std::nullopt;
-            return p.step_of(task);
+            if (p.op_of(task) == kNoOp) return std::nullopt;
+            return p.op_of(task);
           },
           py::arg("task"), "None for a task of another process.")
       .def("sent_by", &StreamPlan::sent_by, py::arg("task"),
            "The step that carries the task's results to another device; its own if none does.")
-      .def("first_after", &StreamPlan::first_after, py::arg("step"), py::arg("stream"),
+      .def("first_after", &StreamPlan::first_after, py::arg("op"), py::arg("stream"),
            "The first step on a stream that runs once a step has ended; len(steps) if only the end does.");
 
   py::class_<DeviceTimes, std::shared_ptr<DeviceTimes>>(m, "DeviceTimes", "When the steps of a StreamPlan ran.")

@@ -106,8 +106,8 @@ std::span<const std::int64_t> Borrower::copied(const std::int64_t* values, std::
 
 std::span<const std::int64_t> Borrower::row_major(std::span<const std::int64_t> shape) {
   const std::span strides = room(shape.size());
-  std::int64_t step = 1;
-  for (std::size_t d = shape.size(); d-- > 0; step *= shape[d]) strides[d] = step;
+  std::int64_t stride = 1;
+  for (std::size_t d = shape.size(); d-- > 0; stride *= shape[d]) strides[d] = stride;
   return strides;
 }
 

@@ -24,21 +24,21 @@ constexpr std::int64_t kBrief = 1 << 18;  // bytes; letting go of the interprete
 // them. Another message of that kind is packed in one call.
 class MessageTemplate {
  public:
-  // `places`: of each tensor its type, shape, place in the buffer, and place within a block of `alignment`
+  // `tensors`: of each tensor its type, shape, place in the buffer, and place within a block of `alignment`
   // bytes of memory. `parts`: of each result its leaves but the tensors, and the tensors' numbers by leaf.
-  MessageTemplate(const py::sequence& places, const py::sequence& requires_grad, const py::sequence& parts,
+  MessageTemplate(const py::sequence& tensors, const py::sequence& requires_grad, const py::sequence& parts,
                   std::int64_t alignment)
       : alignment_(alignment) {
     const py::module_ torch = py::module_::import("torch");
     tensor_ = torch.attr("Tensor");
     parameter_ = torch.attr("nn").attr("Parameter");
-    for (std::size_t i = 0; i < places.size(); ++i) {
-      const py::sequence place = places[i];
-      const std::string dtype = py::str(place[0]);
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const py::sequence tensor = tensors[i];
+      const std::string dtype = py::str(tensor[0]);
       Expected expected{pe::dtype_of(std::string_view(dtype).substr(dtype.find('.') + 1)),
-                        place[1].cast<std::vector<std::int64_t>>(),
-                        place[2].cast<std::int64_t>(),
-                        place[3].cast<std::int64_t>(),
+                        tensor[1].cast<std::vector<std::int64_t>>(),
+                        tensor[2].cast<std::int64_t>(),
+                        tensor[3].cast<std::int64_t>(),
                         0,
                         requires_grad[i].cast<bool>()};
       const Strided whole{nullptr, expected.dtype, expected.shape, {}};
@@ -177,7 +177,7 @@ void bind_message_template(py::module_& m) {
   py::class_<MessageTemplate>(m, "MessageTemplate",
                               R"(What a message looked like, to pack others like it in one call.)")
       .def(py::init<const py::sequence&, const py::sequence&, const py::sequence&, std::int64_t>(),
-           py::arg("places"), py::arg("requires_grad"), py::arg("parts"), py::arg("alignment"))
+           py::arg("tensors"), py::arg("requires_grad"), py::arg("parts"), py::arg("alignment"))
       .def("pack", &MessageTemplate::pack, py::arg("results"), py::arg("buffer"),
            R"(Packs results that look like those; False, having written nothing, where they do not.)");
 }

@@ -109,7 +109,7 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
                                   stream_name(stream_of(a.kind)));
           },
           py::arg("task"), "(kind, stage, microbatch, rank, stream) of a task.")
-      .def("dependencies", &Plan::dependencies, py::arg("task"),
+      .def("dependencies", &Plan::dependencies_of, py::arg("task"),
            "The tasks that a task waits for. Looks at all tasks: where many are asked for, use successors.")
       .def(
           "successors",

@@ -100,16 +100,16 @@ void Packer::pack(std::span<const Strided> tensors, const Strided& buffer, const
   const bool streams = traffic_ >= kStreamed;
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
-    std::byte* const place = buffer.data + slot.offset;
+    std::byte* const packed = buffer.data + slot.offset;
     const bool watched = watches && is_arithmetic(slot.dtype);
     double most = 0.0;
     if (tensors[i].size() == 0) continue;  // perhaps without memory
     if (is_copied(slot, scale, i) && !watched) {
-      copy_to(place, tensors[i], streams);
+      copy_to(packed, tensors[i], streams);
     } else if (slot.dtype == kFloat64) {
-      most = cast_to(place, slot.wire, tensors[i], scale_of<double>(scale, i), watched, streams);
+      most = cast_to(packed, slot.wire, tensors[i], scale_of<double>(scale, i), watched, streams);
     } else {
-      most = cast_to(place, slot.wire, tensors[i], scale_of<float>(scale, i), watched, streams);
+      most = cast_to(packed, slot.wire, tensors[i], scale_of<float>(scale, i), watched, streams);
     }
     if (!watched) continue;
     if (watch.largest != nullptr) raise(watch.largest[i], static_cast<float>(most));
@@ -133,14 +133,14 @@ void Packer::unpack(std::span<const Strided> tensors, const Strided& buffer, con
   }
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
-    const std::byte* const place = buffer.data + slot.offset;
+    const std::byte* const packed = buffer.data + slot.offset;
     if (tensors[i].size() == 0) continue;
     if (!accumulate && is_copied(slot, scale, i)) {
-      copy_from(place, tensors[i]);
+      copy_from(packed, tensors[i]);
     } else if (slot.dtype == kFloat64) {
-      cast_from(place, slot.wire, tensors[i], scale_of<double>(scale, i), accumulate);
+      cast_from(packed, slot.wire, tensors[i], scale_of<double>(scale, i), accumulate);
     } else {
-      cast_from(place, slot.wire, tensors[i], scale_of<float>(scale, i), accumulate);
+      cast_from(packed, slot.wire, tensors[i], scale_of<float>(scale, i), accumulate);
     }
   }
 }

@@ -31,7 +31,7 @@ struct Block {
   std::byte* data;
   std::int64_t first, pitch;
   std::int64_t rows, columns;
-  std::int64_t row_step, column_step;
+  std::int64_t row_stride, column_stride;
 
   std::int64_t size() const { return rows * columns; }
 };

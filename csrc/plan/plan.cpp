@@ -34,10 +34,10 @@ InFlight peak_in_flight(const Order& order, const Shape& shape) {
   return peak;
 }
 
-struct Plan::LazyLinks {
+struct Plan::LazyDependencies {
   std::once_flag once;
-  std::unique_ptr<const Links> links;
-  std::atomic<const Links*> made{nullptr};
+  std::unique_ptr<const Dependencies> dependencies;
+  std::atomic<const Dependencies*> made{nullptr};
 };
 
 Plan::Plan(const Order& order, const Shape& shape, PlanOptions options, std::vector<int> limits,
@@ -45,7 +45,7 @@ Plan::Plan(const Order& order, const Shape& shape, PlanOptions options, std::vec
     : shape_(shape),
       options_(std::move(options)),
       limits_(std::move(limits)),
-      lazy_(std::make_shared<LazyLinks>()) {
+      lazy_(std::make_shared<LazyDependencies>()) {
   planned_peaks_ = peak_in_flight(order, shape);
   const std::vector<int>& peaks = planned_peaks_.of_stage;
   if (limits_.empty()) limits_ = peaks;
@@ -56,7 +56,7 @@ Plan::Plan(const Order& order, const Shape& shape, PlanOptions options, std::vec
       !packs.any() && packs.skips.empty() &&
       std::all_of(actions_.begin(), actions_.end(), [](const Action& a) { return is_compute(a.kind); });
   in_order_ = computes_alone_ && has_slots && !options_.overlap && !options_.reactive;
-  if (!computes_alone_) links();  // refuses what it cannot hold
+  if (!computes_alone_) dependencies();  // refuses what it cannot hold
   fill_queues(preference);
   if (options_.memory.limited()) peak_memory(*this, options_.memory);
 }
@@ -75,12 +75,12 @@ void Plan::number_tasks(const Order& order) {
   has_pairs_ = std::any_of(actions_.begin(), actions_.end(), [](const Action& a) { return a.joins_next; });
 }
 
-const Links& Plan::links() const {
+const Dependencies& Plan::dependencies() const {
   std::call_once(lazy_->once, [&] {
-    lazy_->links = std::make_unique<const Links>(actions_, shape_, options_.packs);
-    lazy_->made = lazy_->links.get();
+    lazy_->dependencies = std::make_unique<const Dependencies>(actions_, shape_, options_.packs);
+    lazy_->made = lazy_->dependencies.get();
   });
-  return *lazy_->links;
+  return *lazy_->dependencies;
 }
 
 int Plan::num_sent(TaskId task) const {
@@ -96,7 +96,7 @@ int Plan::num_sent(TaskId task) const {
 
 int Plan::num_messages(TaskId task) const {
   if (computes_alone_) return num_sent(task);
-  const SkipsSent skips = links().skips_sent(task);
+  const SkipsSent skips = dependencies().skips_sent(task);
   return skips.messages + (num_sent(task) > skips.results);
 }
 
@@ -157,9 +157,10 @@ void Plan::fill_queues(const std::vector<Kind>& preference) {
 
 std::size_t Plan::nbytes() const {
   const auto of = [](const auto& values) { return values.size() * sizeof(values[0]); };
-  const Links* links = lazy_->made;
+  const Dependencies* dependencies = lazy_->made;
   return sizeof(Plan) + of(actions_) + of(rank_begin_) + of(queued_) + of(queues_) + of(queues_begin_) +
-         of(limits_) + of(shape_.rank_of_stage) + of(shape_.rank_of_copy) + (links ? links->nbytes() : 0);
+         of(limits_) + of(shape_.rank_of_stage) + of(shape_.rank_of_copy) +
+         (dependencies ? dependencies->nbytes() : 0);
 }
 
 Order Plan::order() const {
@@ -170,7 +171,7 @@ Order Plan::order() const {
   return order;
 }
 
-std::vector<TaskId> Plan::dependencies(TaskId task) const {
+std::vector<TaskId> Plan::dependencies_of(TaskId task) const {
   std::vector<TaskId> found;
   for (TaskId t = 0; t < size(); ++t) {
     const auto after = successors(t);

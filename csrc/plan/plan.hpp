@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "plan/action.hpp"
-#include "plan/links.hpp"
+#include "plan/dependencies.hpp"
 #include "plan/memory.hpp"
 #include "plan/order.hpp"
 #include "plan/packs.hpp"
@@ -97,10 +97,10 @@ class Plan {
   bool runs_in_order() const { return in_order_; }
 
   // Made when first asked for: where ranks run in order nobody may ever ask.
-  const Links& links() const;
-  std::uint16_t num_dependencies(TaskId task) const { return links().num_dependencies(task); }
-  std::span<const TaskId> successors(TaskId task) const { return links().successors(task); }
-  std::vector<TaskId> dependencies(TaskId task) const;  // slow: for messages
+  const Dependencies& dependencies() const;
+  std::uint16_t num_dependencies(TaskId task) const { return dependencies().num_dependencies(task); }
+  std::span<const TaskId> successors(TaskId task) const { return dependencies().successors(task); }
+  std::vector<TaskId> dependencies_of(TaskId task) const;  // slow: for messages
 
   std::span<const Queue> queues_of(int worker) const {
     return {queues_.data() + queues_begin_[worker], queues_.data() + queues_begin_[worker + 1]};
@@ -143,8 +143,8 @@ class Plan {
   bool has_pairs_ = false;
   bool computes_alone_ = false;  // nothing but F, B, I and W, nothing packed, and no skips
   bool in_order_ = false;
-  struct LazyLinks;
-  std::shared_ptr<LazyLinks> lazy_;  // of copies alike
+  struct LazyDependencies;
+  std::shared_ptr<LazyDependencies> lazy_;  // of copies alike
 };
 
 // When every rank runs its list from first to last.

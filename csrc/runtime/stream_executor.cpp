@@ -56,7 +56,7 @@ class StreamExecutor::Laid {
   std::shared_ptr<const StreamPlan> plan;
   std::vector<std::size_t> device;  // by stream, as an index
   std::vector<cuda::StreamHandle> streams;
-  std::vector<cuda::Event> events;  // by step; of those that another stream awaits
+  std::vector<cuda::Event> events;  // by op; of those that another stream awaits
   std::vector<cuda::Event> tails;   // by stream
   std::vector<std::shared_ptr<DeviceTimes>> times;
 
@@ -66,7 +66,7 @@ class StreamExecutor::Laid {
     }
     DeviceTimes::Contexts contexts;
     for (const auto& device : executor.devices_) contexts.push_back(device->context);
-    return times.emplace_back(std::make_shared<DeviceTimes>(plan->steps().size(), std::move(contexts)));
+    return times.emplace_back(std::make_shared<DeviceTimes>(plan->ops().size(), std::move(contexts)));
   }
 };
 
@@ -101,24 +101,24 @@ struct StreamExecutor::Run {
 
   void enqueue(std::uint32_t number) {
     const StreamPlan& plan = *laid.plan;
-    const Enqueued& step = plan.steps()[number];
-    const std::size_t device = laid.device[step.stream];
-    const cuda::StreamHandle stream = laid.streams[step.stream];
+    const StreamOp& op = plan.ops()[number];
+    const std::size_t device = laid.device[op.stream];
+    const cuda::StreamHandle stream = laid.streams[op.stream];
     make_current(device);
-    if (!started[step.stream]) {
+    if (!started[op.stream]) {
       cuda::wait(stream, self.devices_[device]->begun);
-      started[step.stream] = true;
+      started[op.stream] = true;
     }
-    for (const std::uint32_t other : plan.waits(step)) cuda::wait(stream, laid.events[other]);
+    for (const std::uint32_t other : plan.waits(op)) cuda::wait(stream, laid.events[other]);
     if (result.times) result.times->record_begin(number, device, stream, timing_flags());
-    const bool goes_first = nodes && stream_of(step.action.kind) == Stream::Backward;
+    const bool goes_first = nodes && stream_of(op.action.kind) == Stream::Backward;
     if (goes_first) nodes->take_new();  // what others have captured
-    laid.program->run(step.action);
+    laid.program->run(op.action);
     if (goes_first) {
       cuda::set_priority(nodes->take_new(), self.devices_[device]->greatest_priority);
     }
     if (result.times) result.times->record_end(number, stream, timing_flags());
-    if (step.awaited) laid.events[number].record(stream);
+    if (op.awaited) laid.events[number].record(stream);
   }
 
   // Lets the callers follow all streams that were started.
@@ -212,10 +212,10 @@ std::shared_ptr<StreamExecutor::Laid> StreamExecutor::lay_out(std::shared_ptr<co
     laid->streams.push_back(devices_[device]->stream(stream.copies, taken[2 * device + stream.copies]++));
     laid->tails.emplace_back(devices_[device]->context, cuda::kEventDisableTiming);
   }
-  for (const Enqueued& step : laid->plan->steps()) {
+  for (const StreamOp& op : laid->plan->ops()) {
     laid->events.emplace_back();
-    if (!step.awaited) continue;
-    const auto& context = devices_[laid->device[step.stream]]->context;
+    if (!op.awaited) continue;
+    const auto& context = devices_[laid->device[op.stream]]->context;
     laid->events.back() = cuda::Event(context, cuda::kEventDisableTiming);
   }
   return laid;
@@ -234,9 +234,9 @@ DeviceStepResult StreamExecutor::run(Laid& laid, const DeviceRunOptions& options
   TaskId task = kNoTask;
   try {
     run.begin();
-    const auto& steps = laid.plan->steps();
-    for (std::uint32_t number = 0; number < steps.size() && !closed_; ++number) {
-      task = steps[number].task;
+    const auto& ops = laid.plan->ops();
+    for (std::uint32_t number = 0; number < ops.size() && !closed_; ++number) {
+      task = ops[number].task;
       run.enqueue(number);
     }
     if (closed_) result.outcome = Outcome::Closed;

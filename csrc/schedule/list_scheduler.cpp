@@ -10,7 +10,7 @@ namespace pe {
 ListScheduler::ListScheduler(const Plan& plan, int rank)
     : plan_(plan),
       rank_(rank),
-      links_(plan.links()),
+      dependencies_(plan.dependencies()),
       missing_(plan.size()),
       head_(plan.num_queues()),
       in_flight_(std::size_t{1} * plan.num_stages() * plan.shape().num_copies(), 0),
@@ -19,7 +19,7 @@ ListScheduler::ListScheduler(const Plan& plan, int rank)
       peak_of_rank_(plan.num_ranks(), 0),
       unfinished_(rank == kEveryRank ? plan.size() : plan.end_of_rank(rank) - plan.first_of_rank(rank)) {
   if (plan.options().memory.limited()) memory_.emplace(plan, plan.options().memory);
-  for (TaskId t = 0; t < plan.size(); ++t) missing_[t] = links_.num_dependencies(t);
+  for (TaskId t = 0; t < plan.size(); ++t) missing_[t] = dependencies_.num_dependencies(t);
   for (int worker = 0; worker < plan.num_workers(); ++worker) {
     int queue = plan.first_queue_of(worker);
     for (const Queue& q : plan.queues_of(worker)) head_[queue++] = q.begin;
@@ -74,7 +74,7 @@ std::string ListScheduler::waiting() const {
     text += "  rank " + std::to_string(plan_.rank_of_worker(worker)) + ": " + to_text(plan_.action(first)) +
             " waits for";
     const char* separator = " ";
-    for (const TaskId before : plan_.dependencies(first)) {
+    for (const TaskId before : plan_.dependencies_of(first)) {
       if (finished(before)) continue;
       text += separator + to_text(plan_.action(before)) + " on rank " + std::to_string(plan_.rank_of(before));
       separator = ", ";

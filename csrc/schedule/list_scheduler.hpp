@@ -90,7 +90,7 @@ class ListScheduler {
 
   const Plan& plan_;
   const int rank_;
-  const Links& links_;
+  const Dependencies& dependencies_;
   std::optional<MemoryUse> memory_;
   std::vector<std::uint16_t> missing_;  // dependencies that are not done, by task; or kFinished
   std::vector<TaskId> head_;            // position in Plan::queued, by queue

@@ -53,12 +53,12 @@ class Greedy {
   struct Rank {
     double free_at, begin, end;
     double memory, freed_at_end;
-    std::optional<Step> last;  // of F and I
+    std::optional<Pass> last;  // of F and I
     int num_inputs;            // I that have begun
   };
   struct Choice {
     int stage = -1;
-    Step step = Step::F;
+    Pass pass = Pass::F;
     int liking = -1;
   };
 
@@ -73,7 +73,7 @@ class Greedy {
   }
 
   const Problem& problem_;
-  Wires wires_;
+  Links links_;
   std::vector<double> forward_arrival_, input_arrival_;  // by stage and microbatch
   std::vector<int> forwards_, inputs_, weights_;         // begun, by stage
   std::vector<Rank> ranks_;

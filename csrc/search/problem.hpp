@@ -11,13 +11,13 @@
 
 namespace pe {
 
-enum class Step : std::uint8_t { F, I, W };  // the backward is always split
-inline constexpr int kNumSteps = 3;
+enum class Pass : std::uint8_t { F, I, W };  // the backward is always split
+inline constexpr int kNumPasses = 3;
 
-// One place in a rank's order. Which microbatch it runs follows from how often (stage, step) came before.
+// One place in a rank's order. Which microbatch it runs follows from how often (stage, pass) came before.
 struct Token {
   std::int16_t stage = 0;
-  Step step = Step::F;
+  Pass pass = Pass::F;
 
   friend bool operator==(const Token&, const Token&) = default;
 };
@@ -51,10 +51,10 @@ class Problem {
   int rank_of(int stage) const { return rank_of_[stage]; }
   int chunk_of(int stage) const { return chunk_of_[stage]; }  // its place among its rank's stages
   const std::vector<int>& stages_of(int rank) const { return stages_of_[rank]; }  // ascending
-  int num_tasks() const { return kNumSteps * num_stages() * microbatches_; }
+  int num_tasks() const { return kNumPasses * num_stages() * microbatches_; }
 
   // How long a task keeps its rank, with sending its result.
-  double time(Step step, int stage) const { return times_[static_cast<int>(step)][stage]; }
+  double time(Pass pass, int stage) const { return times_[static_cast<int>(pass)][stage]; }
   double taken(int stage) const { return taken_[stage]; }                    // by F
   double freed_by_input(int stage) const { return freed_by_input_[stage]; }  // by I
   double freed_by_weight(int stage) const { return taken_[stage] - freed_by_input_[stage]; }
@@ -82,7 +82,7 @@ class Problem {
   Objective objective_;
   std::vector<int> rank_of_, chunk_of_;
   std::vector<std::vector<int>> stages_of_;
-  std::array<std::vector<double>, kNumSteps> times_;
+  std::array<std::vector<double>, kNumPasses> times_;
   std::vector<double> taken_, freed_by_input_;
   std::vector<double> limit_;
   std::vector<double> latency_, transfer_;
@@ -90,9 +90,9 @@ class Problem {
 };
 
 // When results arrive that travel over links, each of which carries one at a time in each direction.
-class Wires {
+class Links {
  public:
-  explicit Wires(const Problem& problem)
+  explicit Links(const Problem& problem)
       : problem_(problem), free_(std::size_t{2} * problem.num_stages(), 0.0) {}
 
   void reset() { free_.assign(free_.size(), 0.0); }

@@ -49,7 +49,7 @@ class Filler {
   }
 
   const Problem& problem_;
-  Wires wires_;
+  Links links_;
   std::vector<double> forward_arrival_, input_arrival_;  // by stage and microbatch; negative: not known yet
   std::vector<int> forwards_, inputs_, pending_;         // by stage
   std::vector<Rank> ranks_;

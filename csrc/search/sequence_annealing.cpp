@@ -75,7 +75,7 @@ std::optional<RatedSequence> sequence_of(const Problem& problem, const Tokens& t
   for (const auto& of_rank : tokens) {
     auto& kept = without.tokens.emplace_back();
     std::copy_if(of_rank.begin(), of_rank.end(), std::back_inserter(kept),
-                 [](const Token& token) { return token.step != Step::W; });
+                 [](const Token& token) { return token.pass != Pass::W; });
   }
   for (const double slack : {0.0, 0.25, 0.5, 0.75, 1.0}) {
     without.slack.assign(problem.num_ranks(), slack);

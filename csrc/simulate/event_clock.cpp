@@ -20,7 +20,7 @@ class EventClock {
       : plan_(plan),
         costs_(costs),
         result_(result),
-        links_(plan.links()),
+        dependencies_(plan.dependencies()),
         scheduler_(plan, costs.memory(plan.num_stages())),
         workers_(plan.num_workers()),
         may_contend_(plan.options().overlap && costs.contention > 1.0),
@@ -97,7 +97,7 @@ class EventClock {
     const auto waker = [this](int idle) { wake(idle); };
     scheduler_.finish(task, waker);
     sent_.clear();
-    for (const TaskId after : links_.successors(task)) {
+    for (const TaskId after : dependencies_.successors(task)) {
       double here = now_;
       if (plan_.rank_of(after) != plan_.rank_of(task)) {
         if (sent_.empty()) send(task);
@@ -124,7 +124,7 @@ class EventClock {
   // Sends the messages of `task`, which has ended, one after another; that to the next stage first.
   void send(TaskId task) {
     const Action& action = plan_.action(task);
-    for (const TaskId after : links_.successors(task)) {
+    for (const TaskId after : dependencies_.successors(task)) {
       if (plan_.rank_of(after) != plan_.rank_of(task)) ++sent_to(plan_.action(after).stage).results;
     }
     std::sort(sent_.begin(), sent_.end(), [&](const Sent& a, const Sent& b) {
@@ -183,7 +183,7 @@ class EventClock {
     for (TaskId part = first + 1; part < end; ++part) {
       int joined = 0;
       for (TaskId before = first; before < part; ++before) {
-        const auto after = links_.successors(before);
+        const auto after = dependencies_.successors(before);
         joined += static_cast<int>(std::count(after.begin(), after.end(), part));
       }
       if (scheduler_.missing(part) > joined) return kNever;
@@ -207,7 +207,7 @@ class EventClock {
   const Plan& plan_;
   const Costs& costs_;
   Simulation& result_;
-  const Links& links_;
+  const Dependencies& dependencies_;
   ListScheduler scheduler_;
   std::vector<Worker> workers_;
   EventHeap events_;

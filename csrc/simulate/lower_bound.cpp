@@ -10,7 +10,7 @@ struct TaskTimes {
   std::vector<double> forward;
   std::vector<double> input_grad;                   // until the gradient leaves: by I, or by B
   std::vector<double> backward;                     // all of it: B, or I and W
-  std::vector<double> way;                          // of a message, by boundary
+  std::vector<double> transit;                      // of a message, by boundary
   std::vector<double> most_forward, most_backward;  // the most that it takes
 };
 
@@ -32,7 +32,7 @@ TaskTimes times_of(const std::vector<int>& rank_of_stage, const Costs& costs) {
     least.most_forward.push_back(stretched * (costs.forward[s] + sending(s)));
     least.most_backward.push_back(stretched * (std::max(whole, part + costs.weight_grad[s]) + sending(s - 1)));
     const double occupied = costs.transfer.empty() || !crosses(s) ? 0.0 : costs.transfer[s];
-    if (s + 1 < stages) least.way.push_back(crosses(s) ? costs.latency[s] + occupied : 0.0);
+    if (s + 1 < stages) least.transit.push_back(crosses(s) ? costs.latency[s] + occupied : 0.0);
   }
   return least;
 }
@@ -55,15 +55,15 @@ class Bounds {
         times_(times_of(rank_of_stage, costs)),
         forward_(rank_of_stage.size(), 0.0),
         backward_(rank_of_stage.size(), 0.0),
-        way_back_(rank_of_stage.size(), 0.0) {
+        gradient_return_(rank_of_stage.size(), 0.0) {
     const int stages = static_cast<int>(rank_of_stage.size());
     for (int s = 1; s < stages; ++s) {
-      forward_[s] = forward_[s - 1] + times_.forward[s - 1] + times_.way[s - 1];
-      way_back_[s] = way_back_[s - 1] + times_.input_grad[s - 1] + times_.way[s - 1];
+      forward_[s] = forward_[s - 1] + times_.forward[s - 1] + times_.transit[s - 1];
+      gradient_return_[s] = gradient_return_[s - 1] + times_.input_grad[s - 1] + times_.transit[s - 1];
     }
     backward_[stages - 1] = forward_[stages - 1] + times_.forward[stages - 1];
     for (int s = stages - 2; s >= 0; --s) {
-      backward_[s] = backward_[s + 1] + times_.input_grad[s + 1] + times_.way[s];
+      backward_[s] = backward_[s + 1] + times_.input_grad[s + 1] + times_.transit[s];
     }
     for (int rank = 0; rank < num_ranks; ++rank) add_part(rank);
   }
@@ -75,9 +75,9 @@ class Bounds {
       // No gradient comes before the first microbatch's; the W may all come when the last gradient has left.
       double span =
           std::max({mine.forwards + mine.backwards + mine.crowded, mine.wait + mine.backwards, mine.alone});
-      for (const Part& other : parts_) span = std::max(span, by_way_of(other, mine.first));
+      for (const Part& other : parts_) span = std::max(span, through(other, mine.first));
       bound.span = std::max(bound.span, span);
-      bound.makespan = std::max({bound.makespan, forward_[mine.first] + span, by_way_of(mine, 0)});
+      bound.makespan = std::max({bound.makespan, forward_[mine.first] + span, through(mine, 0)});
     }
     return bound;
   }
@@ -104,10 +104,11 @@ class Bounds {
 
   // From the begin at stage `from` until the last gradient that has passed `other` is through there, weights
   // included.
-  double by_way_of(const Part& other, int from) const {
+  double through(const Part& other, int from) const {
     if (other.first < from) return 0.0;
     return forward_[other.first] - forward_[from] + std::max(other.forwards, other.wait) + other.gradients +
-           way_back_[other.first] - way_back_[from] + times_.backward[from] - times_.input_grad[from];
+           gradient_return_[other.first] - gradient_return_[from] + times_.backward[from] -
+           times_.input_grad[from];
   }
 
   // Until its first gradient comes a rank has nothing to run but the F that fit its memory; and from when the
@@ -142,8 +143,8 @@ class Bounds {
   const TaskTimes times_;
   // Of one microbatch alone: when its F, and its gradients, begin at each stage.
   std::vector<double> forward_, backward_;
-  std::vector<double> way_back_;  // of a gradient that has left a stage, to the begin of the pipeline
-  std::vector<Part> parts_;       // of the ranks that hold stages
+  std::vector<double> gradient_return_;  // of a gradient that has left a stage, to the begin of the pipeline
+  std::vector<Part> parts_;              // of the ranks that hold stages
 };
 
 }  // namespace

@@ -37,7 +37,7 @@ class StreamLayout:
         self.peak_in_flight: list[int] = simulated.peak_in_flight
         self.peak_in_flight_of_stage: list[int] = simulated.peak_in_flight_of_stage
         self._places = {
-            action: Place(number, stream) for number, (action, stream, _) in enumerate(self.streams.steps)
+            action: Place(number, stream) for number, (action, stream, _) in enumerate(self.streams.ops)
         }
 
     def place(self, kind: str, stage: int, m: int) -> Place:

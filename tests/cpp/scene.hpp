@@ -101,8 +101,8 @@ class Scene {
  public:
   explicit Scene(SharedStreamPlan laid_plan) : plan(std::move(laid_plan)) {
     standin::controls().reset(2);
-    for (std::uint32_t i = 0; i < plan->steps().size(); ++i) {
-      number_of_[to_text(plan->steps()[i].action)] = i;
+    for (std::uint32_t i = 0; i < plan->ops().size(); ++i) {
+      number_of_[to_text(plan->ops()[i].action)] = i;
     }
     const auto program = std::make_shared<Program>(plan->shared_plan());
     for (int stage = 0; stage < plan->plan().num_stages(); ++stage) {
@@ -193,37 +193,37 @@ class Scene {
   // Checks that all of the step so named ran, each after what it needs, between two of `enqueue_on_callers`.
   void check_step(std::map<std::string, Ran>& ran, const std::string& label, const std::string& before = "",
                   const std::string& after = "") const {
-    const auto of = [&](std::uint32_t number) { return ran[label + to_text(plan->steps()[number].action)]; };
+    const auto of = [&](std::uint32_t number) { return ran[label + to_text(plan->ops()[number].action)]; };
     const Plan& tasks = plan->plan();
     for (TaskId t = 0; t < tasks.size(); ++t) {
-      const std::uint32_t own = plan->step_of(t), sent = plan->sent_by(t);
+      const std::uint32_t own = plan->op_of(t), sent = plan->sent_by(t);
       CHECK(own == sent || of(own).end < of(sent).begin);
       for (const TaskId next : tasks.successors(t)) {
         const auto device = [&](TaskId task) { return plan->device_of_rank()[tasks.rank_of(task)]; };
-        CHECK(of(device(t) == device(next) ? own : sent).end < of(plan->step_of(next)).begin);
+        CHECK(of(device(t) == device(next) ? own : sent).end < of(plan->op_of(next)).begin);
       }
     }
     std::vector<int> worker_free(tasks.num_workers(), 0);
-    for (std::uint32_t i = 0; i < plan->steps().size(); ++i) {
-      const Enqueued& step = plan->steps()[i];
+    for (std::uint32_t i = 0; i < plan->ops().size(); ++i) {
+      const StreamOp& op = plan->ops()[i];
       CHECK(0 < of(i).begin && of(i).begin < of(i).end);
       for (std::size_t d = 0; d < callers.size(); ++d) {
         const std::string device = " " + std::to_string(d);
         if (!before.empty()) CHECK(0 < ran[before + device].end);
-        if (!before.empty() && plan->streams()[step.stream].device == executor->devices()[d]) {
+        if (!before.empty() && plan->streams()[op.stream].device == executor->devices()[d]) {
           CHECK(ran[before + device].end < of(i).begin);
         }
         if (!after.empty()) CHECK(of(i).end < ran[after + device].begin);
       }
-      if (step.is_copy) continue;
-      CHECK(worker_free[tasks.worker_of(step.task)] < of(i).begin);
-      worker_free[tasks.worker_of(step.task)] = of(i).end;
+      if (op.is_copy) continue;
+      CHECK(worker_free[tasks.worker_of(op.task)] < of(i).begin);
+      worker_free[tasks.worker_of(op.task)] = of(i).end;
     }
   }
 
   cuda::StreamHandle stream_of(const Action& action) const {
-    const Enqueued& step = plan->steps()[number_of_.at(to_text(action))];
-    return StreamExecutor::streams_of(*laid)[step.stream];
+    const StreamOp& op = plan->ops()[number_of_.at(to_text(action))];
+    return StreamExecutor::streams_of(*laid)[op.stream];
   }
 
   const SharedStreamPlan plan;
@@ -246,7 +246,7 @@ class Scene {
     });
   }
 
-  std::map<std::string, std::uint32_t> number_of_;  // of steps, by the text of their action
+  std::map<std::string, std::uint32_t> number_of_;  // of ops, by the text of their action
   std::shared_ptr<const Program> program_;
   std::vector<std::shared_ptr<cuda::PrimaryContext>> contexts_;
   std::vector<cuda::Stream> streams_;

@@ -30,16 +30,16 @@ struct Tensor {
     std::vector<std::size_t> order(shape.size());
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), random);
-    std::int64_t step = 1;
+    std::int64_t stride = 1;
     for (const std::size_t d : order) {
-      strides[d] = step * (1 + static_cast<std::int64_t>(random() % 2));
-      step = strides[d] * std::max<std::int64_t>(shape[d], 1);
+      strides[d] = stride * (1 + static_cast<std::int64_t>(random() % 2));
+      stride = strides[d] * std::max<std::int64_t>(shape[d], 1);
       if (random() % 3 == 0 && shape[d] > 0) {
         first += strides[d] * (shape[d] - 1);
         strides[d] = -strides[d];
       }
     }
-    memory.resize(step * dtype.size());
+    memory.resize(stride * dtype.size());
     for (std::byte& byte : memory) byte = static_cast<std::byte>(random());
   }
 

@@ -20,7 +20,7 @@ TaskId task_of(const Plan& plan, const std::string& text) {
 
 std::set<std::string> dependencies(const Plan& plan, const std::string& text) {
   std::set<std::string> found;
-  for (const TaskId t : plan.dependencies(task_of(plan, text))) {
+  for (const TaskId t : plan.dependencies_of(task_of(plan, text))) {
     found.insert(to_text(plan.action(t)));
   }
   return found;

@@ -193,7 +193,7 @@ Result cuStreamDestroy(StreamHandle stream) {
 Result cuStreamQuery(StreamHandle stream) {
   return call("cuStreamQuery", {{"stream", number(stream)}}, [&] {
     const Stream& asked = machine.stream(stream);
-    need(!asked.place.capture, kCaptureUnsupported);
+    need(!asked.point.capture, kCaptureUnsupported);
     need(asked.queue.empty() && !asked.busy, kNotReady);
   });
 }
@@ -221,10 +221,10 @@ Result cuStreamGetCaptureInfo(StreamHandle stream, int* status, std::uint64_t* i
                               const NodeHandle** dependencies, std::size_t* num_dependencies) {
   return call("cuStreamGetCaptureInfo", {{"stream", number(stream)}}, [&] {
     Stream& asked = machine.stream(stream);
-    const auto capture = asked.place.capture;
+    const auto capture = asked.point.capture;
     *status = !capture ? 0 : capture->invalid ? 2 : kCaptureActive;
     if (*status != kCaptureActive) return;
-    asked.shown.assign(asked.place.nodes.begin(), asked.place.nodes.end());
+    asked.shown.assign(asked.point.nodes.begin(), asked.point.nodes.end());
     if (id != nullptr) *id = static_cast<std::uint64_t>(capture->graph);
     if (graph != nullptr) *graph = as_handle<GraphHandle>(capture->graph);
     if (dependencies != nullptr) *dependencies = asked.shown.data();
@@ -258,7 +258,7 @@ Result cuEventRecordWithFlags(EventHandle event, StreamHandle stream, unsigned f
 Result cuEventQuery(EventHandle event) {
   return call("cuEventQuery", {{"event", number(event)}}, [&] {
     const Event& asked = *machine.event(event);
-    need(!asked.place.capture, kCapturedEvent);
+    need(!asked.point.capture, kCapturedEvent);
     need(!asked.latest || asked.latest->done, kNotReady);
   });
 }
@@ -270,7 +270,7 @@ Result cuEventElapsedTime(float* milliseconds, EventHandle begin, EventHandle en
     const Event& last = *machine.event(end);
     for (const Event* event : {&first, &last}) {
       need(!(event->flags & kEventDisableTiming) && event->latest, kInvalidHandle);
-      need(!event->place.capture, kCapturedEvent);
+      need(!event->point.capture, kCapturedEvent);
     }
     need(first.device == last.device, kInvalidHandle);
     need(first.latest->done && last.latest->done, kNotReady);
@@ -358,7 +358,7 @@ struct Function {
   void* address;
 };
 
-// What the CUDA runtime calls, and what tests call in torch's place.
+// What the CUDA runtime calls, and what tests call in torch's point.
 #define FUNCTION(name, version, parameters) \
   {#name, version, reinterpret_cast<void*>(static_cast<Result(*) parameters>(name))},
 // clang-format off

@@ -65,7 +65,7 @@ struct Capture {
 };
 
 // A point in a capture: what comes next depends on the nodes, and has seen this progress of each stream.
-struct Place {
+struct CapturePoint {
   std::shared_ptr<Capture> capture;
   std::set<NodeHandle> nodes;
   std::map<int, long> seen;
@@ -75,7 +75,7 @@ struct Event {
   unsigned flags;
   int device;
   std::shared_ptr<Record> latest = nullptr;
-  Place place = {};
+  CapturePoint point = {};
 };
 
 struct Stream {
@@ -84,8 +84,8 @@ struct Stream {
   std::deque<Operation> queue = {};
   bool busy = false;
   bool destroyed = false;
-  Place place = {};
-  std::vector<NodeHandle> shown = {};  // place.nodes as cuStreamGetCaptureInfo gave them out
+  CapturePoint point = {};
+  std::vector<NodeHandle> shown = {};  // point.nodes as cuStreamGetCaptureInfo gave them out
 };
 
 struct Node {

@@ -1,4 +1,4 @@
-#include "plan/links.hpp"
+#include "plan/dependencies.hpp"
 
 #include <algorithm>
 #include <array>
@@ -9,7 +9,7 @@ namespace pe {
 namespace {
 
 // One direction of a skip.
-struct Way {
+struct SkipDirection {
   int from;
   int to;
   Kind kind;                    // F, or B for gradients, which come of B or I
@@ -30,8 +30,8 @@ class TaskIndex {
     for (TaskId t = 0; t < actions.size(); ++t) tasks_[slot(actions[t])] = t;
     if (packs.any()) find_last_of_groups(packs);
     for (const Skip& skip : packs.skips) {
-      add_way(skip.source, skip.target, Kind::F, skip.forward);
-      add_way(skip.target, skip.source, Kind::B, skip.backward);
+      add_skip_direction(skip.source, skip.target, Kind::F, skip.forward);
+      add_skip_direction(skip.target, skip.source, Kind::B, skip.backward);
     }
   }
 
@@ -47,7 +47,7 @@ class TaskIndex {
     return task == kNoTask || senders_.empty() ? task : senders_[slot({stage, microbatch, kind})];
   }
 
-  const std::vector<Way>& ways() const { return ways_; }
+  const std::vector<SkipDirection>& skip_directions() const { return skip_directions_; }
 
  private:
   // A group's results leave with the one its stage runs last; of one stage, later tasks have higher numbers.
@@ -66,10 +66,10 @@ class TaskIndex {
     }
   }
 
-  void add_way(int from, int to, Kind kind, int k) {
-    Way& way = ways_.emplace_back(Way{from, to, kind, {}});
+  void add_skip_direction(int from, int to, Kind kind, int k) {
+    SkipDirection& direction = skip_directions_.emplace_back(SkipDirection{from, to, kind, {}});
     for_each_group(from, to, k, [&](int first, int end) {
-      way.senders.insert(way.senders.end(), end - first, find_last(from, kind, first, end));
+      direction.senders.insert(direction.senders.end(), end - first, find_last(from, kind, first, end));
     });
   }
 
@@ -107,7 +107,7 @@ class TaskIndex {
   std::array<int, kNumKinds> first_row_;
   std::vector<TaskId> tasks_;
   std::vector<TaskId> senders_;  // empty where nothing is packed
-  std::vector<Way> ways_;
+  std::vector<SkipDirection> skip_directions_;
 };
 
 // Calls emit(task) for each task that must be done before `a` may start.
@@ -122,8 +122,8 @@ void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& s
     return add_task(index.find_sender(stage, kind, a.microbatch));
   };
   const auto add_skips = [&](Kind kind) {
-    for (const Way& way : index.ways()) {
-      if (way.to == a.stage && way.kind == kind) add_task(way.senders[a.microbatch]);
+    for (const SkipDirection& direction : index.skip_directions()) {
+      if (direction.to == a.stage && direction.kind == kind) add_task(direction.senders[a.microbatch]);
     }
   };
   switch (a.kind) {
@@ -169,12 +169,12 @@ void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& s
 }
 
 std::vector<SkipsSent> find_skips_sent(const TaskIndex& index, const Shape& shape, TaskId num_tasks) {
-  std::vector<SkipsSent> sent(index.ways().empty() ? 0 : num_tasks);
-  for (const Way& way : index.ways()) {
+  std::vector<SkipsSent> sent(index.skip_directions().empty() ? 0 : num_tasks);
+  for (const SkipDirection& direction : index.skip_directions()) {
     TaskId last = kNoTask;
     for (int m = 0; m < shape.num_microbatches; ++m) {
-      const TaskId sender = way.senders[m];
-      if (sender == kNoTask || shape.rank_of(way.from, m) == shape.rank_of(way.to, m)) continue;
+      const TaskId sender = direction.senders[m];
+      if (sender == kNoTask || shape.rank_of(direction.from, m) == shape.rank_of(direction.to, m)) continue;
       sent[sender].messages += sender != std::exchange(last, sender);
       ++sent[sender].results;
     }
@@ -184,7 +184,7 @@ std::vector<SkipsSent> find_skips_sent(const TaskIndex& index, const Shape& shap
 
 }  // namespace
 
-Links::Links(const std::vector<Action>& actions, const Shape& shape, const Packs& packs)
+Dependencies::Dependencies(const std::vector<Action>& actions, const Shape& shape, const Packs& packs)
     : successors_begin_(actions.size() + 1, 0), num_dependencies_(actions.size(), 0) {
   const TaskIndex index(actions, shape, packs);
   const TaskId size = static_cast<TaskId>(actions.size());
@@ -209,7 +209,7 @@ Links::Links(const std::vector<Action>& actions, const Shape& shape, const Packs
   skips_sent_ = find_skips_sent(index, shape, size);
 }
 
-std::size_t Links::nbytes() const {
+std::size_t Dependencies::nbytes() const {
   return sizeof(TaskId) * (successors_begin_.size() + successors_.size()) +
          sizeof(std::uint16_t) * num_dependencies_.size() + sizeof(SkipsSent) * skips_sent_.size();
 }

@@ -21,10 +21,10 @@ struct SkipsSent {
   int results = 0;  // in them
 };
 
-class Links {
+class Dependencies {
  public:
   // Throws PlanError where a task waits for more than kMaxDependencies.
-  Links(const std::vector<Action>& actions, const Shape& shape, const Packs& packs);
+  Dependencies(const std::vector<Action>& actions, const Shape& shape, const Packs& packs);
 
   std::uint16_t num_dependencies(TaskId task) const { return num_dependencies_[task]; }
   std::span<const TaskId> successors(TaskId task) const {
