@@ -19,6 +19,7 @@ from .policy import Placement, Policy
 from .profile import Profile
 from .reduction import GradientReduction, LocalGroup, ProcessGroupMember
 from .report.records import ReductionRecord, TaskRecord
+from .report.timeline import draw_plan
 from .report.trace import Trace
 from .schedule_choice import ScheduleChoice
 from .simulation import Costs, Simulation, simulate
@@ -27,6 +28,8 @@ from .stage import WithLoss
 from .state import load_checkpoint, save_checkpoint
 from .step_graphs import GraphReport
 from .transport.link import LocalLink
+
+Plan.draw = draw_plan  # type: ignore[method-assign]  # the native core makes plans; Python draws them
 
 __all__ = [
     "Costs",

@@ -27,7 +27,7 @@ py::dict order_by_rank(const Plan& plan) {
   return order;
 }
 
-// 1 where a boundary's stages are on one rank, whatever was asked for.
+// By boundary; 1 if both stages are on one rank.
 std::vector<int> packs_by_boundary(const Plan& plan, Kind kind) {
   std::vector<int> packs;
   for (int b = 0; b + 1 < plan.num_stages(); ++b) {
@@ -44,7 +44,7 @@ const char* stream_name(Stream stream) { return stream == Stream::Forward ? "for
 void bind_plan(py::module_& m) {
   translate<PlanError>("InvalidSchedule");
 
-  py::class_<Skip>(m, "Skip", "A tensor that goes from a stage straight to a later one, and its gradient back.")
+  py::class_<Skip>(m, "Skip", "A tensor that goes from a stage directly to a later one, and its gradient back.")
       .def(py::init<int, int, int, int>(), py::arg("source"), py::arg("target"), py::kw_only(),
            py::arg("pack_forward") = 1, py::arg("pack") = 1)
       .def_readonly("source", &Skip::source)
@@ -71,7 +71,7 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
       .def_property_readonly("rank_of_stage", [](const Plan& p) { return p.shape().rank_of_stage; })
       .def_property_readonly(
           "rank_of_copy", [](const Plan& p) { return p.shape().rank_of_copy; },
-          "By stage, the rank of the second copy of its parameters; empty where there is none.")
+          "By stage, the rank of the second copy of its parameters; empty if there is none.")
       .def_property_readonly(
           "packs", [](const Plan& p) { return packs_by_boundary(p, Kind::B); },
           "By boundary, how many microbatches' gradients leave in one message.")
@@ -80,7 +80,7 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
           "By boundary, how many microbatches' activations leave in one message.")
       .def_property_readonly(
           "skips", [](const Plan& p) { return p.options().packs.skips; },
-          "What goes past stages; between stages of one rank each result is handed over alone.")
+          "The skips; between stages on one rank each result is handed over alone.")
       .def_property_readonly("limits", &Plan::limits, "The most microbatches each stage may have in flight.")
       .def_property_readonly("nbytes", &Plan::nbytes, "Memory the plan holds.")
       .def("order", &order_by_rank, "Rank -> its actions as text, from first to last.")
@@ -110,7 +110,7 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
           },
           py::arg("task"), "(kind, stage, microbatch, rank, stream) of a task.")
       .def("dependencies", &Plan::dependencies_of, py::arg("task"),
-           "The tasks that a task waits for. Looks at all tasks: where many are asked for, use successors.")
+           "The tasks that a task waits for. Slow, it looks at all tasks: for many tasks use successors.")
       .def(
           "successors",
           [](const Plan& p, TaskId t) {
@@ -119,20 +119,9 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
           },
           py::arg("task"), "The tasks that wait for a task.")
       .def("num_sent", &Plan::num_sent, py::arg("task"),
-           "How many results leave for other ranks when the task ends.")
+           "How many results are sent to other ranks when the task ends.")
       .def("num_messages_of", py::overload_cast<TaskId>(&Plan::num_messages, py::const_), py::arg("task"),
-           "In how many messages they leave: one, and one for each skip.")
-      .def(
-          "draw",
-          [](const SharedPlan& plan, const py::object& path, const py::object& costs) {
-            py::module_::import("pipeline_ext.report.timeline").attr("draw_plan")(plan, path, costs);
-          },
-          py::arg("path"), py::arg("costs") = py::none(),
-          R"(Draws the plan's simulated timeline; the path ends in .png, .svg or .pdf.
-
-``costs`` are pipeline_ext.Costs, by default F = 1 and B = 2 at every stage. Folders are made. Raises
-InvalidArgument for another suffix, InvalidSchedule for costs that do not fit, and PipelineError without
-matplotlib or where the file cannot be written.)")
+           "How many messages carry them: one, and one for each skip.")
       .def("__len__", &Plan::size)
       .def("__str__", [](const Plan& p) { return to_table(p.order()); })
       .def("__repr__", [](const Plan& p) {
@@ -142,7 +131,7 @@ matplotlib or where the file cannot be written.)")
       });
 
   // NOLINTNEXTLINE(bugprone-unused-raii): making it registers the type.
-  py::class_<Memory>(m, "Memory", "What microbatches take of ranks, and by rank what they may.");
+  py::class_<Memory>(m, "Memory", "The memory that microbatches take, and the limit of each rank.");
 
   m.def("schedule_names", [] {
     std::vector<std::string> names;
@@ -200,7 +189,7 @@ matplotlib or where the file cannot be written.)")
       py::arg("microbatches"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
       py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(), py::arg("in_flight") = py::list(),
       py::arg("room") = py::list(), py::arg("memory") = py::none(), py::arg("skips") = py::list(),
-      "The plan of a rule, whose limits are slots by stage.");
+      "The plan of a rule. limits: slots by stage.");
   m.def(
       "plan_of_cells",
       [options](const Cells& cells, bool overlap, bool reactive, std::vector<int> packs,
