@@ -46,7 +46,7 @@ const DLTensor& Borrower::ask_by_capsule(py::handle tensor, ArgumentName name) {
     throw PackingError(name.str() + " is of type " + Py_TYPE(tensor.ptr())->tp_name +
                        "; give a tensor or an array");
   }
-  // torch lends no tensor this way that requires a gradient.
+  // torch's __dlpack__ refuses a tensor that requires a gradient.
   const py::object bare =
       py::hasattr(tensor, "detach") ? tensor.attr("detach")() : py::reinterpret_borrow<py::object>(tensor);
   capsules_.push_back(bare.attr("__dlpack__")());
@@ -63,9 +63,9 @@ DLTensor Borrower::ask(py::handle tensor, ArgumentName name) {
   return lent;
 }
 
-// torch's interface does not tell that the values of a view are yet to be negated.
+// torch's DLPack interface does not tell whether a view negates its values lazily.
 bool Borrower::is_lazy(py::handle tensor, const Strided& strided) const {
-  // Such views step over the other parts of complex numbers, so few tensors need be asked.
+  // Such a view skips the other parts of complex numbers, so few tensors need to be asked.
   const bool steps_over = strided.size() == 1 || !strided.is_contiguous();
   return is_arithmetic(strided.dtype) && steps_over && !is_neg_.is_none() && says(is_neg_, tensor);
 }
@@ -88,7 +88,7 @@ Strided Borrower::borrow(py::handle tensor, ArgumentName name) {
     }
     return strided;
   } catch (const py::error_already_set& error) {
-    if (!error.matches(PyExc_Exception)) throw;  // an interrupt
+    if (!error.matches(PyExc_Exception)) throw;  // KeyboardInterrupt and the like
     const std::string why = py::str(error.value());
     throw PackingError(name.str() + " does not lend its memory: " + why.substr(0, why.find('\n')));
   }

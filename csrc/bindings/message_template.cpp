@@ -18,14 +18,14 @@ namespace pe {
 namespace {
 
 constexpr int kNoTensor = -1;
-constexpr std::int64_t kBrief = 1 << 18;  // bytes; letting go of the interpreter takes longer than to copy them
+constexpr std::int64_t kBrief = 1 << 18;  // bytes; releasing the GIL takes longer than copying them
 
-// What the tensors of a message looked like, each contiguous and in memory of its own, and what lay between
-// them. Another message of that kind is packed in one call.
+// The format of a message: its tensors, each contiguous and in memory of its own, and the values between them.
+// Packs another message of this format in one call.
 class MessageTemplate {
  public:
-  // `tensors`: of each tensor its type, shape, place in the buffer, and place within a block of `alignment`
-  // bytes of memory. `parts`: of each result its leaves but the tensors, and the tensors' numbers by leaf.
+  // `tensors`: for each tensor its dtype, shape, offset in the buffer, and address modulo `alignment`. `parts`:
+  // for each result its leaves that are not tensors, and by leaf the numbers of its tensors.
   MessageTemplate(const py::sequence& tensors, const py::sequence& requires_grad, const py::sequence& parts,
                   std::int64_t alignment)
       : alignment_(alignment) {
@@ -100,7 +100,7 @@ class MessageTemplate {
 
   struct Leaf {
     int tensor;
-    py::object value;  // of what is none
+    py::object value;  // of a leaf that is not a tensor
   };
 
   struct Copy {
@@ -109,7 +109,7 @@ class MessageTemplate {
     std::int64_t nbytes;
   };
 
-  // Finds the tensors; returns whether they are plain, and all else is as it was.
+  // Finds the tensors. Returns whether they are plain tensors and all other leaves are equal to the template's.
   bool collect(const py::list& results, std::vector<py::handle>& tensors) const {
     if (results.size() != parts_.size()) return false;
     for (std::size_t r = 0; r < parts_.size(); ++r) {
@@ -175,11 +175,11 @@ class MessageTemplate {
 
 void bind_message_template(py::module_& m) {
   py::class_<MessageTemplate>(m, "MessageTemplate",
-                              R"(What a message looked like, to pack others like it in one call.)")
+                              "The format of a message, to pack others of the same format in one call.")
       .def(py::init<const py::sequence&, const py::sequence&, const py::sequence&, std::int64_t>(),
            py::arg("tensors"), py::arg("requires_grad"), py::arg("parts"), py::arg("alignment"))
       .def("pack", &MessageTemplate::pack, py::arg("results"), py::arg("buffer"),
-           R"(Packs results that look like those; False, having written nothing, where they do not.)");
+           "Packs results of this format. Writes nothing and returns False if they have another one.");
 }
 
 }  // namespace pe

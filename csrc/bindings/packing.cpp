@@ -27,7 +27,7 @@ Packer packer_of(const py::object& layout) {
   return Packer(std::move(slots), layout.attr("nbytes").cast<std::int64_t>());
 }
 
-// Tensors, kept alive, and where their memory is.
+// Keeps tensors alive, with their borrowed memory.
 struct Bound {
   explicit Bound(const py::sequence& given) : tensors(given) {
     strided.reserve(tensors.size());
@@ -42,7 +42,7 @@ struct Bound {
   std::vector<Strided> strided;
 };
 
-// A packer and its tensors. A call that moves them keeps them while the interpreter is free.
+// A packer and its tensors. A call keeps the tensors alive while it runs without the GIL.
 class NativePacker {
  public:
   NativePacker(const py::object& layout, const py::sequence& tensors) : packer_(packer_of(layout)) {
@@ -85,7 +85,7 @@ class NativePacker {
     return bound_;
   }
 
-  // The memory of an optional argument, `length` elements of `dtype`.
+  // The memory of an optional argument with `length` elements of `dtype`; null for None.
   template <class T>
   static T* row(Borrower& borrower, const py::object& argument, const char* name, DType dtype,
                 std::size_t length) {
@@ -109,7 +109,7 @@ void bind_packing(py::module_& m) {
 
   py::class_<NativePacker>(m, "NativePacker", R"(The ``Packer`` of tensors on the CPU.
 
-Tensors and buffer are whatever lends its memory through DLPack.)")
+Tensors and buffer are any objects that support DLPack.)")
       .def(py::init<const py::object&, const py::sequence&>(), py::arg("layout"), py::arg("tensors"))
       .def("rebind", &NativePacker::rebind, py::arg("tensors"))
       .def("release", &NativePacker::release)

@@ -66,7 +66,7 @@ void bind_simulate(py::module_& m) {
         return py::make_tuple(bound.makespan, bound.span);
       },
       py::arg("rank_of_stage"), py::arg("num_ranks"), py::arg("microbatches"), py::arg("costs"),
-      "(makespan, span) that no order of a training step beats on ranks that run one task at a time.");
+      "(makespan, span): lower bounds of any order of a training step on ranks that run one task at a time.");
   m.def("end_times", &end_times, py::arg("plan"), py::arg("costs"), py::arg("times"));
   m.def(
       "simulated_order",

@@ -1,5 +1,5 @@
-// What of NVIDIA's driver API we call: its types, constants and functions, as cuda.h of CUDA 12.0 has them.
-// Written down here so that no toolkit is needed to build; a test holds it against a real cuda.h.
+// The part of NVIDIA's driver API that we call: types, constants and functions as in cuda.h of CUDA 12.0.
+// Declared here so that the build needs no toolkit; a test compares it with a real cuda.h.
 #pragma once
 
 #include <cstddef>
@@ -39,8 +39,8 @@ union AttributeValue {
 using GetProcAddress = Result (*)(const char* symbol, void** function, int version, std::uint64_t flags,
                                   int* status);
 
-// X(name, the version whose ABI this is, parameters). Later versions have functions of the same names with
-// other parameters; the driver gives out the one of the version asked for.
+// X(name, version of the ABI, parameters). Later versions of a function may have other parameters; the driver
+// returns the one for the requested version.
 #define PE_CUDA_FUNCTIONS(X)                                                                                   \
   X(cuInit, 2000, (unsigned flags))                                                                            \
   X(cuDriverGetVersion, 2020, (int* version))                                                                  \
@@ -73,7 +73,7 @@ using GetProcAddress = Result (*)(const char* symbol, void** function, int versi
   X(cuGraphNodeGetType, 10000, (NodeHandle node, int* type))                                                   \
   X(cuGraphKernelNodeSetAttribute, 11000, (NodeHandle node, int attribute, const AttributeValue* value))
 
-// The oldest driver that serves all of it and the torch versions we work with.
+// The oldest driver that has all these functions and runs the torch versions that we support.
 inline constexpr int kOldestVersion = 12000;
 
 }  // namespace pe::cuda

@@ -53,7 +53,7 @@ Driver::Driver(const std::string& path) {
 
 const Driver& Driver::get() {
   static std::mutex mutex;
-  static std::unique_ptr<const Driver> opened;  // never closed: torch uses the driver to the end
+  static std::unique_ptr<const Driver> opened;  // never closed: torch uses the driver until the process ends
   const std::lock_guard lock(mutex);
   if (!opened) {
     const char* const given = std::getenv("PIPELINE_EXT_LIBCUDA");

@@ -13,7 +13,7 @@ struct Pool {
   std::map<std::pair<int, bool>, std::vector<std::unique_ptr<Stream>>> free;  // by device and urgency
 };
 
-// Never destroyed: the driver may be gone before.
+// Never destroyed: the driver may be unloaded first.
 Pool& pool() {
   static Pool* const only = new Pool;
   return *only;

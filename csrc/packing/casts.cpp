@@ -16,12 +16,12 @@ namespace {
 
 constexpr std::uint32_t kSign = 0x80000000u;
 constexpr std::uint32_t kInfinity = 0x7f800000u;
-constexpr std::int32_t kMagnitude32 = std::numeric_limits<std::int32_t>::max();  // all but the sign
+constexpr std::int32_t kMagnitude32 = std::numeric_limits<std::int32_t>::max();  // all bits but the sign
 constexpr std::int64_t kMagnitude64 = std::numeric_limits<std::int64_t>::max();
 constexpr int kMantissa = 23;  // of float32
 constexpr int kBias = 127;
 
-// A format of fewer bits than float32. Magnitudes from `special` on are infinity or NaN.
+// A format with fewer bits than float32. Magnitudes from `special` on are infinity or NaN.
 struct Float16 {
   using Bits = std::uint16_t;
   static constexpr int exponent = 5, mantissa = 10;
@@ -59,7 +59,7 @@ PE_INLINE typename F::Bits encoded(float value) {
     return static_cast<typename F::Bits>(magnitude > kInfinity ? F::nan : rounded);
   } else {
     std::uint32_t out = (magnitude - kRebias<F> + just_below_half + odd) >> kDropped<F>;
-    // The sum's last bit is worth the format's least value, so the addition rounds to a subnormal.
+    // The last bit of the sum is worth the format's smallest value, so the addition rounds to a subnormal.
     constexpr std::uint32_t shifter = kRebias<F> + ((kDropped<F> + 1u) << kMantissa);
     const float sum = std::bit_cast<float>(magnitude) + std::bit_cast<float>(shifter);
     const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(sum) - shifter;
@@ -119,7 +119,8 @@ PE_VECTORIZED void add_row(const double* __restrict in, double* __restrict out, 
   for (std::size_t i = 0; i < n; ++i) out[i] += in[i];
 }
 
-// Magnitudes are ordered as their bits are, and NaN is above them all; integers vectorize, floats would not.
+// Magnitudes have the order of their bits, with NaN above all; the loop vectorizes for integers but not for
+// floats.
 PE_VECTORIZED std::int32_t largest_bits(std::int32_t most, const float* in, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) {
     most = std::max(most, std::bit_cast<std::int32_t>(in[i]) & kMagnitude32);
@@ -133,7 +134,7 @@ PE_VECTORIZED std::int64_t largest_bits(std::int64_t most, const double* in, std
   return most;
 }
 
-// Calls `use` with the small format that `dtype` is.
+// Calls `use` with the small format of `dtype`.
 template <class Use>
 void with_format(DType dtype, Use&& use) {
   if (dtype == kBfloat16) return use(Bfloat16{});

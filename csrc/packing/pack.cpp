@@ -11,7 +11,7 @@
 namespace pe {
 namespace {
 
-// From so many bytes read and written on, a message leaves the caches before it is read again.
+// From this many bytes on, read and written, a message no longer stays in the caches until it is read again.
 constexpr std::int64_t kStreamed = 24 << 20;
 
 bool is_aligned(const std::byte* address, std::size_t bytes) {
@@ -30,7 +30,7 @@ bool is_copied(const Slot& slot, const Scale& scale, std::size_t i) {
   return slot.dtype == kFloat64 ? scale_of<double>(scale, i) == 1.0 : scale_of<float>(scale, i) == 1.0f;
 }
 
-// NaN is the largest of all.
+// NaN is above all numbers.
 void raise(float& largest, float to) {
   if (std::isnan(to) || to > largest) largest = to;
 }
@@ -103,7 +103,7 @@ void Packer::pack(std::span<const Strided> tensors, const Strided& buffer, const
     std::byte* const packed = buffer.data + slot.offset;
     const bool watched = watches && is_arithmetic(slot.dtype);
     double most = 0.0;
-    if (tensors[i].size() == 0) continue;  // perhaps without memory
+    if (tensors[i].size() == 0) continue;  // may have no memory
     if (is_copied(slot, scale, i) && !watched) {
       copy_to(packed, tensors[i], streams);
     } else if (slot.dtype == kFloat64) {

@@ -14,7 +14,8 @@ struct Dimension {
   std::int64_t pitch;   // in row-major order, elements
 };
 
-// The tensor's dimensions without those of size 1, and those joined that memory holds as one.
+// The tensor's dimensions, innermost first, without those of size 1, with adjacent ones joined where memory
+// allows.
 std::vector<Dimension> joined_dimensions(const Strided& tensor) {
   const auto element = static_cast<std::int64_t>(tensor.dtype.size());
   std::vector<Dimension> outward;
@@ -33,7 +34,7 @@ std::vector<Dimension> joined_dimensions(const Strided& tensor) {
   return outward;
 }
 
-// Calls use(where an element is in memory, its number in the block) in the order of memory.
+// Calls use(address of an element, its number in the block), in memory order.
 template <class Use>
 void visit_elements(const Block& block, const Use& use) {
   if (std::abs(block.row_stride) < std::abs(block.column_stride)) {
@@ -103,8 +104,8 @@ bool Strided::is_expanded() const {
 void for_each_block(const Strided& tensor, std::int64_t limit, const std::function<void(const Block&)>& visit) {
   if (tensor.size() == 0) return;
   std::vector<Dimension> outward = joined_dimensions(tensor);
-  // Columns run along the last dimension, rows along the one whose elements are closest in memory: cache lines
-  // are then used whole, also of a transposed tensor.
+  // Columns run along the last dimension, rows along the dimension with the smallest stride: then whole cache
+  // lines are used, also for a transposed tensor.
   const Dimension columns = outward.front();
   outward.erase(outward.begin());
   Dimension rows{1, 0, 0};
@@ -119,7 +120,7 @@ void for_each_block(const Strided& tensor, std::int64_t limit, const std::functi
   }
   std::int64_t width = std::min(columns.size, limit);
   if (transposed) {
-    constexpr std::int64_t kTile = 16;  // so a block is longer the way memory runs
+    constexpr std::int64_t kTile = 16;  // keeps a block longer along the smallest stride
     width = std::min(width, kTile);
   }
   const std::int64_t height = std::min(rows.size, limit / width);

@@ -13,7 +13,7 @@ namespace {
 constexpr std::int64_t kBlock = 2048;  // elements
 constexpr std::size_t kLargestElement = 8;
 
-// As for_each_block, without its preparations where there is nothing to prepare.
+// Like for_each_block, but faster for contiguous tensors.
 template <class Visit>
 void visit_blocks(const Strided& tensor, const Visit& visit) {
   if (!tensor.is_contiguous()) return for_each_block(tensor, kBlock, std::cref(visit));
@@ -25,8 +25,8 @@ void visit_blocks(const Strided& tensor, const Visit& visit) {
   }
 }
 
-// Calls visit(offset in the packed, number in the block, length), in elements, for each row of a block; once
-// where the packed holds the rows one after another.
+// Calls visit(offset in the packed tensor, offset in the block, length), in elements, for each row of a block;
+// once for all rows if they are adjacent in the packed tensor.
 template <class Visit>
 void visit_rows(const Block& block, const Visit& visit) {
   if (block.rows == 1 || block.pitch == block.columns) return visit(block.first, 0, block.size());

@@ -8,12 +8,12 @@
 namespace pe {
 namespace {
 
-// One direction of a skip.
+// One direction of a skip: its tensors, or their gradients.
 struct SkipDirection {
   int from;
   int to;
-  Kind kind;                    // F, or B for gradients, which come of B or I
-  std::vector<TaskId> senders;  // by microbatch, the task whose end lets it go; or kNoTask
+  Kind kind;                    // F; or B for gradients, which `B` or `I` computes
+  std::vector<TaskId> senders;  // by microbatch, the task whose end sends it; or kNoTask
 };
 
 // Finds the task of (stage, kind, microbatch); whole-stage actions are found at microbatch 0.
@@ -41,7 +41,7 @@ class TaskIndex {
     return tasks_[slot({stage, microbatch, kind})];
   }
 
-  // The task whose end lets the result of (stage, kind, microbatch) go to a neighbouring stage.
+  // The task whose end sends the result of (stage, kind, microbatch) to the neighbouring stage.
   TaskId find_sender(int stage, Kind kind, int microbatch) const {
     const TaskId task = find(stage, kind, microbatch);
     return task == kNoTask || senders_.empty() ? task : senders_[slot({stage, microbatch, kind})];
@@ -50,7 +50,7 @@ class TaskIndex {
   const std::vector<SkipDirection>& skip_directions() const { return skip_directions_; }
 
  private:
-  // A group's results leave with the one its stage runs last; of one stage, later tasks have higher numbers.
+  // A pack is sent when the last of its microbatches ends. Tasks of a stage are numbered in the order they run.
   void find_last_of_groups(const Packs& packs) {
     senders_ = tasks_;
     for (const Kind kind : {Kind::F, Kind::B, Kind::I}) {
@@ -73,8 +73,8 @@ class TaskIndex {
     });
   }
 
-  // Calls emit(first, end) for the microbatches of each message from `stage` to `next`; on one rank each goes
-  // alone.
+  // Calls emit(first, end) for the microbatches of each message from `stage` to `next`. If both stages are on
+  // one rank, every microbatch is handed over alone.
   template <class Emit>
   void for_each_group(int stage, int next, int k, Emit&& emit) const {
     for (int first = 0, end; first < shape_.num_microbatches; first = end) {
@@ -85,7 +85,7 @@ class TaskIndex {
     }
   }
 
-  // Of the tasks that send gradients, or activations, of these microbatches; none if one does not.
+  // The last task that computes these microbatches' results; kNoTask if one of them has no such task.
   TaskId find_last(int stage, Kind kind, int first, int end) const {
     const Kind other = kind == Kind::F ? Kind::F : kind == Kind::B ? Kind::I : Kind::B;
     TaskId last = 0;
@@ -110,7 +110,7 @@ class TaskIndex {
   std::vector<SkipDirection> skip_directions_;
 };
 
-// Calls emit(task) for each task that must be done before `a` may start.
+// Calls emit(task) for each task that must end before `a` may start.
 template <class Emit>
 void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& shape, Emit&& emit) {
   const auto add_task = [&](TaskId task) {

@@ -14,7 +14,7 @@ struct Entry {
   int position;
 };
 
-// Position of an action among the cells, in which an overlapped pair counts once.
+// The cell of an action; an overlapped pair is one cell.
 int cell_of(const std::vector<Action>& actions, int position) {
   int cell = 0;
   for (int i = 0; i < position; ++i) cell += actions[i].joins_next ? 0 : 1;
@@ -41,7 +41,7 @@ std::optional<Entry> find(const Index& index, int stage, Kind kind, int microbat
   return it->second;
 }
 
-// Where each microbatch of each stage first appears; at microbatch -1 what concerns the whole stage.
+// Where each (stage, microbatch) first appears. Actions of a whole stage are at microbatch -1.
 std::map<std::pair<int, int>, Entry> homes_of(const Order& order) {
   std::map<std::pair<int, int>, Entry> homes;
   for (int rank = 0; rank < static_cast<int>(order.size()); ++rank) {
@@ -52,8 +52,8 @@ std::map<std::pair<int, int>, Entry> homes_of(const Order& order) {
   return homes;
 }
 
-// The stages and the rank of each, and, where two ranks share the microbatches of each stage, all alike, the
-// second ranks and the first microbatch there.
+// Which rank holds each stage. If two ranks share the microbatches of every stage, in the same way for all
+// stages, also the second ranks and the first microbatch that runs there.
 Shape placement_of(const Order& order) {
   Shape shape;
   const auto homes = homes_of(order);
@@ -113,7 +113,7 @@ Index index_of(const Order& order) {
   return index;
 }
 
-// Of two actions on one rank, `before` must come first.
+// If both actions are listed, `before` must come first.
 void require_order(const Order& order, const Index& index, int stage, int microbatch, Kind before, Kind after) {
   const auto first = find(index, stage, before, microbatch);
   const auto second = find(index, stage, after, microbatch);
@@ -211,7 +211,7 @@ Shape validate(const Order& order) {
              "stage " + std::to_string(stage) + " has no F for microbatch " + std::to_string(microbatch));
     }
   }
-  // The first action listed for a stage stands for what is missing there.
+  // An error about a missing action marks the first one that is listed for its stage.
   std::vector<Entry> first(shape.num_stages, Entry{-1, 0});
   for (int rank = 0; rank < static_cast<int>(order.size()); ++rank) {
     for (int i = static_cast<int>(order[rank].size()) - 1; i >= 0; --i) {
@@ -283,7 +283,7 @@ std::string to_table(const Order& order, int marked_rank, int marked_cell) {
     pad("rank " + std::to_string(rank), width[rank]);
   }
   end_line();
-  // Around an error a few rows are enough, however long the schedule.
+  // Of a long schedule, show only the rows around the error.
   constexpr int kContext = 8;
   const int from = marked_cell < 0 ? 0 : std::max(0, marked_cell - kContext);
   const int to =

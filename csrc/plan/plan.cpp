@@ -18,7 +18,7 @@ InFlight peak_in_flight(const Order& order, const Shape& shape) {
       auto end = cell;
       while (end++->joins_next) {
       }
-      // What joined actions free is free when all of them end.
+      // Joined actions free their slots when all of them have ended.
       for (auto a = cell; a != end; ++a) {
         if (a->kind != Kind::F) continue;
         peak.of_stage[a->stage] = std::max(peak.of_stage[a->stage], ++now[a->stage]);
@@ -56,7 +56,7 @@ Plan::Plan(const Order& order, const Shape& shape, PlanOptions options, std::vec
       !packs.any() && packs.skips.empty() &&
       std::all_of(actions_.begin(), actions_.end(), [](const Action& a) { return is_compute(a.kind); });
   in_order_ = computes_alone_ && has_slots && !options_.overlap && !options_.reactive;
-  if (!computes_alone_) dependencies();  // refuses what it cannot hold
+  if (!computes_alone_) dependencies();  // throws if a task has too many
   fill_queues(preference);
   if (options_.memory.limited()) peak_memory(*this, options_.memory);
 }
@@ -115,13 +115,13 @@ void Plan::fill_queues(const std::vector<Kind>& preference) {
     queues_begin_.push_back(num_ranks());
     return;
   }
-  // Where a stage lists B for some microbatches, and I and W for others, all of them keep their order:
-  // gradients leave, and are added, in it.
+  // If a stage has `B` for some microbatches and `I` and `W` for others, they share a queue: gradients are sent
+  // and accumulated in the order of the microbatches.
   std::vector<bool> lists_b(num_stages(), false);
   for (const Action& a : actions_) {
     if (a.kind == Kind::B) lists_b[a.stage] = true;
   }
-  // What tells a worker's queues apart.
+  // Tasks with the same key share a queue.
   const auto key_of = [&](const Action& a) {
     if (!options_.reactive) return 0;
     const bool is_part = a.kind == Kind::I || a.kind == Kind::W;

@@ -1,4 +1,4 @@
-// When the tasks of a step ran on their devices: events in the streams, read once they are done.
+// When the ops of a step ran on their devices: events in the streams, read once they are done.
 #pragma once
 
 #include <memory>
@@ -20,8 +20,8 @@ class DeviceTimes {
  public:
   using Contexts = std::vector<std::shared_ptr<const cuda::PrimaryContext>>;
 
-  // For a step of so many things to enqueue, each on one of these devices. What records has the context of that
-  // device current.
+  // For a step of `num_ops` ops on these devices. The functions that record need the device's context to be
+  // current.
   DeviceTimes(std::size_t num_ops, Contexts devices)
       : contexts_(std::move(devices)),
         begin_(num_ops),

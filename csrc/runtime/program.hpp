@@ -1,4 +1,4 @@
-// A plan and what its tasks do.
+// A plan, and the function that each of its tasks runs.
 #pragma once
 
 #include <functional>

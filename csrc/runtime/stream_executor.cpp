@@ -15,13 +15,13 @@
 namespace pe {
 namespace {
 
-constexpr unsigned kStepsAhead = 2;  // that may be enqueued and not done
+constexpr unsigned kStepsAhead = 2;  // that may be enqueued and unfinished
 constexpr auto kLookPeriod = std::chrono::microseconds(50);
 constexpr auto kPollPeriod = std::chrono::milliseconds(10);
 
 }  // namespace
 
-// What it holds of one device.
+// The streams and events of one device.
 struct StreamExecutor::OfDevice {
   explicit OfDevice(int ordinal)
       : context(std::make_shared<const cuda::PrimaryContext>(ordinal)),
@@ -30,7 +30,7 @@ struct StreamExecutor::OfDevice {
     for (cuda::Event& event : finished) event = cuda::Event(context, cuda::kEventDisableTiming);
   }
 
-  // The next stream of a program that has taken `taken` so far.
+  // The next stream for a program that has `taken` of them so far.
   cuda::StreamHandle stream(bool copies, std::size_t taken) {
     auto& own = copies ? copy_streams : lanes;
     if (taken == own.size()) own.emplace_back(context, copies);
@@ -56,7 +56,7 @@ class StreamExecutor::Laid {
   std::shared_ptr<const StreamPlan> plan;
   std::vector<std::size_t> device;  // by stream, as an index
   std::vector<cuda::StreamHandle> streams;
-  std::vector<cuda::Event> events;  // by op; of those that another stream awaits
+  std::vector<cuda::Event> events;  // by op; set if another stream waits for the op
   std::vector<cuda::Event> tails;   // by stream
   std::vector<std::shared_ptr<DeviceTimes>> times;
 
@@ -70,7 +70,7 @@ class StreamExecutor::Laid {
   }
 };
 
-// One step on its way.
+// Enqueues one step.
 struct StreamExecutor::Run {
   Run(StreamExecutor& executor, Laid& program, const DeviceRunOptions& how)
       : self(executor), laid(program), options(how), started(program.streams.size(), false) {
@@ -112,7 +112,7 @@ struct StreamExecutor::Run {
     for (const std::uint32_t other : plan.waits(op)) cuda::wait(stream, laid.events[other]);
     if (result.times) result.times->record_begin(number, device, stream, timing_flags());
     const bool goes_first = nodes && stream_of(op.action.kind) == Stream::Backward;
-    if (goes_first) nodes->take_new();  // what others have captured
+    if (goes_first) nodes->take_new();  // skips the nodes that others captured
     laid.program->run(op.action);
     if (goes_first) {
       cuda::set_priority(nodes->take_new(), self.devices_[device]->greatest_priority);
@@ -121,7 +121,7 @@ struct StreamExecutor::Run {
     if (op.awaited) laid.events[number].record(stream);
   }
 
-  // Lets the callers follow all streams that were started.
+  // Makes the callers wait for all streams that were started.
   void join() {
     for (std::size_t stream = 0; stream < started.size(); ++stream) {
       if (!started[stream]) continue;
@@ -139,7 +139,8 @@ struct StreamExecutor::Run {
     }
   }
 
-  // What is freed from now on was used by any stream, and its own may give it back to the device.
+  // Makes the streams wait for the callers: memory freed from now on may have been used on any stream, and the
+  // stream it belongs to may reuse it.
   void follow_callers() {
     for (std::size_t stream = 0; stream < started.size(); ++stream) {
       if (!started[stream]) continue;
@@ -158,7 +159,7 @@ struct StreamExecutor::Run {
   std::optional<cuda::CapturedNodes> nodes;
 };
 
-// While it lives close() only asks; then what it asked for is done.
+// During a run: close() only requests, and the destructor does what was requested.
 class StreamExecutor::Busy {
  public:
   explicit Busy(StreamExecutor& executor) : executor_(executor) {
@@ -322,7 +323,8 @@ const std::vector<cuda::StreamHandle>& StreamExecutor::streams_of(const Laid& la
 
 void StreamExecutor::copy(cuda::Address to, int to_device, cuda::Address from, int from_device,
                           std::size_t nbytes, cuda::StreamHandle stream) const {
-  if (devices_.empty()) throw std::logic_error("it is closed");  // not while a step that is to stop ends
+  if (devices_.empty())
+    throw std::logic_error("it is closed");  // not if a step is still running: it releases them later
   PE_CUDA(cuda::Driver::get(), cuMemcpyPeerAsync, to, devices_[index_of(to_device)]->context->handle(), from,
           devices_[index_of(from_device)]->context->handle(), nbytes, stream);
 }

@@ -78,8 +78,9 @@ StreamPlan::StreamPlan(std::shared_ptr<const Plan> plan, const TaskTimes& times,
   connect();
 }
 
-// Sorts the tasks by their begin. Of tasks that begin at the same time, dependencies and earlier tasks of a queue come
-// first, then the one that ends first: a task that takes no time must not end up behind another one on its lane.
+// Sorts the tasks by their begin. Of tasks that begin at the same time, dependencies and earlier tasks of a
+// queue come first, then the one that ends first: a task that takes no time must not end up behind another one
+// on its lane.
 std::vector<TaskId> StreamPlan::in_order(const TaskTimes& times) const {
   std::vector<int> missing(plan_->size(), 0);
   std::vector<TaskId> next_in_queue(plan_->size(), kNoTask);
@@ -210,8 +211,8 @@ void StreamPlan::enqueue(const std::vector<TaskId>& order) {
   }
 }
 
-// Nothing signals that a peer consumed a send, and a receive waits for nothing. So each send and receive waits for an
-// earlier task that bounds buffer memory, one that has ended by then if all goes as planned.
+// Nothing signals that a peer consumed a send, and a receive waits for nothing. So each send and receive waits
+// for an earlier task that bounds buffer memory, one that has ended by then if all goes as planned.
 void StreamPlan::bound_memory(TaskId task, int boundary, Kind send) {
   Channel& channel = channels_[2 * boundary + static_cast<int>(pe::stream_of(send))];
   if (is_here(task)) {

@@ -1,5 +1,5 @@
-// A plan laid out on device streams: the order in which the host enqueues its tasks, the stream each one runs on,
-// and the ops on other streams it waits for.
+// A plan laid out on device streams: the order in which the host enqueues its tasks, the stream each one runs
+// on, and the ops on other streams it waits for.
 #pragma once
 
 #include <cstdint>
@@ -36,18 +36,18 @@ struct StreamOp {
 };
 
 // Autograd runs the kernels of a backward on the stream of their forward, so streams belong to microbatches: a
-// rank has several lanes, and a microbatch at a stage stays on one lane from its `F` to its last task there. Tasks
-// that run at the same time in the simulation are on different lanes, with no chain of waits between them. Apart
-// from that a rank's forwards run one after another, and so do its backwards. Without `overlap` all tasks of a rank
-// run one after another on one lane.
+// rank has several lanes, and a microbatch at a stage stays on one lane from its `F` to its last task there.
+// Tasks that run at the same time in the simulation are on different lanes, with no chain of waits between
+// them. Apart from that a rank's forwards run one after another, and so do its backwards. Without `overlap` all
+// tasks of a rank run one after another on one lane.
 //
-// Where each rank is a process, each process lays out only its own tasks. The sender of a message between processes
-// enqueues the send, and the receiver the receive, at the same position in the global order of tasks. So no two
-// processes wait for one another, even if the host or a stream waits for everything enqueued before.
+// Where each rank is a process, each process lays out only its own tasks. The sender of a message between
+// processes enqueues the send, and the receiver the receive, at the same position in the global order of tasks.
+// So no two processes wait for one another, even if the host or a stream waits for everything enqueued before.
 class StreamPlan {
  public:
-  // `rank`: the rank of this process; kEveryRank if this process runs all ranks. Throws PlanError unless there is one
-  // device for each rank.
+  // `rank`: the rank of this process; kEveryRank if this process runs all ranks. Throws PlanError unless there
+  // is one device for each rank.
   StreamPlan(std::shared_ptr<const Plan> plan, const TaskTimes& times, std::vector<int> device_of_rank,
              int rank = kEveryRank);
 
@@ -66,12 +66,12 @@ class StreamPlan {
   // The number of a task's op; kNoOp for a task of another process.
   std::uint32_t op_of(TaskId task) const { return op_of_[task]; }
   int stream_of(TaskId task) const { return ops_[op_of_[task]].stream; }
-  // The number of the op that copies the task's results to another device, or receives them from another process; the
-  // task's own op if nothing is copied.
+  // The number of the op that copies the task's results to another device, or receives them from another
+  // process; the task's own op if nothing is copied.
   std::uint32_t sent_by(TaskId task) const { return sent_by_[task]; }
 
-  // The number of the first op on `stream` that runs after op `before` has ended on the device; ops().size() if there
-  // is none before the end of the training step.
+  // The number of the first op on `stream` that runs after op `before` has ended on the device; ops().size() if
+  // there is none before the end of the training step.
   std::uint32_t first_after(std::uint32_t before, int stream) const;
 
  private:

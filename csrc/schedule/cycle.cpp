@@ -1,4 +1,4 @@
-// Why a schedule stands still: one cycle of tasks that wait for one another.
+// Explains a deadlock: finds one cycle of tasks that wait for one another.
 #include <algorithm>
 
 #include "schedule/list_scheduler.hpp"
@@ -6,7 +6,7 @@
 namespace pe {
 namespace {
 
-// "rank 1, cell 2 '1F1'", an overlapped pair being one cell.
+// As in "rank 1, cell 2 '1F1'"; an overlapped pair is one cell.
 std::string where(const Plan& plan, TaskId task) {
   const int rank = plan.rank_of(task);
   int cell = 0;
@@ -32,7 +32,7 @@ TaskId ListScheduler::frees_slot_for(TaskId task) const {
 }
 
 std::string ListScheduler::cycle() const {
-  // What each task left waits for: behind the head of its queue for that; the head for what it depends on.
+  // What each unfinished task waits for: the head of its queue; or, if it is the head, a dependency.
   std::vector<TaskId> blocker(plan_.size(), kNoTask);
   std::vector<bool> is_head(plan_.size(), false);
   for (TaskId t = 0; t < plan_.size(); ++t) {

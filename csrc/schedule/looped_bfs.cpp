@@ -1,6 +1,6 @@
-// Breadth-first: each rank runs all microbatches through one of its stages before it turns to the next.
-// Lamy-Poirier, Breadth-First Pipeline Parallelism, MLSys 2023. As in torch.distributed.pipelining, but
-// backwards ascend like those of every schedule here; by symmetry that takes no longer.
+// Breadth-first: each rank runs all microbatches through one of its stages before the next stage. Lamy-Poirier,
+// Breadth-First Pipeline Parallelism, MLSys 2023. As in torch.distributed.pipelining, except that backwards run
+// in ascending order, as in all our schedules; by symmetry that takes the same time.
 #include <ranges>
 
 #include "schedule/schedule.hpp"

@@ -1,7 +1,7 @@
-// ZB-H2: as ZB-H1, with nearly twice as many F before the first I, so that nobody waits for the first
-// gradient, and W put off until all ranks hold 2p - 1 microbatches. Qi et al., Zero Bubble Pipeline
-// Parallelism, ICLR 2024. With equal times of F, I and W and 2p microbatches or more, no rank is ever idle
-// between its first and its last task; fewer run likewise, with less to fill the waits.
+// ZB-H2: like ZB-H1, but with nearly twice as many `F` before the first `I`, so that no rank waits for the
+// first gradient, and with `W` postponed until each rank holds 2p - 1 microbatches. Qi et al., Zero Bubble
+// Pipeline Parallelism, ICLR 2024. If `F`, `I` and `W` take equal times, no rank is idle between its first and
+// its last task with at least 2p microbatches. Also runs with fewer, with more idle time.
 #include "schedule/schedule.hpp"
 #include "schedule/zero_bubble.hpp"
 

@@ -54,8 +54,8 @@ std::optional<Score> Greedy::run(const Policy& policy, Tokens* tokens) {
   return problem_.score(begin_, end_);
 }
 
-// What one microbatch takes at each later stage of the rank that has none in flight: kept for it, since what
-// is in flight at the earlier stages may end only by way of the later ones.
+// The memory of one microbatch at each later stage of the rank that has none in flight. It is reserved, because
+// the microbatches at the earlier stages end only after they have passed the later ones.
 double Greedy::reserved_after(int stage) const {
   double reserved = 0;
   for (const int later : problem_.stages_of(problem_.rank_of(stage))) {
@@ -146,7 +146,7 @@ void Greedy::start(int rank, const Choice& choice, double now) {
     const double arrival = links_.arrival(s, forward, end);
     (forward ? forward_arrival_ : input_arrival_)[at(to, m)] = arrival;
     const int receiver = problem_.rank_of(to);
-    // One that is busy then will look when it is not.
+    // A rank that is busy then looks when its task ends.
     if (ranks_[receiver].free_at < arrival) events_.push({arrival, static_cast<std::uint32_t>(receiver), 0});
   };
   switch (choice.pass) {

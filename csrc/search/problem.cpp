@@ -55,7 +55,7 @@ Problem::Problem(const Placement& placement, int microbatches, const Costs& cost
                       "; raise memory_limit, or cut the model or the batch into more parts");
     }
   }
-  // B is not what runs here, whatever it costs.
+  // `B` never runs here, so its own cost must not lower the bound.
   for (int s = 0; s < num_stages(); ++s) costs_.backward[s] = costs.input_grad[s] + costs.weight_grad[s];
   const LowerBound bound = pe::lower_bound(rank_of_, num_ranks(), microbatches_, costs_);
   lower_bound_ = objective_ == Objective::Span ? bound.span : bound.makespan;

@@ -15,13 +15,14 @@ struct Fills {
 
 struct Built {
   Tokens tokens;
-  std::vector<double> idle;  // by rank, since its first begin
+  std::vector<double> idle;  // by rank, from its first begin on
   double most_idle() const { return *std::max_element(idle.begin(), idle.end()); }
 };
 
 class Rounds {
  public:
-  // `allowed`: what ranks idled in an earlier order; those that idled less may idle as much.
+  // `allowed`: the idle time of each rank in an earlier order; ranks that idled less may now idle as much as
+  // the most.
   Rounds(const Problem& problem, Fills fills, const std::vector<double>& allowed)
       : problem_(problem),
         fills_(fills),
@@ -57,13 +58,13 @@ class Rounds {
   int late(int rank) const { return problem_.num_stages() - 1 - rank; }
   std::size_t at(int stage, int m) const { return static_cast<std::size_t>(stage) * microbatches_ + m; }
 
-  // Forwards until each rank has run as many as the one before.
+  // Runs `F` until each rank has run as many as the rank before it.
   bool warm_up() {
     for (int rank = 0; rank < ranks_; ++rank) {
       if (!run(Pass::F, early(rank))) return false;
     }
     for (int rank = ranks_ - 1; rank >= 0; --rank) {
-      // More early ones while the first late one is on its way, with memory left for what comes meanwhile.
+      // More of the early stage while the first input of the late stage is in transit, if memory allows.
       while (rank + 1 < ranks_ && forwards_[early(rank)] < microbatches_ &&
              now_[rank] + problem_.time(Pass::F, early(rank)) <= forward_arrival_[at(late(rank), 0)] &&
              problem_.fits(rank, memory_[rank] + (2 + 2 * rank) * problem_.taken(early(rank)))) {
@@ -128,7 +129,7 @@ class Rounds {
                            : input_arrival_[at(stage, inputs_[stage])];
   }
 
-  // Weight gradients before the next F or I of a stage. False where memory lacks and none are left.
+  // Runs `W` before the next `F` or `I` of a stage. False if memory is short and no `W` is left.
   bool fill(Pass pass, int stage, bool may_delay) {
     const int rank = problem_.rank_of(stage);
     auto& pending = pending_[rank];
@@ -146,7 +147,7 @@ class Rounds {
     return true;
   }
 
-  // False where what it needs is not there, or memory lacks.
+  // Runs the next `F` or `I` of a stage. False if its input is missing or memory is short.
   bool run(Pass pass, int stage) {
     const int rank = problem_.rank_of(stage);
     const bool forward = pass == Pass::F;
@@ -192,7 +193,7 @@ class Rounds {
   std::vector<double> forward_arrival_, input_arrival_;  // by stage and microbatch
   std::vector<int> forwards_, inputs_;                   // run, by stage
   std::vector<double> now_, memory_;                     // by rank
-  std::vector<std::deque<int>> pending_;                 // stages whose W are to run, by rank
+  std::vector<std::deque<int>> pending_;                 // by rank, the stages whose `W` is still to run
   Built built_;
 };
 

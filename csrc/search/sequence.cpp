@@ -48,7 +48,7 @@ std::optional<Score> Filler::run(const Sequence& sequence, Tokens* tokens) {
   return problem_.score(begin_, end_);
 }
 
-// Runs the rank until what its next token needs is not known yet. False where that cannot be.
+// Runs the rank until the arrival of its next input is unknown. False if the sequence is not possible.
 bool Filler::advance(const Sequence& sequence, int rank, Tokens* tokens) {
   Rank& state = ranks_[rank];
   const std::vector<Token>& mine = sequence.tokens[rank];
@@ -101,7 +101,7 @@ bool Filler::lacks_memory(int rank, const Token& token) const {
   return token.pass == Pass::F && !problem_.fits(rank, ranks_[rank].memory + problem_.taken(token.stage));
 }
 
-// Of the latest stage that has any: what follows it in the backward is done first.
+// The rank's latest stage with a `W` to run: backwards reach later stages first.
 int Filler::next_weight(int rank) const {
   const auto& stages = problem_.stages_of(rank);
   return *std::find_if(stages.rbegin(), stages.rend(), [&](int s) { return pending_[s] > 0; });

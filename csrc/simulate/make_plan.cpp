@@ -90,13 +90,13 @@ bool sends_explicitly(const Order& order) {
   return false;
 }
 
-// The order may change, where results that leave together or the caller's limits demand it.
+// Changes the order if packs or the caller's limits require it.
 Plan settled_plan(const Order& order, const Shape& shape, const PlanOptions& options, const Slots& slots) {
   const Settled settled = settle(draft_of(order, shape), options.packs, slots);
   return Plan(settled.order, shape, options, settled.limits);
 }
 
-// Throws PlanError where `plan`, in the order given, holds more than `slots` allow or would never end.
+// Throws PlanError if `plan`, in the given order, holds more than `slots` allow or would never end.
 void check_kept(const Plan& plan, const Slots& slots) {
   for (std::size_t s = 0; s < slots.most.size(); ++s) {
     const int holds = plan.limits()[s];
@@ -137,12 +137,12 @@ Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int micr
     const Draft draft = draft_of(*rule, placement, shape);
     Settled settled = settle(draft, options.packs, slots);
     for (int s = 0; options.overlap && s < num_stages; ++s) {
-      // One more, to run forward beside the one that runs backward.
+      // One more slot: a microbatch runs forward while another runs backward.
       const int most = slots.most.empty() ? microbatches : std::min(slots.most[s], microbatches);
       settled.limits[s] = std::min(settled.limits[s] + 1, std::max(most, settled.limits[s]));
     }
-    // From here on the order decides, also for ranks that react: preferring a kind whatever was planned costs
-    // 1F1B a tenth where times vary.
+    // From here on the planned order decides, also for reactive ranks: if they followed the preference instead,
+    // 1F1B would be a tenth slower when times vary.
     return Plan(settled.order, shape, std::move(options), settled.limits);
   }
   const Order order = order_of(schedule, placement, microbatches);

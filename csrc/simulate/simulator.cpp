@@ -11,7 +11,7 @@
 namespace pe {
 namespace {
 
-// Time in which at least one task of the rank runs.
+// The time in which at least one task of the rank runs.
 double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulation,
                  const std::vector<double>& ends, int rank) {
   const TaskId first = plan.first_of_rank(rank);
@@ -36,7 +36,7 @@ double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulat
   return busy;
 }
 
-// By rank, when it starts and finishes and how long it is busy.
+// Fills first_start, finish and busy.
 void note_ranks(const Plan& plan, const Costs& costs, Simulation& result) {
   const std::vector<double> ends = end_times(plan, costs, result);
   for (int rank = 0; rank < plan.num_ranks(); ++rank) {

@@ -1,4 +1,4 @@
-// A few macros, so that the core's tests need nothing but a compiler.
+// Test macros, so that the core's tests need only a compiler.
 #pragma once
 
 #include <cstdio>

@@ -15,7 +15,8 @@ namespace {
 
 const char* const kKinds[] = {"stream", "event", "graph", "graph_exec", "context"};
 
-// Streams, events and work on device 0, whose context is current; at the end nothing is left alive.
+// Streams, events and work on device 0, whose context is current. The destructor checks that nothing is left
+// alive.
 struct Bench {
   Bench() {
     controls().reset(2);
@@ -45,7 +46,7 @@ struct Bench {
     PE_CUDA(driver, cuEventRecordWithFlags, event, stream, flags);
   }
   void wait(StreamHandle stream, EventHandle event) { PE_CUDA(driver, cuStreamWaitEvent, stream, event, 0); }
-  // The stream will append this letter.
+  // Enqueues work that appends this letter to `done`.
   void work(StreamHandle stream, char letter) {
     Work& next = *works.emplace_back(std::make_unique<Work>(Work{this, letter}));
     const auto append = [](void* data) {

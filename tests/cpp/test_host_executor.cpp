@@ -57,7 +57,7 @@ TEST(a_static_plan_runs_in_its_order_on_every_rank) {
   }
 }
 
-// Every mode, with tasks of random length: all run once, after what they depend on, within the limits.
+// In every mode, with tasks of random length: each task runs once, after its dependencies, within the limits.
 TEST(random_steps_keep_the_rules) {
   std::mt19937 random(3);
   for (int round = 0; round < 60; ++round) {
@@ -95,7 +95,7 @@ TEST(a_reactive_step_keeps_its_limit_of_memory) {
   Costs costs = Costs::uniform(6);
   costs.forward.assign(6, 0.2);
   const std::vector<double> planned = simulate(make_plan(schedule, 6, 3, 8, {}), costs).peak_memory;
-  // With F so short, ranks that may take more do.
+  // With such short `F`, ranks without a limit take more.
   CHECK(simulate(make_plan(schedule, 6, 3, 8, options), costs).peak_memory > planned);
   options.memory = {std::vector<double>(6, 1.0), {}, planned};
   const auto plan = shared_plan(make_plan(schedule, 6, 3, 8, options));

@@ -65,7 +65,7 @@ TEST(a_deadlock_over_slots_names_what_would_free_one) {
 }
 
 TEST(a_deadlock_is_found_and_explained) {
-  // Rank 0 wants the backward of microbatch 0 before it gives rank 1 what rank 1 wants first.
+  // Rank 0 waits for the backward of microbatch 0 before it runs the forward that rank 1 waits for.
   const Order bad = order({{"0F0", "0B0", "0F1", "0B1"}, {"1F0", "1F1", "1B0", "1B1"}});
   CHECK_THROWS(make_plan(bad, {}), PlanError, "rank 0: 0B0 waits for 1B0 on rank 1");
   CHECK_THROWS(make_plan(bad, {}), PlanError, "rank 1: 1F1 waits for 0F1 on rank 0");
@@ -74,7 +74,7 @@ TEST(a_deadlock_is_found_and_explained) {
                "  rank 1, cell 2 '1B0' stands behind rank 1, cell 1 '1F1'\n"
                "  rank 1, cell 1 '1F1' waits for rank 0, cell 2 '0F1'\n"
                "  rank 0, cell 2 '0F1' stands behind rank 0, cell 1 '0B0'\n");
-  // Where a rank need not stand behind the task it waits for, it ends.
+  // It ends if a rank may run other tasks first.
   CHECK_EQ(make_plan(bad, {.overlap = true}).size(), 8u);
   CHECK_EQ(make_plan(bad, {.reactive = true}).size(), 8u);
 }

@@ -18,7 +18,7 @@ constexpr std::byte kPoison{0xA5};
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-// A tensor over memory of its own, of random strides, some of them negative.
+// A tensor that owns its memory, with random strides, some of them negative.
 struct Tensor {
   std::vector<std::byte> memory;
   std::vector<std::int64_t> shape, strides;

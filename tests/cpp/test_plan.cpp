@@ -107,7 +107,7 @@ TEST(packing_raises_the_limits_by_what_it_needs) {
   PlanOptions options;
   options.packs.backward = {2, 2, 2};
   const Plan plan = make_plan(find_schedule("1f1b"), 4, 4, 64, options);
-  // A round trip takes two microbatches' time more at each of three boundaries, and nothing else waits.
+  // A round trip takes two units longer at each of the three boundaries; nothing else waits.
   CHECK_EQ(simulate(plan, Costs::uniform(4)).makespan, 3.0 * (64 + 3) + 3 * 2.0);
   CHECK((plan.limits() == std::vector<int>{8, 6, 4, 1}));
   CHECK_THROWS(make_plan(find_schedule("1f1b"), 4, 4, 64, options, {{1, 1, 1, 1}}), PlanError,
@@ -124,7 +124,7 @@ TEST(a_pack_raises_the_limits_of_the_stages_it_delays_alone) {
   options.packs.forward = {1, 2, 1};
   const Plan forward = make_plan(find_schedule("1f1b"), 4, 4, 64, options);
   CHECK_EQ(forward.limit(2), 2);
-  // Between stages of one rank nothing is packed.
+  // Between stages on one rank nothing is packed.
   options.packs.forward = {2, 2, 2};
   CHECK((make_plan(find_schedule("interleaved-1f1b"), 4, 1, 8, options).limits() ==
          make_plan(find_schedule("interleaved-1f1b"), 4, 1, 8, {}).limits()));

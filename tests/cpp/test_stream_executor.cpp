@@ -52,7 +52,7 @@ std::string text_of(const std::exception_ptr& error) {
   return "";
 }
 
-// The names of the driver's functions called since the last reset, from a line of the log on.
+// The names of the driver functions in the log, from one line on.
 std::set<std::string> called(std::size_t from_line) {
   std::set<std::string> names;
   const auto lines = controls().lines();
@@ -123,7 +123,7 @@ TEST(a_step_calls_nothing_but_what_enqueues_and_makes_nothing_twice) {
   const long streams = controls().live("stream"), contexts = controls().live("context");
   scene.laid.reset();
   scene.make();
-  CHECK_EQ(controls().live("stream"), streams);  // a program laid out anew takes the streams there are
+  CHECK_EQ(controls().live("stream"), streams);  // a program that is laid out again reuses the streams
   CHECK_EQ(controls().live("context"), contexts);
 }
 

@@ -23,7 +23,7 @@ using AtStage = std::pair<int, int>;  // stage and microbatch
 
 AtStage at_stage(const Action& action) { return {action.stage, action.microbatch}; }
 
-// A plan, when the simulation runs its tasks, and how they lie on streams.
+// A plan, its simulated times, and its layout on streams.
 struct Case {
   Case(const Plan& made, const Costs& costs, std::vector<int> device_of_rank)
       : Case(std::make_shared<const Plan>(made), times_of(made, costs), std::move(device_of_rank)) {}
@@ -66,7 +66,7 @@ struct Case {
   std::shared_ptr<const Plan> plan;
   TaskTimes times;
   StreamPlan laid;
-  std::vector<Ops> before;  // by op: those that have ended when it begins, as streams and waits alone say
+  std::vector<Ops> before;  // by op: the ops that must have ended when it begins, by streams and waits
 };
 
 Costs random_costs(int stages, Random& random) {
@@ -90,8 +90,8 @@ std::vector<int> random_devices(int ranks, Random& random) {
   return devices;
 }
 
-// The same order with every message between ranks listed, each stage's gradients reduced at its end, and where
-// `split` each backward in its two parts.
+// The same order, with every message between ranks listed, each stage's gradients reduced at the end, and, if
+// `split`, each `B` replaced by `I` and `W`.
 Order spelt_out(const Plan& plan, bool split) {
   const auto leaves = [&](int stage, int to) {
     return to >= 0 && to < plan.num_stages() && plan.rank_of_stage(stage) != plan.rank_of_stage(to);
@@ -151,7 +151,7 @@ const std::vector<Case>& cases() {
         for (int round = 0; round < 60; ++round) made.push_back(random_case(schedule, overlap, random));
       }
     }
-    // With times in whole numbers many tasks begin as others end, and messages between take no time.
+    // With integer times many tasks begin exactly when others end, and messages take no time.
     for (const double backward : {1.0, 2.0, 3.0}) {
       const Plan plan = make_plan(find_schedule("gpipe"), 2, 2, 6, {});
       Costs costs = Costs::uniform(2);
@@ -238,7 +238,7 @@ TEST(what_the_simulation_runs_at_the_same_time_may_run_at_the_same_time) {
     for (TaskId t = 0; t < c.plan->size(); ++t) {
       for (TaskId u = 0; u < t; ++u) {
         if (c.plan->rank_of(t) != c.plan->rank_of(u) || !c.run_together(t, u)) continue;
-        // Joined in the simulation alone: whoever executes a pair on one stream runs its parts in turn.
+        // Pairs are joined in the simulation only; on one stream their parts run one after the other.
         if (c.plan->joins_pairs() && c.plan->end_of_cell(u) > t) continue;
         ++together;
         const std::uint32_t a = c.laid.op_of(t), b = c.laid.op_of(u);
@@ -309,7 +309,7 @@ TEST(a_rank_has_one_lane_or_with_overlap_as_few_as_do) {
       const int rank = c.plan->rank_of(op.task);
       lane.try_emplace(at_stage(op.action), op.stream);
       if (lanes[rank].contains(op.stream)) continue;
-      // Beyond four there is a new one only for a microbatch that runs beside one on each of the others.
+      // From the fifth lane on, a new one is for a microbatch that runs beside one on each other lane.
       for (const int other : lanes[rank].size() < 4 ? std::set<int>{} : lanes[rank]) {
         CHECK(std::any_of(lane.begin(), lane.end(), [&](const auto& known) {
           return known.second == other && c.any_run_together(known.first, at_stage(op.action));

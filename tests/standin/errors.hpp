@@ -1,4 +1,4 @@
-// The errors of cuda.h that the stand-in driver gives out.
+// The errors of cuda.h that the stand-in driver returns.
 #pragma once
 
 #include "cuda/abi.hpp"
@@ -7,7 +7,7 @@ namespace standin {
 
 using namespace pe::cuda;
 
-// Thrown where a call of the driver has to end with this code.
+// Thrown to end a call to the driver with this code.
 struct Failed {
   Result code;
 };
