@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline_ext.machine import processor
+from pipeline_ext.cli.machine import processor
 
 
 def describe(device: str = "cpu") -> dict:

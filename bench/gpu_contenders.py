@@ -14,8 +14,8 @@ from torch.distributed.pipelining import PipelineStage, ScheduleInterleaved1F1B
 from turns import Call
 
 import pipeline_ext as pe
-from pipeline_ext import partition
 from pipeline_ext.lm.gpt import VOCABULARY, gpt, loss_fn
+from pipeline_ext.model import cut as partition
 
 PLAIN = "plain accumulation"
 CAPTURED = "plain accumulation, captured"

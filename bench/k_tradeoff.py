@@ -16,7 +16,7 @@ from side_by_side import spread, wait_until_quiet
 from torch import Tensor, nn
 
 import pipeline_ext as pe
-from pipeline_ext.profile import fastest
+from pipeline_ext.plan.profile import fastest
 
 MICROBATCHES = 32
 KS = (1, 2, 4, 8, 32)

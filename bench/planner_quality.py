@@ -14,7 +14,7 @@ from environment import describe
 
 import pipeline_ext as pe
 from pipeline_ext import _C
-from pipeline_ext.zero_bubble import NAME
+from pipeline_ext.plan.zero_bubble import NAME
 
 TABLES = Path(__file__).parent.parent / "tests" / "tables"
 RESULTS = Path(__file__).parent / "results" / "planner_quality.json"

@@ -16,7 +16,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from torch.utils.checkpoint import checkpoint
 from turns import take_turns
 
-from pipeline_ext.split_backward import find_input_gradients, run_backward
+from pipeline_ext.stages.split_backward import find_input_gradients, run_backward
 
 OURS, PEER, WHOLE = "pipeline_ext", "torch.distributed.pipelining", "the backward as a whole"
 LAYERS, ROWS = 8, 256

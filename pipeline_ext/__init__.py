@@ -1,6 +1,9 @@
 """Pipeline-parallel training for PyTorch with a native scheduler."""
 
+__version__ = "0.1.0"
+
 from ._C import Plan, Skip
+from .checkpoint.files import load_checkpoint, save_checkpoint
 from .errors import (
     DeadPipeline,
     DeviceError,
@@ -12,21 +15,20 @@ from .errors import (
     StageError,
     StepTimeout,
 )
-from .pack_choice import PackChoice
+from .model.skips import pop, skips, stash
 from .pipeline import Pipeline
-from .planning import build_plan, schedule_names
-from .policy import Placement, Policy
-from .profile import Profile
+from .plan.build import build_plan, schedule_names
+from .plan.pack_choice import PackChoice
+from .plan.policy import Placement, Policy
+from .plan.profile import Profile
+from .plan.records import ReductionRecord, TaskRecord
+from .plan.schedule_choice import ScheduleChoice
+from .plan.simulation import Costs, Simulation, simulate
 from .reduction import GradientReduction, LocalGroup, ProcessGroupMember
-from .report.records import ReductionRecord, TaskRecord
 from .report.timeline import draw_plan
 from .report.trace import Trace
-from .schedule_choice import ScheduleChoice
-from .simulation import Costs, Simulation, simulate
-from .skips import pop, skips, stash
-from .stage import WithLoss
-from .state import load_checkpoint, save_checkpoint
-from .step_graphs import GraphReport
+from .stages.stage import WithLoss
+from .step.graphs import GraphReport
 from .transport.link import LocalLink
 
 Plan.draw = draw_plan  # type: ignore[method-assign]  # the native core makes plans; Python draws them

@@ -9,35 +9,39 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import _C, arguments, microbatch, partition, planning
-from . import devices as device_choice
-from .engine_choice import described_device, make_engine
+from . import _C
+from .base import arguments
+from .checkpoint.unsplit import LocalModel, UnsplitModel, repeated_names
+from .engines import devices as device_choice
+from .engines.choice import described_device, make_engine
+from .engines.lifetime import Lifetime
 from .errors import InvalidArgument, PipelineError
-from .lifetime import Lifetime
-from .ordering import Ordering, PackLike
-from .pack_choice import PackChoice
+from .model.cut import cut
+from .model.skips import declared_skips, find_skips
+from .plan.build import AUTO, ScheduleLike, check_trainable
+from .plan.ordering import Ordering, PackLike
+from .plan.pack_choice import PackChoice
+from .plan.profile import Profile
+from .plan.schedule_choice import ScheduleChoice
+from .plan.simulation import Costs, Simulation, simulate
 from .processes.agreement import check_agreement, skips_of_all
-from .processes.choosing import OneChooses
-from .processes.gathered_trace import TraceGathering
 from .processes.group import MeshLike, Processes
-from .processes.local_stages import initialise, local_stages
-from .processes.ties import Ties
-from .profile import Profile
 from .reduction import GradientReduction, ProcessGroupMember
 from .report.trace import Trace
-from .routes import Routes
-from .schedule_choice import ScheduleChoice
-from .shared import SharedParameters
-from .simulation import Costs, Simulation, simulate
-from .skips import declared_skips, find_skips
-from .stage import Stage
-from .step import Batch
-from .step_graphs import GraphReport, StepGraphs
-from .stepper import Stepper
+from .stages import microbatch
+from .stages.local import initialise, local_stages
+from .stages.shared_parameters import SharedParameters
+from .stages.stage import Stage
+from .stages.ties import Ties
+from .stages.wrapped import WrappedStages
+from .step.agreed_choice import OneChooses
+from .step.batch import Batch
+from .step.gathered_trace import TraceGathering
+from .step.graphs import GraphReport, StepGraphs
+from .step.routes import Routes
+from .step.stepper import Stepper
 from .transport.exchange import Exchange
 from .transport.link import FREE_LINK, LocalLink
-from .unsplit import LocalModel, UnsplitModel, repeated_names
-from .wrapped import WrappedStages
 
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
 
@@ -134,7 +138,7 @@ class Pipeline(UnsplitModel):
         model: nn.Module | Sequence[nn.Module],
         num_stages: int | None = None,
         microbatches: int | None = None,
-        schedule: planning.ScheduleLike = "1f1b",
+        schedule: ScheduleLike = "1f1b",
         loss_fn: Callable[..., Tensor] | None = None,
         *,
         devices: device_choice.DevicesLike = None,
@@ -180,7 +184,7 @@ class Pipeline(UnsplitModel):
         given = device_choice.given(devices)
         if overlap is None:
             overlap = device_choice.of_ranks(given, 1)[0].type == "cuda"
-        modules = partition.cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
+        modules = cut(model, num_stages, cuts=cuts, balance=balance, sample=sample)
         wires = arguments.wires("wire", wire, len(modules) - 1)
         wires_forward = arguments.wires("wire_forward", wire_forward, len(modules) - 1)
         ordering = Ordering.of(
@@ -198,7 +202,7 @@ class Pipeline(UnsplitModel):
         )
         first_steps = ordering.first_steps()
         plan = first_steps.plan
-        planning.check_trainable(plan)
+        check_trainable(plan)
         if costs is not None:
             simulate(plan, costs)  # which refuses costs that do not fit
         local = local_stages(modules, plan.rank_of_stage, processes)
@@ -278,7 +282,7 @@ class Pipeline(UnsplitModel):
         exchange_of = functools.partial(
             Exchange, wire=wires, wire_forward=wires_forward, link=link, skips=skip_names
         )
-        chooses_pack = first_steps.chooses and (schedule != planning.AUTO or processes is not None)
+        chooses_pack = first_steps.chooses and (schedule != AUTO or processes is not None)
         self._engine = make_engine(
             self._devices, plan, self._stages, exchange_of, shared, reduction, wrapped, chooses_pack, processes
         )

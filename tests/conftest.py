@@ -23,7 +23,7 @@ def _deterministic():
 @pytest.fixture
 def short_searches(monkeypatch):
     """``"zb-auto"`` takes milliseconds."""
-    from pipeline_ext import zero_bubble
+    from pipeline_ext.plan import zero_bubble
 
     monkeypatch.setattr(zero_bubble, "WORK", 100_000)
 

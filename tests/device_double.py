@@ -12,13 +12,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline_ext.cuda import torch_side
+from pipeline_ext.engines.cuda import torch_side
 
 NOTE = "use"
 
 
 class Double:
-    """What replaces ``pipeline_ext.cuda.torch_side``. A note in the driver's log tells where each step begins.
+    """What replaces ``pipeline_ext.engines.cuda.torch_side``. A note in the driver's log tells where each step begins.
 
     Attributes:
         ranges: NVTX ranges, as they began.

@@ -2,8 +2,8 @@
 
 import torch
 
-from pipeline_ext.memory import find_regions
-from pipeline_ext.transport.message import AsIs, Cast, message_of
+from pipeline_ext.base.memory import find_regions
+from pipeline_ext.transport.format import AsIs, Cast, message_of
 
 
 def awkward(device):

@@ -12,8 +12,8 @@ from reference import assert_same_gradients, gradients, reference_step, twin
 from torch import nn
 
 import pipeline_ext as pe
-from pipeline_ext import schedule_choice
-from pipeline_ext.schedule_choice import choose, merged
+from pipeline_ext.plan import schedule_choice
+from pipeline_ext.plan.schedule_choice import choose, merged
 
 
 def profile(stages, forward=1.0, backward=2.0, input_grad=1.0, weight_grad=1.0, latency=0.0):

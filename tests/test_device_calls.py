@@ -177,7 +177,7 @@ def test_an_evaluation_waits_for_what_it_needs_too(gpus, standin):
 
 
 def test_what_two_streams_use_is_kept_until_its_stream_follows_the_last_use(gpus, standin, monkeypatch):
-    from pipeline_ext.cuda.custody import Custody
+    from pipeline_ext.engines.cuda.keepalive import Custody
 
     kept = []
     keep = Custody.keep

@@ -82,7 +82,7 @@ def test_backwards_in_two_parts_are_equal_too(gpus, make, devices, options):
 
 
 def test_weight_gradients_of_large_stages_are_added_as_they_come(gpus, monkeypatch):
-    from pipeline_ext.cuda import parameters
+    from pipeline_ext.engines.cuda import parameters
 
     monkeypatch.setattr(parameters, "_LARGE", 0)
     for make in (chain, AtOnce):
@@ -100,7 +100,7 @@ def test_gradients_add_up_over_steps(gpus):
 
 
 def test_gradients_of_large_stages_are_added_as_they_come(gpus, monkeypatch):
-    from pipeline_ext.cuda import parameters
+    from pipeline_ext.engines.cuda import parameters
 
     monkeypatch.setattr(parameters, "_LARGE", 0)
     test_gradients_add_up_over_steps(gpus)

@@ -11,7 +11,7 @@ from device_double import install
 from torch import nn
 
 import pipeline_ext as pe
-from pipeline_ext.devices import of_process
+from pipeline_ext.engines.devices import of_process
 
 TRAIN = """
 import torch
@@ -128,7 +128,7 @@ def test_what_streams_do_not_do_is_refused(gpus):
 
 
 def test_parameters_tied_across_devices_are_refused_before_anything_moves(gpus, monkeypatch):
-    from pipeline_ext.cuda import torch_side
+    from pipeline_ext.engines.cuda import torch_side
 
     moved = []
     monkeypatch.setattr(torch_side, "move_module", lambda module, device: moved.append(module))

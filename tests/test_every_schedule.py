@@ -17,8 +17,9 @@ from reference import assert_same_gradients, gradients, reference_step, twin
 from torch import nn
 
 import pipeline_ext as pe
-from pipeline_ext import _C, schedule_choice
-from pipeline_ext.planning import layout_of
+from pipeline_ext import _C
+from pipeline_ext.plan import schedule_choice
+from pipeline_ext.plan.build import layout_of
 
 pytestmark = pytest.mark.usefixtures("short_searches")
 

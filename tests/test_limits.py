@@ -9,7 +9,7 @@ from reference import assert_same_gradients, gradients, reference_step, twin
 from torch import nn
 
 import pipeline_ext as pe
-from pipeline_ext import schedule_choice, zero_bubble
+from pipeline_ext.plan import schedule_choice, zero_bubble
 
 COSTS = pe.Costs(act_memory=[1.0, 2.0, 1.0, 1.0], mem_i=[0.5, 1.0, 0.0, 0.0], memory_limit=[3, 4, 3, 2])
 

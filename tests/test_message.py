@@ -13,10 +13,10 @@ from message_cases import (
 )
 
 from pipeline_ext import PipelineError
-from pipeline_ext.memory import find_regions
+from pipeline_ext.base.memory import find_regions
 from pipeline_ext.transport.channel import Channel
-from pipeline_ext.transport.contents import fill
-from pipeline_ext.transport.message import AsIs, message_of
+from pipeline_ext.transport.format import AsIs, message_of
+from pipeline_ext.transport.message import fill
 
 ROUNDING = {
     torch.float16: 2.0**-11,

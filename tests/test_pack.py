@@ -15,7 +15,7 @@ from reference import assert_same_gradients, gradients, reference_step, twin
 from torch import nn
 
 import pipeline_ext as pe
-from pipeline_ext.planning import layout_of
+from pipeline_ext.plan.build import layout_of
 from pipeline_ext.transport import buffers
 
 pytestmark = pytest.mark.usefixtures("short_searches")

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import pipeline_ext as pe
-from pipeline_ext import pack_choice
-from pipeline_ext.pack_choice import choose
+from pipeline_ext.plan import pack_choice
+from pipeline_ext.plan.pack_choice import choose
 
 
 def profile(stages, forward=1.0, backward=2.0, latency=0.0, overhead=0.0, bandwidth=math.inf, nbytes=0):

@@ -13,16 +13,7 @@ if torch.cuda.is_available():
 
 from pipeline_ext.packing import kernels  # noqa: E402  (only with triton)
 from pipeline_ext.packing.fused import FusedPacker  # noqa: E402
-from pipeline_ext.packing.tables import (  # noqa: E402
-    CHUNK,
-    OFFSET,
-    WIDE,
-    chunk_table,
-    collapse,
-    kinds,
-    room,
-    slot_table,
-)
+from pipeline_ext.packing.tables import CHUNK, OFFSET, WIDE, chunk_table, collapse, kinds, room, slot_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, the interpreter's arithmetic
 

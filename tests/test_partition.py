@@ -11,7 +11,7 @@ from reference import assert_same_gradients, gradients, reference_step, twin
 from torch import nn
 
 import pipeline_ext as pe
-from pipeline_ext.partition import balanced, cut
+from pipeline_ext.model.cut import balanced, cut
 
 
 def sizes(stages):

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import pipeline_ext as pe
-from pipeline_ext.report import perfetto, records
+from pipeline_ext.plan import records
+from pipeline_ext.report import perfetto
 
 SPLIT = [["0F0", "0F1", "0I0", "0W0", "0I1", "0W1"], ["1F0", "1I0", "1F1", "1I1", "1W0", "1W1"]]
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import pipeline_ext as pe
 from pipeline_ext import _C
 from pipeline_ext.cli import main
-from pipeline_ext.search import search
-from pipeline_ext.zero_bubble import find_order, rank_of_stage
+from pipeline_ext.plan.search import search
+from pipeline_ext.plan.zero_bubble import find_order, rank_of_stage
 
 TABLES = Path(__file__).parent / "tables"
 SHAPES = {"1.5B": (2304, 24, 1024), "6.2B": (4096, 32, 1024)}  # hidden, heads, sequence

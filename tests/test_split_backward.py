@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pipeline_ext as pe
-from pipeline_ext.split_backward import find_input_gradients, run_backward
+from pipeline_ext.stages.split_backward import find_input_gradients, run_backward
 
 
 def late(stages, microbatches, whole=lambda stage, m: False):

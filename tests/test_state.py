@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import pipeline_ext as pe
-from pipeline_ext import files
+from pipeline_ext.base import files
 
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -207,7 +207,7 @@ def test_a_crash_leaves_the_old_checkpoint(at, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         if at == "write":
-            patch.setattr("pipeline_ext.state.whole_file", crash)
+            patch.setattr("pipeline_ext.checkpoint.files.whole_file", crash)
         else:
             patch.setattr(files.os, "replace", replace_until)
         with pytest.raises(Crash):

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from ..machine import Machine, describe, first_line
 from ..pipeline import Pipeline
+from .machine import Machine, describe, first_line
 
 _WIDTH = 100
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from .. import zero_bubble
 from ..errors import InvalidArgument
 from ..lm import checkpoint
 from ..lm.checkpoint import Checkpoint
-from ..planning import AUTO, build_plan, schedule_names
+from ..plan import zero_bubble
+from ..plan.build import AUTO, build_plan, schedule_names
 from .numbers import count, count_or_zero, positive
 from .presets import PRESETS
 

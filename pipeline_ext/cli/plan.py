@@ -8,23 +8,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .. import _C, zero_bubble
-from ..comparison import Planned, planned, rebatched, recut, searched, simulated, stages_of
+from .. import _C
+from ..base.files import whole_file
 from ..errors import InvalidArgument, InvalidSchedule
-from ..files import whole_file
-from ..planning import AUTO, check_size, schedule_names
+from ..plan import zero_bubble
+from ..plan.build import AUTO, check_size, schedule_names
+from ..plan.comparison import Planned, planned, rebatched, recut, searched, simulated, stages_of
+from ..plan.search import SearchResult, search
+from ..plan.simulation import Costs
 from ..report.page import save_page
-from ..report.timeline import (
-    SUFFIXES,
-    Panel,
-    accepted_path,
-    percent,
-    save_picture,
-    simulated_panel,
-    unit_of,
-)
-from ..search import SearchResult, search
-from ..simulation import Costs
+from ..report.panel import Panel, percent, simulated_panel
+from ..report.timeline import SUFFIXES, accepted_path, save_picture, unit_of
 from .plan_options import add_arguments, costs_of
 from .plan_table import show
 

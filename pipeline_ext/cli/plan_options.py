@@ -4,10 +4,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from ..costs_file import BOUNDARY, PLACES, RANK
 from ..errors import InvalidArgument
-from ..planning import AUTO, schedule_names
-from ..simulation import Costs
+from ..plan.build import AUTO, schedule_names
+from ..plan.costs_file import BOUNDARY, PLACES, RANK
+from ..plan.simulation import Costs
 from .numbers import cost, count, count_or_zero, counts, positive, seconds, speed
 
 _COSTS = {  # by field of Costs

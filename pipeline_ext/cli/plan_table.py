@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..comparison import Planned
-from ..report.timeline import percent
-from ..search import SearchResult
+from ..plan.comparison import Planned
+from ..plan.search import SearchResult
+from ..report.panel import percent
 
 _WIDTH = 112  # where there is no terminal
 

@@ -18,7 +18,7 @@ from ..lm.gpt import count_parameters, gpt, loss_fn
 from ..lm.team import Team
 from ..lm.training import Training, begin_log
 from ..pipeline import Pipeline
-from ..simulation import simulate
+from ..plan.simulation import simulate
 from . import launch
 from .display import Display
 from .options import Options, add_arguments, dtype, read_options

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.files import whole_file
 from ..errors import InvalidArgument, PipelineError
-from ..files import whole_file
 from . import interrupt
 
 NAME = "checkpoint.pt"  # in a run's folder

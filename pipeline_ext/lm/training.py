@@ -13,10 +13,10 @@ from typing import TextIO
 import torch
 from torch import Tensor, nn
 
+from ..base.files import whole_file
 from ..errors import InvalidArgument
-from ..files import whole_file
 from ..pipeline import Pipeline
-from ..schedule_choice import ScheduleChoice
+from ..plan.schedule_choice import ScheduleChoice
 from . import interrupt
 from .checkpoint import Checkpoint
 from .corpus import Corpus

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..boundary import describe
+from ..base.tensors import FLOATING, describe
 from ..errors import InvalidArgument
 from . import kernels
 from .arrays import Array, as_tensor, as_tensors
-from .layout import FLOATING, Layout
+from .layout import Layout
 from .tables import chunk_table, kinds, room, slot_table
 
 

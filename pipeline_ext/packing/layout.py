@@ -7,18 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..boundary import describe
+from ..base.tensors import FLOATING, REPLACEABLE, describe
 from ..errors import InvalidArgument
 from .arrays import Array, as_tensor, as_tensors
 
 ALIGNMENT = 256  # bytes; every slot begins at a multiple
 
-# Types that another may replace on the wire, and all that may travel.
-REPLACEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-FLOATING = (*REPLACEABLE, torch.float8_e4m3fn, torch.float8_e5m2)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-PACKABLE = (*FLOATING, *SIGNED, *UNSIGNED)
+PACKABLE = (*FLOATING, *SIGNED, *UNSIGNED)  # what may travel
 
 
 def aligned(nbytes: int) -> int:

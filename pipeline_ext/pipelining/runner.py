@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.distributed.pipelining.schedules import _PipelineContext
 
 from .. import _C
-from ..context import CallerContext
+from ..engines.lifetime import Lifetime
 from ..errors import PipelineError
-from ..lifetime import Lifetime
-from ..step_run import run_step
-from ..wrapped import WrappedStages
+from ..stages.context import CallerContext
+from ..stages.wrapped import WrappedStages
+from ..step.run import run_step
 from .custom import calls_in_place
-from .engine import make_engine, timeout_of
+from .make_engine import make_engine, timeout_of
 from .order import order_of, texts
 from .step import TorchStep
 from .tasks import Tasks

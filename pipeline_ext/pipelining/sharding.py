@@ -3,8 +3,8 @@
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, UnshardHandle
 
-from ..stage import Stage
-from ..wrapped import layers_of, reduce_sharded
+from ..stages.stage import Stage
+from ..stages.wrapped import layers_of, reduce_sharded
 
 
 def unshard(module: nn.Module) -> list[UnshardHandle]:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..context import CallerContext
-from ..step import Step
+from ..stages.context import CallerContext
+from ..stages.step import Step
 from ..transport.exchange import Exchange
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineContext
 
-from ..context import CallerContext
-from ..engine import Bodies, Body
+from ..engines.protocol import Bodies, Body
+from ..stages.context import CallerContext
 from . import custom, sharding
 from .order import Cell
 from .torch_stage import TorchStage

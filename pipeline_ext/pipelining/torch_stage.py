@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import boundary
-from ..abandoned import this_thread
-from ..split_backward import find_input_gradients, run_backward
-from ..stage import Stage, _InFlight
-from ..step import Step
-from ..wrapped import layers_of, reduce_ddp
+from ..base.tensors import describe, detach, differentiable
+from ..stages import boundary
+from ..stages.abandoned import this_thread
+from ..stages.split_backward import find_input_gradients, run_backward
+from ..stages.stage import Stage, _InFlight
+from ..stages.step import Step
+from ..stages.wrapped import layers_of, reduce_ddp
 from .links import link_of
 
 
@@ -110,13 +111,13 @@ class TorchStage(Stage):
         if not self.torch_stage.is_last:
             self._came[m] = came
         elif step.keep_outputs:
-            step.outputs[m] = boundary.detach(output)
+            step.outputs[m] = detach(output)
         return output
 
     def send_value(self, m: int, output: Any) -> None:
         """Sends what ``compute`` returned on to the next stage."""
         value = self._link.value(output, self._came.pop(m))
-        sent = boundary.differentiable(value)
+        sent = differentiable(value)
         self._meshes.learn(sent)
         self._in_flight[m].sent.extend(sent)
         self._step.exchange.send_value(self.index, m, value)
@@ -194,5 +195,5 @@ class TorchStage(Stage):
         try:
             return self.torch_stage.forward_maybe_with_nosync(*args, **kwargs)
         except Exception as error:
-            error.add_note(f"stage {self.index} was given {boundary.describe((args, kwargs))}")
+            error.add_note(f"stage {self.index} was given {describe((args, kwargs))}")
             raise

@@ -1,1 +1,1 @@
-"""Pipelines and replicas whose ranks are processes of torch.distributed."""
+"""The processes of torch.distributed that share a pipeline: groups, connections, agreement, failures."""

@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 from torch import nn
 from torch.distributed import DistError
 
-from ..boundary import describe
+from ..base.tensors import describe
 from ..errors import InvalidArgument, PeerError
-from ..skips import DeclaredSkips
+from ..model.skips import DeclaredSkips
 from .group import Processes, seconds
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from ..errors import PeerError, StepTimeout
-from .notice import Notices
+from .notices import Notices
 
 GRACE = 1.0  # seconds in which a process that is gone may still be found to have said why; replicas wait longer
 

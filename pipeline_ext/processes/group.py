@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InvalidArgument
 from .connections import Connections
-from .notice import Notices
+from .notices import Notices
 
 MeshLike = DeviceMesh | dist.ProcessGroup | None
 

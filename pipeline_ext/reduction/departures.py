@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from ..endings import Body
+from ..stages.last_backward import Body
 from .buckets import Bucket
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .. import arguments
-from ..boundary import describe
-from ..endings import Body
+from ..base import arguments
+from ..base.tensors import describe
 from ..errors import DeadPipeline, InvalidArgument
-from ..report.trace import Trace
-from ..shared import SharedParameters
-from ..stage import Stage
-from ..wrapped import reduced_in
+from ..plan.records import ReductionTimes
+from ..stages.last_backward import Body
+from ..stages.shared_parameters import SharedParameters
+from ..stages.stage import Stage
+from ..stages.wrapped import reduced_in
 from .buckets import Bucket, fill_buckets
 from .departures import Departures
 from .member import Member
@@ -139,27 +139,26 @@ class GradientReduction:
         finally:
             self._in_step = False
 
-    def finish(self, timeout: float, trace: Trace | None) -> None:
+    def finish(self, timeout: float) -> list[ReductionTimes]:
         """Sends what several stages hold, and waits until every gradient is the mean of all replicas'.
 
-        Adds what it did to ``trace``. In a step that does not send it does nothing of that.
+        Returns what it reduced: nothing in a step that does not send.
 
         Raises ReductionError and StepTimeout as ``Work.wait`` does.
         """
         if not self._sends:
             for bucket in self._all():
                 bucket.keep()
-            return
+            return []
         for bucket in self._buckets[_SHARED]:
             bucket.send(self._member)
         for bucket in self._all():
             bucket.finish(timeout)
-        if trace is not None:
-            trace.add_reductions(
-                (stage, *bucket.times, bucket.nbytes)
-                for stage, found in self._buckets.items()
-                for bucket in found
-            )
+        return [
+            ReductionTimes(stage, *bucket.times, bucket.nbytes)
+            for stage, found in self._buckets.items()
+            for bucket in found
+        ]
 
     def close(self) -> None:
         """Ends a step that waits for other replicas, and frees the member for another pipeline."""

@@ -10,8 +10,8 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from .. import arguments
-from ..boundary import describe
+from ..base import arguments
+from ..base.tensors import describe
 from ..errors import InvalidArgument, ReductionError, StepTimeout
 
 _CHUNK = 2**15  # elements added up at a time: they stay in the cache, and torch starts no threads for so few

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import arguments
-from ..boundary import describe
+from ..base import arguments
+from ..base.tensors import describe
 from ..errors import InvalidArgument, ReductionError, StepTimeout
 from ..processes.connections import Connections
-from ..processes.notice import Notices
+from ..processes.notices import Notices
 
 _made: Counter[str] = Counter()  # members, by the processes of their group
 

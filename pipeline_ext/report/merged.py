@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .. import _C
-from ..transport.exchange import Messages
+from ..plan.records import Messages
 from .trace import Trace
 
 

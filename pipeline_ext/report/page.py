@@ -8,12 +8,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ..comparison import Planned
-from ..files import whole_file
-from ..simulation import Costs
+from ..base.files import whole_file
+from ..plan.comparison import Planned
+from ..plan.records import TaskRecord, lanes, task_records
+from ..plan.simulation import Costs
 from .colors import COLORS, NAMES
-from .records import TaskRecord, lanes, task_records
-from .timeline import percent
+from .panel import percent
 
 
 def save_page(path: Path, results: Sequence[Planned], unit: str) -> None:

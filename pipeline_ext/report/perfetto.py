@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import _C
-from .records import ReductionRecord, TaskRecord
+from ..plan.records import ReductionRecord, TaskRecord
 
 Event = dict[str, Any]
 

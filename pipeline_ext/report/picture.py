@@ -18,9 +18,9 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .. import _C
+from ..plan.records import TaskRecord, lanes
 from .colors import COLORS, NAMES
-from .records import TaskRecord, lanes
-from .timeline import Panel, percent
+from .panel import Panel, percent
 
 Color = tuple[float, float, float]
 

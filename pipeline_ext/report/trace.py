@@ -7,17 +7,16 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from .. import _C
-from ..files import whole_file
-from ..first_steps import Choice
-from ..pack_choice import PackChoice
-from ..profile import Profile, profile
-from ..schedule_choice import ScheduleChoice
-from ..simulation import simulate
-from ..step import StepRecord
-from ..transport.exchange import Messages
+from ..base.files import whole_file
+from ..plan.first_steps import Choice
+from ..plan.pack_choice import PackChoice
+from ..plan.profile import Profile, profile
+from ..plan.records import Messages, ReductionRecord, ReductionTimes, StepRecord, TaskRecord, task_records
+from ..plan.schedule_choice import ScheduleChoice
+from ..plan.simulation import simulate
+from .panel import Panel, percent, simulated_panel
 from .perfetto import chrome_trace
-from .records import ReductionRecord, TaskRecord, task_records
-from .timeline import SUFFIXES, Panel, accepted_path, percent, save_picture, simulated_panel
+from .timeline import SUFFIXES, accepted_path, save_picture
 
 
 class Trace:
@@ -68,8 +67,8 @@ class Trace:
         records = task_records(self.plan, begin, end)
         return [record for record in records if self.record.task_end[record.task]]
 
-    def add_reductions(self, times: Iterable[tuple[int, int, int, int]]) -> None:
-        """Takes stage, begin and end in nanoseconds of the steady clock, and bytes, of each reduction."""
+    def add_reductions(self, times: Iterable[ReductionTimes]) -> None:
+        """Sets ``reductions`` from these."""
         zero = self.record.begin
         records = [
             ReductionRecord(stage, (begin - zero) * 1e-9, (end - zero) * 1e-9, nbytes)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..memory import is_shared
+from ..base.memory import is_shared
 from ..packing import aligned
 
 

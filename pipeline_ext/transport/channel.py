@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .buffers import Buffers
-from .contents import Leaves, Message, Result, fill, nbytes_of
+from .format import Format
 from .link import FREE_LINK, LocalLink
-from .message import Format
+from .message import Leaves, Message, Result, fill, nbytes_of
 
 
 class Passage(Protocol):

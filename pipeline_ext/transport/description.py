@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..base.memory import Look
 from ..errors import PipelineError
-from ..memory import Look
-from .contents import Contents, Part
-from .message import AsIs, Cast
+from .format import AsIs, Cast
+from .message import Contents, Part
 
 _PLAIN = (bool, int, float, str, type(None))
 

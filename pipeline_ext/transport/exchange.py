@@ -1,13 +1,14 @@
 """All channels between the stages of a plan."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import _C
+from ..plan.records import Messages
 from .channel import Channel, Passage
 from .dtensors import Meshes, joined, parted
 from .link import FREE_LINK, LocalLink
@@ -15,26 +16,22 @@ from .remote import Incoming, Outgoing, Receiver
 from .skip_channel import SkipChannel
 from .stream_ends import StreamIncoming, StreamOutgoing
 
-if TYPE_CHECKING:
-    from ..step import Step
-
-
 ToProcess = Outgoing | StreamOutgoing
 FromProcess = Incoming | StreamIncoming
 AnyChannel = Channel | ToProcess | FromProcess | None
 EndOf = Callable[[int, int, int, torch.dtype | None, str | None], ToProcess | FromProcess | None]
 
 
-class Messages(NamedTuple):
-    """What crossed a boundary in one direction in one step."""
+class StepData(Protocol):
+    """What an exchange needs to know of the step that runs: what travels along with its values."""
 
-    boundary: int  # between this stage and the next
-    direction: str  # "forward": activations, "backward": gradients
-    count: int
-    packed_nbytes: int  # 0 where the results were handed over
-    result_nbytes: int  # of the first microbatch
-    seconds: float  # that the link spent on them
-    skip: str | None = None  # its name, where they went on from there to a stage further away
+    def passed_on(self, stage: int, m: int) -> list[Any]: ...
+
+    def take_in(self, stage: int, m: int, known: list[Any]) -> None: ...
+
+    def known_loss(self) -> Tensor | None: ...
+
+    def learn_loss(self, loss: Tensor) -> None: ...
 
 
 class Exchange:
@@ -119,10 +116,10 @@ class Exchange:
             [c for c in channels if c is not None and not c.hands_over and not isinstance(c, ToProcess)]
             for channels in to_stage
         ]
-        self._step: Step | None = None
+        self._step: StepData | None = None
 
     @property
-    def step(self) -> "Step":
+    def step(self) -> StepData:
         """The step that runs."""
         return self._step
 
@@ -131,7 +128,7 @@ class Exchange:
         """Whether any results are packed, neither handed over nor copied."""
         return not all(c.hands_over or getattr(c, "is_plain", False) for c in self._neighbours)
 
-    def begin(self, step: "Step") -> None:
+    def begin(self, step: StepData) -> None:
         """Prepares for a step."""
         self._step = step
         for channel in (*self._neighbours, *self._skips.values()):

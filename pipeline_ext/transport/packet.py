@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..memory import uses_of
+from ..base.memory import uses_of
 from ..packing import aligned
 
 _HEADER = 256  # bytes; what follows is aligned

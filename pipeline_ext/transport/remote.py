@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import PeerError
-from .contents import Contents, Leaves, Message, Result, fill, nbytes_of
 from .description import decode, encode
+from .message import Contents, Leaves, Message, Result, fill, nbytes_of
 from .packet import Packet, Packets
 
 _AS_KNOWN, _DESCRIBED, _NO_MORE = 1, 2, 3

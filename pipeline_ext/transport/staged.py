@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contents import Leaves
+from .message import Leaves
 from .remote import Incoming, Line, Outgoing, Way
 
 _HOST = torch.device("cpu")

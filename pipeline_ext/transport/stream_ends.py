@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .contents import Contents, Leaves, Message, Result, fill, nbytes_of
+from .message import Contents, Leaves, Message, Result, fill, nbytes_of
 from .remote import Way
 
 

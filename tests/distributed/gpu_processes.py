@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from standin_driver import StandIn
 
-from pipeline_ext.cuda import nccl
+from pipeline_ext.engines.cuda import nccl
 
 
 class Sent(NamedTuple):

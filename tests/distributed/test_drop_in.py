@@ -112,7 +112,7 @@ def test_two_processes_give_the_gradients_of_the_model(name):
 
 def train_staged(name):
     """As on a GPU, but for the copies, which go from the CPU to the CPU."""
-    from pipeline_ext.pipelining import engine
+    from pipeline_ext.pipelining import make_engine as engine
     from pipeline_ext.transport import staged
 
     moved = []

@@ -16,7 +16,7 @@ from reference import reference_step, twin
 from torch import nn
 
 import pipeline_ext as pe
-from pipeline_ext import pack_choice, schedule_choice
+from pipeline_ext.plan import pack_choice, schedule_choice
 
 STEPS, MICROBATCHES = 5, 8
 

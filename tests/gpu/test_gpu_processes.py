@@ -40,7 +40,7 @@ def main(case):
     from torch.distributed.device_mesh import init_device_mesh
 
     import pipeline_ext as pe
-    from pipeline_ext.cuda import nccl
+    from pipeline_ext.engines.cuda import nccl
 
     if case == "without CuPy":
         nccl.carrier = lambda: "torch"

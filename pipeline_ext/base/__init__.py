@@ -1,0 +1,1 @@
+"""Checks of arguments, tensors, memory and files: what every other folder may use."""

@@ -1,0 +1,187 @@
+"""What may be given to a pipeline, and what is said about anything else."""
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+from ..errors import InvalidArgument
+from .tensors import FLOATING, differentiable
+
+
+def count(name: str, value: Any) -> int:
+    """``value`` as a whole number of at least 1; raises InvalidArgument."""
+    number = _whole(value)
+    if not 1 <= number < 2**31:
+        raise InvalidArgument(f"{name} is {value!r}; give a whole number of at least 1")
+    return number
+
+
+def _whole(value: Any) -> int:
+    """``value`` if it is a whole number, else 0, which is accepted nowhere."""
+    try:
+        return 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return 0
+
+
+def check_type(name: str, value: Any, accepted: type) -> None:
+    """Raises InvalidArgument for a value of another type."""
+    if not isinstance(value, accepted):
+        raise InvalidArgument(f"{name} is {value!r}; give a {accepted.__name__}")
+
+
+def check_scaler(scaler: Any, optimizer: torch.optim.Optimizer | None, many: bool) -> None:
+    """Raises InvalidArgument for a scaler that cannot be used, in ``many`` processes or one."""
+    check_type("scaler", scaler, torch.amp.GradScaler)
+    if many and scaler.is_enabled() and not isinstance(scaler, ShardedGradScaler):
+        raise InvalidArgument(
+            f"scaler is a {type(scaler).__name__}, with which one process could skip a step that others take; "
+            "give torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...), of those "
+            'that hold the stages, as mesh.get_group("pp")'
+        )
+    if optimizer is not None:
+        raise InvalidArgument(
+            "scaler and optimizer are both given, but the step is to be the scaler's, which waits for the "
+            "gradients; leave optimizer out, and after each step call scaler.step(optimizer)"
+        )
+
+
+def packs(name: str, value: Any, boundaries: int, microbatches: int) -> list[int] | None:
+    """How many microbatches' results leave together, by boundary, or None for "auto".
+
+    Otherwise ``value`` is a number, "all", or a mapping from boundaries to these; a boundary left out has 1.
+    Raises InvalidArgument.
+    """
+    if isinstance(value, str) and value == "auto":
+        return None
+    accepted = f'give a number from 1 to the {microbatches} microbatches, "all" of them'
+    if isinstance(value, Mapping):
+        _check_boundaries(name, value, boundaries)
+        return [
+            _pack(f"{name} at boundary {b}", value.get(b, 1), microbatches, f"{accepted}, or leave it out")
+            for b in range(boundaries)
+        ]
+    accepted += ', "auto", or a dict from boundaries to numbers'
+    return [_pack(name, value, microbatches, accepted)] * boundaries
+
+
+def _pack(name: str, value: Any, microbatches: int, accepted: str) -> int:
+    if isinstance(value, str) and value == "all":
+        return microbatches
+    number = _whole(value)
+    if not 1 <= number <= microbatches:
+        raise InvalidArgument(f"{name} is {value!r}; {accepted}")
+    return number
+
+
+def pack_skips(value: Any, names: Sequence[str], microbatches: int) -> list[int]:
+    """How many microbatches' tensors leave together, by skip.
+
+    ``value`` is a mapping from names of skips to numbers or "all"; one left out has 1. Raises InvalidArgument.
+    """
+    if not isinstance(value, Mapping):
+        raise InvalidArgument(f"pack_skips is {value!r}; give a dict from names of skips to numbers")
+    for name in value:
+        if name not in names:
+            there = f"those between stages are {list(names)}" if names else "none goes from a stage to another"
+            raise InvalidArgument(f"pack_skips names the skip {name!r}; {there}")
+    accepted = f'give a number from 1 to the {microbatches} microbatches, "all" of them, or leave it out'
+    return [_pack(f"pack_skips of {name!r}", value.get(name, 1), microbatches, accepted) for name in names]
+
+
+def wires(name: str, value: Any, boundaries: int) -> list[torch.dtype | None]:
+    """The types that results travel as, by boundary; raises InvalidArgument.
+
+    ``value`` is a floating-point type, None for their own, or a mapping from boundaries to these.
+    """
+    if isinstance(value, Mapping):
+        _check_boundaries(name, value, boundaries)
+        found = [value.get(b) for b in range(boundaries)]
+    else:
+        found = [value] * boundaries
+    for wire in found:
+        if wire is not None and wire not in FLOATING:
+            names = ", ".join(str(dtype) for dtype in FLOATING)
+            raise InvalidArgument(f"{name} is {wire!r}; give one of {names}, or None")
+    return found
+
+
+def _check_boundaries(name: str, value: Mapping, boundaries: int) -> None:
+    for b in value:
+        if isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < boundaries:
+            raise InvalidArgument(
+                f"{name} names the boundary {b!r}; boundary b is between stages b and b + 1, and there are "
+                + (f"those from 0 to {boundaries - 1}" if boundaries else "none")
+            )
+
+
+def in_flight(value: Any, num_stages: int) -> list[int]:
+    """The most microbatches that each stage may hold, by stage; empty for None. Raises InvalidArgument."""
+    if value is None:
+        return []
+    accepted = f"a whole number of at least 1, or a list of one for each of the {num_stages} stages"
+    by_stage = [value] * num_stages if _whole(value) > 0 else value
+    return numbers("in_flight", by_stage, num_stages, accepted)
+
+
+def numbers(name: str, value: Any, length: int, accepted: str, most: int = 2**31 - 1) -> list[int]:
+    """``value``, a list of ``length`` whole numbers from 1 to ``most``, or empty; raises InvalidArgument."""
+    found = value.tolist() if hasattr(value, "tolist") else value  # an array's
+    if (
+        not isinstance(found, Sequence)
+        or len(found) not in (0, length)
+        or not all(1 <= _whole(number) <= most for number in found)
+    ):
+        raise InvalidArgument(f"{name} is {value!r}; give {accepted}")
+    return [_whole(number) for number in found]
+
+
+def check_settings(loss_fn: Any, loss_reduction: Any, timeout: Any) -> None:
+    """Raises InvalidArgument for settings of a pipeline that cannot be used."""
+    if loss_fn is not None and not callable(loss_fn):
+        raise InvalidArgument(
+            f"loss_fn is {loss_fn!r}; give a function of output and target that returns a scalar"
+        )
+    if isinstance(loss_fn, type):
+        name = loss_fn.__name__
+        raise InvalidArgument(f"loss_fn is the class {name}; give an instance, {name}()")
+    if loss_reduction not in ("mean", "sum"):
+        raise InvalidArgument(f'loss_reduction is {loss_reduction!r}; it is "mean" or "sum"')
+    if not (isinstance(timeout, (int, float)) and 0 < timeout < math.inf):
+        raise InvalidArgument(f"timeout is {timeout!r}; give a positive number of seconds")
+
+
+def check_trains(has_loss: bool, losses: Any, target: Any) -> None:
+    """Raises InvalidArgument where a step could not train."""
+    if not has_loss:
+        raise InvalidArgument(
+            "step needs a loss: give loss_fn= to Pipeline, as in "
+            "Pipeline(..., loss_fn=torch.nn.functional.cross_entropy); eval() needs none"
+        )
+    if not torch.is_grad_enabled():
+        raise InvalidArgument(
+            "step computes gradients, but was called where they are off (torch.no_grad or "
+            "inference_mode); call it outside, or use eval()"
+        )
+    if losses is not None and not isinstance(losses, list):
+        raise InvalidArgument(f"losses is a {type(losses).__name__}; give a list, to be filled")
+    if differentiable(target):
+        raise InvalidArgument(
+            "target requires a gradient, and step gives none to targets; detach it, or make it an "
+            "input of the model"
+        )
+
+
+def check_rows(rows: int, microbatches: int) -> None:
+    """Raises InvalidArgument for a batch too small to cut."""
+    if rows == 0:
+        raise InvalidArgument("the batch has no rows")
+    if rows < microbatches:
+        raise InvalidArgument(
+            f"the batch has {rows} rows, too few for {microbatches} microbatches; give a larger batch, leave a "
+            f"short last one out (DataLoader(..., drop_last=True)), or Pipeline(..., microbatches={rows})"
+        )

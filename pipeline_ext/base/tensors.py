@@ -1,0 +1,36 @@
+"""Tensors inside any value: which of them require gradients, and how error messages describe them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# Types that another may replace on the wire, and all floating-point types that may travel.
+REPLACEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATING = (*REPLACEABLE, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def differentiable(value: Any) -> list[Tensor]:
+    """The tensors of ``value`` that require a gradient, in pytree order, each once."""
+    if isinstance(value, Tensor):
+        return [value] if value.requires_grad else []
+    tensors = (v for v in pytree.tree_leaves(value) if isinstance(v, Tensor) and v.requires_grad)
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def detach(value: Any) -> Any:
+    """``value`` with its tensors cut from autograd."""
+    return pytree.tree_map_only(Tensor, Tensor.detach, value)
+
+
+def describe(value: Any) -> str:
+    """A short text for error messages: shapes and types, as in ``(float32[4, 8], None)``."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        inside = ", ".join(describe(v) for v in value)
+        return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in value.items()) + "}"
+    return type(value).__name__ if value is not None else "None"

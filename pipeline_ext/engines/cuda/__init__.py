@@ -1,0 +1,1 @@
+"""Ranks as streams of GPUs."""

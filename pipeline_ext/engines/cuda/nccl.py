@@ -1,0 +1,121 @@
+"""Messages between the GPUs of two processes: NCCL, on the current stream. Not yet run on GPUs."""
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...errors import PeerError
+from ...processes.group import Processes
+from . import torch_side
+
+_TIMEOUT = timedelta(minutes=5)  # for another process to make its end
+
+
+class Pair(Protocol):
+    """One way between two processes; nothing else is ordered with its messages.
+
+    Raises PeerError where the other process cannot be reached.
+    """
+
+    def send(self, buffer: Tensor) -> None:
+        """Enqueues a send of a contiguous uint8 tensor; returns at once."""
+
+    def receive(self, buffer: Tensor) -> None:
+        """Enqueues a receive into one; as many bytes as are sent."""
+
+    def abort(self) -> None:
+        """Ends what waits for the other process, on the GPU too; other threads may call it."""
+
+
+class CupyPair:
+    """A communicator of CuPy's: it enqueues onto our own streams, which may be captured in a graph."""
+
+    def __init__(self, processes: Processes, name: str, device: torch.device, is_sender: bool) -> None:
+        """Returns when the other process makes its end, too."""
+        from cupy.cuda import nccl
+
+        key = f"{processes.name}/nccl/{name}"
+        if is_sender:
+            processes.store.set(key, json.dumps(nccl.get_unique_id()))
+        else:
+            processes.store.wait([key], _TIMEOUT)
+        number = tuple(json.loads(processes.store.get(key)))
+        with torch_side.on(device):
+            self._communicator: Any = nccl.NcclCommunicator(2, number, 0 if is_sender else 1)
+        self._peer = 1 if is_sender else 0
+        self._device = device.index
+        self._bytes = nccl.NCCL_UINT8
+
+    def send(self, buffer: Tensor) -> None:
+        self._enqueue(self._communicator.send, buffer)
+
+    def receive(self, buffer: Tensor) -> None:
+        self._enqueue(self._communicator.recv, buffer)
+
+    def abort(self) -> None:
+        self._communicator.abort()
+
+    def _enqueue(self, call: Any, buffer: Tensor) -> None:
+        (stream,) = torch_side.callers([self._device])
+        try:
+            call(buffer.data_ptr(), buffer.numel(), self._bytes, self._peer, stream)
+        except RuntimeError as error:
+            raise PeerError(f"NCCL cannot reach the other process: {error}") from error
+
+
+class TorchPair:
+    """A process group of torch's: it uses a stream of its own, which ours and it wait for."""
+
+    def __init__(self, processes: Processes, name: str, device: torch.device, is_sender: bool) -> None:
+        """Both ends are made before the first message."""
+        store = dist.PrefixStore(f"{processes.name}/nccl/{name}", processes.store)
+        with torch_side.on(device):
+            # The step itself says when a receive has waited for too long.
+            self._group = dist.ProcessGroupNCCL(store, 0 if is_sender else 1, 2, timedelta(days=1))
+        self._peer = 1 if is_sender else 0
+
+    def send(self, buffer: Tensor) -> None:
+        self._enqueue(self._group.send, buffer)
+
+    def receive(self, buffer: Tensor) -> None:
+        self._enqueue(self._group.recv, buffer)
+
+    def abort(self) -> None:
+        self._group.abort()
+
+    def _enqueue(self, call: Any, buffer: Tensor) -> None:
+        try:
+            call([buffer], self._peer, 0).wait()  # of NCCL the stream waits, and not the host
+        except RuntimeError as error:
+            raise PeerError(f"NCCL cannot reach the other process: {error}") from error
+
+
+def carrier() -> str:
+    """What carries messages here: "CuPy", or where it is missing or has no NCCL "torch"."""
+    try:
+        from cupy.cuda import nccl
+    except ImportError:
+        return "torch"
+    return "CuPy" if nccl.available else "torch"
+
+
+def make_pairs(
+    rank_of_stage: Sequence[int], processes: Processes, device: torch.device
+) -> dict[tuple[int, str], Pair]:
+    """This process's ways to and from others, by boundary and "F" or "B".
+
+    All processes of a pipeline make them together and in one order, as each one waits for the other.
+    """
+    pairs: dict[tuple[int, str], Pair] = {}
+    make = CupyPair if carrier() == "CuPy" else TorchPair
+    for boundary, ranks in enumerate(zip(rank_of_stage, rank_of_stage[1:])):
+        if ranks[0] == ranks[1] or processes.rank not in ranks:
+            continue
+        for way, sender in zip("FB", ranks):
+            pairs[boundary, way] = make(processes, f"{boundary}{way}", device, processes.rank == sender)
+    return pairs

@@ -1,0 +1,121 @@
+"""From ``devices=`` to a device for each rank."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .. import _C
+from ..errors import DeviceError, InvalidArgument
+from ..processes.group import Processes
+from .cuda import torch_side
+
+DevicesLike = Sequence[str | torch.device] | None
+
+
+def given(devices: DevicesLike) -> list[torch.device] | None:
+    """What the user has given, each GPU with its number; None for None.
+
+    Raises InvalidArgument for what is no device, is not there, or cannot be mixed, DeviceError where the driver
+    cannot be used.
+    """
+    if devices is None:
+        return None
+    if not isinstance(devices, (list, tuple)) or len(devices) == 0:
+        raise InvalidArgument(
+            f'devices is {devices!r}; give a list with one entry for each rank, as in ["cpu", "cpu"] or '
+            '["cuda:0", "cuda:1"]'
+        )
+    found = [_device(device) for device in devices]
+    kinds = sorted({device.type for device in found})
+    if len(kinds) > 1:
+        raise InvalidArgument(f"devices holds {' and '.join(kinds)}; give all ranks devices of one type")
+    if kinds == ["cuda"]:
+        there = _usable_gpus()
+        found = [
+            torch.device("cuda", torch_side.current_device() if d.index is None else d.index) for d in found
+        ]
+        for device in found:
+            if device.index >= there:
+                raise InvalidArgument(
+                    f"devices holds '{device}', and torch sees {there} of them: cuda:0 to cuda:{there - 1}"
+                )
+    return found
+
+
+def of_process(devices: DevicesLike, processes: Processes) -> Sequence[str | torch.device]:
+    """This process's device, for each process of the pipeline: the others' are not seen from here.
+
+    ``devices`` of None: where processes have GPUs that of torchrun's LOCAL_RANK, or without it the current one.
+    Raises InvalidArgument for more than one, and for a GPU where there are replicas.
+    """
+    if devices is None:
+        devices = [f"cuda:{_own_gpu()}" if processes.have_gpus else "cpu"]
+    if not isinstance(devices, (list, tuple)) or len(devices) != 1:
+        raise InvalidArgument(
+            f"devices is {devices!r}; with mesh, whose processes are the ranks, give a list with this "
+            'process\'s device alone, as in ["cuda:0"], or leave it out'
+        )
+    if processes.replicas is not None and _device(devices[0]).type == "cuda":
+        raise InvalidArgument(
+            'mesh has a dimension "dp", over which gradients of CPUs are averaged, and not yet those of GPUs; '
+            'give mesh["pp"] and average .grad yourself after each step, or give devices=["cpu"]'
+        )
+    return list(devices) * processes.size
+
+
+def of_ranks(given: list[torch.device] | None, num_ranks: int) -> list[torch.device]:
+    """A device for each rank: those given; else neighbours share the visible GPUs; else the CPU."""
+    if given is not None:
+        return given
+    gpus = torch_side.num_devices()
+    if not gpus:
+        return [torch.device("cpu")] * num_ranks
+    return [torch.device("cuda", rank * min(gpus, num_ranks) // num_ranks) for rank in range(num_ranks)]
+
+
+def place(modules: Sequence[Sequence[nn.Module]], devices: Sequence[torch.device]) -> None:
+    """Moves the modules of each stage to its device; both are by stage.
+
+    Raises InvalidArgument, having moved nothing, where a parameter or buffer would have to be on two.
+    """
+    places: dict[torch.Tensor, torch.device] = {}
+    for of_stage, device in zip(modules, devices):
+        for module in of_stage:
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                if places.setdefault(tensor, device) != device:
+                    raise InvalidArgument(
+                        f"stages on {places[tensor]} and {device} share {name!r}; give them one device, or "
+                        "cut where they come to lie on one rank"
+                    )
+    for of_stage, device in zip(modules, devices):
+        for module in of_stage:
+            torch_side.move_module(module, device)
+
+
+def _own_gpu() -> int:
+    """A process may see all GPUs of its machine, or its own alone."""
+    there = _usable_gpus()
+    return int(os.environ["LOCAL_RANK"]) % there if "LOCAL_RANK" in os.environ else torch_side.current_device()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgument(f"devices holds {device!r}, which is no device") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InvalidArgument(f"devices holds {device!r}; ranks run on CPUs and on CUDA devices")
+    return found
+
+
+def _usable_gpus() -> int:
+    there = torch_side.num_devices()
+    if there:
+        return there
+    _C.num_devices()  # raises and says why there is none
+    raise DeviceError(
+        "devices holds a GPU, which the driver sees and torch does not; this torch is "
+        + (f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build")
+    )

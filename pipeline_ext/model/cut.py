@@ -1,0 +1,274 @@
+"""Cutting a model into stages of consecutive layers."""
+
+import copy
+import difflib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from ..errors import InvalidArgument
+from .skips import Scope
+
+_LIST_FORM = (
+    "give a list of stage modules instead, each of which takes what the one before returns: "
+    "Pipeline([embedding, nn.Sequential(*blocks), head], microbatches=8, ...)"
+)
+
+
+class Slice(nn.Module):
+    """Consecutive layers of a model, run one after another.
+
+    The first takes whatever the stage is given; each further one takes the result of the one before.
+    """
+
+    def __init__(self, layers: Sequence[tuple[str, nn.Module]]) -> None:
+        super().__init__()
+        self.names = [name for name, _ in layers]
+        self.layers = nn.ModuleList(layer for _, layer in layers)
+        self._chain = list(self.layers)  # quicker to read than a submodule
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        first, *rest = self._chain
+        value = first(*args, **kwargs)
+        for layer in rest:
+            value = layer(value)
+        return value
+
+    def extra_repr(self) -> str:
+        return f"{self.names[0]} .. {self.names[-1]}"
+
+
+def cut(
+    model: nn.Module | Sequence[nn.Module],
+    num_stages: int | None,
+    *,
+    cuts: Sequence[str | int] | None = None,
+    balance: str = "parameters",
+    sample: Any = None,
+) -> list[nn.Module | Callable[[], nn.Module]]:
+    """The stage modules of a model.
+
+    Args:
+        model: an ``nn.Sequential``, a module whose children run in order (with ``cuts``), or the list of
+            stage modules itself, or of functions that make them. Nested sequentials and module lists are
+            opened.
+        num_stages: how many; may be left out where ``model`` or ``cuts`` say it.
+        cuts: the layers, by name or position, at which a new stage begins.
+        balance: ``"parameters"`` makes the largest stage as small as it can be by parameter count;
+            ``"time"`` by measured forward and backward time of a microbatch, which needs ``sample``.
+        sample: one microbatch's input: a tensor, or a tuple of positional arguments.
+
+    Raises:
+        InvalidArgument: if the model cannot be cut so; the message says how it can.
+    """
+    if isinstance(model, (list, tuple, nn.ModuleList)):
+        return _given_stages(model, num_stages, cuts)
+    if not isinstance(model, nn.Module):
+        raise InvalidArgument(
+            f"model is a {type(model).__name__}; give an nn.Module, or a list of stage modules"
+        )
+    if not _runs_children_in_order(model) and cuts is None:
+        raise InvalidArgument(
+            f"{type(model).__name__} is not an nn.Sequential, so where it can be cut is not known; "
+            "if its children run in order, name the layers where a new stage begins with cuts=[...]; "
+            f"otherwise {_LIST_FORM}"
+        )
+    layers = _open(model)
+    if not layers:
+        raise InvalidArgument(f"{type(model).__name__} has no child modules to cut; {_LIST_FORM}")
+    own = [*model._parameters, *model._buffers]
+    if own or _has_hooks(model):
+        raise InvalidArgument(
+            f"{type(model).__name__} has "
+            + (f"parameters or buffers of its own ({', '.join(own)})" if own else "hooks of its own")
+            + f", which would be lost, for its children run without it; {_LIST_FORM}"
+        )
+    if cuts is not None:
+        starts = _starts_of(cuts, [name for name, _ in layers], num_stages)
+    else:
+        starts = _balanced_starts(layers, num_stages, balance, sample)
+    ends = [*starts[1:], len(layers)]
+    return [Slice(layers[start:end]) for start, end in zip(starts, ends)]
+
+
+def balanced(weights: Sequence[float], parts: int) -> list[int]:
+    """Where each of ``parts`` consecutive runs starts so that the heaviest is as light as it can be."""
+    sums = [0.0]
+    for weight in weights:
+        sums.append(sums[-1] + weight)
+    count = len(weights)
+    # best[i]: the heaviest of the runs that the first i weights make, and where the last one starts.
+    best = [(sums[i], 0) for i in range(count + 1)]
+    history = [best]
+    for part in range(2, parts + 1):
+        best = [
+            min(
+                ((max(history[-1][j][0], sums[i] - sums[j]), j) for j in range(part - 1, i)),
+                default=(float("inf"), 0),
+            )
+            for i in range(count + 1)
+        ]
+        history.append(best)
+    starts, end = [], count
+    for best in reversed(history):
+        end = best[end][1]
+        starts.append(end)
+    return starts[::-1]
+
+
+def _given_stages(stages, num_stages, cuts) -> list[nn.Module | Callable[[], nn.Module]]:
+    if cuts is not None:
+        raise InvalidArgument("cuts does not go with a list of stage modules, which is cut already")
+    if not stages or not all(isinstance(s, nn.Module) or _is_maker(s) for s in stages):
+        raise InvalidArgument(
+            "a list of stages holds one nn.Module or more, or functions that make them, and nothing else"
+        )
+    if num_stages is not None and num_stages != len(stages):
+        raise InvalidArgument(
+            f"num_stages is {num_stages} but the list holds {len(stages)} stage modules; leave "
+            "num_stages out, or make them agree"
+        )
+    return list(stages)
+
+
+def _is_maker(stage: Any) -> bool:
+    return callable(stage) and not isinstance(stage, type)
+
+
+def _runs_children_in_order(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _open(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Layers with their names; containers that only hold layers are opened."""
+    layers = []
+    for name, child in model._modules.items():  # a layer that is there twice runs twice
+        if child is None:
+            continue
+        is_list = type(child).forward is nn.ModuleList.forward and isinstance(child, nn.ModuleList)
+        is_container = is_list or _runs_children_in_order(child)
+        if is_container and not _has_hooks(child) and len(child) > 0:
+            layers += _open(child, f"{prefix}{name}.")
+        else:
+            layers.append((prefix + name, child))
+    return layers
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )
+
+
+def _starts_of(cuts: Sequence[str | int], names: list[str], num_stages: int | None) -> list[int]:
+    if not isinstance(cuts, (list, tuple)) or not all(isinstance(c, (str, int)) for c in cuts):
+        raise InvalidArgument(
+            f"cuts is {cuts!r}; give a list of layer names or positions, as in cuts=[{names[-1]!r}]"
+        )
+    starts = [0]
+    for cut_at in cuts:
+        position = _position(cut_at, names)
+        if position <= starts[-1]:
+            raise InvalidArgument(
+                f"cuts must ascend and leave the first stage a layer; {cut_at!r} is layer {position} "
+                f"and the stage before begins at layer {starts[-1]}"
+            )
+        starts.append(position)
+    if num_stages is not None and num_stages != len(starts):
+        raise InvalidArgument(f"{len(cuts)} cuts make {len(starts)} stages, but num_stages is {num_stages}")
+    return starts
+
+
+def _position(cut_at: str | int, names: list[str]) -> int:
+    if isinstance(cut_at, int):
+        if not 0 <= cut_at < len(names):
+            raise InvalidArgument(f"there is no layer {cut_at}; there are {len(names)}, from 0")
+        return cut_at
+    for position, name in enumerate(names):
+        if name == cut_at or name.startswith(f"{cut_at}."):
+            return position
+    near = difflib.get_close_matches(cut_at, names, n=1, cutoff=0.0)
+    raise InvalidArgument(
+        f"there is no layer {cut_at!r} to cut at; the nearest name is {near[0]!r}. "
+        f"The layers are {', '.join(names)}"
+    )
+
+
+def _balanced_starts(layers, num_stages, balance, sample) -> list[int]:
+    if num_stages is None:
+        raise InvalidArgument("num_stages is missing: say into how many stages to cut the model")
+    if num_stages > len(layers):
+        raise InvalidArgument(
+            f"the model has {len(layers)} layers and cannot be cut into {num_stages} stages; give "
+            f"num_stages of at most {len(layers)}"
+        )
+    if balance == "parameters":
+        weights = _parameter_counts([layer for _, layer in layers])
+    elif balance == "time":
+        if sample is None:
+            raise InvalidArgument('balance="time" runs each layer on one microbatch; give its input as sample=')
+        weights = _layer_times([layer for _, layer in layers], sample)
+    else:
+        raise InvalidArgument(f'balance is {balance!r}; it is "parameters" or "time"')
+    return balanced(weights, num_stages)
+
+
+def _parameter_counts(layers: Sequence[nn.Module]) -> list[float]:
+    """Parameters of each layer, a shared one counted where it first appears.
+
+    Each layer weighs a little besides, so that layers without parameters spread evenly.
+    """
+    lazy = [p for layer in layers for p in layer.parameters() if is_lazy(p)]
+    if lazy:
+        raise InvalidArgument(
+            "the model has lazy parameters, whose size is not known yet; run it once before cutting it"
+        )
+    seen: set[Tensor] = set()
+    counts = []
+    for layer in layers:
+        new = [p for p in layer.parameters() if p not in seen]
+        seen.update(new)
+        counts.append(sum(p.numel() for p in new) + 1.0 / len(layers))
+    return counts
+
+
+def _layer_times(layers: Sequence[nn.Module], sample: Any, repeats: int = 3) -> list[float]:
+    """Seconds of forward and backward of each layer, run as copies: the model's state is untouched."""
+    value = sample if isinstance(sample, tuple) else (sample,)
+    times = []
+    stashed: dict[str, Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        for layer in layers:
+            layer = copy.deepcopy(layer)
+            runs = []
+            for _ in range(repeats + 1):
+                inputs = pytree.tree_map_only(Tensor, _as_input, value)
+                scope = Scope({name: _as_input(tensor) for name, tensor in stashed.items()})
+                begin = time.perf_counter()
+                with scope:
+                    result = layer(*inputs)
+                outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+                if outputs:
+                    torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+                runs.append(time.perf_counter() - begin)
+            times.append(statistics.median(runs[1:]))
+            value = (pytree.tree_map_only(Tensor, Tensor.detach, result),)
+            stashed = scope
+    return times
+
+
+def _as_input(tensor: Tensor) -> Tensor:
+    """A copy that requires a gradient where one can, and that a layer may write to."""
+    copied = tensor.detach().clone()
+    return copied.requires_grad_().clone() if copied.is_floating_point() else copied

@@ -1,0 +1,257 @@
+"""Skip connections: a module stashes a tensor, a later one pops it, and the modules between never see it."""
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgument, PipelineError
+
+Names = Sequence[str] | Callable[[Any], Sequence[str]]
+Class = TypeVar("Class", bound=type[nn.Module])
+
+
+def skips(*, stash: Names = (), pop: Names = ()) -> Callable[[Class], Class]:
+    """Declares which tensors the forward of a module class stashes, and which it pops.
+
+    Example::
+
+        @pe.skips(stash=["early"])
+        class Down(nn.Module):
+            def forward(self, x):
+                x = self.layer(x)
+                pe.stash("early", x)
+                return x
+
+        @pe.skips(pop=["early"])
+        class Up(nn.Module):
+            def forward(self, x):
+                return self.layer(torch.cat([x, pe.pop("early")], dim=1))
+
+    Each call of forward does all that is declared. In a model each name has one module that stashes it and one
+    that pops it.
+
+    Args:
+        stash, pop: names, or a function from a module of the class to its names.
+
+    Raises:
+        InvalidArgument: for what is no names, or no class of modules.
+    """
+    declaration = _Declaration(_checked_names("stash", stash), _checked_names("pop", pop))
+
+    def declare(cls: Class) -> Class:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise InvalidArgument(f"skips decorates a class of nn.Module; got {cls!r}")
+        forward = cls.forward
+
+        @functools.wraps(forward)
+        def checked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with _Call(cls.__name__, *declaration.of(self)):
+                return forward(self, *args, **kwargs)
+
+        cls.forward = checked
+        cls._declared_skips = declaration
+        return cls
+
+    return declare
+
+
+def stash(name: str, tensor: Tensor) -> None:
+    """Keeps ``tensor`` for the module that pops ``name``, which gets the tensor itself.
+
+    To be called in the forward of a module that declares it with ``skips``. Between stages the tensor travels
+    as it is when its stage's forward ends, and may not be changed in place after.
+
+    Raises:
+        InvalidArgument: for what is no tensor.
+        PipelineError: for a name that is not declared, or stashed already.
+    """
+    if not isinstance(tensor, Tensor):
+        raise InvalidArgument(f"stash({name!r}) was given a {type(tensor).__name__}; stash tensors, one a name")
+    _call_that_declares("stash", name).does("stash", name)
+    if _recomputes():
+        return  # the forward itself has stashed it
+    if _thread.scope is not None and name in _thread.scope:
+        raise PipelineError(f"{name!r} was stashed already and nothing has popped it yet; stash it once")
+    _thread.stashed[name] = tensor
+
+
+def pop(name: str) -> Tensor:
+    """The tensor stashed as ``name``. To be called once, in the forward of a module that declares it.
+
+    Raises:
+        PipelineError: for a name that is not declared, or that nothing has stashed; and in a part that
+            activation checkpointing recomputes.
+    """
+    _call_that_declares("pop", name).does("pop", name)
+    if _recomputes():
+        raise PipelineError(
+            f"{name!r} was popped in a part that activation checkpointing recomputes, and is there no more; "
+            "pop it before that part, and hand it in as an argument"
+        )
+    if name not in _thread.stashed:
+        raise PipelineError(
+            f"{name!r} was popped but is not there: nothing has stashed it before in this forward, or it has "
+            "been popped already"
+        )
+    return _thread.stashed.pop(name)
+
+
+class Scope(dict[str, Tensor]):
+    """What is stashed and not popped yet, in one forward of a stage; entered, the thread's own."""
+
+    def __enter__(self) -> "Scope":
+        self._outer, _thread.scope = _thread.scope, self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _thread.scope = self._outer
+
+    def take(self, names: Iterable[str]) -> list[Tensor]:
+        """Empties it of what later stages pop. Raises PipelineError for more, or less, than that."""
+        missing = [name for name in names if name not in self]
+        if missing:
+            raise PipelineError(f"{_listed(missing)} was to be stashed, but no module has in this forward")
+        taken = [self.pop(name) for name in names]
+        if self:
+            raise PipelineError(f"{_listed(self)} was to be popped, but no module has in this forward")
+        return taken
+
+
+class NamedSkip(NamedTuple):
+    """From which stage a tensor goes to which."""
+
+    name: str
+    source: int
+    target: int  # the same stage where both modules are in one
+
+
+class DeclaredSkips(NamedTuple):
+    """What a module of a stage stashes and pops."""
+
+    stage: int
+    stash: list[str]
+    pop: list[str]
+
+
+def declared_skips(stages: Mapping[int, nn.Module]) -> list[DeclaredSkips]:
+    """What the modules of stages declare."""
+    declarations = (
+        (index, getattr(type(module), "_declared_skips", None), module)
+        for index, stage in stages.items()
+        for module in stage.modules()
+    )
+    # Sorted: sets have another order in each process.
+    return [
+        DeclaredSkips(index, *map(sorted, declaration.of(module)))
+        for index, declaration, module in declarations
+        if declaration is not None
+    ]
+
+
+def find_skips(declared: Iterable[DeclaredSkips]) -> list[NamedSkip]:
+    """What is declared, by stage. Raises InvalidArgument for ends that do not match."""
+    ends: Mapping[str, dict[str, int]] = {"stash": {}, "pop": {}}
+    for index, *of_module in declared:
+        for what, names in zip(ends, of_module):
+            for name in names:
+                if name in ends[what]:
+                    raise InvalidArgument(
+                        f"two modules {what} {name!r}, in stages {ends[what][name]} and {index}; give each "
+                        "pair of modules a name of its own"
+                    )
+                ends[what][name] = index
+    for name, target in ends["pop"].items():
+        if name not in ends["stash"]:
+            raise InvalidArgument(f"stage {target} pops {name!r}, which no module stashes")
+    found = []
+    for name, source in ends["stash"].items():
+        if name not in ends["pop"]:
+            raise InvalidArgument(f"stage {source} stashes {name!r}, which no module pops")
+        if ends["pop"][name] < source:
+            raise InvalidArgument(
+                f"stage {ends['pop'][name]} pops {name!r} before stage {source} stashes it; a skip goes forward"
+            )
+        found.append(NamedSkip(name, source, ends["pop"][name]))
+    return found
+
+
+class _Declaration(NamedTuple):
+    stash: Names
+    pop: Names
+
+    def of(self, module: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
+        """What the module stashes and pops."""
+        of_module = (names(module) if callable(names) else names for names in self)
+        stash, pop = (frozenset(_checked_names(what, n)) for what, n in zip(self._fields, of_module))
+        return stash, pop
+
+
+class _Call:
+    """One call of a declaring module's forward, and what of its declaration that has still to do."""
+
+    def __init__(self, module: str, stash: frozenset[str], pop: frozenset[str]) -> None:
+        self._module = module
+        self.declared = {"stash": stash, "pop": pop}
+        self._left = {"stash": set(stash), "pop": set(pop)}
+
+    def __enter__(self) -> None:
+        _thread.calls.append(self)
+
+    def __exit__(self, error: object, *_: object) -> None:
+        _thread.calls.pop()
+        for what, names in self._left.items():
+            if names and error is None:
+                raise PipelineError(
+                    f"{self._module} declares {what}={sorted(names)}, but its forward has not done so"
+                )
+
+    def does(self, what: str, name: str) -> None:
+        if name not in self._left[what]:
+            raise PipelineError(f"the forward of {self._module} called {what}({name!r}) twice; call it once")
+        self._left[what].remove(name)
+
+
+class _Thread(threading.local):
+    """What the calling thread has stashed: in a stage's scope, or else in the plain model."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []  # the innermost last
+        self.scope: Scope | None = None
+        self._plain: dict[str, Tensor] = {}  # a forward that failed may have left some, to be replaced
+
+    @property
+    def stashed(self) -> dict[str, Tensor]:
+        return self._plain if self.scope is None else self.scope
+
+
+_thread = _Thread()
+
+
+def _call_that_declares(what: str, name: str) -> _Call:
+    if not _thread.calls or name not in _thread.calls[-1].declared[what]:
+        raise PipelineError(
+            f"{what}({name!r}) was called outside the forward of a module that declares it; decorate its class "
+            f"with @pipeline_ext.skips({what}=[{name!r}])"
+        )
+    return _thread.calls[-1]
+
+
+def _recomputes() -> bool:
+    """Whether a backward runs on this thread, and in it activation checkpointing a forward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _checked_names(what: str, names: Any) -> Names:
+    if callable(names):
+        return names
+    if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(n, str) for n in names):
+        raise InvalidArgument(f'{what} is {names!r}; give a list of names, as in {what}=["early"]')
+    return tuple(names)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,1 @@
+"""Plans of a step: how they are built, simulated, searched and chosen."""

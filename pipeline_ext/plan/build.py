@@ -1,0 +1,255 @@
+"""From what the user says about schedule and devices to a plan."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .. import _C
+from ..base import arguments
+from ..errors import InvalidArgument, InvalidSchedule
+from . import zero_bubble
+from .policy import Policy
+from .simulation import Costs
+
+ScheduleLike = str | os.PathLike | Policy | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
+
+_MOST_TASKS = 2**32 - 2  # of a plan
+
+AUTO = "auto"  # in place of a schedule's name: one that suits the costs
+
+
+def schedule_names() -> list[str]:
+    """The schedules known by name."""
+    return [*_C.schedule_names(), zero_bubble.NAME]
+
+
+def layout_of(schedule: str, num_stages: int, num_ranks: int) -> str:
+    """How a named schedule places stages: linear, looped, v or bidirectional. Raises InvalidSchedule."""
+    if schedule == zero_bubble.NAME:
+        return zero_bubble.layout(num_stages, num_ranks)
+    return _C.layout_of(schedule)
+
+
+def build_plan(
+    schedule: ScheduleLike,
+    *,
+    num_stages: int,
+    microbatches: int,
+    num_ranks: int | None = None,
+    overlap: bool = False,
+    reactive: bool = False,
+    packs: Sequence[int] = (),
+    packs_forward: Sequence[int] = (),
+    skips: Sequence[_C.Skip] = (),
+    in_flight: int | Sequence[int] | None = None,
+    room: Sequence[int] = (),
+    memory: Costs | None = None,
+    costs: Costs | None = None,
+) -> _C.Plan:
+    """The plan of one step.
+
+    Args:
+        schedule: a name of ``schedule_names()``; the path of a CSV file with one line of actions for
+            each rank; the actions of each rank as text, by rank; or a Policy.
+        num_stages: stages of the model.
+        microbatches: microbatches of one step.
+        num_ranks: ranks; by default one for each stage, or for each two of a schedule that holds
+            several stages on a rank.
+        overlap: let a rank's forward and backward stream run at the same time.
+        reactive: let a rank whose next planned task is not ready take another that is. Otherwise an order
+            given is kept as it is, or refused.
+        packs, packs_forward: how many microbatches' gradients, and activations, leave in one message, by
+            boundary; empty: 1.
+        skips: what goes from a stage straight to a later one, as in ``Skip(0, 3, pack=2)``.
+        in_flight: the most microbatches that a stage may hold, or a list of that by stage; None or empty: as
+            many as it takes.
+        room: how many microbatches each stage may hold at least, by stage, where ``in_flight`` allows it;
+            empty: no more than it takes.
+        memory: costs whose ``memory_limit`` the plan keeps wherever it runs, None: none. An order that
+            exceeds it is refused; ranks that react start their F in the planned order, each when it fits.
+        costs: what ``"zb-auto"`` is searched for; see ``searched``.
+
+    Raises:
+        InvalidArgument: for numbers that cannot be used.
+        InvalidSchedule: if there is no such schedule, it does not fit, or it would never end.
+    """
+    num_stages = arguments.count("num_stages", num_stages)
+    microbatches = arguments.count("microbatches", microbatches)
+    check_size(num_stages, microbatches)
+    for skip in skips:
+        arguments.check_type("one of skips", skip, _C.Skip)
+
+    def by_boundary(name: str, packs: Sequence[int]) -> list[int]:
+        accepted = (
+            f"a list of whole numbers from 1 to the {microbatches} microbatches, one for each of the "
+            f"{num_stages - 1} boundaries"
+        )
+        found = arguments.numbers(name, packs, num_stages - 1, accepted, microbatches)
+        return found if any(k > 1 for k in found) else []
+
+    by_stage = f"a list of whole numbers of at least 1, one for each of the {num_stages} stages"
+    mode = {
+        "overlap": overlap,
+        "reactive": reactive,
+        "packs": by_boundary("packs", packs),
+        "packs_forward": by_boundary("packs_forward", packs_forward),
+        "skips": list(skips),
+        "in_flight": arguments.in_flight(in_flight, num_stages),
+        "room": arguments.numbers("room", room, num_stages, by_stage),
+    }
+
+    def limits(num_ranks: int) -> _C.Memory | None:
+        if memory is None or memory.memory_limit is None:
+            return None
+        return memory.by_stage(num_stages, num_ranks).memory(num_stages)
+
+    schedule = searched(
+        schedule,
+        num_stages=num_stages,
+        num_ranks=num_ranks,
+        microbatches=microbatches,
+        in_flight=mode["in_flight"],
+        costs=costs,
+    )
+    path = _csv_path(schedule)
+    if isinstance(schedule, str | Policy) and path is None and num_ranks is None:
+        num_ranks = default_ranks(schedule, num_stages)
+    if isinstance(schedule, Policy):
+        plan = schedule.plan(num_stages, num_ranks, microbatches, {**mode, "memory": limits(num_ranks)})
+    elif isinstance(schedule, str) and path is None:
+        return _C.make_plan(schedule, num_stages, num_ranks, microbatches, **mode, memory=limits(num_ranks))
+    else:
+        cells = _cells(schedule) if path is None else _C.cells_of_csv(_text(path))
+        plan = _C.plan_of_cells(cells, **mode, memory=limits(len(cells)))
+    for what, given, found in (
+        ("num_stages", num_stages, plan.num_stages),
+        ("microbatches", microbatches, plan.num_microbatches),
+        ("the number of devices", num_ranks, plan.num_ranks),
+    ):
+        if given is not None and given != found:
+            raise InvalidSchedule(f"{what} is {given}, but the schedule given has {found}")
+    return plan
+
+
+def searched(
+    schedule: ScheduleLike,
+    *,
+    num_stages: int,
+    num_ranks: int | None,
+    microbatches: int,
+    in_flight: Sequence[int],
+    costs: Costs | None,
+) -> ScheduleLike:
+    """``"zb-auto"`` as the order that a search finds, which takes seconds; any other schedule as it is.
+
+    Args:
+        num_ranks: None: as many as stages.
+        in_flight: the most microbatches of each stage, or empty. Where ``costs`` have no ``memory_limit``, the
+            search keeps what a rank's stages may hold together.
+        costs: None: F = I = W = 1 at each stage.
+
+    Raises InvalidSchedule for costs or ranks that do not fit, and where nothing is found within the memory.
+    """
+    if schedule != zero_bubble.NAME:
+        return schedule
+    num_ranks, costs = num_ranks or num_stages, costs or Costs()
+    if in_flight and costs.memory_limit is None:
+        home = zero_bubble.rank_of_stage(num_stages, num_ranks)
+        costs = costs.with_memory_of(Costs(memory_limit=slots_of_ranks(in_flight, home)))
+    found = zero_bubble.find_order(
+        costs,
+        num_stages=num_stages,
+        num_ranks=num_ranks,
+        microbatches=microbatches,
+        span=True,
+        work=zero_bubble.WORK,
+    )
+    if found.interrupted:
+        raise KeyboardInterrupt
+    if not in_flight:
+        return found.cells
+    settled = _C.plan_of_cells(found.cells, reactive=True, in_flight=in_flight)
+    return list(settled.order().values())
+
+
+def slots_of_ranks(in_flight: Sequence[int], rank_of_stage: Sequence[int]) -> list[float]:
+    """By rank, the microbatches that its stages may hold together; ``in_flight`` is by stage."""
+    slots = [0.0] * (1 + max(rank_of_stage))
+    for rank, most in zip(rank_of_stage, in_flight):
+        slots[rank] += most
+    return slots
+
+
+def check_size(num_stages: int, microbatches: int) -> None:
+    """Raises InvalidArgument for more tasks than a plan holds, before memory is asked for them."""
+    if 2 * num_stages * microbatches > _MOST_TASKS:  # F and B
+        raise InvalidArgument(
+            f"{microbatches} microbatches at {num_stages} stages are more tasks than the {_MOST_TASKS} that a "
+            "plan holds; give fewer"
+        )
+
+
+def check_trainable(plan: _C.Plan) -> None:
+    """Raises InvalidSchedule for a plan that this engine cannot train with."""
+    if plan.rank_of_copy:
+        raise InvalidSchedule(
+            "the schedule keeps two copies of each stage's parameters, which can be planned and simulated but "
+            "not run; 'dualpipev' is the same idea with one copy"
+        )
+    if not plan.has_backward:
+        raise InvalidSchedule("the schedule has no backward action (B, or I and W), so it would train nothing")
+
+
+def default_ranks(schedule: str | Policy, num_stages: int) -> int:
+    """Ranks that a schedule takes for a number of stages where none are given."""
+    if schedule == zero_bubble.NAME:
+        return num_stages
+    layout = schedule.placement if isinstance(schedule, Policy) else _C.layout_of(schedule)
+    if layout in ("linear", "bidirectional") or (layout == "looped" and num_stages == 1):
+        return num_stages
+    if num_stages % 2:
+        name = repr(schedule) if isinstance(schedule, str) else f"a policy placed {layout!r}"
+        by_default, or_else = (" by default", ". Give devices= to hold another number")
+        if layout == "v":
+            by_default = or_else = ""
+        raise InvalidSchedule(
+            f"{name} holds two stages on each rank{by_default}, so num_stages is even; got "
+            f"{num_stages}{or_else}"
+        )
+    return num_stages // 2
+
+
+def _csv_path(schedule: ScheduleLike) -> Path | None:
+    if isinstance(schedule, os.PathLike):
+        return Path(schedule)
+    if isinstance(schedule, str) and schedule.endswith(".csv"):
+        return Path(schedule)
+    return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSchedule(f"the schedule {str(path)!r} cannot be read: {error}") from error
+
+
+def _cells(schedule: object) -> list[list[str]]:
+    rows = schedule
+    if isinstance(schedule, Mapping):
+        if sorted(schedule) != list(range(len(schedule))):
+            raise InvalidSchedule(
+                f"the schedule's ranks are {sorted(schedule)}; number them from 0 without gaps"
+            )
+        rows = [schedule[rank] for rank in range(len(schedule))]
+    if (
+        not isinstance(rows, Sequence)
+        or isinstance(rows, bytes)
+        or not all(isinstance(row, Sequence) and not isinstance(row, str) for row in rows)
+        or not all(isinstance(cell, str) for row in rows for cell in row)
+    ):
+        raise InvalidSchedule(
+            "a schedule is a name, the path of a CSV file, a Policy, or for each rank a list of actions as "
+            'text, as in [["0F0", "0B0"], ["1F0", "1B0"]]'
+        )
+    return [list(row) for row in rows]

@@ -1,0 +1,105 @@
+"""Costs as a JSON file: one object of ``Costs``' fields, each a number or a list of numbers.
+
+A field left out has its default, as has one that is null. A bandwidth of null is infinite, in a list too.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..base.files import whole_file
+from ..errors import InvalidArgument
+
+STAGE, BOUNDARY, RANK = "one for each stage", "one for each boundary", "one for each rank"
+PLACES = {
+    "forward": STAGE,
+    "backward": STAGE,
+    "input_grad": STAGE,
+    "weight_grad": STAGE,
+    "latency": BOUNDARY,
+    "overhead": BOUNDARY,
+    "bandwidth": BOUNDARY,
+    "message_bytes": BOUNDARY,
+    "contention": None,
+    "pair": None,
+    "act_memory": STAGE,
+    "mem_i": STAGE,
+    "mem_w": STAGE,
+    "memory_limit": RANK,
+}
+_LEAST = {"contention": 1.0}
+_ABOVE_ZERO = ("bandwidth", "pair")
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """The fields that a file gives, checked.
+
+    Raises InvalidArgument for a file that cannot be read, or holds what is no cost.
+    """
+    file = repr(str(path))
+    try:
+        given = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InvalidArgument(f"the costs {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidArgument(f"the costs {file} are no JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise InvalidArgument(
+            f'the costs {file} are no JSON object; write one such as {{"forward": 1, "backward": [2, 3]}}'
+        )
+    for key in given:
+        if key not in PLACES:
+            raise InvalidArgument(f"{key!r} in {file} is no cost; those are {', '.join(PLACES)}")
+    found = {key: _checked(key, value, file) for key, value in given.items()}
+    _check_lengths(found, file)
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def write(path: str | os.PathLike, fields: Mapping[str, Any]) -> None:
+    """Writes what ``read`` gives back; raises PipelineError where that cannot be done."""
+    lines = ",\n".join(f'  "{key}": {json.dumps(_finite(fields[key]))}' for key in PLACES if key in fields)
+    with whole_file(Path(path)) as out:
+        out.write(f"{{\n{lines}\n}}\n".encode())
+
+
+def _checked(key: str, value: Any, file: str) -> float | list[float] | None:
+    if value is None:
+        return None
+    numbers = value if isinstance(value, list) and PLACES[key] else [value]
+    if key == "bandwidth":
+        numbers = [math.inf if number is None else number for number in numbers]
+    least = _LEAST.get(key, 0.0)
+    for number in numbers:
+        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if not is_number or not (number > 0 if key in _ABOVE_ZERO else least <= number < math.inf):
+            accepted = "a number above 0" if key in _ABOVE_ZERO else f"a finite number of at least {least:g}"
+            verb = "holds" if isinstance(value, list) and PLACES[key] else "is"
+            raise InvalidArgument(
+                f"{key!r} in {file} {verb} {json.dumps(number)}; give {accepted}"
+                + (f", or a list of {PLACES[key]}" if PLACES[key] else "")
+            )
+    return [float(number) for number in numbers] if isinstance(value, list) else float(value)
+
+
+def _check_lengths(found: Mapping[str, Any], file: str) -> None:
+    """Raises InvalidArgument for lists that cannot be of one model."""
+    stages: dict[str, int] = {}
+    for key, value in found.items():
+        if isinstance(value, list) and PLACES[key] != RANK:
+            stages[key] = len(value) + (PLACES[key] == BOUNDARY)
+    for key, number in stages.items():
+        first, expected = next(iter(stages.items()))
+        if number != expected:
+            raise InvalidArgument(
+                f"{key!r} in {file} has {len(found[key])} entries, for {number} stages, and {first!r} has "
+                f"{len(found[first])}, for {expected}; there is a boundary between each two stages"
+            )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_finite(number) for number in value]
+    return None if value == math.inf else value

@@ -1,0 +1,102 @@
+"""What a pipeline is asked about the order of its tasks and messages, and the first steps that follow."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from .. import _C
+from ..base import arguments
+from . import pack_choice, schedule_choice
+from .build import AUTO, ScheduleLike, build_plan, searched
+from .first_steps import FirstSteps
+from .simulation import Costs
+
+PackLike = int | str | Mapping[int, int | str]
+
+
+class Ordering(NamedTuple):
+    """What is asked, checked. ``"auto"`` is left to the first steps to choose."""
+
+    schedule: ScheduleLike  # where it was to be searched for, what was found
+    num_stages: int
+    num_ranks: int | None  # None: as many as the schedule takes
+    microbatches: int
+    packs: list[int] | None  # by boundary; None: "auto"
+    packs_forward: list[int] | None
+    in_flight: list[int]  # the most microbatches by stage, or empty
+    costs: Costs | None  # whose memory_limit is kept
+    overlap: bool
+    reactive: bool
+
+    @classmethod
+    def of(
+        cls,
+        schedule: ScheduleLike,
+        *,
+        num_stages: int,
+        num_ranks: int | None,
+        microbatches: int,
+        pack: PackLike,
+        pack_forward: PackLike,
+        in_flight: int | Sequence[int] | None,
+        costs: Costs | None,
+        overlap: bool,
+        reactive: bool,
+        graphs: bool,
+    ) -> "Ordering":
+        """Takes arguments as ``Pipeline`` does. Raises InvalidArgument, or InvalidSchedule, as that does."""
+        packs = arguments.packs("pack", pack, num_stages - 1, microbatches)
+        packs_forward = arguments.packs("pack_forward", pack_forward, num_stages - 1, microbatches)
+        most = arguments.in_flight(in_flight, num_stages)
+        if schedule == AUTO:
+            schedule_choice.check(packs, packs_forward, graphs)
+        schedule = searched(
+            schedule,
+            num_stages=num_stages,
+            num_ranks=num_ranks,
+            microbatches=microbatches,
+            in_flight=most,
+            costs=costs,
+        )
+        return cls(
+            schedule,
+            num_stages,
+            num_ranks,
+            microbatches,
+            packs,
+            packs_forward,
+            most,
+            costs,
+            bool(overlap),
+            bool(reactive),
+        )
+
+    def first_steps(self, skips: Sequence[_C.Skip] = ()) -> FirstSteps:
+        """The first steps, all of one plan where nothing is "auto". Raises InvalidSchedule."""
+        plan_of = functools.partial(
+            build_plan,
+            num_stages=self.num_stages,
+            microbatches=self.microbatches,
+            num_ranks=self.num_ranks,
+            overlap=self.overlap,
+            reactive=self.reactive,
+            skips=skips,
+            in_flight=self.in_flight,
+            memory=self.costs,
+        )
+        if self.schedule == AUTO:
+            return schedule_choice.first_steps(
+                functools.partial(plan_of, packs=self.packs, packs_forward=self.packs_forward),
+                self.num_stages,
+                self.num_ranks or self.num_stages,
+                self.in_flight,
+                self.costs,
+            )
+        return pack_choice.first_steps(
+            lambda packs, packs_forward, room=(): plan_of(
+                self.schedule, packs=packs, packs_forward=packs_forward, room=room
+            ),
+            self.packs,
+            self.packs_forward,
+            self.num_stages - 1,
+        )

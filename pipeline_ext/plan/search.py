@@ -1,0 +1,292 @@
+"""The search for the best plan: schedules, placements, orders, microbatches and in-flight limits, simulated."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from .. import _C
+from ..base import arguments
+from ..errors import InvalidArgument, InvalidSchedule
+from . import zero_bubble
+from .build import build_plan
+from .comparison import rebatched, recut
+from .simulation import Costs, Simulation, simulate
+
+_WIDER = (1.25, 1.5, 2.0)  # times the microbatches in flight that a rule asks for
+_FIRST_LOOK = 2_000_000  # tasks placed in the first search for an order, by whose speed the time is shared out
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One plan that was tried.
+
+    Attributes:
+        schedule: its name; ``"zb-auto"`` of an order that was searched for.
+        chunks: stages of a rank.
+        microbatches: of the step.
+        in_flight: the most microbatches of each stage where they are more than the schedule asks for; or None.
+        plan: what runs.
+        simulation: of the plan.
+    """
+
+    schedule: str
+    chunks: int
+    microbatches: int
+    in_flight: list[int] | None
+    plan: _C.Plan
+    simulation: Simulation
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What became of something tried.
+
+    Attributes:
+        what: the schedule, and how it differs from what its name says.
+        chunks, microbatches: of the plan.
+        makespan: simulated; None where it cannot be.
+        reason: why it cannot be.
+    """
+
+    what: str
+    chunks: int
+    microbatches: int
+    makespan: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search came to.
+
+    Attributes:
+        best: the plan whose simulated step ends first.
+        tried: everything tried, in that order.
+        lower_bound: no plan of the placements and microbatch counts tried ends earlier.
+        simulations: steps simulated, in whole or in the search for orders.
+        seconds: that it took.
+        interrupted: whether Ctrl-C ended it.
+    """
+
+    best: Candidate
+    tried: list[Tried]
+    lower_bound: float
+    simulations: int
+    seconds: float
+    interrupted: bool
+
+
+def search(
+    costs: Costs,
+    *,
+    num_ranks: int,
+    microbatches: int | Sequence[int],
+    chunks: Sequence[int] = (1, 2),
+    schedules: Sequence[str] | None = None,
+    budget: float | None = None,
+    trials: int | None = None,
+    seed: int = 0,
+    on_progress: Callable[[Tried], None] | None = None,
+) -> SearchResult:
+    """The plan whose simulated step ends first, within ``costs.memory_limit``.
+
+    First the named schedules, with as many microbatches in flight as they ask for and with more; then, for each
+    placement, an order is searched for (``pipeline_ext.plan.zero_bubble``) until the budget is spent.
+
+    Args:
+        costs: of a model cut into ``num_ranks * chunks[0]`` stages and a batch cut into the first of
+            ``microbatches``; for other numbers they are shared out evenly.
+        num_ranks: ranks.
+        microbatches: into how many parts the batch is cut, or several such numbers to try.
+        chunks: numbers of stages of a rank to try.
+        schedules: names to try; None: all that the engine can run.
+        budget: seconds; None: no limit.
+        trials: orders simulated at most. A search that only this ends finds the same for the same seed.
+        seed: of the random numbers, at least 0.
+        on_progress: called with everything that was tried.
+
+    Raises:
+        InvalidArgument: for a search without end, or numbers that cannot be.
+        InvalidSchedule: for costs that do not fit, or where nothing can run.
+
+    Ctrl-C ends it with the best so far, if there is one.
+    """
+    num_ranks = arguments.count("num_ranks", num_ranks)
+    counts = [microbatches] if isinstance(microbatches, int) else list(microbatches)
+    counts = [arguments.count("microbatches", count) for count in counts]
+    chunks = [arguments.count("chunks", count) for count in chunks]
+    if budget is None and trials is None:
+        raise InvalidArgument("the search would never end; give it a budget in seconds, or trials, or both")
+    if not counts or not chunks:
+        raise InvalidArgument("there is nothing to try; give at least one number of microbatches and of chunks")
+    state = _Search(costs, num_ranks, chunks[0], counts[0], on_progress)
+    cuts = [(chunk, count) for chunk in dict.fromkeys(chunks) for count in dict.fromkeys(counts)]
+    deadline = math.inf if budget is None else state.begin + budget
+    try:
+        for chunk, count in cuts:
+            state.try_schedules(chunk, count, schedules, deadline)
+        state.search_orders(cuts, deadline, trials, seed)
+    except KeyboardInterrupt:
+        if state.best is None:
+            raise
+        state.interrupted = True
+    return state.result(cuts)
+
+
+class _Search:
+    def __init__(
+        self,
+        costs: Costs,
+        num_ranks: int,
+        chunks: int,
+        microbatches: int,
+        on_progress: Callable[[Tried], None] | None,
+    ) -> None:
+        self.begin = time.perf_counter()
+        self.best: Candidate | None = None
+        self.interrupted = False
+        self._costs, self._ranks, self._chunks, self._microbatches = costs, num_ranks, chunks, microbatches
+        self._on_progress = on_progress
+        self._tried: list[Tried] = []
+        self._simulations = 0
+
+    def costs_of(self, chunks: int, microbatches: int) -> Costs:
+        """Of the same model and batch in other parts."""
+        costs = recut(self._costs, self._ranks * self._chunks, self._ranks * chunks)
+        if microbatches == self._microbatches:
+            return costs
+        return rebatched(costs, self._microbatches / microbatches)
+
+    def try_schedules(
+        self, chunks: int, microbatches: int, names: Sequence[str] | None, deadline: float
+    ) -> None:
+        """Those that the engine can run with so many stages on a rank; past the deadline, until one can be."""
+        for name in _C.schedule_names():
+            if self.best is not None and time.perf_counter() > deadline:
+                return
+            if names is not None and name not in names or not _fits(_C.layout_of(name), chunks):
+                continue
+            plan = self._try(name, chunks, microbatches, None)
+            if name == "1f1b" and plan is not None:
+                for times in _WIDER:
+                    room = [min(microbatches, math.ceil(times * limit)) for limit in plan.limits]
+                    self._try(name, chunks, microbatches, room)
+
+    def search_orders(
+        self, cuts: Sequence[tuple[int, int]], deadline: float, trials: int | None, seed: int
+    ) -> None:
+        """For each way to cut model and batch, in an equal part of what is left after a look at all of them."""
+        work = {cut: math.inf if trials is None else trials * self._num_tasks(cut) / len(cuts) for cut in cuts}
+        speed = dict.fromkeys(cuts, math.inf)  # tasks placed in a second
+        if math.isfinite(deadline):
+            for cut in cuts:
+                first = int(min(work[cut], _FIRST_LOOK))
+                begin = time.perf_counter()
+                if not self._search_order(*cut, first, deadline - begin, seed):
+                    return
+                speed[cut] = first / (time.perf_counter() - begin)
+                work[cut] -= first
+        for i, cut in enumerate(cuts):
+            seconds = (deadline - time.perf_counter()) / (len(cuts) - i)
+            placed = min(work[cut], speed[cut] * seconds)
+            if placed >= self._num_tasks(cut) and not self._search_order(*cut, int(placed), seconds, seed):
+                return
+
+    def result(self, cuts: Sequence[tuple[int, int]]) -> SearchResult:
+        """What it came to. Raises InvalidSchedule where nothing can run."""
+        if self.best is None:
+            why = "; ".join(f"{tried.what}: {tried.reason}" for tried in self._tried[:3] if tried.reason)
+            raise InvalidSchedule(f"none of {len(self._tried)} plans can run within the limits ({why})")
+        return SearchResult(
+            best=self.best,
+            tried=self._tried,
+            lower_bound=min(self._lower_bound(chunks, count) for chunks, count in cuts),
+            simulations=self._simulations,
+            seconds=time.perf_counter() - self.begin,
+            interrupted=self.interrupted,
+        )
+
+    def _try(self, name: str, chunks: int, microbatches: int, room: list[int] | None) -> _C.Plan | None:
+        what = name if room is None else f"{name}, up to {max(room)} in flight"
+        stages = self._ranks * chunks
+        try:
+            plan = build_plan(
+                name, num_stages=stages, num_ranks=self._ranks, microbatches=microbatches, room=room or ()
+            )
+            return self._offer(what, name, chunks, room, plan)
+        except InvalidSchedule as error:
+            self._note(Tried(what, chunks, microbatches, reason=str(error).partition("\n")[0]))
+            return None
+
+    def _num_tasks(self, cut: tuple[int, int]) -> int:
+        chunks, microbatches = cut
+        return zero_bubble.num_tasks(self._ranks * chunks, microbatches)
+
+    def _search_order(self, chunks: int, microbatches: int, work: int, seconds: float, seed: int) -> bool:
+        """Whether to go on: not where the time is over, or the user's patience."""
+        if seconds <= 0:
+            return False
+        costs = self.costs_of(chunks, microbatches)
+        try:
+            found = zero_bubble.find_order(
+                costs,
+                num_stages=self._ranks * chunks,
+                num_ranks=self._ranks,
+                microbatches=microbatches,
+                span=False,
+                work=work,
+                seconds=seconds,
+                seed=seed,
+            )
+        except InvalidSchedule as error:
+            self._note(Tried(zero_bubble.NAME, chunks, microbatches, reason=str(error)))
+            return True
+        self._simulations += found.trials
+        self.interrupted = self.interrupted or found.interrupted
+        for what, cells in _with_and_without_whole_backwards(found.cells):
+            self._offer(what, zero_bubble.NAME, chunks, None, _C.plan_of_cells(cells))
+        return not self.interrupted
+
+    def _offer(self, what: str, name: str, chunks: int, in_flight: list[int] | None, plan: _C.Plan) -> _C.Plan:
+        simulation = simulate(plan, self.costs_of(chunks, plan.num_microbatches))
+        self._simulations += 1
+        self._note(Tried(what, chunks, plan.num_microbatches, simulation.makespan))
+        if self.best is None or simulation.makespan < self.best.simulation.makespan:
+            self.best = Candidate(name, chunks, plan.num_microbatches, in_flight, plan, simulation)
+        return plan
+
+    def _note(self, tried: Tried) -> None:
+        self._tried.append(tried)
+        if self._on_progress is not None:
+            self._on_progress(tried)
+
+    def _lower_bound(self, chunks: int, microbatches: int) -> float:
+        stages = self._ranks * chunks
+        by_stage = self.costs_of(chunks, microbatches).by_stage(stages, self._ranks)
+        in_turn = [stage % self._ranks for stage in range(stages)]  # as looped schedules have them
+        homes = in_turn, zero_bubble.rank_of_stage(stages, self._ranks)
+        return min(_C.lower_bound(home, self._ranks, microbatches, by_stage)[0] for home in homes)
+
+
+def _fits(layout: str, chunks: int) -> bool:
+    return {"linear": chunks == 1, "v": chunks == 2, "looped": chunks > 1}.get(layout, False)
+
+
+def _with_and_without_whole_backwards(
+    cells: Sequence[Sequence[str]],
+) -> Iterator[tuple[str, list[list[str]]]]:
+    """An order of F, I and W; and the same in which an I that its W follows is a B, which may take less."""
+    split = [list(actions) for actions in cells]
+    yield zero_bubble.NAME, split
+    whole = []
+    for actions in split:
+        row: list[str] = []
+        for action in actions:
+            if row and "W" in action and row[-1] == action.replace("W", "I"):
+                row[-1] = action.replace("W", "B")
+            else:
+                row.append(action)
+        whole.append(row)
+    if whole != split:
+        yield f"{zero_bubble.NAME}, whole backwards where I and W meet", whole

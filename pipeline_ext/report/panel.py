@@ -1,0 +1,31 @@
+"""One timeline of a picture, and how bubbles are written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .. import _C
+from ..plan.records import TaskRecord, task_records
+from ..plan.simulation import Simulation
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One timeline of a picture. Times are in one unit; ``makespan`` counts from zero too."""
+
+    title: str
+    plan: _C.Plan  # what the tasks belong to
+    tasks: Sequence[TaskRecord]
+    makespan: float
+    bubble_by_rank: Sequence[float]
+
+
+def simulated_panel(title: str, simulation: Simulation) -> Panel:
+    """The panel of a simulated plan."""
+    plan = simulation.plan
+    tasks = task_records(plan, simulation.begin, simulation.end)
+    return Panel(title, plan, tasks, simulation.makespan, simulation.bubble_by_rank)
+
+
+def percent(share: float) -> str:
+    """As bubbles are written."""
+    return f"{100 * max(0.0, share):.1f} %"  # rounding may leave a little less than nothing

@@ -1,0 +1,286 @@
+"""A module as a stage: forward and backward of one microbatch, the backward whole or in two."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..base.tensors import describe, detach, differentiable
+from ..errors import DeadPipeline, InvalidArgument
+from ..model.skips import NamedSkip
+from ..transport.dtensors import Meshes
+from . import boundary
+from .abandoned import this_thread
+from .skips import StageSkips
+from .split_backward import WeightGradients, find_input_gradients, run_backward
+from .step import Step
+
+Arguments = tuple[tuple, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class WithLoss:
+    """What a stage may return: a value for the next stage, and a scalar that adds to the total loss.
+
+    For auxiliary losses, such as the load balancing of mixture-of-experts layers. The scalar is weighted
+    as the microbatch's own loss is.
+    """
+
+    value: Any
+    loss: Tensor
+
+
+class _InFlight(NamedTuple):
+    """What a microbatch's backward needs."""
+
+    received: list[boundary.Received]
+    popped: list[list[boundary.Received]]  # by skip that ends here
+    sent: list[Tensor]  # tensors at its exit that require a gradient
+    stashed: list[Tensor]  # for later stages
+    losses: list[Tensor]  # scalars that this stage adds to the total loss
+
+    def leaves(self) -> list[Tensor]:
+        return [tensor.leaf for part in (self.received, *self.popped) for tensor in part]
+
+
+class Stage:
+    """One slice of the model.
+
+    ``forward``, ``backward``, ``input_gradient``, ``weight_gradient`` and ``evaluate`` are the bodies of tasks:
+    F, B, I, W, and F of an evaluation. ``loss_fn`` is given to the last stage alone. If it is a module, its
+    parameters are trained too. ``skips`` are those of all stages. ``mesh``: of all processes; DTensors from
+    other stages may lie on it.
+
+    Attributes:
+        is_last: whether it is the model's last, and its output the model's.
+        thread: what stands for the thread that runs a backward of this stage.
+        unsplit: why the last I ran the backward whole; empty where it did not.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        *,
+        is_last: bool,
+        loss_fn: Callable[..., Tensor] | None = None,
+        skips: Sequence[NamedSkip] = (),
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        self.index = index
+        self.module = module
+        self.thread: object | None = None
+        self.unsplit = ""
+        self.is_last = is_last
+        self._loss_fn = loss_fn
+        self._meshes = Meshes(self.modules(), mesh)
+        self._step: Step | None = None
+        self._entrance = boundary.Entrance()
+        self._skips = StageSkips(index, skips)
+        self._in_flight: dict[int, _InFlight] = {}
+        self._weight_grads: dict[int, WeightGradients] = {}  # between a microbatch's I and its W
+
+    def modules(self) -> list[nn.Module]:
+        """The stage's module, and its loss function where that is one."""
+        return [m for m in (self.module, self._loss_fn) if isinstance(m, nn.Module)]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters of the stage, and of its loss function, each once."""
+        return list(dict.fromkeys(p for module in self.modules() for p in module.parameters()))
+
+    def begin(self, step: Step) -> None:
+        """Prepares for a step."""
+        self._step = step
+        self._entrance.begin()
+        self._skips.begin()
+        self._in_flight = {}
+        self._weight_grads = {}
+
+    def end(self) -> None:
+        """Lets go of everything that belongs to the step."""
+        self._step = None
+        self._in_flight = {}
+        self._weight_grads = {}
+
+    def forward(self, m: int) -> None:
+        """Runs microbatch ``m``, hands the result on, and keeps what its backward needs."""
+        step = self._step
+        step.context.apply()
+        arguments, received = self._receive(step, m)
+        scope = self._skips.receive(step.exchange, m)
+        popped = self._skips.enter(scope)
+        losses = []
+        try:
+            with step.context.forward(), scope:
+                value = self._run_module(arguments)
+                if isinstance(value, WithLoss):
+                    losses.append(_checked(value.loss, "the loss in WithLoss"))
+                    value = value.value
+                if self.is_last:
+                    losses.insert(0, _checked(self._loss_of(step, m, value), "what loss_fn returned"))
+                    step.losses[m] = losses[0].detach()
+            boundary.check_aliases([tensor for part in (received, *popped) for tensor in part])
+        except Exception:
+            self._entrance.failed()
+            self._skips.failed()
+            raise
+        step.contributions[self.index][m] = [step.weighted(loss.detach(), m) for loss in losses]
+        if self.is_last:
+            sent = []
+            if step.keep_outputs:
+                step.outputs[m] = detach(value)
+        else:
+            sent = differentiable(value)
+            self._meshes.learn(sent)
+            step.exchange.send_value(self.index, m, value)
+        stashed = self._skips.send(step.exchange, m, scope)
+        self._in_flight[m] = _InFlight(received, popped, sent, stashed, losses)
+
+    def backward(self, m: int) -> None:
+        """Runs microbatch ``m`` backward; sends its input's gradients back, adds the others to ``.grad``."""
+        self.thread = this_thread()
+        step = self._step
+        step.context.apply()
+        self._run_backward(step, m)
+        step.exchange.release(self.index, m)
+        self.thread = None
+
+    def input_gradient(self, m: int, tied: Callable[[], Collection[nn.Parameter]] = tuple) -> None:
+        """Of microbatch ``m``'s backward, runs what leads to its input; sends the gradients back.
+
+        ``tied()`` are parameters that other stages, on other threads, hold too.
+        """
+        self.thread = this_thread()
+        step = self._step
+        step.context.apply()
+        outputs, grads, in_flight = self._begin_backward(step, m)
+        if outputs:
+            found = find_input_gradients(
+                outputs,
+                grads,
+                in_flight.leaves(),
+                weights=lambda: [p for p in self.parameters() if p not in tied()],
+                check=lambda: self._check_current(step),
+            )
+            self._weight_grads[m] = found
+            self.unsplit = found.whole
+        self._send_back(step, m, in_flight)
+        self.thread = None
+
+    def weight_gradient(self, m: int) -> None:
+        """Runs the rest of microbatch ``m``'s backward: adds its parameters' gradients to ``.grad``."""
+        self.thread = this_thread()
+        step = self._step
+        step.context.apply()
+        if m in self._weight_grads:
+            self._weight_grads.pop(m).add()
+        step.exchange.release(self.index, m)
+        self.thread = None
+
+    def evaluate(self, m: int) -> None:
+        """Runs microbatch ``m`` without gradients and hands the result on."""
+        step = self._step
+        step.context.apply()
+        self._evaluate(step, m)
+        step.exchange.release(self.index, m)
+
+    def _run_backward(self, step: Step, m: int) -> None:
+        outputs, grads, in_flight = self._begin_backward(step, m)
+        if outputs:
+            run_backward(outputs, grads)
+        self._send_back(step, m, in_flight)
+
+    def _begin_backward(self, step: Step, m: int) -> tuple[list[Tensor], list[Tensor], _InFlight]:
+        """Where microbatch ``m``'s backward begins, with which gradients, and what was kept for it."""
+        in_flight = self._in_flight.pop(m)
+        outputs = [loss for loss in in_flight.losses if loss.requires_grad]
+        grads_out = [step.weight_like(loss, m) for loss in outputs]
+        # Skips first: plain autograd finds the gradients of what is used later before others.
+        grads = [
+            *self._skips.receive_gradients(step.exchange, m),
+            *step.exchange.receive_gradients(self.index, m, self._meshes),
+        ]
+        for tensor, grad in zip((*in_flight.stashed, *in_flight.sent), grads):
+            if grad is not None:
+                outputs.append(tensor)
+                grads_out.append(grad)
+        if outputs:
+            step.has_trained = True
+        return outputs, grads_out, in_flight
+
+    def _send_back(self, step: Step, m: int, in_flight: _InFlight) -> None:
+        self._entrance.returned(in_flight.received)
+        grads_in = [tensor.gradient() for tensor in in_flight.received]
+        if self.index == 0:
+            step.input_grads[m] = grads_in
+        else:
+            step.exchange.send_gradients(self.index, m, grads_in)
+        self._skips.send_gradients(step.exchange, m, in_flight.popped)
+
+    def _check_current(self, step: Step) -> None:
+        if self._step is not step:
+            raise DeadPipeline("this backward belongs to a step that was given up")
+
+    def _evaluate(self, step: Step, m: int) -> None:
+        scope = self._skips.receive(step.exchange, m)
+        with torch.no_grad(), step.context.forward(), scope:
+            value = self._run_module(self._arguments(step, m))
+        if isinstance(value, WithLoss):
+            value = value.value
+        if self.is_last:
+            step.outputs[m] = detach(value)
+        else:
+            step.exchange.send_value(self.index, m, value)
+        self._skips.send(step.exchange, m, scope)
+
+    def _arguments(self, step: Step, m: int) -> Arguments:
+        if self.index == 0:
+            return step.inputs[m]
+        return (step.exchange.receive_value(self.index, m, self._meshes),), {}
+
+    def _receive(self, step: Step, m: int) -> tuple[Arguments, list[boundary.Received]]:
+        arguments = self._arguments(step, m)
+        if self.index > 0:
+            (value,), nothing = arguments
+            value, received = self._entrance.receive(value)
+            return ((value,), nothing), received
+        if not step.input_tensors[m]:
+            return arguments, []
+        return self._entrance.receive(arguments, own=True)
+
+    def _run_module(self, arguments: Arguments) -> Any:
+        args, kwargs = arguments
+        try:
+            return self.module(*args, **kwargs)
+        except Exception as error:
+            if self.index > 0:
+                error.add_note(
+                    f"stage {self.index} was given {describe(args[0])} by stage {self.index - 1}; if "
+                    "that is not what it takes, mend the layers on either side of the cut, or cut elsewhere"
+                )
+            else:
+                error.add_note(f"stage 0 was given {describe(arguments)} by the step")
+                if isinstance(error, TypeError) and self._step.targets is None and len(args) > 1:
+                    error.add_note("if the last argument is the target, give it as target=")
+            raise
+
+    def _loss_of(self, step: Step, m: int, value: Any) -> Tensor:
+        if step.targets is None:
+            try:
+                return self._loss_fn(value)
+            except TypeError as error:
+                error.add_note("step was given no target=, so loss_fn was called with the output alone")
+                raise
+        return self._loss_fn(value, step.targets[m])
+
+
+def _checked(loss: Any, what: str) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+        raise InvalidArgument(
+            f"{what} must be a real tensor without dimensions, the mean or sum over the microbatch; "
+            f"got {describe(loss)}"
+        )
+    return loss

@@ -1,0 +1,163 @@
+"""Stages that reduce their gradients themselves: in FSDP2's ``fully_shard``, or in DistributedDataParallel.
+
+Both reduce from hooks of a backward, and a stage runs one for each microbatch. So they are kept from it while
+a step runs, and made to do it once, when the stage's last backward has ended. What is sharded is gathered as
+a step begins and let go of as it ends: replicas that react run a stage's forwards and backwards in orders of
+their own, and what they gather in between would not be the same.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import _C
+from ..errors import InvalidArgument
+from .last_backward import Body, Endings
+from .shared_parameters import SharedParameters
+from .stage import Stage
+
+Kind = TypeVar("Kind", bound=nn.Module)
+
+
+def reduced_in(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """The parameters whose gradients the modules, or layers inside them, reduce themselves."""
+    wrapped = (layer for module in modules for layer in module.modules() if _is_wrapped(layer))
+    return {parameter for layer in wrapped for parameter in layer.parameters()}
+
+
+class WrappedStages:
+    """The wrapped modules of each stage, itself or inside it; they reduce in descending order of the stages."""
+
+    def __init__(self, stages: Sequence[Stage], microbatches: int) -> None:
+        self._ddp = {stage.index: layers_of(DistributedDataParallel, stage) for stage in stages}
+        self._sharded = {stage.index: layers_of(FSDPModule, stage) for stage in stages}
+        self._shared_out = {p for stage in stages for p in stage.parameters() if isinstance(p, DTensor)}
+        self._microbatches = microbatches
+        self._endings = Endings(self._ddp, self._reduce)
+
+    def check(self, shared: SharedParameters, plan: _C.Plan, device: torch.device) -> None:
+        """Raises InvalidArgument for wrapped or tensor-parallel stages that cannot run so."""
+        wrapped = [*self._all(self._ddp), *self._all(self._sharded)]
+        if (plan.overlap or plan.reactive) and not self._shared_out <= reduced_in(wrapped):
+            raise InvalidArgument(
+                "a stage has DTensor parameters (tensor parallelism), whose processes are to run all tasks in "
+                "one order; give overlap=False and reactive=False"
+            )
+        if not wrapped:
+            return
+        if device.type != "cpu":
+            raise InvalidArgument(
+                "a stage is wrapped in fully_shard or DistributedDataParallel, which runs on CPUs so far; give "
+                'devices=["cpu", ...]'
+            )
+        if not reduced_in(wrapped).isdisjoint(shared.parameters()):
+            raise InvalidArgument(
+                "several stages hold a parameter that fully_shard or DistributedDataParallel reduces in one of "
+                "them; leave the layers that hold it unwrapped"
+            )
+        if plan.overlap and any(self._sharded.values()):
+            raise InvalidArgument(
+                "a stage is wrapped in fully_shard, which cannot run forward and backward at the same time; "
+                "give overlap=False"
+            )
+
+    def watch(self, stage: int, backward: Body) -> Body:
+        """``backward`` of a stage, B or W; after the last one of a step the stage's modules reduce."""
+        return self._endings.watch(stage, backward)
+
+    @contextlib.contextmanager
+    def step(self, sends: bool) -> Iterator[None]:
+        """Within it a step runs. Unless it ``sends``, gradients add up unreduced."""
+        if sends:
+            self._endings.begin(self._microbatches)
+        else:
+            self._endings.pause()
+        with self.accumulating():
+            yield
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Within it a backward only adds to ``.grad``. If it fails, those of sharded parameters are None."""
+        with contextlib.ExitStack() as held:
+            for module in self._all(self._ddp):
+                held.enter_context(module.no_sync())
+            for module in self._all(self._sharded):
+                _set_reduces(module, False)
+            try:
+                yield
+            except BaseException:
+                self._clear()
+                raise
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within it sharded parameters are whole."""
+        try:
+            for module in self._all(self._sharded):
+                module.set_reshard_after_forward(False, recurse=False)
+                module.unshard()
+            yield
+        finally:
+            for module in self._all(self._sharded):
+                module.reshard()
+
+    def _clear(self) -> None:
+        for module in self._all(self._sharded):
+            if module._get_fsdp_state()._is_root:
+                module.reset_iter_state()
+            for parameter in module.parameters():
+                parameter.grad = None
+
+    @staticmethod
+    def _all(by_stage: dict[int, list[Kind]]) -> Iterator[Kind]:
+        return itertools.chain.from_iterable(by_stage[stage] for stage in sorted(by_stage))
+
+    def _reduce(self, stage: int) -> None:
+        for module in self._ddp[stage]:
+            reduce_ddp(module)
+        reduce_sharded(self._sharded[stage])
+
+
+def reduce_ddp(module: DistributedDataParallel) -> None:
+    """Has it average the gradients now, in its own buckets and with its hooks."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if module.find_unused_parameters:
+        parameters = [p for p in parameters if p.grad is not None]
+    module.reducer.prepare_for_backward(parameters)
+    # It waits for a backward to come by each parameter: one that adds nothing.
+    torch.autograd.backward(parameters, [p.new_zeros(()).expand_as(p) for p in parameters])
+    module.require_forward_param_sync = True  # the next forward takes the first replica's buffers
+
+
+def reduce_sharded(modules: Sequence[FSDPModule]) -> None:
+    """Has them average and share out the gradients now."""
+    for module in modules:
+        _set_reduces(module, True)
+    for module in modules:
+        state = module._get_fsdp_state()
+        if state._is_root:
+            state._root_post_backward_final_callback()  # which torch.distributed.pipelining calls, too
+
+
+def layers_of(kind: type[Kind], stage: Stage) -> list[Kind]:
+    """Those of a stage's modules, and of all layers inside them."""
+    layers = dict.fromkeys(layer for module in stage.modules() for layer in module.modules())
+    return [layer for layer in layers if isinstance(layer, kind)]
+
+
+def _is_wrapped(layer: nn.Module) -> bool:
+    return isinstance(layer, DistributedDataParallel | FSDPModule)
+
+
+def _set_reduces(module: FSDPModule, reduces: bool) -> None:
+    """Whether the backwards to come are to reduce."""
+    module.set_requires_gradient_sync(reduces, recurse=False)
+    module.set_is_last_backward(reduces)
+    module.set_reshard_after_backward(False, recurse=False)

@@ -1,0 +1,65 @@
+"""What one process of a pipeline chooses for all, and for its replicas."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import PeerError
+from ..processes.connections import Connections
+from ..processes.group import Processes, seconds
+from ..report.trace import Trace
+from .gathered_trace import TraceGathering
+
+
+class OneChooses:
+    """``Others`` of a pipeline's first steps: rank 0 of the first replica chooses."""
+
+    def __init__(self, processes: Processes, gathering: TraceGathering, timeout: float) -> None:
+        """``timeout``: seconds to wait for another process."""
+        self._processes = processes
+        self._gathering = gathering
+        self._timeout = seconds(timeout)
+        replicas = processes.replicas
+        self._is_first_replica = replicas is None or dist.get_rank(replicas) == 0
+        self.chooses = self._is_first_replica and processes.rank == 0
+        self._between: list[Connections] = [processes.messages]  # that a choice passes through, to their rank 0
+        if replicas is not None and processes.rank == 0:
+            members = dist.get_process_group_ranks(replicas)
+            self._between.insert(0, processes.connect("choices", members))
+
+    def gather(self, trace: Trace) -> Trace | None:
+        """Raises PeerError for a process that is gone, or does not come in time."""
+        return self._gathering.gather(trace) if self._is_first_replica else None
+
+    def hear(self, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Raises PeerError for a process that is gone, does not come in time, or could not choose."""
+        said, failure = None, None
+        if self.chooses:
+            try:
+                said = {"choice": choose()}
+            except BaseException as error:
+                said, failure = {"error": f"{type(error).__name__}: {error}"}, error
+        for connections in self._between:
+            said = self._broadcast(said, connections)
+        if failure is not None:
+            raise failure
+        if "error" in said:
+            raise PeerError(f"{self._processes.describe(0)} was to choose a plan: {said['error']}")
+        return said["choice"]
+
+    def _broadcast(self, said: Any, connections: Connections) -> Any:
+        """What the process of rank 0 among these has to say."""
+        encoded = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
+        size = torch.tensor([len(encoded)])
+        try:
+            connections.broadcast(size, 0).wait(self._timeout)
+            if connections.rank > 0:
+                encoded = torch.empty(size.item(), dtype=torch.uint8)
+            connections.broadcast(encoded, 0).wait(self._timeout)
+        except RuntimeError as error:
+            chooser = connections.members[0]
+            raise PeerError(f"process {chooser} has not said which plan to follow: {error}") from error
+        return json.loads(encoded.numpy().tobytes())

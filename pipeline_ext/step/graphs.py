@@ -1,0 +1,239 @@
+"""Whole steps as CUDA graphs: the engine's own eager step, captured once and launched as one.
+
+What a captured step computes with must lie where it lay then. So batches are copied into the graph's own
+tensors, and the gradients are the graph's own.
+"""
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..engines.cuda import torch_side
+from ..engines.cuda.device_engine import DeviceEngine
+from ..engines.cuda.device_step import DeviceStep
+from ..engines.protocol import Engine, Route
+from ..errors import PipelineError, StepTimeout
+from ..stages.stage import Stage
+from .batch import Batch, Outcome
+from .failure import NO_GRADIENTS
+from .graph_key import NoKind, StepKind, check_capturable
+from .stepper import Stepper
+
+WARM_UP_STEPS = 2
+_MOST_GRAPHS = 4  # kept at once
+_MOST_CAPTURES = 64
+_ELSEWHERE = "it cannot be captured in another process"
+_MOST_KINDS = 16  # of steps, none of which came a third time
+
+
+@dataclass
+class GraphReport:
+    """What has become of ``graphs=True``.
+
+    Attributes:
+        nodes: of the graph that was launched last; 0 before the first.
+        captured: graphs so far.
+        fallback: why steps run eagerly instead; None while nothing stands in the way.
+    """
+
+    nodes: int = 0
+    captured: int = 0
+    fallback: str | None = None
+
+
+class _Captured(NamedTuple):
+    graph: torch_side.Graph
+    batch: list[Tensor]  # the graph's own
+    outcome: Outcome  # its losses as one tensor
+    parameters: list[nn.Parameter]
+    gradients: list[Tensor | None]  # of these
+
+
+class StepGraphs:
+    """Runs one pipeline's steps: of each kind the first ones eagerly, the others as a graph.
+
+    Attributes:
+        report: what has become of that.
+    """
+
+    def __init__(
+        self,
+        engine: DeviceEngine,
+        modules: Sequence[nn.Module],
+        optimizer: torch.optim.Optimizer | None,
+        timeout: float,
+    ) -> None:
+        self.report = GraphReport()
+        self._engine = engine
+        self._kind = StepKind(modules, optimizer)
+        self._timeout = timeout
+        self._seen: dict[Hashable, int] = {}
+        self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._recorded: Callable[[], DeviceStep | None] = lambda: None  # the last one, while anyone has it
+        self._memory: torch_side.GraphMemory | None = None  # of all of them: they never run together
+
+    @classmethod
+    def of(
+        cls,
+        engine: Engine,
+        route: Route,
+        stages: Sequence[Stage],
+        optimizer: torch.optim.Optimizer | None,
+        timeout: float,
+    ) -> "StepGraphs":
+        """The graphs of a pipeline, where its steps can be captured."""
+        modules = [module for stage in stages for module in stage.modules()]
+        graphs = cls(engine, modules, optimizer, timeout)
+        if not isinstance(engine, DeviceEngine):
+            graphs.fall_back("the ranks are on the CPU")
+            return graphs
+        reason = _what_hinders(engine, route, optimizer)
+        if engine.agreed_kind("graphs" if reason is None else None, timeout) is None:
+            graphs.fall_back(reason or _ELSEWHERE)
+        return graphs
+
+    def fall_back(self, reason: str) -> None:
+        """From now on steps run eagerly."""
+        self.report.fallback = reason
+        self._graphs.clear()
+        print(f"graphs=True: steps run eagerly, for {reason}")
+
+    def step(self, batch: Batch, stepper: Stepper) -> Outcome:
+        """Runs a step. What it gives back is the caller's, also where a graph made it.
+
+        Raises as ``Pipeline.step`` does.
+        """
+        if self.report.fallback is not None:
+            return stepper.train(batch)
+        leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs, batch.target))
+        kind = reason = None
+        try:
+            kind = self._kind.of(leaves, spec, batch, stepper.caller_context())
+        except NoKind as found:
+            reason = str(found)
+        kind = self._agree(kind, stepper)
+        if kind is None:
+            self.fall_back(reason or _ELSEWHERE)
+            return stepper.train(batch)
+        captured = self._graphs.get(kind)
+        if captured is None:
+            seen = self._seen.get(kind, 0)
+            if seen < WARM_UP_STEPS:
+                outcome = stepper.train(batch)
+                self._seen[kind] = seen + 1  # not a step that failed
+                self._check_kinds()
+                return outcome
+            captured = self._capture(leaves, spec, batch, stepper)
+            if captured is None:
+                return stepper.train(batch)
+            self._seen.clear()
+            self._graphs[kind] = captured
+            if len(self._graphs) > _MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(kind)
+        stepper.trace = None  # its times are read before they are overwritten only if someone else has it
+        try:
+            outcome = self._replay(captured, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        except BaseException as error:
+            stepper.give_up()
+            error.add_note(NO_GRADIENTS)
+            raise
+        stepper.keep_trace(outcome.result, batch.record)
+        return outcome
+
+    def _agree(self, kind: Hashable | None, stepper: Stepper) -> Hashable | None:
+        try:
+            return self._engine.agreed_kind(kind, self._timeout)
+        except PipelineError as error:
+            self._engine.failed(f"{type(error).__name__}: {error}")
+            stepper.give_up()
+            error.add_note(NO_GRADIENTS)
+            raise
+
+    def _check_kinds(self) -> None:
+        if len(self._seen) > _MOST_KINDS or self.report.captured >= _MOST_CAPTURES:
+            self.fall_back(
+                "too many steps differ from one another: in the shapes of batches, in values that are no "
+                "tensors, or in the optimizer's settings, of which a tensor on the GPU may be lr"
+            )
+
+    def _capture(
+        self, leaves: list[Any], spec: pytree.TreeSpec, batch: Batch, stepper: Stepper
+    ) -> _Captured | None:
+        own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs, target = pytree.tree_unflatten(own, spec)
+        parameters = self._kind.parameters
+        before = [p.grad for p in parameters]
+        if self._memory is None:
+            self._memory = torch_side.GraphMemory()
+        graph = torch_side.Graph(self._memory)
+        try:
+            with self._engine.capturing(), graph.capture(self._engine.devices[0]):
+                outcome = stepper.train(batch._replace(args=args, kwargs=kwargs, target=target))
+                losses = torch.stack(outcome.losses) if batch.keep_losses and outcome.losses else None
+            reason = None
+        except Exception as error:
+            reason = f"the step cannot be captured: {_root(error)}"
+        if self._agree("captured" if reason is None else None, stepper) is None:
+            for parameter, grad in zip(parameters, before):
+                parameter.grad = grad
+            self.fall_back(reason or _ELSEWHERE)
+            return None
+        self.report.captured += 1
+        gradients = [p.grad for p in parameters]
+        own = [leaf for leaf in own if isinstance(leaf, Tensor)]
+        return _Captured(graph, own, outcome._replace(losses=losses), parameters, gradients)
+
+    def _replay(self, captured: _Captured, tensors: list[Tensor]) -> Outcome:
+        recorded = self._recorded()
+        if recorded is not None:
+            recorded.read()
+        full = self._engine.wait_for_room(self._timeout)
+        if full is not None:
+            raise StepTimeout(f"nothing was run: in {self._timeout:g} seconds{full.waiting}")
+        with torch.no_grad():
+            if tensors:
+                torch._foreach_copy_(captured.batch, tensors)
+            for parameter, gradient in zip(captured.parameters, captured.gradients):
+                if parameter.grad is not gradient:
+                    if parameter.grad is not None and gradient is not None:
+                        gradient.copy_(parameter.grad)
+                    parameter.grad = gradient
+            captured.graph.replay()
+            # The next replay writes all that is the graph's.
+            loss, losses, outputs, step = captured.outcome
+            loss = loss.clone()
+            losses = [] if losses is None else list(losses.clone().unbind())
+            outputs = pytree.tree_map_only(Tensor, torch.clone, outputs)
+        self._engine.mark()
+        step = step.again()
+        self._recorded = weakref.ref(step) if step.recorded else lambda: None
+        self.report.nodes = step.num_nodes
+        return Outcome(loss, losses, outputs, step)
+
+
+def _what_hinders(engine: DeviceEngine, route: Route, optimizer: torch.optim.Optimizer | None) -> str | None:
+    """Why no step can be captured; None where one may."""
+    if len(set(engine.devices)) > 1:
+        return "the ranks are on several GPUs, and a graph's memory is of one"
+    if route.exchange.packs:
+        return "results are packed (pack, wire), for which tables go up from the host"
+    if optimizer is not None:
+        try:
+            check_capturable(optimizer)
+        except NoKind as reason:
+            return str(reason)
+    return None
+
+
+def _root(error: BaseException) -> str:
+    """What was raised first: the end of a capture that was spoilt raises once more."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,40 @@
+"""The ways a batch takes through the stages: one for training, one for each size of an evaluation."""
+
+from .. import _C
+from ..engines.protocol import Bodies, Engine, Route
+from ..stages.stage import Stage
+
+
+class Routes:
+    """The routes of one pipeline.
+
+    Attributes:
+        train: of a training step, along the plan of the last ``follow``.
+    """
+
+    train: Route
+
+    def __init__(self, stages: list[Stage], engine: Engine) -> None:
+        self._engine = engine
+        self._bodies = engine.bodies(stages)
+        self._eval_bodies: Bodies = {(s.index, "F"): s.evaluate for s in stages}
+        self._eval: dict[int, Route] = {}
+
+    def follow(self, plan: _C.Plan) -> None:
+        """Trains along ``plan`` from now on."""
+        self.train = self._engine.route(plan, self._bodies)
+
+    def eval(self, microbatches: int) -> Route:
+        """Forward alone, over the ranks of the training plan."""
+        if microbatches not in self._eval:
+            trained = self.train.plan
+            plan = _C.make_forward_plan(
+                trained.rank_of_stage,
+                trained.num_ranks,
+                microbatches,
+                overlap=trained.overlap,
+                skips=[_C.Skip(skip.source, skip.target) for skip in trained.skips],
+                reactive=trained.reactive,
+            )
+            self._eval[microbatches] = self._engine.route(plan, self._eval_bodies)
+        return self._eval[microbatches]
