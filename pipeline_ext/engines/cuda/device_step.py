@@ -77,7 +77,7 @@ class DeviceStep:
         return self._by_task(self._read[2])
 
     def _by_task(self, by_step: list[float]) -> list[int]:
-        steps = map(self._layout.streams.step_of, range(len(self._layout.plan)))
+        steps = map(self._layout.streams.op_of, range(len(self._layout.plan)))
         return [0 if step is None else _nanoseconds(by_step[step]) for step in steps]
 
 
