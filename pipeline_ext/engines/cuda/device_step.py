@@ -76,9 +76,9 @@ class DeviceStep:
     def task_end(self) -> Sequence[int]:
         return self._by_task(self._read[2])
 
-    def _by_task(self, by_step: list[float]) -> list[int]:
-        steps = map(self._layout.streams.op_of, range(len(self._layout.plan)))
-        return [0 if step is None else _nanoseconds(by_step[step]) for step in steps]
+    def _by_task(self, by_op: list[float]) -> list[int]:
+        ops = map(self._layout.streams.op_of, range(len(self._layout.plan)))
+        return [0 if op is None else _nanoseconds(by_op[op]) for op in ops]
 
 
 def _nanoseconds(seconds: float) -> int:
