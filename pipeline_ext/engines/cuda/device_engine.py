@@ -181,15 +181,15 @@ class DeviceEngine:
         adds = kind in ("B", "W")
 
         def run(m: int) -> None:
-            number, stream = layout.position(kind, stage, m)
+            op, stream = layout.position(kind, stage, m)
             torch_side.use(streams[stream])
-            keepalive.release(number)
+            keepalive.release(op)
             body(m)
 
         def train(m: int) -> None:
-            number, lane = layout.position(kind, stage, m)
+            op, lane = layout.position(kind, stage, m)
             torch_side.use(streams[lane])
-            keepalive.release(number)
+            keepalive.release(op)
             parameters.enter(stage, lane)
             try:
                 if adds:
