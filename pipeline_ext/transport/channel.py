@@ -123,7 +123,7 @@ class Channel:
         self.seconds += self._link.send()
 
     def transfer(self, m: int) -> None:
-        """Copies the message that holds microbatch ``m``'s result to the receiver's device, if it is another."""
+        """Copies the message with microbatch ``m``'s result to the receiver's device, if it is another."""
         if self._stream_memory is not None and not self._stream_memory.stays:
             message = self._arrived[m].message
             group = self._grouping.groups[self._grouping.index(m)]

@@ -36,9 +36,9 @@ class Meshes:
         """The mesh with these dimensions. Raises PipelineError if there is none."""
         if names not in self._known:
             self.learn(parameter for module in self._modules for parameter in module.parameters())
-        if names not in self._known and self._whole is not None and names is not None:
-            if set(names) <= set(self._whole.mesh_dim_names or ()):
-                self._known[names] = self._whole[names]
+        whole = self._whole
+        if names not in self._known and names and whole and set(names) <= set(whole.mesh_dim_names or ()):
+            self._known[names] = whole[names]
         if names not in self._known:
             dimensions = "without names" if names is None else f"named {', '.join(names)}"
             raise PipelineError(
