@@ -1,32 +1,7 @@
 """Pipeline-parallel training for PyTorch with a native scheduler."""
 
-from ._C import Plan, Skip
-from .checkpoint.files import load_checkpoint, save_checkpoint
-from .errors import (
-    DeadPipeline,
-    DeviceError,
-    InvalidArgument,
-    InvalidSchedule,
-    PeerError,
-    PipelineError,
-    ReductionError,
-    StageError,
-    StepTimeout,
-)
-from .model.skips import pop, skips, stash
-from .pipeline import Pipeline
-from .plan.build import build_plan, schedule_names
-from .plan.pack_choice import PackChoice
-from .plan.policy import Placement, Policy
-from .plan.profile import Profile
-from .plan.records import ReductionRecord, TaskRecord
-from .plan.schedule_choice import ScheduleChoice
-from .plan.simulation import Costs, Simulation, simulate
-from .reduction import GradientReduction, LocalGroup, ProcessGroupMember
-from .report.trace import Trace
-from .stages.stage import WithLoss
-from .step.graphs import GraphReport
-from .transport.link import LocalLink
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "Costs",
@@ -66,3 +41,77 @@ __all__ = [
     "skips",
     "stash",
 ]
+
+if TYPE_CHECKING:
+    from ._C import Plan, Skip
+    from .checkpoint.files import load_checkpoint, save_checkpoint
+    from .errors import (
+        DeadPipeline,
+        DeviceError,
+        InvalidArgument,
+        InvalidSchedule,
+        PeerError,
+        PipelineError,
+        ReductionError,
+        StageError,
+        StepTimeout,
+    )
+    from .model.skips import pop, skips, stash
+    from .pipeline import Pipeline
+    from .plan.build import build_plan, schedule_names
+    from .plan.pack_choice import PackChoice
+    from .plan.policy import Placement, Policy
+    from .plan.profile import Profile
+    from .plan.records import ReductionRecord, TaskRecord
+    from .plan.schedule_choice import ScheduleChoice
+    from .plan.simulation import Costs, Simulation, simulate
+    from .reduction import GradientReduction, LocalGroup, ProcessGroupMember
+    from .report.trace import Trace
+    from .stages.stage import WithLoss
+    from .step.graphs import GraphReport
+    from .transport.link import LocalLink
+else:
+    # By module, the names above: it is imported when one of them is first used, and torch with it where it is needed.
+    _NAMES = {
+        "_C": ("Plan", "Skip"),
+        "checkpoint.files": ("load_checkpoint", "save_checkpoint"),
+        "errors": (
+            "DeadPipeline",
+            "DeviceError",
+            "InvalidArgument",
+            "InvalidSchedule",
+            "PeerError",
+            "PipelineError",
+            "ReductionError",
+            "StageError",
+            "StepTimeout",
+        ),
+        "model.skips": ("pop", "skips", "stash"),
+        "pipeline": ("Pipeline",),
+        "plan.build": ("build_plan", "schedule_names"),
+        "plan.pack_choice": ("PackChoice",),
+        "plan.policy": ("Placement", "Policy"),
+        "plan.profile": ("Profile",),
+        "plan.records": ("ReductionRecord", "TaskRecord"),
+        "plan.schedule_choice": ("ScheduleChoice",),
+        "plan.simulation": ("Costs", "Simulation", "simulate"),
+        "reduction": ("GradientReduction", "LocalGroup", "ProcessGroupMember"),
+        "report.trace": ("Trace",),
+        "stages.stage": ("WithLoss",),
+        "step.graphs": ("GraphReport",),
+        "transport.link": ("LocalLink",),
+    }
+    _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+    _SUBMODULES = ("packing", "partition", "pipelining")  # public ones
+
+    def __getattr__(name: str) -> Any:
+        if name in _SUBMODULES:
+            return importlib.import_module(f".{name}", __name__)
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_SUBMODULES})

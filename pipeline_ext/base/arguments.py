@@ -1,15 +1,18 @@
-"""What may be given to a pipeline, and what is said about anything else."""
+"""What may be given to a pipeline, and what is said about anything else.
+
+Plans are checked here too, and need no torch: it is imported where its values are.
+"""
 
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidArgument
-from .tensors import FLOATING, differentiable
+from .imported import imported_class
+
+if TYPE_CHECKING:
+    import torch
 
 
 def count(name: str, value: Any) -> int:
@@ -34,10 +37,13 @@ def check_type(name: str, value: Any, accepted: type) -> None:
         raise InvalidArgument(f"{name} is {value!r}; give a {accepted.__name__}")
 
 
-def check_scaler(scaler: Any, optimizer: torch.optim.Optimizer | None, many: bool) -> None:
+def check_scaler(scaler: Any, optimizer: "torch.optim.Optimizer | None", many: bool) -> None:
     """Raises InvalidArgument for a scaler that cannot be used, in ``many`` processes or one."""
+    import torch
+
     check_type("scaler", scaler, torch.amp.GradScaler)
-    if many and scaler.is_enabled() and not isinstance(scaler, ShardedGradScaler):
+    sharded = imported_class("torch.distributed.fsdp.sharded_grad_scaler", "ShardedGradScaler")
+    if many and scaler.is_enabled() and not isinstance(scaler, sharded):
         raise InvalidArgument(
             f"scaler is a {type(scaler).__name__}, with which one process could skip a step that others take; "
             "give torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...), of those "
@@ -93,11 +99,13 @@ def pack_skips(value: Any, names: Sequence[str], microbatches: int) -> list[int]
     return [_pack(f"pack_skips of {name!r}", value.get(name, 1), microbatches, accepted) for name in names]
 
 
-def wires(name: str, value: Any, boundaries: int) -> list[torch.dtype | None]:
+def wires(name: str, value: Any, boundaries: int) -> "list[torch.dtype | None]":
     """The types that results travel as, by boundary; raises InvalidArgument.
 
     ``value`` is a floating-point type, None for their own, or a mapping from boundaries to these.
     """
+    from .tensors import FLOATING
+
     if isinstance(value, Mapping):
         _check_boundaries(name, value, boundaries)
         found = [value.get(b) for b in range(boundaries)]
@@ -157,6 +165,10 @@ def check_settings(loss_fn: Any, loss_reduction: Any, timeout: Any) -> None:
 
 def check_trains(has_loss: bool, losses: Any, target: Any) -> None:
     """Raises InvalidArgument where a step could not train."""
+    import torch
+
+    from .tensors import differentiable
+
     if not has_loss:
         raise InvalidArgument(
             "step needs a loss: give loss_fn= to Pipeline, as in "

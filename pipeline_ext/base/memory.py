@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import PipelineError
+from .imported import is_dtensor
 
 # Regions begin at multiples of it: on alignment too sums and products may depend, to the last bit.
 REGION_ALIGNMENT = 64
@@ -114,7 +114,7 @@ def share_memory(tensors: Sequence[Tensor]) -> bool:
 
 
 def _check_plain(tensor: Tensor) -> None:
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         raise PipelineError(
             "a DTensor is not packed with others, and no skip connection; hand over its to_local() or "
             "full_tensor(), and make it anew with DTensor.from_local"

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ..base.imported import is_dtensor
 from ..engines.lifetime import Lifetime
 from ..errors import InvalidArgument
 from ..model.cut import Slice
@@ -205,7 +205,7 @@ def _by_mesh(parameters: Iterable[nn.Parameter]) -> dict[DeviceMesh | None, list
     found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for p in parameters:
         if p.grad is not None:
-            found.setdefault(p.grad.device_mesh if isinstance(p.grad, DTensor) else None, []).append(p)
+            found.setdefault(p.grad.device_mesh if is_dtensor(p.grad) else None, []).append(p)
     return found
 
 

@@ -28,13 +28,11 @@ class Capability:
     note: str
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "doctor",
-        help="show what is installed and what works here",
-        description="Shows versions, devices and settings, and what of the engine works here; runs a tiny "
-        "training step. Exit status 0 if training on the CPU works, 1 if not.",
+def set_up(parser: argparse.ArgumentParser) -> None:
+    """Describes the command and adds its options."""
+    parser.description = (
+        "Shows versions, devices and settings, and what of the engine works here; runs a tiny "
+        "training step. Exit status 0 if training on the CPU works, 1 if not."
     )
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print the same as one JSON object")

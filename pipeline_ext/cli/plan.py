@@ -25,13 +25,11 @@ from .plan_table import show
 _SECONDS = 5.0  # for a search, where nothing else bounds it
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "plan",
-        help="simulate schedules, compare them, search for a better one",
-        description="Simulates schedules at given costs and shows what they would take. Exit status 0 if at "
-        "least one of them can be, 1 if none, 2 for options that cannot be used.",
+def set_up(parser: argparse.ArgumentParser) -> None:
+    """Describes the command and adds its options."""
+    parser.description = (
+        "Simulates schedules at given costs and shows what they would take. Exit status 0 if at "
+        "least one of them can be, 1 if none, 2 for options that cannot be used."
     )
     parser.set_defaults(run=run)
     add_arguments(parser)

@@ -24,13 +24,11 @@ from .display import Display
 from .options import Options, add_arguments, dtype, read_options
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "train",
-        help="train a byte-level GPT on text",
-        description="Trains a byte-level GPT through a pipeline. By default it learns the source files of "
-        "Python's standard library, in about two minutes on two cores or on a GPU.",
+def set_up(parser: argparse.ArgumentParser) -> None:
+    """Describes the command and adds its options."""
+    parser.description = (
+        "Trains a byte-level GPT through a pipeline. By default it learns the source files of "
+        "Python's standard library, in about two minutes on two cores or on a GPU."
     )
     parser.set_defaults(run=run)
     add_arguments(parser)

@@ -8,10 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from .. import _C
-from ..packing import Layout, packer
 from .records import Messages, TaskRecord
 from .simulation import Costs
 
@@ -157,6 +154,10 @@ def _latencies(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> list[float]:
 @functools.cache
 def packing_time(nbytes: int) -> float:
     """Seconds to pack so many bytes on the CPU, the least of five times."""
+    import torch  # here, for plans of other costs need neither
+
+    from ..packing import Layout, packer
+
     result = torch.empty(nbytes, dtype=torch.uint8)
     layout = Layout.of([result])
     buffer, packs = torch.empty_like(result), packer(layout, [result])

@@ -7,7 +7,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from ..base.imported import is_dtensor
 
 # What waits longest is a receive, through a whole step; the step itself says when that is too long.
 _PATIENCE = timedelta(days=1)
@@ -59,7 +60,7 @@ class Connections:
 
 def own_part(tensor: Tensor) -> Tensor:
     """What of it is in this process, where several share it out."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 @contextlib.contextmanager

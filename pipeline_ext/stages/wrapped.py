@@ -9,19 +9,21 @@ their own, and what they gather in between would not be the same.
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import _C
+from ..base.imported import is_dtensor, is_fully_sharded
 from ..errors import InvalidArgument
 from .last_backward import Body, Endings
 from .shared_parameters import SharedParameters
 from .stage import Stage
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -37,8 +39,11 @@ class WrappedStages:
 
     def __init__(self, stages: Sequence[Stage], microbatches: int) -> None:
         self._ddp = {stage.index: layers_of(DistributedDataParallel, stage) for stage in stages}
-        self._sharded = {stage.index: layers_of(FSDPModule, stage) for stage in stages}
-        self._shared_out = {p for stage in stages for p in stage.parameters() if isinstance(p, DTensor)}
+        self._sharded = {
+            stage.index: [layer for layer in layers_of(nn.Module, stage) if is_fully_sharded(layer)]
+            for stage in stages
+        }
+        self._shared_out = {p for stage in stages for p in stage.parameters() if is_dtensor(p)}
         self._microbatches = microbatches
         self._endings = Endings(self._ddp, self._reduce)
 
@@ -136,7 +141,7 @@ def reduce_ddp(module: DistributedDataParallel) -> None:
     module.require_forward_param_sync = True  # the next forward takes the first replica's buffers
 
 
-def reduce_sharded(modules: Sequence[FSDPModule]) -> None:
+def reduce_sharded(modules: "Sequence[FSDPModule]") -> None:
     """Has them average and share out the gradients now."""
     for module in modules:
         _set_reduces(module, True)
@@ -153,10 +158,10 @@ def layers_of(kind: type[Kind], stage: Stage) -> list[Kind]:
 
 
 def _is_wrapped(layer: nn.Module) -> bool:
-    return isinstance(layer, DistributedDataParallel | FSDPModule)
+    return isinstance(layer, DistributedDataParallel) or is_fully_sharded(layer)
 
 
-def _set_reduces(module: FSDPModule, reduces: bool) -> None:
+def _set_reduces(module: "FSDPModule", reduces: bool) -> None:
     """Whether the backwards to come are to reduce."""
     module.set_requires_gradient_sync(reduces, recurse=False)
     module.set_is_last_backward(reduces)

@@ -6,14 +6,17 @@ mesh. They send one another their parts; what is global travels as text.
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from ..base.imported import is_dtensor
 from ..errors import PipelineError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
 
 Names = tuple[str, ...] | None  # of a mesh's dimensions
 
@@ -29,7 +32,7 @@ class Meshes:
     def learn(self, tensors: Iterable[Tensor]) -> None:
         """Those that the stage has sent: their gradients come back."""
         for tensor in tensors:
-            if isinstance(tensor, DTensor):
+            if is_dtensor(tensor):
                 self._known[tensor.device_mesh.mesh_dim_names] = tensor.device_mesh
 
     def find(self, names: Names) -> DeviceMesh:
@@ -53,10 +56,10 @@ def parted(leaves: Sequence[Any]) -> tuple[Sequence[Any], str | None]:
 
     Raises PipelineError for a placement that cannot be told.
     """
-    if not any(isinstance(leaf, DTensor) for leaf in leaves):
+    if not any(is_dtensor(leaf) for leaf in leaves):
         return leaves, None
-    told = [_tell(leaf) if isinstance(leaf, DTensor) else None for leaf in leaves]
-    return [_part(leaf) if isinstance(leaf, DTensor) else leaf for leaf in leaves], json.dumps(told)
+    told = [_tell(leaf) if is_dtensor(leaf) else None for leaf in leaves]
+    return [_part(leaf) if is_dtensor(leaf) else leaf for leaf in leaves], json.dumps(told)
 
 
 def joined(leaves: Sequence[Any], told: str | None, meshes: Meshes) -> Sequence[Any]:
@@ -66,16 +69,18 @@ def joined(leaves: Sequence[Any], told: str | None, meshes: Meshes) -> Sequence[
     return [leaf if what is None else _join(leaf, what, meshes) for leaf, what in zip(leaves, json.loads(told))]
 
 
-def _part(whole: DTensor) -> Tensor:
+def _part(whole: "DTensor") -> Tensor:
     return whole.detach().to_local().requires_grad_(whole.requires_grad)
 
 
-def _tell(whole: DTensor) -> list[Any]:
+def _tell(whole: "DTensor") -> list[Any]:
     placements = [_tell_placement(placement) for placement in whole.placements]
     return [whole.device_mesh.mesh_dim_names, placements, whole.shape, whole.stride()]
 
 
-def _join(part: Tensor, what: list[Any], meshes: Meshes) -> DTensor:
+def _join(part: Tensor, what: list[Any], meshes: Meshes) -> "DTensor":
+    from torch.distributed.tensor import DTensor
+
     names, placements, shape, stride = what
     whole = DTensor.from_local(
         part.detach(),
@@ -88,7 +93,9 @@ def _join(part: Tensor, what: list[Any], meshes: Meshes) -> DTensor:
     return whole.requires_grad_(part.requires_grad)
 
 
-def _tell_placement(placement: Placement) -> list[Any]:
+def _tell_placement(placement: "Placement") -> list[Any]:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
     if type(placement) is Shard:
         return ["shard", placement.dim]
     if type(placement) is Replicate:
@@ -101,6 +108,8 @@ def _tell_placement(placement: Placement) -> list[Any]:
     )
 
 
-def _read_placement(told: list[Any]) -> Placement:
+def _read_placement(told: list[Any]) -> "Placement":
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
     kind, *arguments = told
     return {"shard": Shard, "replicate": Replicate, "partial": Partial}[kind](*arguments)
