@@ -47,7 +47,9 @@ def test_the_package_alone_imports_nothing_else() -> None:
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; "
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["plan", "--ranks", "4", "--microbatches", "8"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "--help"], ["plan", "--ranks", "4", "--microbatches", "8"]]
+)
 def test_a_command_that_needs_no_torch_runs_without(arguments: list[str]) -> None:
     printed = run(
         WITHOUT_TORCH + "import runpy; runpy.run_module('pipeline_ext', run_name='__main__')", *arguments
