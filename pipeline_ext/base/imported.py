@@ -1,6 +1,6 @@
-"""Tells DTensors and fully sharded modules without importing torch's modules for them, which takes seconds.
+"""Recognises DTensors and fully sharded modules without importing them from torch, which takes seconds.
 
-An object of a class can exist only where the module of the class was imported.
+No object of a class exists before the module of the class is imported.
 """
 
 import sys
@@ -22,5 +22,5 @@ def is_fully_sharded(module: object) -> "TypeGuard[FSDPModule]":
 
 
 def imported_class(module: str, name: str) -> Any:
-    """The class, for isinstance; an empty tuple where its module was not imported."""
+    """The class, for isinstance; an empty tuple if its module was not imported."""
     return getattr(sys.modules.get(module), name, ())
