@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from .step.graphs import GraphReport
     from .transport.link import LocalLink
 else:
-    # By module, the names above: it is imported when one of them is first used, and torch with it where it is needed.
+    # Module -> its names. It is imported when one of them is first used, and with it torch if it needs that.
     _NAMES = {
         "_C": ("Plan", "Skip"),
         "checkpoint.files": ("load_checkpoint", "save_checkpoint"),

@@ -1,4 +1,4 @@
-"""What an import of the package, and each command, brings along: torch's slow modules only where they are used."""
+"""What an import of the package, and each command, imports: slow modules only where they are used."""
 
 import subprocess
 import sys

@@ -77,7 +77,7 @@ def test_public_names_are_those_of_the_record() -> None:
     changed = "\n".join(changes)
     assert not changed, (
         f"public names have changed:\n{changed}\n"
-        "If users are to see this, say so in CHANGELOG.md and renew the record: python tests/test_public_names.py"
+        "If this is meant, say so in CHANGELOG.md and renew the record: python tests/test_public_names.py"
     )
 
 

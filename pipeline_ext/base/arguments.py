@@ -51,8 +51,8 @@ def check_scaler(scaler: Any, optimizer: "torch.optim.Optimizer | None", many: b
         )
     if optimizer is not None:
         raise InvalidArgument(
-            "scaler and optimizer are both given, but with a scaler the optimizer steps after the gradients are "
-            "complete; leave optimizer out, and after each step call scaler.step(optimizer)"
+            "scaler and optimizer are both given, but with a scaler the optimizer steps after the gradients "
+            "are complete; leave optimizer out, and after each step call scaler.step(optimizer)"
         )
 
 

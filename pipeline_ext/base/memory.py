@@ -38,7 +38,7 @@ class Look(NamedTuple):
         return True
 
     def see(self, storage: UntypedStorage, begin: int) -> Tensor:
-        """Such a tensor in ``storage``, where its region begins at byte ``begin``; it has its own version counter."""
+        """Such a tensor in ``storage``, its region from byte ``begin``; it has its own version counter."""
         offset = (begin + self.offset) // self.dtype.itemsize
         empty = torch.empty(0, dtype=self.dtype, device=storage.device)
         tensor = empty.set_(storage, offset, self.shape, self.stride)
@@ -116,8 +116,8 @@ def share_memory(tensors: Sequence[Tensor]) -> bool:
 def _check_plain(tensor: Tensor) -> None:
     if is_dtensor(tensor):
         raise PipelineError(
-            "a DTensor cannot be packed, nor be a skip connection; hand over its to_local() or full_tensor(), and "
-            "make it again with DTensor.from_local"
+            "a DTensor cannot be packed, nor be a skip connection; hand over its to_local() or full_tensor(), "
+            "and make it again with DTensor.from_local"
         )
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested
     if not plain or tensor.layout is not torch.strided:
@@ -143,7 +143,7 @@ def _extent(tensor: Tensor) -> Region:
 
 
 def _overlapping(extents: Sequence[Region]) -> list[list[int]]:
-    """Indices of extents in groups that overlap. A group is sorted by begin, the groups by their least index."""
+    """Indices of extents in groups that overlap; a group is sorted by begin, groups by their least index."""
     groups: list[list[int]] = []
     last: tuple[int, int] | None = None  # address of the last group's storage, and the end of the group
     for i in sorted(range(len(extents)), key=lambda i: (extents[i].storage.data_ptr(), extents[i].begin)):
@@ -159,7 +159,7 @@ def _overlapping(extents: Sequence[Region]) -> list[list[int]]:
 
 
 def _share_elements(a: Tensor, b: Tensor) -> bool:
-    """The same for two tensors of one storage: marks the bytes of ``a`` and looks for marks at those of ``b``."""
+    """The same for two tensors of one storage: marks the bytes of ``a``, looks at those of ``b`` for marks."""
     storage = a.untyped_storage()
     marks = torch.zeros(storage.nbytes(), dtype=torch.bool)
 

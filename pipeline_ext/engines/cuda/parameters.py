@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...model.module_watch import Holdings
+from ...model.module_watch import ModuleWatch
 from ...stages.stage import Stage
 
 Target = Callable[[int, nn.Parameter], nn.Parameter]
@@ -50,14 +50,14 @@ class LaneParameters:
         self._places: dict[int, list[_Place]] = {}  # by stage, as what follows
         self._flat: dict[int, list[_Flat]] = {}
         self._large: dict[int, bool] = {}
-        self._holdings = Holdings(module for stage in stages for module in stage.modules())
+        self._watch = ModuleWatch(module for stage in stages for module in stage.modules())
         self._looks: list[tuple] | None = None
         self._aliases: dict[tuple[int, int], dict[nn.Parameter, nn.Parameter]] = {}  # by stage and lane
         self._replaced: list[Tensor] = []  # gradients that other lanes may still read
 
     def begin(self) -> None:
         """Prepares for a step: what has been replaced since the last gets new aliases."""
-        replaced = self._holdings.look()
+        replaced = self._watch.changed()
         if self._looks is not None and not replaced and self._look() == self._looks:
             return
         owners = {
