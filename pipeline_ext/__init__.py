@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Costs",
     "DeadPipeline",
@@ -59,12 +61,13 @@ if TYPE_CHECKING:
     from .model.skips import pop, skips, stash
     from .pipeline import Pipeline
     from .plan.build import build_plan, schedule_names
+    from .plan.costs import Costs
     from .plan.pack_choice import PackChoice
     from .plan.policy import Placement, Policy
     from .plan.profile import Profile
     from .plan.records import ReductionRecord, TaskRecord
     from .plan.schedule_choice import ScheduleChoice
-    from .plan.simulation import Costs, Simulation, simulate
+    from .plan.simulation import Simulation, simulate
     from .reduction import GradientReduction, LocalGroup, ProcessGroupMember
     from .report.trace import Trace
     from .stages.stage import WithLoss
@@ -89,12 +92,13 @@ else:
         "model.skips": ("pop", "skips", "stash"),
         "pipeline": ("Pipeline",),
         "plan.build": ("build_plan", "schedule_names"),
+        "plan.costs": ("Costs",),
         "plan.pack_choice": ("PackChoice",),
         "plan.policy": ("Placement", "Policy"),
         "plan.profile": ("Profile",),
         "plan.records": ("ReductionRecord", "TaskRecord"),
         "plan.schedule_choice": ("ScheduleChoice",),
-        "plan.simulation": ("Costs", "Simulation", "simulate"),
+        "plan.simulation": ("Simulation", "simulate"),
         "reduction": ("GradientReduction", "LocalGroup", "ProcessGroupMember"),
         "report.trace": ("Trace",),
         "stages.stage": ("WithLoss",),

@@ -50,7 +50,7 @@ class PeerError(PipelineError, RuntimeError):
 
 
 class DeadPipeline(PipelineError, RuntimeError):
-    """The pipeline cannot run any more: it was closed, a stage's code never returned, or a GPU failed for good."""
+    """The pipeline cannot run again: it was closed, a stage's code never returned, or a GPU failed for good."""
 
 
 class DeviceError(PipelineError, RuntimeError):

@@ -19,11 +19,12 @@ from .errors import InvalidArgument, PipelineError
 from .model.cut import cut
 from .model.skips import declared_skips, find_skips
 from .plan.build import AUTO, ScheduleLike, check_trainable
+from .plan.costs import Costs
 from .plan.ordering import Ordering, PackLike
 from .plan.pack_choice import PackChoice
 from .plan.profile import Profile
 from .plan.schedule_choice import ScheduleChoice
-from .plan.simulation import Costs, Simulation, simulate
+from .plan.simulation import Simulation, simulate
 from .processes.agreement import check_agreement, skips_of_all
 from .processes.group import MeshLike, Processes
 from .reduction import GradientReduction, ProcessGroupMember

@@ -13,9 +13,9 @@ from ..base.files import whole_file
 from ..errors import InvalidArgument, InvalidSchedule
 from ..plan import zero_bubble
 from ..plan.build import AUTO, check_size, schedule_names
-from ..plan.comparison import Planned, planned, rebatched, recut, searched, simulated, stages_of
+from ..plan.comparison import Planned, planned, searched, simulated, stages_of
+from ..plan.costs import Costs, rebatched, recut
 from ..plan.search import SearchResult, search
-from ..plan.simulation import Costs
 from ..report.page import save_page
 from ..report.panel import Panel, percent, simulated_panel
 from ..report.timeline import SUFFIXES, accepted_path, save_picture, unit_of

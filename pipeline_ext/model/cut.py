@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from ..errors import InvalidArgument
@@ -237,8 +237,7 @@ def _parameter_counts(layers: Sequence[nn.Module]) -> list[float]:
 
     Each layer weighs a little more than that, so that layers without parameters spread evenly.
     """
-    lazy = [p for layer in layers for p in layer.parameters() if is_lazy(p)]
-    if lazy:
+    if any(isinstance(p, UninitializedParameter) for layer in layers for p in layer.parameters()):
         raise InvalidArgument(
             "the model has lazy parameters, whose size is not known yet; run it once before cutting it"
         )

@@ -48,7 +48,7 @@ def skips(*, stash: Names = (), pop: Names = ()) -> Callable[[Class], Class]:
     )
 
     def declare(cls: Class) -> Class:
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        if not _is_module_class(cls):
             raise InvalidArgument(f"skips decorates a class of nn.Module; got {cls!r}")
         forward = cls.forward
 
@@ -71,7 +71,7 @@ def stash(name: str, tensor: Tensor) -> None:
     when its stage's forward ends; do not change it in place afterwards.
 
     Raises:
-        InvalidArgument: for what is no tensor.
+        InvalidArgument: if ``tensor`` is not a tensor.
         PipelineError: if the name is not declared, or is stashed already.
     """
     if not isinstance(tensor, Tensor):
@@ -118,7 +118,7 @@ class Scope(dict[str, Tensor]):
         _thread.scope = self._outer
 
     def take(self, names: Iterable[str]) -> list[Tensor]:
-        """Removes and returns the tensors ``names``. Raises PipelineError if one is missing, or others are left."""
+        """Removes and returns the tensors ``names``. Raises PipelineError if one is missing or others are left."""
         missing = [name for name in names if name not in self]
         if missing:
             raise PipelineError(f"{_listed(missing)} was to be stashed, but no module has in this forward")
@@ -250,6 +250,10 @@ def _call_that_declares(what: str, name: str) -> _Call:
 def _recomputes() -> bool:
     """Whether activation checkpointing runs this forward, inside a backward of this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _is_module_class(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def _checked_names(what: str, names: Any) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from ..base import arguments
 from ..errors import InvalidArgument, InvalidSchedule
 from . import zero_bubble
 from .policy import Policy
-from .simulation import Costs
+from .costs import Costs
 
 ScheduleLike = str | os.PathLike | Policy | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
 

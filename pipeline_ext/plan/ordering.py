@@ -9,7 +9,7 @@ from ..base import arguments
 from . import pack_choice, schedule_choice
 from .build import AUTO, ScheduleLike, build_plan, searched
 from .first_steps import FirstSteps
-from .simulation import Costs
+from .costs import Costs
 
 PackLike = int | str | Mapping[int, int | str]
 

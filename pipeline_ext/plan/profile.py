@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .. import _C
 from .records import Messages, TaskRecord
-from .simulation import Costs
+from .costs import Costs
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 from .. import _C
 from ..errors import InvalidArgument, InvalidSchedule
 from .build import ScheduleLike, slots_of_ranks
+from .costs import Costs
 from .first_steps import MEASURED_STEPS, FirstSteps
 from .profile import Profile, fastest
 from .search import search
-from .simulation import Costs, simulate
+from .simulation import simulate
 
 _WORTH = 0.98  # of the time, at most, that a change of schedule must leave
 _SECONDS = 2.0  # for the search, or

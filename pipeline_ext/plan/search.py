@@ -10,8 +10,8 @@ from ..base import arguments
 from ..errors import InvalidArgument, InvalidSchedule
 from . import zero_bubble
 from .build import build_plan
-from .comparison import rebatched, recut
-from .simulation import Costs, Simulation, simulate
+from .costs import Costs, rebatched, recut
+from .simulation import Simulation, simulate
 
 _WIDER = (1.25, 1.5, 2.0)  # times the microbatches in flight that a rule asks for
 _FIRST_LOOK = 2_000_000  # tasks placed in the first search for an order, by whose speed the time is shared out

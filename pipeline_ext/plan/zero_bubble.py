@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .. import _C
 from ..errors import InvalidSchedule
-from .simulation import Costs
+from .costs import Costs
 
 NAME = "zb-auto"
 WORK = 100_000_000  # tasks placed in a search that nothing else bounds

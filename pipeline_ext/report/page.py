@@ -11,7 +11,7 @@ from typing import Any
 from ..base.files import whole_file
 from ..plan.comparison import Planned
 from ..plan.records import TaskRecord, lanes, task_records
-from ..plan.simulation import Costs
+from ..plan.costs import Costs
 from .colors import COLORS, NAMES
 from .panel import percent
 

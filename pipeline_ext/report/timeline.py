@@ -7,7 +7,8 @@ from pathlib import Path
 from .. import _C
 from ..base.files import whole_file
 from ..errors import InvalidArgument, PipelineError
-from ..plan.simulation import Costs, simulate
+from ..plan.costs import Costs
+from ..plan.simulation import simulate
 from .panel import Panel, percent, simulated_panel
 
 SUFFIXES = (".png", ".svg", ".pdf")
