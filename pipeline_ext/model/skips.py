@@ -118,7 +118,7 @@ class Scope(dict[str, Tensor]):
         _thread.scope = self._outer
 
     def take(self, names: Iterable[str]) -> list[Tensor]:
-        """Removes and returns the tensors ``names``. Raises PipelineError if one is missing or others are left."""
+        """Removes and returns the named tensors. Raises PipelineError if one is missing or others are left."""
         missing = [name for name in names if name not in self]
         if missing:
             raise PipelineError(f"{_listed(missing)} was to be stashed, but no module has in this forward")

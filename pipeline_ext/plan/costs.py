@@ -16,7 +16,9 @@ PerStage = float | Sequence[float]
 
 @dataclass(frozen=True)
 class Costs:
-    """Times of tasks and links, and memory, each in any one unit. A number holds for every stage, boundary or rank.
+    """Times of tasks and links, and memory, each in any one unit.
+
+    A number holds for every stage, boundary or rank; a list has one number for each.
 
     Attributes:
         forward: time of ``F``, by stage.
@@ -34,9 +36,10 @@ class Costs:
         pair: time of an overlapped pair ``(2F0;1B3)OVERLAP_F_B``, as a share of the time that its actions take
             one after another.
         act_memory: memory that ``F`` of a microbatch takes, by stage. ``B`` frees it all.
-        mem_i: the part that ``I`` frees, by stage; None: ``act_memory`` minus ``mem_w``, or nothing if neither is
+        mem_i: the part that ``I`` frees, by stage; None: ``act_memory`` minus ``mem_w``, or nothing if neither
+            is given.
+        mem_w: the part that ``W`` frees, by stage; None: ``act_memory`` minus ``mem_i``, or all if neither is
             given.
-        mem_w: the part that ``W`` frees, by stage; None: ``act_memory`` minus ``mem_i``, or all if neither is given.
         memory_limit: memory that the microbatches of a rank may take at once, by rank; None: no limit.
     """
 

@@ -7,6 +7,8 @@ from .. import _C
 from ..errors import InvalidArgument, InvalidSchedule
 from .costs import Costs
 
+_PLAIN = Costs()  # F = 1, B = 2, and messages cost nothing
+
 
 class Simulation:
     """A simulated step. Times are in the unit of the costs.
@@ -17,8 +19,8 @@ class Simulation:
         bubble: share of the makespan in which a rank runs nothing, mean over ranks.
         bubble_by_rank: the same for each rank.
         bubble_latest: the same for the rank that finishes last.
-        bubble_from_first_start: of the rank with the longest span from the begin of its own first task to the end
-            of its last one, the share of that span in which it runs nothing.
+        bubble_from_first_start: of the rank with the longest span from the begin of its own first task to the
+            end of its last one, the share of that span in which it runs nothing.
         first_start: when the first task of a rank begins, by rank.
         finish: when its last task ends, by rank.
         peak_in_flight: most microbatches alive at once, by rank.
@@ -61,7 +63,7 @@ class Simulation:
         return dict(enumerate(_C.simulated_order(self.plan, self._times)))
 
 
-def simulate(plan: _C.Plan, costs: Costs = Costs(), *, noise: float = 0.0, seed: int = 0) -> Simulation:
+def simulate(plan: _C.Plan, costs: Costs = _PLAIN, *, noise: float = 0.0, seed: int = 0) -> Simulation:
     """Runs ``plan`` under a virtual clock.
 
     Args:

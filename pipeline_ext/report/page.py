@@ -10,8 +10,8 @@ from typing import Any
 
 from ..base.files import whole_file
 from ..plan.comparison import Planned
-from ..plan.records import TaskRecord, lanes, task_records
 from ..plan.costs import Costs
+from ..plan.records import TaskRecord, lanes, task_records
 from .colors import COLORS, NAMES
 from .panel import percent
 
