@@ -14,9 +14,7 @@ from .costs import Costs, rebatched, recut
 from .simulation import Simulation, simulate
 
 _WIDER = (1.25, 1.5, 2.0)  # times the in-flight limit of a rule
-_FIRST_LOOK = (
-    2_000_000  # tasks that the first search for an order places; its speed decides how time is divided
-)
+_FIRST_LOOK = 2_000_000  # tasks placed in the first search for an order, whose speed divides the time
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Candidate:
         schedule: its name; ``"zb-auto"`` for an order that a search found.
         chunks: stages on each rank.
         microbatches: microbatches of the step.
-        in_flight: the most microbatches that each stage may hold, if more than the schedule's own limit; or None.
+        in_flight: the most microbatches that each stage may hold; None: the schedule's own limit.
         plan: the plan itself.
         simulation: the simulated step.
     """
@@ -98,14 +96,14 @@ def search(
     the best so far, if there is one.
 
     Args:
-        costs: costs of a model cut into ``num_ranks * chunks[0]`` stages and a batch cut into the first number of
-            ``microbatches``. For other numbers they are divided evenly.
+        costs: costs of a model cut into ``num_ranks * chunks[0]`` stages and a batch cut into the first number
+            of ``microbatches``. For other numbers they are divided evenly.
         num_ranks: number of ranks.
         microbatches: number of microbatches, or several such numbers to try.
         chunks: numbers of stages on each rank to try.
         schedules: names to try; None: all that the engine can run.
         budget: limit in seconds; None: no limit.
-        trials: the most orders to simulate. A search that only this ends finds the same plan for the same seed.
+        trials: the most orders to simulate. A search that only this ends finds the same plan for a seed.
         seed: seed of the random numbers, at least 0.
         on_progress: called with the outcome of each trial.
 
@@ -164,7 +162,7 @@ class _Search:
     def try_schedules(
         self, chunks: int, microbatches: int, names: Sequence[str] | None, deadline: float
     ) -> None:
-        """Tries the named schedules with this number of stages on a rank; after the deadline only until one can run."""
+        """Tries the named schedules for this number of stages on a rank; past the deadline until one can run."""
         for name in _C.schedule_names():
             if self.best is not None and time.perf_counter() > deadline:
                 return
@@ -179,7 +177,7 @@ class _Search:
     def search_orders(
         self, cuts: Sequence[tuple[int, int]], deadline: float, trials: int | None, seed: int
     ) -> None:
-        """Searches for an order for each cut of model and batch. After a first look at all, the rest is divided evenly."""
+        """Searches for an order for each cut of model and batch; they share the time evenly after a first look."""
         work = {cut: math.inf if trials is None else trials * self._num_tasks(cut) / len(cuts) for cut in cuts}
         speed = dict.fromkeys(cuts, math.inf)  # tasks placed per second
         if math.isfinite(deadline):
@@ -279,7 +277,7 @@ def _fits(layout: str, chunks: int) -> bool:
 def _with_and_without_whole_backwards(
     cells: Sequence[Sequence[str]],
 ) -> Iterator[tuple[str, list[list[str]]]]:
-    """An order of ``F``, ``I`` and ``W``; then the same with ``B`` for an ``I`` and its ``W`` next to it, if any."""
+    """An order of ``F``, ``I`` and ``W``; then the same with ``B`` where an ``I`` and its ``W`` are neighbours."""
     split = [list(actions) for actions in cells]
     yield zero_bubble.NAME, split
     whole = []
