@@ -103,7 +103,7 @@ def search(
         chunks: numbers of stages on each rank to try.
         schedules: names to try; None: all that the engine can run.
         budget: limit in seconds; None: no limit.
-        trials: the most orders to simulate. A search that only this ends finds the same plan for a seed.
+        trials: the most orders to simulate. With no other limit, the same seed finds the same plan.
         seed: seed of the random numbers, at least 0.
         on_progress: called with the outcome of each trial.
 
@@ -162,7 +162,7 @@ class _Search:
     def try_schedules(
         self, chunks: int, microbatches: int, names: Sequence[str] | None, deadline: float
     ) -> None:
-        """Tries the named schedules for this number of stages on a rank; past the deadline until one can run."""
+        """Tries the named schedules for these numbers; past the deadline, only until one can run."""
         for name in _C.schedule_names():
             if self.best is not None and time.perf_counter() > deadline:
                 return
@@ -177,7 +177,7 @@ class _Search:
     def search_orders(
         self, cuts: Sequence[tuple[int, int]], deadline: float, trials: int | None, seed: int
     ) -> None:
-        """Searches for an order for each cut of model and batch; they share the time evenly after a first look."""
+        """Searches for an order for each cut; after a first look at all, they share the time evenly."""
         work = {cut: math.inf if trials is None else trials * self._num_tasks(cut) / len(cuts) for cut in cuts}
         speed = dict.fromkeys(cuts, math.inf)  # tasks placed per second
         if math.isfinite(deadline):
@@ -277,7 +277,7 @@ def _fits(layout: str, chunks: int) -> bool:
 def _with_and_without_whole_backwards(
     cells: Sequence[Sequence[str]],
 ) -> Iterator[tuple[str, list[list[str]]]]:
-    """An order of ``F``, ``I`` and ``W``; then the same with ``B`` where an ``I`` and its ``W`` are neighbours."""
+    """An order of ``F``, ``I`` and ``W``; then the same with ``B`` for each ``I`` whose ``W`` comes next."""
     split = [list(actions) for actions in cells]
     yield zero_bubble.NAME, split
     whole = []

@@ -75,7 +75,7 @@ def find_order(
         num_stages, num_ranks, microbatches: their numbers.
         span: minimise the longest span, over ranks, from a rank's own first task to the end of its last one, as
             published zero-bubble figures count; otherwise the time until the last rank ends.
-        work: tasks to place, on all threads together. A search that only this ends finds the same order for the
+        work: tasks to place, on all threads together. A search with no other limit finds the same order for the
             same seed.
         seconds: time limit; the search ends with the best so far.
         seed: seed of the random numbers, at least 0.
