@@ -103,7 +103,7 @@ def search(
         chunks: numbers of stages on each rank to try.
         schedules: names to try; None: all that the engine can run.
         budget: limit in seconds; None: no limit.
-        trials: the most orders to simulate. With no other limit, the same seed finds the same plan.
+        trials: the most orders to simulate. With no other limit, a seed finds the same plan.
         seed: seed of the random numbers, at least 0.
         on_progress: called with the outcome of each trial.
 
