@@ -189,8 +189,8 @@ def _packed(extra: dict[str, Any]) -> bytes:
         torch.load(file, weights_only=True)
     except Exception as error:
         raise InvalidArgument(
-            f"of {', '.join(extra)}, one value is not made of tensors, numbers, text, lists and dicts; give its "
-            "state_dict()"
+            f"of {', '.join(extra)}, one value is not made of tensors, numbers, text, lists and dicts; give "
+            "its state_dict()"
         ) from error
     return file.getvalue()
 

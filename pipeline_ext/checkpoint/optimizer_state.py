@@ -1,8 +1,8 @@
 """An optimizer's state, by the names of parameters instead of their numbers.
 
 The layout is that of ``get_optimizer_state_dict`` of torch.distributed.checkpoint with
-``flatten_optimizer_state_dict=True``, below "optimizer". That function is not used: it takes a step if the optimizer
-has taken none, and misses parameters without state and the second names of tied parameters.
+``flatten_optimizer_state_dict=True``, below "optimizer". That function is not used: it takes a step if the
+optimizer has taken none, and misses parameters without state and the second names of tied parameters.
 """
 
 from collections.abc import Mapping

@@ -92,8 +92,8 @@ def search(
     """Finds the plan whose simulated step is shortest within ``costs.memory_limit``.
 
     Tries the named schedules, with their own in-flight limits and with larger ones. Then searches for an order
-    for each placement (``pipeline_ext.plan.zero_bubble``) until the budget is spent. Ctrl-C ends the search with
-    the best so far, if there is one.
+    for each placement (``pipeline_ext.plan.zero_bubble``) until the budget is spent. Ctrl-C ends the search
+    with the best so far, if there is one.
 
     Args:
         costs: costs of a model cut into ``num_ranks * chunks[0]`` stages and a batch cut into the first number
