@@ -8,7 +8,7 @@ import torch
 
 from .packing.arrays import Array
 from .packing.layout import Layout
-from .simulation import Costs
+from .plan.costs import Costs
 
 compiler: str
 

@@ -1,36 +1,12 @@
 """Pipeline-parallel training for PyTorch with a native scheduler."""
 
-__version__ = "0.1.0"
+import importlib
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 from ._C import Plan, Skip
-from .checkpoint.files import load_checkpoint, save_checkpoint
-from .errors import (
-    DeadPipeline,
-    DeviceError,
-    InvalidArgument,
-    InvalidSchedule,
-    PeerError,
-    PipelineError,
-    ReductionError,
-    StageError,
-    StepTimeout,
-)
-from .model.skips import pop, skips, stash
-from .pipeline import Pipeline
-from .plan.build import build_plan, schedule_names
-from .plan.pack_choice import PackChoice
-from .plan.policy import Placement, Policy
-from .plan.profile import Profile
-from .plan.records import ReductionRecord, TaskRecord
-from .plan.schedule_choice import ScheduleChoice
-from .plan.simulation import Costs, Simulation, simulate
-from .reduction import GradientReduction, LocalGroup, ProcessGroupMember
-from .report.timeline import draw_plan
-from .report.trace import Trace
-from .stages.stage import WithLoss
-from .step.graphs import GraphReport
 
-Plan.draw = draw_plan  # type: ignore[method-assign]  # the native core makes plans; Python draws them
+__version__ = "0.1.0"
 
 __all__ = [
     "Costs",
@@ -69,3 +45,90 @@ __all__ = [
     "skips",
     "stash",
 ]
+
+if TYPE_CHECKING:
+    from .checkpoint.files import load_checkpoint, save_checkpoint
+    from .errors import (
+        DeadPipeline,
+        DeviceError,
+        InvalidArgument,
+        InvalidSchedule,
+        PeerError,
+        PipelineError,
+        ReductionError,
+        StageError,
+        StepTimeout,
+    )
+    from .model.skips import pop, skips, stash
+    from .pipeline import Pipeline
+    from .plan.build import build_plan, schedule_names
+    from .plan.costs import Costs
+    from .plan.pack_choice import PackChoice
+    from .plan.policy import Placement, Policy
+    from .plan.profile import Profile
+    from .plan.records import ReductionRecord, TaskRecord
+    from .plan.schedule_choice import ScheduleChoice
+    from .plan.simulation import Simulation, simulate
+    from .reduction import GradientReduction, LocalGroup, ProcessGroupMember
+    from .report.trace import Trace
+    from .stages.stage import WithLoss
+    from .step.graphs import GraphReport
+else:
+    # Module -> its names. It is imported when one of them is first used, and with it torch if it needs that.
+    _NAMES = {
+        "checkpoint.files": ("load_checkpoint", "save_checkpoint"),
+        "errors": (
+            "DeadPipeline",
+            "DeviceError",
+            "InvalidArgument",
+            "InvalidSchedule",
+            "PeerError",
+            "PipelineError",
+            "ReductionError",
+            "StageError",
+            "StepTimeout",
+        ),
+        "model.skips": ("pop", "skips", "stash"),
+        "pipeline": ("Pipeline",),
+        "plan.build": ("build_plan", "schedule_names"),
+        "plan.costs": ("Costs",),
+        "plan.pack_choice": ("PackChoice",),
+        "plan.policy": ("Placement", "Policy"),
+        "plan.profile": ("Profile",),
+        "plan.records": ("ReductionRecord", "TaskRecord"),
+        "plan.schedule_choice": ("ScheduleChoice",),
+        "plan.simulation": ("Simulation", "simulate"),
+        "reduction": ("GradientReduction", "LocalGroup", "ProcessGroupMember"),
+        "report.trace": ("Trace",),
+        "stages.stage": ("WithLoss",),
+        "step.graphs": ("GraphReport",),
+    }
+    _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+    _SUBMODULES = ("packing", "partition", "pipelining")  # public ones
+
+    def __getattr__(name: str) -> Any:
+        if name in _SUBMODULES:
+            return importlib.import_module(f".{name}", __name__)
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_SUBMODULES})
+
+
+def _draw(plan: Plan, path: "str | PathLike[str]", costs: "Costs | None" = None) -> None:
+    """Draws the plan's simulated timeline; the path ends in .png, .svg or .pdf.
+
+    ``costs`` are pipeline_ext.Costs, by default F = 1 and B = 2 at every stage. Makes the folders that the path
+    needs. Raises InvalidArgument for another suffix, InvalidSchedule for costs that do not fit, and PipelineError
+    without matplotlib or if the file cannot be written.
+    """
+    from .report.timeline import draw_plan
+
+    draw_plan(plan, path, costs)
+
+
+Plan.draw = _draw  # type: ignore[method-assign]  # the native core makes plans; Python draws them

@@ -1,4 +1,6 @@
-"""What can go wrong, as exceptions. Every one derives from PipelineError."""
+"""The exceptions that this package raises. All derive from PipelineError."""
+
+from collections.abc import Callable
 
 
 class PipelineError(Exception):
@@ -6,11 +8,11 @@ class PipelineError(Exception):
 
 
 class InvalidArgument(PipelineError, ValueError):
-    """An argument that cannot be used. Raised before any work starts; nothing has changed."""
+    """An argument is not valid. Raised before anything runs; nothing has changed."""
 
 
 class InvalidSchedule(InvalidArgument):
-    """A schedule, order or cost model that cannot be used; names the offending cell where there is one."""
+    """A schedule, an order or costs are not valid. The message names the cell of the schedule that is wrong."""
 
 
 class StageError(PipelineError):
@@ -26,31 +28,30 @@ class StageError(PipelineError):
         self.microbatch = microbatch
         self.rank = rank
 
-    def __reduce__(self):
-        place = (self.action, self.stage, self.microbatch, self.rank)
-        return _stage_error, (str(self), *place)
+    def __reduce__(self) -> tuple[Callable[..., "StageError"], tuple[str, str, int, int, int]]:
+        return _stage_error, (str(self), self.action, self.stage, self.microbatch, self.rank)
 
 
 def _stage_error(message: str, action: str, stage: int, microbatch: int, rank: int) -> StageError:
-    """Remakes a pickled StageError."""
+    """Builds a StageError again from its pickled parts."""
     return StageError(message, action=action, stage=stage, microbatch=microbatch, rank=rank)
 
 
 class StepTimeout(PipelineError, TimeoutError):
-    """A step made no progress for ``timeout`` seconds; the message lists who waits for what."""
+    """A step made no progress for ``timeout`` seconds. The message lists the tasks that wait, and what for."""
 
 
 class ReductionError(PipelineError, RuntimeError):
-    """Replicas could not reduce their gradients: one of them failed, or they do not match."""
+    """Replicas could not average their gradients: one of them failed, or their models differ."""
 
 
 class PeerError(PipelineError, RuntimeError):
-    """Another process of the pipeline failed, is gone, or does not match this one; the message names it."""
+    """Another process of the pipeline failed, is gone, or has other settings. The message names it."""
 
 
 class DeadPipeline(PipelineError, RuntimeError):
-    """The pipeline was used after it was closed, a stage's code never returned, or a GPU failed for good."""
+    """The pipeline cannot run again: it was closed, a stage's code never returned, or a GPU failed for good."""
 
 
 class DeviceError(PipelineError, RuntimeError):
-    """A GPU or its driver failed, or cannot be used; the message names the driver's function and error."""
+    """A GPU or its driver failed or cannot be used. The message names the driver's function and its error."""

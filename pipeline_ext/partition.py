@@ -1,4 +1,4 @@
-"""Where ``cut`` is found by users; ``pipeline_ext.model.cut`` has it."""
+"""The public place of ``cut``."""
 
 from .model.cut import cut
 

@@ -15,11 +15,12 @@ from .engines.devices import DevicesLike
 from .engines.lifetime import Lifetime
 from .errors import InvalidArgument, PipelineError
 from .plan.build import ScheduleLike
+from .plan.costs import Costs
 from .plan.ordering import PackLike
 from .plan.pack_choice import PackChoice
 from .plan.profile import Profile
 from .plan.schedule_choice import ScheduleChoice
-from .plan.simulation import Costs, Simulation, simulate
+from .plan.simulation import Simulation, simulate
 from .processes.group import MeshLike
 from .reduction import GradientReduction
 from .report.trace import Trace

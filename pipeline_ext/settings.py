@@ -12,8 +12,8 @@ from .base import arguments
 from .engines.devices import DevicesLike
 from .errors import InvalidArgument
 from .plan.build import ScheduleLike
+from .plan.costs import Costs
 from .plan.ordering import PackLike
-from .plan.simulation import Costs
 from .processes.group import MeshLike
 from .reduction import GradientReduction
 

@@ -9,7 +9,7 @@ import pytest
 import pipeline_ext as pe
 from pipeline_ext.cli import main
 from pipeline_ext.plan.records import task_records
-from pipeline_ext.report.page import memory_curve
+from pipeline_ext.report.memory_curve import memory_curve
 
 KEYS = [
     "schedule", "ranks", "chunks", "microbatches", "feasible", "makespan", "ideal", "bubble",

@@ -224,7 +224,7 @@ def test_what_does_not_fit_the_model_is_refused_and_changes_nothing(tmp_path):
     pe.save_checkpoint(tmp_path / "last", model, optimizer)
     for other, said in (
         (models.chain(layers=9), "Missing key .*16.bias"),
-        (models.chain(layers=7), "it holds '14.*which the model has not"),
+        (models.chain(layers=7), "it holds '14.*which the model does not have"),
         (models.chain(width=13), "Size mismatch"),
     ):
         before = copied(other)

@@ -1,1 +1,1 @@
-"""Checks of arguments, tensors, memory and files: what every other folder may use."""
+"""Checks of arguments, tensors, their memory, and files: used by every other folder."""

@@ -1,15 +1,18 @@
-"""What may be given to a pipeline, and what is said about anything else."""
+"""Checks the arguments of pipelines and plans; says what was given and what is accepted.
+
+Plans need no torch, so the functions that do import it themselves.
+"""
 
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidArgument
-from .tensors import FLOATING, differentiable
+from .imported import imported_class
+
+if TYPE_CHECKING:
+    import torch
 
 
 def count(name: str, value: Any) -> int:
@@ -21,7 +24,7 @@ def count(name: str, value: Any) -> int:
 
 
 def _whole(value: Any) -> int:
-    """``value`` if it is a whole number, else 0, which is accepted nowhere."""
+    """``value`` if it is a whole number, else 0, which no argument accepts."""
     try:
         return 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -34,27 +37,30 @@ def check_type(name: str, value: Any, accepted: type) -> None:
         raise InvalidArgument(f"{name} is {value!r}; give a {accepted.__name__}")
 
 
-def check_scaler(scaler: Any, optimizer: torch.optim.Optimizer | None, many: bool) -> None:
-    """Raises InvalidArgument for a scaler that cannot be used, in ``many`` processes or one."""
+def check_scaler(scaler: Any, optimizer: "torch.optim.Optimizer | None", many: bool) -> None:
+    """Raises InvalidArgument for a scaler that does not work in one process, or in ``many``."""
+    import torch
+
     check_type("scaler", scaler, torch.amp.GradScaler)
-    if many and scaler.is_enabled() and not isinstance(scaler, ShardedGradScaler):
+    sharded = imported_class("torch.distributed.fsdp.sharded_grad_scaler", "ShardedGradScaler")
+    if many and scaler.is_enabled() and not isinstance(scaler, sharded):
         raise InvalidArgument(
             f"scaler is a {type(scaler).__name__}, with which one process could skip a step that others take; "
-            "give torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...), of those "
-            'that hold the stages, as mesh.get_group("pp")'
+            "give torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...) with the "
+            'group of the processes that hold the stages, as in mesh.get_group("pp")'
         )
     if optimizer is not None:
         raise InvalidArgument(
-            "scaler and optimizer are both given, but the step is to be the scaler's, which waits for the "
-            "gradients; leave optimizer out, and after each step call scaler.step(optimizer)"
+            "scaler and optimizer are both given, but with a scaler the optimizer steps after the gradients "
+            "are complete; leave optimizer out, and after each step call scaler.step(optimizer)"
         )
 
 
 def packs(name: str, value: Any, boundaries: int, microbatches: int) -> list[int] | None:
-    """How many microbatches' results leave together, by boundary, or None for "auto".
+    """K by boundary: how many microbatches' results go into one message. None for "auto".
 
-    Otherwise ``value`` is a number, "all", or a mapping from boundaries to these; a boundary left out has 1.
-    Raises InvalidArgument.
+    ``value`` is "auto", a number, "all", or a mapping from boundaries to numbers or "all"; a boundary that the
+    mapping lacks has K = 1. Raises InvalidArgument.
     """
     if isinstance(value, str) and value == "auto":
         return None
@@ -79,25 +85,27 @@ def _pack(name: str, value: Any, microbatches: int, accepted: str) -> int:
 
 
 def pack_skips(value: Any, names: Sequence[str], microbatches: int) -> list[int]:
-    """How many microbatches' tensors leave together, by skip.
+    """K by skip connection: how many microbatches' tensors go into one message.
 
-    ``value`` is a mapping from names of skips to numbers or "all"; one left out has 1. Raises InvalidArgument.
+    ``value`` maps names of skips to numbers or "all"; a skip that it lacks has K = 1. Raises InvalidArgument.
     """
     if not isinstance(value, Mapping):
         raise InvalidArgument(f"pack_skips is {value!r}; give a dict from names of skips to numbers")
     for name in value:
         if name not in names:
-            there = f"those between stages are {list(names)}" if names else "none goes from a stage to another"
+            there = f"those between stages are {list(names)}" if names else "no skip leaves its stage"
             raise InvalidArgument(f"pack_skips names the skip {name!r}; {there}")
     accepted = f'give a number from 1 to the {microbatches} microbatches, "all" of them, or leave it out'
     return [_pack(f"pack_skips of {name!r}", value.get(name, 1), microbatches, accepted) for name in names]
 
 
-def wires(name: str, value: Any, boundaries: int) -> list[torch.dtype | None]:
-    """The types that results travel as, by boundary; raises InvalidArgument.
+def wires(name: str, value: Any, boundaries: int) -> "list[torch.dtype | None]":
+    """The type of the results in messages, by boundary. Raises InvalidArgument.
 
-    ``value`` is a floating-point type, None for their own, or a mapping from boundaries to these.
+    ``value`` is a floating-point type, None for the results' own type, or a mapping from boundaries to these.
     """
+    from .tensors import FLOATING
+
     if isinstance(value, Mapping):
         _check_boundaries(name, value, boundaries)
         found = [value.get(b) for b in range(boundaries)]
@@ -120,7 +128,7 @@ def _check_boundaries(name: str, value: Mapping, boundaries: int) -> None:
 
 
 def in_flight(value: Any, num_stages: int) -> list[int]:
-    """The most microbatches that each stage may hold, by stage; empty for None. Raises InvalidArgument."""
+    """The most microbatches that each stage may hold at once; empty for None. Raises InvalidArgument."""
     if value is None:
         return []
     accepted = f"a whole number of at least 1, or a list of one for each of the {num_stages} stages"
@@ -129,8 +137,8 @@ def in_flight(value: Any, num_stages: int) -> list[int]:
 
 
 def numbers(name: str, value: Any, length: int, accepted: str, most: int = 2**31 - 1) -> list[int]:
-    """``value``, a list of ``length`` whole numbers from 1 to ``most``, or empty; raises InvalidArgument."""
-    found = value.tolist() if hasattr(value, "tolist") else value  # an array's
+    """``value`` as ``length`` whole numbers from 1 to ``most``, or empty. Raises InvalidArgument otherwise."""
+    found = value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor
     if (
         not isinstance(found, Sequence)
         or len(found) not in (0, length)
@@ -141,7 +149,7 @@ def numbers(name: str, value: Any, length: int, accepted: str, most: int = 2**31
 
 
 def check_settings(loss_fn: Any, loss_reduction: Any, timeout: Any) -> None:
-    """Raises InvalidArgument for settings of a pipeline that cannot be used."""
+    """Raises InvalidArgument for a loss function, a reduction or a timeout that is not valid."""
     if loss_fn is not None and not callable(loss_fn):
         raise InvalidArgument(
             f"loss_fn is {loss_fn!r}; give a function of output and target that returns a scalar"
@@ -156,7 +164,11 @@ def check_settings(loss_fn: Any, loss_reduction: Any, timeout: Any) -> None:
 
 
 def check_trains(has_loss: bool, losses: Any, target: Any) -> None:
-    """Raises InvalidArgument where a step could not train."""
+    """Raises InvalidArgument for a call of ``step`` that could not train."""
+    import torch
+
+    from .tensors import differentiable
+
     if not has_loss:
         raise InvalidArgument(
             "step needs a loss: give loss_fn= to Pipeline, as in "
@@ -168,16 +180,16 @@ def check_trains(has_loss: bool, losses: Any, target: Any) -> None:
             "inference_mode); call it outside, or use eval()"
         )
     if losses is not None and not isinstance(losses, list):
-        raise InvalidArgument(f"losses is a {type(losses).__name__}; give a list, to be filled")
+        raise InvalidArgument(f"losses is a {type(losses).__name__}; give a list, which step fills")
     if differentiable(target):
         raise InvalidArgument(
-            "target requires a gradient, and step gives none to targets; detach it, or make it an "
-            "input of the model"
+            "target requires a gradient, and step computes none for targets; detach it, or make it an input of "
+            "the model"
         )
 
 
 def check_rows(rows: int, microbatches: int) -> None:
-    """Raises InvalidArgument for a batch too small to cut."""
+    """Raises InvalidArgument for a batch with fewer rows than microbatches."""
     if rows == 0:
         raise InvalidArgument("the batch has no rows")
     if rows < microbatches:

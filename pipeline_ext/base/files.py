@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Writes files and folders whole or not at all."""
 
 import contextlib
 import os
@@ -12,9 +12,9 @@ from ..errors import PipelineError
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of ``path`` at the end of the block; a crash leaves one of the two.
+    """Yields a file that replaces ``path`` at the end of the block. A crash leaves the old file or the new one.
 
-    Makes the folders it lies in. Raises PipelineError where it cannot be written.
+    Makes the folders above it. Raises PipelineError if the file cannot be written.
     """
     path = Path(os.path.realpath(path))  # through a link, the file it points to
     temporary = path.with_name(f"{path.name}.tmp")
@@ -34,21 +34,21 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def put_folder(new: Path, path: Path) -> None:
-    """Gives the folder ``new`` the name ``path``, and removes what had it; a crash leaves one of the two.
+    """Renames the folder ``new`` to ``path``, and removes the one that was there.
 
-    Which of them, and where, ``folder_at`` tells. Raises OSError.
+    A crash leaves the old folder or the new one; ``folder_at`` finds it. Raises OSError.
     """
     before = _before(path)
     if path.exists():
         shutil.rmtree(before, ignore_errors=True)
-        os.replace(path, before)  # no folder can be replaced by another in one go
+        os.replace(path, before)  # one call cannot replace a folder that is not empty
     os.replace(new, path)
     _sync(path.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 
 def folder_at(path: Path) -> Path | None:
-    """Where the last folder is that was put at ``path``; None: there is none."""
+    """The last folder that ``put_folder`` put at ``path``, wherever it is now; None if there is none."""
     return next((folder for folder in (path, _before(path)) if folder.is_dir()), None)
 
 
@@ -57,7 +57,7 @@ def _before(path: Path) -> Path:
 
 
 def _sync(folder: Path) -> None:
-    """Makes new names in it outlive a power cut."""
+    """Makes the new names in a folder survive a power cut."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)

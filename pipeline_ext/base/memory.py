@@ -1,35 +1,35 @@
-"""The memory that tensors lie in, so that what shares memory at the sender's shares it at the receiver's."""
+"""Finds the memory of tensors: tensors that share memory at the sender share it at the receiver too."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import PipelineError
+from .imported import is_dtensor
 
-# Regions begin at multiples of it: on alignment too sums and products may depend, to the last bit.
+# Regions begin at multiples of it, because the last bit of sums and products may depend on alignment.
 REGION_ALIGNMENT = 64
 
-# A tensor with gaps in memory travels with them, up to this many times its own size; then without.
+# A tensor with gaps in memory is sent with its gaps up to this many times its own size, then without.
 _WIDEST = 4
 
 
 class Look(NamedTuple):
-    """All there is to know of a tensor but its values."""
+    """All of a tensor but its values."""
 
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
-    conjugate: bool  # to be conjugated, or negated, whenever it is read
-    negative: bool
-    region: int
-    offset: int  # bytes, from where its region begins
+    conjugate: bool  # whether reads conjugate it
+    negative: bool  # whether reads negate it
+    region: int  # index of its region
+    offset: int  # bytes from the begin of its region
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether it takes its memory in the order of its elements, without gaps."""
+        """Whether its elements lie in order in memory, without gaps."""
         expected = 1
         for size, stride in zip(reversed(self.shape), reversed(self.stride)):
             if size != 1 and stride != expected:
@@ -38,7 +38,7 @@ class Look(NamedTuple):
         return True
 
     def see(self, storage: UntypedStorage, begin: int) -> Tensor:
-        """Such a tensor in other memory, where its region begins at byte ``begin``; its version is its own."""
+        """Such a tensor in ``storage``, its region from byte ``begin``; it has its own version counter."""
         offset = (begin + self.offset) // self.dtype.itemsize
         empty = torch.empty(0, dtype=self.dtype, device=storage.device)
         tensor = empty.set_(storage, offset, self.shape, self.stride)
@@ -48,37 +48,37 @@ class Look(NamedTuple):
 
 
 class Region(NamedTuple):
-    """Bytes of a storage."""
+    """A range of bytes in a storage."""
 
     storage: UntypedStorage
     begin: int
     end: int
 
     def bytes(self) -> Tensor:
-        """They as a tensor, uint8[end - begin]; nothing is copied."""
+        """A view, uint8[end - begin]."""
         empty = torch.empty(0, dtype=torch.uint8, device=self.storage.device)
         return empty.set_(self.storage, self.begin, (self.end - self.begin,), (1,))
 
 
 def find_regions(tensors: Sequence[Tensor]) -> tuple[list[Look], list[Region]]:
-    """How tensors look, and the regions they lie in: one for those whose memory overlaps.
+    """A look of each tensor, and the regions that hold them: tensors that overlap are in one region.
 
     Raises PipelineError for tensors that are not plain and dense.
     """
     for tensor in tensors:
         _check_plain(tensor)
     tensors = list(tensors)
-    places = [_place(tensor) for tensor in tensors]
-    looks: list[Look | None] = [None] * len(tensors)
-    regions = []
-    for group in _overlapping(places):
+    extents = [_extent(tensor) for tensor in tensors]
+    looks: dict[int, Look] = {}
+    regions: list[Region] = []
+    for group in _overlapping(extents):
         (i, *others) = group
-        storage, begin, end = places[i]
+        storage, begin, end = extents[i]
         if not others and end - begin > _WIDEST * tensors[i].nbytes > 0:
             tensors[i] = tensors[i].contiguous()
-            storage, begin, end = _place(tensors[i])
+            storage, begin, end = _extent(tensors[i])
         begin = begin // REGION_ALIGNMENT * REGION_ALIGNMENT
-        regions.append(Region(storage, begin, max([end, *(places[j].end for j in others)])))
+        regions.append(Region(storage, begin, max([end, *(extents[j].end for j in others)])))
         for j in group:
             tensor = tensors[j]
             looks[j] = Look(
@@ -88,18 +88,18 @@ def find_regions(tensors: Sequence[Tensor]) -> tuple[list[Look], list[Region]]:
                 tensor.is_conj(),
                 tensor.is_neg(),
                 len(regions) - 1,
-                tensor.storage_offset() * tensor.itemsize - begin,
+                _begin(tensor) - begin,
             )
-    return looks, regions
+    return [looks[i] for i in range(len(tensors))], regions
 
 
 def is_shared(tensor: Tensor) -> bool:
-    """Whether another tensor looks into its memory: one that views it, or that autograd made from it."""
+    """Whether another tensor uses its memory: a view, or a tensor that autograd made from it."""
     return uses_of(tensor) > 2  # the tensor, and the storage's own object
 
 
 def uses_of(tensor: Tensor) -> int:
-    """How many objects hold its memory."""
+    """How many objects hold its storage."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
@@ -107,17 +107,17 @@ def share_memory(tensors: Sequence[Tensor]) -> bool:
     """Whether an element of one dense tensor is an element of another."""
     return any(
         _share_elements(tensors[i], tensors[j])
-        for group in _overlapping([_place(tensor) for tensor in tensors])
+        for group in _overlapping([_extent(tensor) for tensor in tensors])
         for n, j in enumerate(group)
         for i in group[:n]
     )
 
 
 def _check_plain(tensor: Tensor) -> None:
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         raise PipelineError(
-            "a DTensor is not packed with others, and no skip connection; hand over its to_local() or "
-            "full_tensor(), and make it anew with DTensor.from_local"
+            "a DTensor cannot be packed, nor be a skip connection; hand over its to_local() or full_tensor(), "
+            "and make it again with DTensor.from_local"
         )
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested
     if not plain or tensor.layout is not torch.strided:
@@ -128,21 +128,26 @@ def _check_plain(tensor: Tensor) -> None:
         )
 
 
-def _place(tensor: Tensor) -> Region:
-    """From its first element to its last."""
-    begin = tensor.storage_offset() * tensor.itemsize
+def _begin(tensor: Tensor) -> int:
+    """The byte of its storage where its first element is."""
+    return int(tensor.storage_offset()) * tensor.itemsize
+
+
+def _extent(tensor: Tensor) -> Region:
+    """The bytes from its first element to its last."""
+    begin = _begin(tensor)
     if tensor.numel() == 0:
         return Region(tensor.untyped_storage(), begin, begin)
     elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return Region(tensor.untyped_storage(), begin, begin + elements * tensor.itemsize)
 
 
-def _overlapping(places: Sequence[Region]) -> list[list[int]]:
-    """The places in groups that overlap, each ordered by where they begin, the groups by their first place."""
+def _overlapping(extents: Sequence[Region]) -> list[list[int]]:
+    """Indices of extents in groups that overlap; a group is sorted by begin, groups by their least index."""
     groups: list[list[int]] = []
-    last: tuple[int, int] | None = None  # memory of the last group's storage, and the group's end
-    for i in sorted(range(len(places)), key=lambda i: (places[i].storage.data_ptr(), places[i].begin)):
-        storage, begin, end = places[i]
+    last: tuple[int, int] | None = None  # address of the last group's storage, and the end of the group
+    for i in sorted(range(len(extents)), key=lambda i: (extents[i].storage.data_ptr(), extents[i].begin)):
+        storage, begin, end = extents[i]
         memory = storage.data_ptr()
         if begin < end and last is not None and memory == last[0] and begin < last[1]:
             groups[-1].append(i)
@@ -154,7 +159,7 @@ def _overlapping(places: Sequence[Region]) -> list[list[int]]:
 
 
 def _share_elements(a: Tensor, b: Tensor) -> bool:
-    """Of two tensors of one storage; marks each byte of the one and looks there for the other."""
+    """The same for two tensors of one storage: marks the bytes of ``a``, looks at those of ``b`` for marks."""
     storage = a.untyped_storage()
     marks = torch.zeros(storage.nbytes(), dtype=torch.bool)
 

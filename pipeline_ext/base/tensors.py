@@ -1,4 +1,4 @@
-"""Tensors inside any value: which of them require gradients, and how error messages describe them."""
+"""Finds the tensors in any value that require gradients, and describes values in error messages."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-# Types that another may replace on the wire, and all floating-point types that may travel.
+# Types that a wire type may replace, and all floating-point types that messages may carry.
 REPLACEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOATING = (*REPLACEABLE, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -20,7 +20,7 @@ def differentiable(value: Any) -> list[Tensor]:
 
 
 def detach(value: Any) -> Any:
-    """``value`` with its tensors cut from autograd."""
+    """``value`` with its tensors detached."""
     return pytree.tree_map_only(Tensor, Tensor.detach, value)
 
 

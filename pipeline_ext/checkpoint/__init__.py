@@ -1,1 +1,1 @@
-"""The unsplit model's state: parameters and optimizer state under the model's own names, and files of them."""
+"""State under the names of the unsplit model: parameters, optimizer state, and checkpoints of both."""

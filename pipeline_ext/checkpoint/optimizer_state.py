@@ -1,8 +1,8 @@
-"""What an optimizer keeps, by the names of its parameters instead of their numbers.
+"""An optimizer's state, by the names of parameters instead of their numbers.
 
-Laid out as ``get_optimizer_state_dict`` of torch.distributed.checkpoint does with
-``flatten_optimizer_state_dict=True``, below "optimizer". That function is not used, for it takes a step with an
-optimizer that has taken none, and finds no parameter without state, nor a tied one by its second name.
+The layout is that of ``get_optimizer_state_dict`` of torch.distributed.checkpoint with
+``flatten_optimizer_state_dict=True``, below "optimizer". That function is not used: it takes a step if the
+optimizer has taken none, and misses parameters without state and the second names of tied parameters.
 """
 
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
+from ..base.imported import is_dtensor
 from ..errors import InvalidArgument
 from .unsplit import UnsplitModel
 
 _STATE = "optimizer.state."
 _GROUPS = "optimizer.param_groups."
-BEGINNINGS = (_STATE, _GROUPS)  # of all entries of an optimizer
+PREFIXES = (_STATE, _GROUPS)  # of all entries of an optimizer
 
-Names = dict[nn.Parameter, list[str]]  # one of a tied parameter for each layer that holds it
+Names = dict[nn.Parameter, list[str]]  # a tied parameter has a name for each layer that holds it
 
 
 def names(model: UnsplitModel | nn.Module, optimizer: torch.optim.Optimizer) -> Names:
-    """Of each of the optimizer's parameters. Raises InvalidArgument for one that is not the model's."""
+    """The names of the optimizer's parameters. Raises InvalidArgument for a parameter of another model."""
     found: Names = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(parameter, []).append(name)
@@ -39,11 +39,11 @@ def names(model: UnsplitModel | nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def by_name(optimizer: torch.optim.Optimizer, names: Names) -> dict[str, Any]:
-    """What an optimizer keeps of each parameter, and its settings; a tied parameter's under all its names.
+    """The optimizer's state and settings of each parameter; those of a tied parameter under all its names.
 
-    Raises InvalidArgument for what cannot be laid out so.
+    Raises InvalidArgument for nested state, which this layout cannot hold.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for group in optimizer.param_groups:
         settings = _settings(group)
         for parameter in group["params"]:
@@ -65,13 +65,13 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def room_for(entries: Mapping[str, Any], names: Names) -> dict[str, Tensor | None]:
-    """All that a checkpoint with these entries holds of the parameters, with tensors to read it into.
+    """The entries of a checkpoint for these parameters, with tensors to read them into.
 
-    Raises InvalidArgument where it holds nothing of one.
+    Raises InvalidArgument if there are no entries for one of them.
     """
     found: dict[str, list[str]] = {}
     for key in entries:
-        if key.startswith(BEGINNINGS):
+        if key.startswith(PREFIXES):
             found.setdefault(_split(key)[1], []).append(key)
     for name, *_ in names.values():
         if name not in found:
@@ -82,33 +82,34 @@ def room_for(entries: Mapping[str, Any], names: Names) -> dict[str, Tensor | Non
 
 
 def _empty(entry: Any, parameter: nn.Parameter) -> Tensor | None:
-    """A tensor to read an entry into, cut as the parameter is; None for what is no tensor."""
+    """A tensor to read an entry into, sharded like the parameter; None if the entry is not a tensor."""
     if not isinstance(entry, TensorStorageMetadata):
         return None
     dtype = entry.properties.dtype
-    if isinstance(parameter, DTensor) and entry.size == parameter.shape:
+    if is_dtensor(parameter) and entry.size == parameter.shape:
         return torch.empty_like(parameter, dtype=dtype)
     return torch.empty(entry.size, dtype=dtype)
 
 
 def _split(key: str) -> tuple[str, str, str]:
-    """The beginning, the parameter's name and the end of an optimizer's entry."""
-    beginning = _STATE if key.startswith(_STATE) else _GROUPS
-    name, _, end = key.removeprefix(beginning).rpartition(".")
-    return beginning, name, end
+    """Splits the key of an entry into prefix, name of the parameter and key of the state or setting."""
+    prefix = _STATE if key.startswith(_STATE) else _GROUPS
+    name, _, own = key.removeprefix(prefix).rpartition(".")
+    return prefix, name, own
 
 
 def positional(optimizer: torch.optim.Optimizer, names: Names, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer's ``state_dict`` with what was ``kept`` by name.
+    """A ``state_dict`` for the optimizer from state and settings by name, as ``by_name`` returns them.
 
-    Raises InvalidArgument where the parameters of a group had different settings.
+    Raises InvalidArgument if the parameters of a group have different settings.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for key, value in kept.items():
-        beginning, name, end = _split(key)
-        found.setdefault((beginning, name), {})[end] = value
+        prefix, name, own = _split(key)
+        found.setdefault((prefix, name), {})[own] = value
     packed = optimizer.state_dict()
-    state, groups = {}, []
+    state: dict[int, dict[str, Any]] = {}
+    groups = []
     for group, numbered in zip(optimizer.param_groups, packed["param_groups"]):
         first_names = [names[parameter][0] for parameter in group["params"]]
         groups.append(numbered | _common([(name, found[_GROUPS, name]) for name in first_names]))
@@ -121,7 +122,7 @@ def positional(optimizer: torch.optim.Optimizer, names: Names, kept: Mapping[str
 
 
 def _common(settings: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """The settings of a group, all of whose parameters had the same."""
+    """The settings of a group, which all its parameters have. Raises InvalidArgument if they differ."""
     if not settings:
         return {}
     first, common = settings[0]

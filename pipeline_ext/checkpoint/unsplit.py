@@ -1,4 +1,4 @@
-"""The unsplit model: a pipeline's parameters, gradients and state, under the names that they have there."""
+"""The unsplit model: a pipeline's parameters, gradients and state under the names of the original model."""
 
 import contextlib
 import copy
@@ -10,19 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ..base.imported import is_dtensor
 from ..engines.lifetime import Lifetime
 from ..errors import InvalidArgument
 from ..model.cut import Slice
 
-LOSS = "loss_fn."  # with which the names of a loss function's parameters and buffers begin
+LOSS = "loss_fn."  # prefix of the names of a loss function's parameters and buffers
 
 
 def repeated_names(model: nn.Module | Sequence[Any], loss_fn: Any = None) -> set[str]:
-    """The names of tied parameters, without the first of each, as in ``LocalModel``."""
+    """The names of tied parameters, except the first name of each, as ``LocalModel`` takes them."""
     whole = model if isinstance(model, nn.Module) else _numbered(enumerate(model))
     trained = _with_loss(_unwrapped(whole), loss_fn)
     every = {name for name, _ in trained.named_parameters(remove_duplicate=False)}
@@ -30,12 +30,12 @@ def repeated_names(model: nn.Module | Sequence[Any], loss_fn: Any = None) -> set
 
 
 class LocalModel:
-    """What this process holds of the unsplit model.
+    """The part of the unsplit model that this process holds.
 
     Attributes:
-        module: the model where all of it is here; otherwise one that lacks the layers that are not. It has no
-            DistributedDataParallel around its layers.
-        elsewhere: the names of the layers that are not here.
+        module: the model, or a copy without the layers of other processes. DistributedDataParallel around
+            layers is removed.
+        elsewhere: the names of the layers of other processes.
     """
 
     def __init__(
@@ -46,13 +46,14 @@ class LocalModel:
         repeated: Collection[str],
         loss_fn: Any = None,
     ) -> None:
-        """``stages`` are what ``partition.cut`` made of ``model``, ``local`` those of this process, by stage.
+        """``stages``: what ``cut`` made of ``model``; ``local``: the modules of this process, by stage.
 
-        ``repeated`` are ``repeated_names``, from before the model had memory here and none elsewhere.
-        Raises InvalidArgument where the names of the loss function's parameters are taken.
+        ``repeated``: ``repeated_names`` of the model, taken before stages of other processes lose their memory.
+        Raises InvalidArgument if the model has a layer with the loss function's name.
         """
         layers = [s.names if isinstance(s, Slice) else [str(index)] for index, s in enumerate(stages)]
         self.elsewhere = [name for index, names in enumerate(layers) if index not in local for name in names]
+        module: nn.Module
         if not isinstance(model, nn.Module):
             module = _numbered(local.items())
         elif self.elsewhere:
@@ -65,53 +66,53 @@ class LocalModel:
 
     @property
     def trained(self) -> nn.Module:
-        """``module``, and where the loss function is a module that too, as a child of that name."""
+        """``module``, with the loss function as a child if that is a module with parameters."""
         return _with_loss(self.module, self._loss_fn)
 
     def counted_parameters(self) -> list[nn.Parameter]:
-        """Those that no earlier layer of another process holds, each once."""
+        """The parameters, without those that an earlier layer of another process holds too; each once."""
         return [p for name, p in self.trained.named_parameters() if name not in self._repeated]
 
 
 class UnsplitModel:
-    """What a pipeline has in common with the model that it is made of.
+    """The part of a pipeline that looks like the model it was made of.
 
-    Of several processes each has what belongs to its own stages.
+    In many processes, each process has the parameters and the state of its own stages.
     """
 
     _local: LocalModel
     _lifetime: Lifetime
-    _group: dist.ProcessGroup | None  # of the processes that hold the stages; None: this one holds all
+    _group: dist.ProcessGroup | None  # the processes that hold the stages; None: this process holds all
 
     def named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-        """All that is trained: the model's parameters, with the names that they have in the unsplit model.
+        """The parameters under the names of the unsplit model.
 
-        A tied parameter comes once, or with ``remove_duplicate=False`` once for each of its names. Those of
-        a ``loss_fn`` that is a module come last, under names that begin with "loss_fn.".
+        A tied parameter comes once, or with ``remove_duplicate=False`` under each of its names. If ``loss_fn``
+        is a module, its parameters come last, under names that begin with "loss_fn.".
         """
         return self._local.trained.named_parameters(remove_duplicate=remove_duplicate)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of ``named_parameters``, each once, as an optimizer takes them."""
+        """The parameters of ``named_parameters``, each once, for an optimizer."""
         return self._local.trained.parameters()
 
     def state_dict(self) -> dict[str, Any]:
-        """The model's parameters and buffers, under the names they have in the unsplit model.
+        """The parameters and buffers under the names of the unsplit model.
 
-        What ``nn.Module.state_dict`` of the model given to Pipeline returns; of a list of stage modules,
-        that of ``nn.Sequential(*stages)``. DistributedDataParallel around a layer adds nothing to its names. A
-        ``loss_fn`` that is a module is not part of it, but is of what ``save_checkpoint`` writes. Works on a
-        closed or dead pipeline too. Raises PipelineError while a step is running.
+        Returns what ``nn.Module.state_dict`` of the model given to Pipeline returns; for a list of stage
+        modules, that of ``nn.Sequential(*stages)``. DistributedDataParallel around a layer does not change its
+        names. If ``loss_fn`` is a module, only ``save_checkpoint`` includes its state. Also works
+        on a closed or dead pipeline. Raises PipelineError while a step is running.
         """
         with self._lifetime.one_at_a_time("state_dict was called"):
             return self._local.module.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
-        """Copies in what ``state_dict`` of a pipeline with any stages, or of the plain model, returned.
+        """Copies in the ``state_dict`` of the plain model, or of a pipeline with any number of stages.
 
-        As ``nn.Module.load_state_dict``: returns ``missing_keys`` and ``unexpected_keys``; raises
-        RuntimeError for tensors of other shapes and, if ``strict``, for missing or unexpected names. What
-        belongs to another process's stages is passed over. Raises PipelineError while a step is running.
+        Like ``nn.Module.load_state_dict``: returns ``missing_keys`` and ``unexpected_keys``; raises
+        RuntimeError for tensors of other shapes and, if ``strict``, for missing or unexpected names. Skips the
+        state of other processes' stages. Raises PipelineError while a step is running.
         """
         elsewhere = tuple(f"{name}." for name in self._local.elsewhere)
         with self._lifetime.one_at_a_time("load_state_dict was called"):
@@ -119,7 +120,7 @@ class UnsplitModel:
 
     @contextlib.contextmanager
     def at_rest(self, what: str) -> Iterator[nn.Module]:
-        """All that is trained, as one module; PipelineError, naming ``what``, while a step is running."""
+        """Yields all that is trained as one module. Raises PipelineError while a step runs."""
         with self._lifetime.one_at_a_time(what):
             yield self._local.trained
 
@@ -128,33 +129,35 @@ class UnsplitModel:
     ) -> Tensor:
         """``torch.nn.utils.clip_grad_norm_`` of the unsplit model: over all stages, tied parameters once.
 
-        Parameters of a ``loss_fn`` that is a module are clipped along. Several processes call it together, also
-        those that share a parameter out (fully_shard, tensor parallelism). Returns the norm before clipping, a
-        tensor without dimensions, the same in each of them. Raises RuntimeError, in all of them, where it is
-        not finite and ``error_if_nonfinite`` asks for that; PipelineError while a step is running.
+        Includes the parameters of ``loss_fn``, if that is a module. In many processes, all call it together; it
+        works with sharded parameters (fully_shard, tensor parallelism). Returns the norm before clipping, a
+        tensor without dimensions, the same in all processes. Raises RuntimeError, in all processes, if the norm
+        is not finite and ``error_if_nonfinite`` is set; PipelineError while a step is running.
         """
         with self._lifetime.one_at_a_time("clip_grad_norm_ was called"):
             norms = _norms(self._local.counted_parameters(), norm_type)
             if self._group is not None:
-                norms = self._norms_by_process(norms, norm_type)
+                norms = self._norms_by_process(norms, norm_type, self._group)
             total = get_total_norm(norms, norm_type, error_if_nonfinite)
             for parameters in _by_mesh(self.parameters()).values():
                 clip_grads_with_norm_(parameters, max_norm, total)
         return total
 
-    def _norms_by_process(self, norms: list[Tensor], norm_type: float) -> list[Tensor]:
+    def _norms_by_process(
+        self, norms: list[Tensor], norm_type: float, group: dist.ProcessGroup
+    ) -> list[Tensor]:
         norm = get_total_norm(norms, norm_type)
-        # float64: of one type in all processes, whatever their parameters are of, and exact.
-        over_cpus = "gloo" in dist.get_backend_config(self._group)
+        # float64 is exact, and the same type in all processes whatever the types of their parameters.
+        over_cpus = "gloo" in dist.get_backend_config(group)
         device = "cpu" if over_cpus else next((p.device for p in self.parameters()), None)
         sent = norm.to(device, torch.float64)
-        norms = [torch.empty_like(sent) for _ in range(self._group.size())]
-        dist.all_gather(norms, sent, group=self._group)
+        norms = [torch.empty_like(sent) for _ in range(group.size())]
+        dist.all_gather(norms, sent, group=group)
         return [received.to(torch.promote_types(norm.dtype, torch.float32)) for received in norms]
 
 
 def _numbered(stages: Iterable[tuple[int, Any]]) -> nn.Sequential:
-    """The stage modules, named as in ``nn.Sequential(*stages)``; what is no module is left out."""
+    """The stage modules, named as in ``nn.Sequential(*stages)``; functions that make modules are left out."""
     whole = nn.Sequential()
     for index, stage in stages:
         if isinstance(stage, nn.Module):
@@ -163,18 +166,18 @@ def _numbered(stages: Iterable[tuple[int, Any]]) -> nn.Sequential:
 
 
 def _part(module: nn.Module, layers: Collection[str], prefix: str = "") -> nn.Module:
-    """A copy of the containers alone, in which the layers of other names are left out."""
+    """A shallow copy of the containers, with the named layers only."""
     part = copy.copy(module)
     part._modules = {
         name: child if prefix + name in layers else _part(child, layers, f"{prefix}{name}.")
         for name, child in module._modules.items()
-        if any(f"{layer}.".startswith(f"{prefix}{name}.") for layer in layers)
+        if child is not None and any(f"{layer}.".startswith(f"{prefix}{name}.") for layer in layers)
     }
     return part
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module without DistributedDataParallel; a copy of containers alone, where there is any in them."""
+    """The module without DistributedDataParallel; containers of layers that have it are copied shallowly."""
     if isinstance(module, DistributedDataParallel):
         return _unwrapped(module.module)
     layers = {name: None if child is None else _unwrapped(child) for name, child in module._modules.items()}
@@ -186,14 +189,14 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _with_loss(module: nn.Module, loss_fn: Any) -> nn.Module:
-    """The module, or a copy of it alone that has the loss function as a child where that is trained."""
+    """The module; if the loss function has parameters, a shallow copy with that as a child."""
     if not isinstance(loss_fn, nn.Module) or not any(True for _ in loss_fn.parameters()):
         return module
     name = LOSS.rstrip(".")
     if module._modules.get(name, loss_fn) is not loss_fn:
         raise InvalidArgument(
-            f"the model has a layer {name!r}, and loss_fn is another module with parameters, which are to be "
-            "saved under that name; rename the layer"
+            f"the model has a layer {name!r}, but the parameters of loss_fn are saved under that name; rename "
+            "the layer"
         )
     both = copy.copy(module)
     both._modules = module._modules | {name: loss_fn}
@@ -201,25 +204,33 @@ def _with_loss(module: nn.Module, loss_fn: Any) -> nn.Module:
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> dict[DeviceMesh | None, list[nn.Parameter]]:
-    """Those that have a gradient, by the mesh whose processes share it out; torch does not mix them."""
+    """Parameters with a gradient, by the mesh that shards it; torch cannot mix meshes in one norm."""
     found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for p in parameters:
         if p.grad is not None:
-            found.setdefault(p.grad.device_mesh if isinstance(p.grad, DTensor) else None, []).append(p)
+            mesh = p.grad.device_mesh if is_dtensor(p.grad) else None
+            found.setdefault(mesh, []).append(p)
     return found
 
 
 def _norms(parameters: Iterable[nn.Parameter], norm_type: float) -> list[Tensor]:
-    """Plain tensors that have the norm of all gradients: those of one process themselves, others' norms."""
-    by_mesh = {mesh: [p.grad for p in found] for mesh, found in _by_mesh(parameters).items()}
-    plain = by_mesh.pop(None, [])
-    return [*plain, *(get_total_norm(grads, norm_type).full_tensor() for grads in by_mesh.values())]
+    """Plain tensors whose total norm is that of all gradients: the gradients, and the norm of each mesh's."""
+    by_mesh = {
+        mesh: [p.grad for p in found if p.grad is not None] for mesh, found in _by_mesh(parameters).items()
+    }
+    norms = by_mesh.pop(None, [])
+    for grads in by_mesh.values():
+        norm = get_total_norm(grads, norm_type)
+        assert is_dtensor(norm)
+        norms.append(norm.full_tensor())
+    return norms
 
 
 def _without(state_dict: Mapping[str, Any], prefixes: tuple[str, ...]) -> Mapping[str, Any]:
-    """Without the names that begin so; versions of modules are kept."""
+    """The state without the names that begin with a prefix; the versions of modules stay."""
     if not prefixes:
         return state_dict
     kept = OrderedDict((name, value) for name, value in state_dict.items() if not name.startswith(prefixes))
-    kept._metadata = getattr(state_dict, "_metadata", None)  # as torch itself copies it
+    # torch keeps the versions of modules in this attribute of a plain OrderedDict.
+    kept._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
     return kept

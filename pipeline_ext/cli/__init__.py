@@ -1,20 +1,29 @@
 """The command line: ``pipeline-ext`` and ``python -m pipeline_ext``."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
 from ..errors import PipelineError
-from . import doctor, plan, train
+
+# Each is a module here, imported only for its own command: plan and the list of commands need no torch.
+_COMMANDS = {
+    "train": "train a byte-level GPT on text",
+    "plan": "simulate schedules, compare them, search for a better one",
+    "doctor": "show what is installed and what works here",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="pipeline-ext", description="Pipeline-parallel training for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train.add_parser(commands)
-    plan.add_parser(commands)
-    doctor.add_parser(commands)
+    for name, help in _COMMANDS.items():
+        command = commands.add_parser(name, help=help)
+        if name in argv:
+            importlib.import_module(f".{name}", __name__).set_up(command)
     options = parser.parse_args(argv)
     try:
         return options.run(options)

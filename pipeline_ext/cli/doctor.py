@@ -28,13 +28,11 @@ class Capability:
     note: str
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "doctor",
-        help="show what is installed and what works here",
-        description="Shows versions, devices and settings, and which features of the engine work here. Runs a "
-        "tiny training step on the CPU. Exit status 0 if that works, 1 if not.",
+def set_up(parser: argparse.ArgumentParser) -> None:
+    """Describes the command and adds its options."""
+    parser.description = (
+        "Shows versions, devices and settings, and which features of the engine work here. Runs a "
+        "tiny training step on the CPU. Exit status 0 if that works, 1 if not."
     )
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")

@@ -13,9 +13,10 @@ from ..base.files import whole_file
 from ..errors import InvalidArgument, InvalidSchedule
 from ..plan import zero_bubble
 from ..plan.build import AUTO, check_size, schedule_names
-from ..plan.comparison import Planned, planned, rebatched, recut, searched, simulated, stages_of
+from ..plan.comparison import Planned, planned, searched, simulated, stages_of
+from ..plan.costs import Costs, rebatched, recut
 from ..plan.search import SearchResult, search
-from ..plan.simulation import Costs, Simulation
+from ..plan.simulation import Simulation
 from ..report.page import save_page
 from ..report.panel import Panel, percent, simulated_panel
 from ..report.timeline import SUFFIXES, accepted_path, save_picture, unit_of
@@ -25,13 +26,11 @@ from .plan_table import feasible, show
 _SECONDS = 5.0  # for a search that nothing else bounds
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "plan",
-        help="simulate schedules, compare them, search for a better one",
-        description="Simulates schedules with given costs and shows their times and memory. Exit status 0 if "
-        "at least one of them is possible, 1 if none, 2 for options that cannot be used.",
+def set_up(parser: argparse.ArgumentParser) -> None:
+    """Describes the command and adds its options."""
+    parser.description = (
+        "Simulates schedules with given costs and shows their times and memory. Exit status 0 if "
+        "at least one of them is possible, 1 if none, 2 for options that cannot be used."
     )
     parser.set_defaults(run=run)
     add_arguments(parser)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..errors import InvalidArgument
 from ..plan.build import AUTO, schedule_names
-from ..plan.costs_file import BOUNDARY, PLACES, RANK
-from ..plan.simulation import Costs
+from ..plan.costs import Costs
+from ..plan.costs_file import BOUNDARY, LISTED_BY, RANK
 from .numbers import cost, count, count_or_zero, counts, positive, seconds, speed
 
 _COSTS = {  # by field of Costs
@@ -115,7 +115,7 @@ def costs_of(options: argparse.Namespace, num_stages: int, num_ranks: int) -> Co
     given = {field: value for field in _COSTS if (value := getattr(options, field)) is not None}
     costs = replace(costs, **given)
     counts: dict[str | None, int] = {BOUNDARY: num_stages - 1, RANK: num_ranks}
-    for field, place in PLACES.items():
+    for field, place in LISTED_BY.items():
         value, expected = getattr(costs, field), counts.get(place, num_stages)
         if isinstance(value, list) and len(value) != expected:
             name = _COSTS[field][0] if field in given else f"{field!r} in {options.costs!r}"

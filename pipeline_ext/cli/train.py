@@ -25,14 +25,12 @@ from .display import Display
 from .options import Options, add_arguments, dtype, read_options
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "train",
-        help="train a byte-level GPT on text",
-        description="Trains a byte-level GPT through a pipeline. By default it learns the source files of "
+def set_up(parser: argparse.ArgumentParser) -> None:
+    """Describes the command and adds its options."""
+    parser.description = (
+        "Trains a byte-level GPT through a pipeline. By default it learns the source files of "
         "Python's standard library, in about two minutes on two cores. Under torchrun each process is one "
-        "rank, on a CPU.",
+        "rank, on a CPU."
     )
     parser.set_defaults(run=run)
     add_arguments(parser)

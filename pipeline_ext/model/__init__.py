@@ -1,1 +1,1 @@
-"""Where a model is cut into stages, and what its modules hold."""
+"""The model itself: cutting it into stages, skip connections, and a watch on its modules."""

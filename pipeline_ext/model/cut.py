@@ -5,11 +5,11 @@ import difflib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from ..errors import InvalidArgument
@@ -24,14 +24,14 @@ _LIST_FORM = (
 class Slice(nn.Module):
     """Consecutive layers of a model, run one after another.
 
-    The first takes whatever the stage is given; each further one takes the result of the one before.
+    The first layer takes all that the stage is given, each other layer the result of the layer before.
     """
 
     def __init__(self, layers: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__()
         self.names = [name for name, _ in layers]
         self.layers = nn.ModuleList(layer for _, layer in layers)
-        self._chain = list(self.layers)  # quicker to read than a submodule
+        self._chain = list(self.layers)  # quicker to read than nn.ModuleList
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         first, *rest = self._chain
@@ -55,17 +55,17 @@ def cut(
     """The stage modules of a model.
 
     Args:
-        model: an ``nn.Sequential``, a module whose children run in order (with ``cuts``), or the list of
-            stage modules itself, or of functions that make them. Nested sequentials and module lists are
-            opened.
-        num_stages: how many; may be left out where ``model`` or ``cuts`` say it.
+        model: an ``nn.Sequential``; a module whose children run in order (with ``cuts``); or a list of
+            stage modules, or of functions that make them. Layers of nested sequentials and module lists count
+            one by one.
+        num_stages: number of stages; may be left out if ``model`` or ``cuts`` tell it.
         cuts: the layers, by name or position, at which a new stage begins.
-        balance: ``"parameters"`` makes the largest stage as small as it can be by parameter count;
-            ``"time"`` by measured forward and backward time of a microbatch, which needs ``sample``.
+        balance: ``"parameters"``: the largest stage has as few parameters as possible. ``"time"``: the slowest
+            stage takes as little time as possible for forward and backward of ``sample``, which is measured.
         sample: one microbatch's input: a tensor, or a tuple of positional arguments.
 
     Raises:
-        InvalidArgument: if the model cannot be cut so; the message says how it can.
+        InvalidArgument: if the model cannot be cut like this. The message says how it can.
     """
     if isinstance(model, (list, tuple, nn.ModuleList)):
         return _given_stages(model, num_stages, cuts)
@@ -87,7 +87,7 @@ def cut(
         raise InvalidArgument(
             f"{type(model).__name__} has "
             + (f"parameters or buffers of its own ({', '.join(own)})" if own else "hooks of its own")
-            + f", which would be lost, for its children run without it; {_LIST_FORM}"
+            + f", which would be lost, because its children run without it; {_LIST_FORM}"
         )
     if cuts is not None:
         starts = _starts_of(cuts, [name for name, _ in layers], num_stages)
@@ -98,12 +98,12 @@ def cut(
 
 
 def balanced(weights: Sequence[float], parts: int) -> list[int]:
-    """Where each of ``parts`` consecutive runs starts so that the heaviest is as light as it can be."""
+    """The starts of ``parts`` consecutive runs of the weights, the heaviest of them as light as possible."""
     sums = [0.0]
     for weight in weights:
         sums.append(sums[-1] + weight)
     count = len(weights)
-    # best[i]: the heaviest of the runs that the first i weights make, and where the last one starts.
+    # best[i]: for the first i weights, the weight of the heaviest run, and where the last run starts.
     best = [(sums[i], 0) for i in range(count + 1)]
     history = [best]
     for part in range(2, parts + 1):
@@ -122,7 +122,9 @@ def balanced(weights: Sequence[float], parts: int) -> list[int]:
     return starts[::-1]
 
 
-def _given_stages(stages, num_stages, cuts) -> list[nn.Module | Callable[[], nn.Module]]:
+def _given_stages(
+    stages: Sequence[Any] | nn.ModuleList, num_stages: int | None, cuts: Sequence[str | int] | None
+) -> list[nn.Module | Callable[[], nn.Module]]:
     if cuts is not None:
         raise InvalidArgument("cuts does not go with a list of stage modules, which is cut already")
     if not stages or not all(isinstance(s, nn.Module) or _is_maker(s) for s in stages):
@@ -141,23 +143,27 @@ def _is_maker(stage: Any) -> bool:
     return callable(stage) and not isinstance(stage, type)
 
 
-def _runs_children_in_order(module: nn.Module) -> bool:
+def _runs_children_in_order(module: nn.Module) -> TypeGuard[nn.Sequential]:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _open(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    """Layers with their names; containers that only hold layers are opened."""
-    layers = []
-    for name, child in model._modules.items():  # a layer that is there twice runs twice
+    """Layers with their names, those inside plain containers one by one."""
+    layers: list[tuple[str, nn.Module]] = []
+    for name, child in model._modules.items():  # not children(): a layer that occurs twice runs twice
         if child is None:
             continue
-        is_list = type(child).forward is nn.ModuleList.forward and isinstance(child, nn.ModuleList)
-        is_container = is_list or _runs_children_in_order(child)
-        if is_container and not _has_hooks(child) and len(child) > 0:
+        if _is_plain_container(child) and not _has_hooks(child) and len(child) > 0:
             layers += _open(child, f"{prefix}{name}.")
         else:
             layers.append((prefix + name, child))
     return layers
+
+
+def _is_plain_container(module: nn.Module) -> TypeGuard[nn.Sequential | nn.ModuleList]:
+    """Whether it only holds layers, and computes nothing itself."""
+    is_list = isinstance(module, nn.ModuleList) and type(module).forward is nn.ModuleList.forward
+    return is_list or _runs_children_in_order(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -205,7 +211,9 @@ def _position(cut_at: str | int, names: list[str]) -> int:
     )
 
 
-def _balanced_starts(layers, num_stages, balance, sample) -> list[int]:
+def _balanced_starts(
+    layers: Sequence[tuple[str, nn.Module]], num_stages: int | None, balance: str, sample: Any
+) -> list[int]:
     if num_stages is None:
         raise InvalidArgument("num_stages is missing: say into how many stages to cut the model")
     if num_stages > len(layers):
@@ -225,12 +233,11 @@ def _balanced_starts(layers, num_stages, balance, sample) -> list[int]:
 
 
 def _parameter_counts(layers: Sequence[nn.Module]) -> list[float]:
-    """Parameters of each layer, a shared one counted where it first appears.
+    """Number of parameters of each layer. A shared parameter counts in the first layer that holds it.
 
-    Each layer weighs a little besides, so that layers without parameters spread evenly.
+    Each layer weighs a little more than that, so that layers without parameters spread evenly.
     """
-    lazy = [p for layer in layers for p in layer.parameters() if is_lazy(p)]
-    if lazy:
+    if any(isinstance(p, UninitializedParameter) for layer in layers for p in layer.parameters()):
         raise InvalidArgument(
             "the model has lazy parameters, whose size is not known yet; run it once before cutting it"
         )
@@ -244,7 +251,7 @@ def _parameter_counts(layers: Sequence[nn.Module]) -> list[float]:
 
 
 def _layer_times(layers: Sequence[nn.Module], sample: Any, repeats: int = 3) -> list[float]:
-    """Seconds of forward and backward of each layer, run as copies: the model's state is untouched."""
+    """Seconds of forward and backward of each layer. Copies run, so the model's state does not change."""
     value = sample if isinstance(sample, tuple) else (sample,)
     times = []
     stashed: dict[str, Tensor] = {}
@@ -269,6 +276,6 @@ def _layer_times(layers: Sequence[nn.Module], sample: Any, repeats: int = 3) -> 
 
 
 def _as_input(tensor: Tensor) -> Tensor:
-    """A copy that requires a gradient where one can, and that a layer may write to."""
+    """A copy that layers may write to; it requires a gradient if its type allows that."""
     copied = tensor.detach().clone()
     return copied.requires_grad_().clone() if copied.is_floating_point() else copied

@@ -1,4 +1,4 @@
-"""What modules hold at the moment, for those who must notice when that is replaced."""
+"""Notices when submodules, parameters or buffers of modules are replaced by other objects."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,33 +6,33 @@ from typing import Any
 from torch import nn
 
 
-class Holdings:
+class ModuleWatch:
     """The submodules, parameters and buffers of some modules.
 
     Attributes:
-        modules: those and all inside them, each once, as of the last ``look``.
+        modules: the modules and all inside them, each once, as of the last call of ``changed``.
     """
 
     modules: list[nn.Module]
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         self._roots = list(roots)
-        self._look: list[int] | None = None
-        self.look()
+        self._seen: list[int] | None = None
+        self.changed()
 
-    def look(self) -> bool:
-        """Looks again; returns whether anything is another object than before."""
-        if self._look is not None and self._look == self._ids():
+    def changed(self) -> bool:
+        """Whether any of them is another object than at the last call."""
+        if self._seen is not None and self._seen == self._ids():
             return False
         self.modules = list(dict.fromkeys(m for root in self._roots for m in root.modules()))
         self._tables: list[dict[str, Any]] = [
             table for m in self.modules for table in (m._modules, m._parameters, m._buffers)
         ]
-        self._look = self._ids()
+        self._seen = self._ids()
         return True
 
     def parameters(self) -> list[nn.Parameter]:
-        """All of them, each once."""
+        """All parameters, each once."""
         held = (p for m in self.modules for p in m._parameters.values() if p is not None)
         return list(dict.fromkeys(held))
 

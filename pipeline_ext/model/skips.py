@@ -1,4 +1,4 @@
-"""Skip connections: a module stashes a tensor, a later one pops it, and the modules between never see it."""
+"""Skip connections: a module stashes a tensor and a later module pops it; modules between do not pass it on."""
 
 import functools
 import threading
@@ -12,6 +12,8 @@ from ..errors import InvalidArgument, PipelineError
 
 Names = Sequence[str] | Callable[[Any], Sequence[str]]
 Class = TypeVar("Class", bound=type[nn.Module])
+
+_ATTRIBUTE = "_declared_skips"  # of a class of modules: its declaration
 
 
 def skips(*, stash: Names = (), pop: Names = ()) -> Callable[[Class], Class]:
@@ -31,19 +33,22 @@ def skips(*, stash: Names = (), pop: Names = ()) -> Callable[[Class], Class]:
             def forward(self, x):
                 return self.layer(torch.cat([x, pe.pop("early")], dim=1))
 
-    Each call of forward does all that is declared. In a model each name has one module that stashes it and one
-    that pops it.
+    Each call of forward must stash and pop everything that is declared. In a model, one module stashes each
+    name and one module pops it.
 
     Args:
-        stash, pop: names, or a function from a module of the class to its names.
+        stash, pop: names, or a function that takes a module of the class and returns its names.
 
     Raises:
-        InvalidArgument: for what is no names, or no class of modules.
+        InvalidArgument: if these are not names, or the class is not a subclass of nn.Module.
     """
-    declaration = _Declaration(_checked_names("stash", stash), _checked_names("pop", pop))
+    declaration = _Declaration(
+        stash if callable(stash) else _checked_names("stash", stash),
+        pop if callable(pop) else _checked_names("pop", pop),
+    )
 
     def declare(cls: Class) -> Class:
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        if not _is_module_class(cls):
             raise InvalidArgument(f"skips decorates a class of nn.Module; got {cls!r}")
         forward = cls.forward
 
@@ -53,44 +58,46 @@ def skips(*, stash: Names = (), pop: Names = ()) -> Callable[[Class], Class]:
                 return forward(self, *args, **kwargs)
 
         cls.forward = checked
-        cls._declared_skips = declaration
+        setattr(cls, _ATTRIBUTE, declaration)
         return cls
 
     return declare
 
 
 def stash(name: str, tensor: Tensor) -> None:
-    """Keeps ``tensor`` for the module that pops ``name``, which gets the tensor itself.
+    """Keeps ``tensor`` for the module that pops ``name``; in the same stage, that module gets the same object.
 
-    To be called in the forward of a module that declares it with ``skips``. Between stages the tensor travels
-    as it is when its stage's forward ends, and may not be changed in place after.
+    Call it in the forward of a module that declares the name with ``skips``. A tensor for another stage is sent
+    when its stage's forward ends; do not change it in place afterwards.
 
     Raises:
-        InvalidArgument: for what is no tensor.
-        PipelineError: for a name that is not declared, or stashed already.
+        InvalidArgument: if ``tensor`` is not a tensor.
+        PipelineError: if the name is not declared, or is stashed already.
     """
     if not isinstance(tensor, Tensor):
-        raise InvalidArgument(f"stash({name!r}) was given a {type(tensor).__name__}; stash tensors, one a name")
+        raise InvalidArgument(
+            f"stash({name!r}) was given a {type(tensor).__name__}; stash one tensor for each name"
+        )
     _call_that_declares("stash", name).does("stash", name)
     if _recomputes():
-        return  # the forward itself has stashed it
+        return  # the first run of this forward has stashed it
     if _thread.scope is not None and name in _thread.scope:
         raise PipelineError(f"{name!r} was stashed already and nothing has popped it yet; stash it once")
     _thread.stashed[name] = tensor
 
 
 def pop(name: str) -> Tensor:
-    """The tensor stashed as ``name``. To be called once, in the forward of a module that declares it.
+    """The tensor stashed as ``name``. Call it once, in the forward of a module that declares the name.
 
     Raises:
-        PipelineError: for a name that is not declared, or that nothing has stashed; and in a part that
-            activation checkpointing recomputes.
+        PipelineError: if the name is not declared, or nothing has stashed it, or activation checkpointing
+            recomputes the code that calls it.
     """
     _call_that_declares("pop", name).does("pop", name)
     if _recomputes():
         raise PipelineError(
-            f"{name!r} was popped in a part that activation checkpointing recomputes, and is there no more; "
-            "pop it before that part, and hand it in as an argument"
+            f"{name!r} was popped in a part that activation checkpointing recomputes, and is gone by then; "
+            "pop it before that part, and pass it in as an argument"
         )
     if name not in _thread.stashed:
         raise PipelineError(
@@ -101,7 +108,7 @@ def pop(name: str) -> Tensor:
 
 
 class Scope(dict[str, Tensor]):
-    """What is stashed and not popped yet, in one forward of a stage; entered, the thread's own."""
+    """The tensors stashed and not yet popped in one forward of a stage. In a ``with``, the thread uses it."""
 
     def __enter__(self) -> "Scope":
         self._outer, _thread.scope = _thread.scope, self
@@ -111,7 +118,7 @@ class Scope(dict[str, Tensor]):
         _thread.scope = self._outer
 
     def take(self, names: Iterable[str]) -> list[Tensor]:
-        """Empties it of what later stages pop. Raises PipelineError for more, or less, than that."""
+        """Removes and returns the named tensors. Raises PipelineError if one is missing or others are left."""
         missing = [name for name in names if name not in self]
         if missing:
             raise PipelineError(f"{_listed(missing)} was to be stashed, but no module has in this forward")
@@ -122,15 +129,15 @@ class Scope(dict[str, Tensor]):
 
 
 class NamedSkip(NamedTuple):
-    """From which stage a tensor goes to which."""
+    """A skip connection: its name, the stage that stashes the tensor, and the stage that pops it."""
 
     name: str
     source: int
-    target: int  # the same stage where both modules are in one
+    target: int  # equal to source if both modules are in one stage
 
 
 class DeclaredSkips(NamedTuple):
-    """What a module of a stage stashes and pops."""
+    """The names that a module of a stage stashes and pops."""
 
     stage: int
     stash: list[str]
@@ -138,13 +145,13 @@ class DeclaredSkips(NamedTuple):
 
 
 def declared_skips(stages: Mapping[int, nn.Module]) -> list[DeclaredSkips]:
-    """What the modules of stages declare."""
+    """The declarations of all modules in the stages."""
     declarations = (
-        (index, getattr(type(module), "_declared_skips", None), module)
+        (index, getattr(type(module), _ATTRIBUTE, None), module)
         for index, stage in stages.items()
         for module in stage.modules()
     )
-    # Sorted: sets have another order in each process.
+    # Sorted, because a set has another order in each process.
     return [
         DeclaredSkips(index, *map(sorted, declaration.of(module)))
         for index, declaration, module in declarations
@@ -153,7 +160,7 @@ def declared_skips(stages: Mapping[int, nn.Module]) -> list[DeclaredSkips]:
 
 
 def find_skips(declared: Iterable[DeclaredSkips]) -> list[NamedSkip]:
-    """What is declared, by stage. Raises InvalidArgument for ends that do not match."""
+    """The skip connections declared. Raises InvalidArgument if stashes and pops do not match."""
     ends: Mapping[str, dict[str, int]] = {"stash": {}, "pop": {}}
     for index, *of_module in declared:
         for what, names in zip(ends, of_module):
@@ -184,14 +191,14 @@ class _Declaration(NamedTuple):
     pop: Names
 
     def of(self, module: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
-        """What the module stashes and pops."""
+        """The names that the module stashes, and those that it pops."""
         of_module = (names(module) if callable(names) else names for names in self)
         stash, pop = (frozenset(_checked_names(what, n)) for what, n in zip(self._fields, of_module))
         return stash, pop
 
 
 class _Call:
-    """One call of a declaring module's forward, and what of its declaration that has still to do."""
+    """One call of the forward of a module with a declaration, and the names it has not handled yet."""
 
     def __init__(self, module: str, stash: frozenset[str], pop: frozenset[str]) -> None:
         self._module = module
@@ -216,12 +223,12 @@ class _Call:
 
 
 class _Thread(threading.local):
-    """What the calling thread has stashed: in a stage's scope, or else in the plain model."""
+    """What the calling thread has stashed: in a stage's scope, or outside a pipeline in the plain model."""
 
     def __init__(self) -> None:
-        self.calls: list[_Call] = []  # the innermost last
+        self.calls: list[_Call] = []  # innermost last
         self.scope: Scope | None = None
-        self._plain: dict[str, Tensor] = {}  # a forward that failed may have left some, to be replaced
+        self._plain: dict[str, Tensor] = {}  # a failed forward may leave tensors, which the next one replaces
 
     @property
     def stashed(self) -> dict[str, Tensor]:
@@ -241,13 +248,15 @@ def _call_that_declares(what: str, name: str) -> _Call:
 
 
 def _recomputes() -> bool:
-    """Whether a backward runs on this thread, and in it activation checkpointing a forward."""
+    """Whether activation checkpointing runs this forward, inside a backward of this thread."""
     return torch._C._current_graph_task_id() != -1
 
 
-def _checked_names(what: str, names: Any) -> Names:
-    if callable(names):
-        return names
+def _is_module_class(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
+def _checked_names(what: str, names: Any) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(n, str) for n in names):
         raise InvalidArgument(f'{what} is {names!r}; give a list of names, as in {what}=["early"]')
     return tuple(names)

@@ -1,25 +1,38 @@
-"""From what the user says about schedule and devices to a plan."""
+"""Builds a plan from a schedule's name, its CSV file, its actions or a Policy."""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from .. import _C
 from ..base import arguments
 from ..errors import InvalidArgument, InvalidSchedule
 from . import zero_bubble
+from .costs import Costs
 from .policy import Policy
-from .simulation import Costs
 
 ScheduleLike = str | os.PathLike | Policy | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
 
-_MOST_TASKS = 2**32 - 2  # of a plan
+_MOST_TASKS = 2**32 - 2  # that a plan holds
 
-AUTO = "auto"  # in place of a schedule's name: one that suits the costs
+AUTO = "auto"  # as a schedule: the best one at the costs
+
+
+class _Mode(TypedDict):
+    """How a plan runs; see ``build_plan``."""
+
+    overlap: bool
+    reactive: bool
+    packs: list[int]
+    packs_forward: list[int]
+    skips: list[_C.Skip]
+    in_flight: list[int]
+    room: list[int]
 
 
 def schedule_names() -> list[str]:
-    """The schedules known by name."""
+    """The names of all schedules."""
     return [*_C.schedule_names(), zero_bubble.NAME]
 
 
@@ -49,29 +62,30 @@ def build_plan(
     """The plan of one step.
 
     Args:
-        schedule: a name of ``schedule_names()``; the path of a CSV file with one line of actions for
-            each rank; the actions of each rank as text, by rank; or a Policy.
+        schedule: a name from ``schedule_names()``; the path of a CSV file with a line of actions for each
+            rank; the actions of each rank as text, by rank; or a Policy.
         num_stages: stages of the model.
         microbatches: microbatches of one step.
-        num_ranks: ranks; by default one for each stage, or for each two of a schedule that holds
-            several stages on a rank.
-        overlap: let a rank's forward and backward stream run at the same time.
-        reactive: let a rank whose next planned task is not ready take another that is. Otherwise an order
-            given is kept as it is, or refused.
-        packs, packs_forward: how many microbatches' gradients, and activations, leave in one message, by
-            boundary; empty: 1.
-        skips: what goes from a stage straight to a later one, as in ``Skip(0, 3, pack=2)``.
-        in_flight: the most microbatches that a stage may hold, or a list of that by stage; None or empty: as
-            many as it takes.
-        room: how many microbatches each stage may hold at least, by stage, where ``in_flight`` allows it;
-            empty: no more than it takes.
-        memory: costs whose ``memory_limit`` the plan keeps wherever it runs, None: none. An order that
-            exceeds it is refused; ranks that react start their F in the planned order, each when it fits.
-        costs: what ``"zb-auto"`` is searched for; see ``searched``.
+        num_ranks: ranks; by default one for each stage, or for each two stages if the schedule holds several
+            stages on a rank.
+        overlap: let the forward and the backward stream of a rank run at the same time.
+        reactive: let a rank run another task that is ready while its next planned task is not. Otherwise the
+            plan keeps the order given, or is refused.
+        packs, packs_forward: K by boundary: how many microbatches' gradients, and activations, one message
+            carries; empty: 1.
+        skips: skip connections, which go from a stage straight to a later one, as in ``Skip(0, 3, pack=2)``.
+        in_flight: the most microbatches that a stage may hold at once, one number or a list by stage; None or
+            empty: as many as the schedule takes.
+        room: the least number of microbatches that each stage may hold, by stage, as far as ``in_flight``
+            allows it; empty: no more than the schedule takes.
+        memory: costs whose ``memory_limit`` the plan keeps wherever it runs; None: no limit. An order that
+            exceeds the limit is refused; reactive ranks start their ``F`` in the planned order, each when the
+            microbatch fits.
+        costs: the costs at which ``"zb-auto"`` searches; None: F = I = W = 1 at each stage.
 
     Raises:
-        InvalidArgument: for numbers that cannot be used.
-        InvalidSchedule: if there is no such schedule, it does not fit, or it would never end.
+        InvalidArgument: for numbers that are not valid.
+        InvalidSchedule: if the schedule does not exist, does not fit, or would never end.
     """
     num_stages = arguments.count("num_stages", num_stages)
     microbatches = arguments.count("microbatches", microbatches)
@@ -88,7 +102,7 @@ def build_plan(
         return found if any(k > 1 for k in found) else []
 
     by_stage = f"a list of whole numbers of at least 1, one for each of the {num_stages} stages"
-    mode = {
+    mode: _Mode = {
         "overlap": overlap,
         "reactive": reactive,
         "packs": by_boundary("packs", packs),
@@ -103,7 +117,7 @@ def build_plan(
             return None
         return memory.by_stage(num_stages, num_ranks).memory(num_stages)
 
-    schedule = searched(
+    schedule = resolve_zb_auto(
         schedule,
         num_stages=num_stages,
         num_ranks=num_ranks,
@@ -112,15 +126,14 @@ def build_plan(
         costs=costs,
     )
     path = _csv_path(schedule)
-    if isinstance(schedule, str | Policy) and path is None and num_ranks is None:
-        num_ranks = default_ranks(schedule, num_stages)
-    if isinstance(schedule, Policy):
-        plan = schedule.plan(num_stages, num_ranks, microbatches, {**mode, "memory": limits(num_ranks)})
-    elif isinstance(schedule, str) and path is None:
-        return _C.make_plan(schedule, num_stages, num_ranks, microbatches, **mode, memory=limits(num_ranks))
-    else:
+    if path is not None or not isinstance(schedule, str | Policy):
         cells = _cells(schedule) if path is None else _C.cells_of_csv(_text(path))
         plan = _C.plan_of_cells(cells, **mode, memory=limits(len(cells)))
+    else:
+        ranks = default_ranks(schedule, num_stages) if num_ranks is None else num_ranks
+        if isinstance(schedule, str):
+            return _C.make_plan(schedule, num_stages, ranks, microbatches, **mode, memory=limits(ranks))
+        plan = schedule.plan(num_stages, ranks, microbatches, {**mode, "memory": limits(ranks)})
     for what, given, found in (
         ("num_stages", num_stages, plan.num_stages),
         ("microbatches", microbatches, plan.num_microbatches),
@@ -131,7 +144,7 @@ def build_plan(
     return plan
 
 
-def searched(
+def resolve_zb_auto(
     schedule: ScheduleLike,
     *,
     num_stages: int,
@@ -140,15 +153,15 @@ def searched(
     in_flight: Sequence[int],
     costs: Costs | None,
 ) -> ScheduleLike:
-    """``"zb-auto"`` as the order that a search finds, which takes seconds; any other schedule as it is.
+    """Replaces ``"zb-auto"`` by an order, which a search finds in seconds; returns other schedules unchanged.
 
     Args:
         num_ranks: None: as many as stages.
-        in_flight: the most microbatches of each stage, or empty. Where ``costs`` have no ``memory_limit``, the
-            search keeps what a rank's stages may hold together.
+        in_flight: the most microbatches that each stage may hold at once, or empty. If ``costs`` have no
+            ``memory_limit``, the search limits each rank to what its stages may hold together.
         costs: None: F = I = W = 1 at each stage.
 
-    Raises InvalidSchedule for costs or ranks that do not fit, and where nothing is found within the memory.
+    Raises InvalidSchedule for costs or ranks that do not fit, or if no order keeps the memory limit.
     """
     if schedule != zero_bubble.NAME:
         return schedule
@@ -173,7 +186,7 @@ def searched(
 
 
 def slots_of_ranks(in_flight: Sequence[int], rank_of_stage: Sequence[int]) -> list[float]:
-    """By rank, the microbatches that its stages may hold together; ``in_flight`` is by stage."""
+    """The microbatches that the stages of a rank may hold together, by rank; ``in_flight`` is by stage."""
     slots = [0.0] * (1 + max(rank_of_stage))
     for rank, most in zip(rank_of_stage, in_flight):
         slots[rank] += most
@@ -181,7 +194,7 @@ def slots_of_ranks(in_flight: Sequence[int], rank_of_stage: Sequence[int]) -> li
 
 
 def check_size(num_stages: int, microbatches: int) -> None:
-    """Raises InvalidArgument for more tasks than a plan holds, before memory is asked for them."""
+    """Raises InvalidArgument for more tasks than a plan holds, before memory is allocated for them."""
     if 2 * num_stages * microbatches > _MOST_TASKS:  # F and B
         raise InvalidArgument(
             f"{microbatches} microbatches at {num_stages} stages are more tasks than the {_MOST_TASKS} that a "
@@ -190,7 +203,7 @@ def check_size(num_stages: int, microbatches: int) -> None:
 
 
 def check_trainable(plan: _C.Plan) -> None:
-    """Raises InvalidSchedule for a plan that this engine cannot train with."""
+    """Raises InvalidSchedule for a plan that can be simulated, but not trained with."""
     if plan.rank_of_copy:
         raise InvalidSchedule(
             "the schedule keeps two copies of each stage's parameters, which can be planned and simulated but "
@@ -201,7 +214,7 @@ def check_trainable(plan: _C.Plan) -> None:
 
 
 def default_ranks(schedule: str | Policy, num_stages: int) -> int:
-    """Ranks that a schedule takes for a number of stages where none are given."""
+    """The number of ranks for a schedule when none is given."""
     if schedule == zero_bubble.NAME:
         return num_stages
     layout = schedule.placement if isinstance(schedule, Policy) else _C.layout_of(schedule)

@@ -1,4 +1,4 @@
-"""Schedules beside one another: what each would take, or why it cannot be."""
+"""Compares schedules: what each would take, or why it cannot run."""
 
 import math
 import time
@@ -10,15 +10,15 @@ from .. import _C
 from ..errors import InvalidSchedule
 from . import zero_bubble
 from .build import build_plan
-from .costs_file import BOUNDARY, PLACES, STAGE
-from .simulation import Costs, PerStage, Simulation, simulate
+from .costs import Costs
+from .simulation import Simulation, simulate
 
 _FIGURES = (
     "makespan", "ideal", "bubble", "bubble_from_first_start", "bubble_by_rank", "peak_in_flight", "peak_memory",
     "messages", "order", "lower_bound",
 )  # fmt: skip
 
-_ROUNDING = 1e-9  # of sums of times
+_ROUNDING = 1e-9  # relative error of sums of times
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Planned:
     """What one schedule would take. Times and memory are in the units of the costs.
 
     Attributes:
-        schedule: its name, or the file it comes from.
-        ranks, microbatches: how many there are; None, as ``chunks``, of a file in which that cannot be told.
-        chunks: the most stages that a rank holds, second copies not counted.
-        simulation: None where it cannot be.
-        reason: why it cannot be.
-        chosen: whether a search found it.
+        schedule: its name, or the file that holds it.
+        ranks, microbatches: their numbers; None, like ``chunks``, if the file is not valid.
+        chunks: the most stages that a rank holds; a second copy of a stage does not count.
+        simulation: the simulated step; None if the schedule cannot run.
+        reason: why it cannot run.
+        chosen: whether a search chose it.
     """
 
     schedule: str
@@ -45,12 +45,12 @@ class Planned:
 
     @property
     def title(self) -> str:
-        """What people see."""
+        """The name to show."""
         return f"{self.schedule} (auto)" if self.chosen else self.schedule
 
     @cached_property
     def ideal(self) -> float:
-        """What the busiest rank computes: F + I + W of its microbatches, less where they run at once."""
+        """Time that the busiest rank computes: ``F`` + ``I`` + ``W`` of its microbatches, less any overlap."""
         simulation = self._feasible()
         plan = simulation.plan
         times = self.costs.times(plan.num_stages)
@@ -63,15 +63,15 @@ class Planned:
 
     @property
     def bubble(self) -> float:
-        """Share of the makespan that is not ``ideal``."""
+        """Share of the makespan beyond ``ideal``."""
         makespan = self._feasible().makespan
         return 1.0 - self.ideal / makespan if makespan > 0 else 0.0
 
     @cached_property
     def lower_bound(self) -> float | None:
-        """A makespan below which no order of these stages on these ranks can be.
+        """No order of these stages on these ranks has a shorter makespan.
 
-        None where none is known: with ``overlap``, two copies of the stages, or no backward.
+        None if no such bound is known: with ``overlap``, two copies of the stages, or no backward.
         """
         plan = self._feasible().plan
         if plan.overlap or plan.rank_of_copy or not plan.has_backward:
@@ -80,7 +80,7 @@ class Planned:
         return _C.lower_bound(plan.rank_of_stage, plan.num_ranks, plan.num_microbatches, costs)[0]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; of what cannot be, the numbers are None and ``reason`` says why."""
+        """Values that JSON can hold. If it cannot run, the figures are None and ``reason`` says why."""
         about = {
             "schedule": self.schedule,
             "ranks": self.ranks,
@@ -120,7 +120,7 @@ def planned(
     costs: Costs,
     overlap: bool = False,
 ) -> Planned:
-    """Plans and simulates a schedule by name; where that is refused, ``reason`` says why."""
+    """Plans and simulates a schedule by name. If that is refused, ``reason`` says why."""
     try:
         plan = build_plan(
             schedule,
@@ -147,13 +147,13 @@ def searched(
     trials: int | None = None,
     seed: int = 0,
 ) -> Planned:
-    """As ``planned`` of ``"zb-auto"``, but within a budget; Ctrl-C ends it with the best so far.
+    """Like ``planned`` for ``"zb-auto"``, but within a budget. Ctrl-C ends it with the best so far.
 
     Args:
-        seconds: after which it ends. Until then it begins again with other random numbers, and keeps the best.
-        trials: orders to simulate; None: as many as ``"zb-auto"`` does, or as the seconds allow.
+        seconds: time limit. Until then the search starts again with other random numbers, and keeps the best.
+        trials: orders to simulate; None: as many as ``"zb-auto"`` does, or as fit into ``seconds``.
     """
-    nowhere = Planned(zero_bubble.NAME, num_ranks, num_stages // num_ranks, microbatches, costs)
+    refused = Planned(zero_bubble.NAME, num_ranks, num_stages // num_ranks, microbatches, costs)
     deadline = time.perf_counter() + seconds
     work = zero_bubble.WORK
     if trials is not None:
@@ -179,12 +179,12 @@ def searched(
                 break
             seed += 1
     except InvalidSchedule as error:
-        return replace(nowhere, reason=str(error))
+        return replace(refused, reason=str(error))
     return simulated(zero_bubble.NAME, _C.plan_of_cells(best.cells, overlap=overlap), costs)
 
 
 def simulated(schedule: str, plan: _C.Plan, costs: Costs) -> Planned:
-    """Simulates a plan; where that is refused, ``reason`` says why."""
+    """Simulates a plan. If that is refused, ``reason`` says why."""
     chunks = max(map(plan.rank_of_stage.count, plan.rank_of_stage))
     found = Planned(schedule, plan.num_ranks, chunks, plan.num_microbatches, costs)
     try:
@@ -194,50 +194,7 @@ def simulated(schedule: str, plan: _C.Plan, costs: Costs) -> Planned:
 
 
 def stages_of(schedule: str, num_ranks: int, chunks: int) -> int:
-    """Stages that a named schedule has on so many ranks; on each ``chunks`` where it leaves the choice."""
+    """Number of stages of a named schedule on ``num_ranks``, with ``chunks`` a rank if it allows any number."""
     if schedule == zero_bubble.NAME:
         return num_ranks * max(1, chunks)
     return num_ranks * {"v": 2, "looped": max(2, chunks)}.get(_C.layout_of(schedule), 1)
-
-
-def recut(costs: Costs, num_stages: int, wanted: int) -> Costs:
-    """The costs of a model cut into ``wanted`` stages, from those in which it is cut into ``num_stages``.
-
-    What a stage costs is spread evenly over it. Raises InvalidSchedule for lists by boundary, which other
-    boundaries do not have.
-    """
-    if num_stages == wanted:
-        return costs
-    cut = {}
-    for name, place in PLACES.items():
-        cost = getattr(costs, name)
-        if place == STAGE and cost is not None:
-            cut[name] = _recut(cost, num_stages, wanted)
-        elif place == BOUNDARY and not isinstance(cost, (int, float)):
-            raise InvalidSchedule(
-                f"{name} is given for each boundary between {num_stages} stages, and there are {wanted} "
-                "here; give one number for all"
-            )
-    return replace(costs, **cut)
-
-
-def rebatched(costs: Costs, factor: float) -> Costs:
-    """The costs of microbatches of ``factor`` times the rows."""
-
-    def times(cost: PerStage) -> PerStage:
-        return cost * factor if isinstance(cost, (int, float)) else [c * factor for c in cost]
-
-    grown = {name: getattr(costs, name) for name, place in PLACES.items() if place == STAGE}
-    grown["message_bytes"] = costs.message_bytes
-    return replace(costs, **{name: times(cost) for name, cost in grown.items() if cost is not None})
-
-
-def _recut(cost: PerStage, num_stages: int, wanted: int) -> PerStage:
-    if isinstance(cost, (int, float)):
-        return cost * num_stages / wanted
-
-    def between(begin: float, end: float) -> float:
-        return sum(c * max(0.0, min(end, s + 1) - max(begin, s)) for s, c in enumerate(cost))
-
-    length = num_stages / wanted
-    return [between(s * length, (s + 1) * length) for s in range(wanted)]

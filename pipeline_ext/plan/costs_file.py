@@ -1,6 +1,6 @@
 """Costs as a JSON file: one object of ``Costs``' fields, each a number or a list of numbers.
 
-A field left out has its default, as has one that is null. A bandwidth of null is infinite, in a list too.
+A field that is left out or null has its default. A bandwidth of null, also in a list, is infinite.
 """
 
 import json
@@ -14,7 +14,7 @@ from ..base.files import whole_file
 from ..errors import InvalidArgument
 
 STAGE, BOUNDARY, RANK = "one for each stage", "one for each boundary", "one for each rank"
-PLACES = {
+LISTED_BY = {
     "forward": STAGE,
     "backward": STAGE,
     "input_grad": STAGE,
@@ -35,9 +35,9 @@ _ABOVE_ZERO = ("bandwidth", "pair")
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """The fields that a file gives, checked.
+    """The fields in a file, checked.
 
-    Raises InvalidArgument for a file that cannot be read, or holds what is no cost.
+    Raises InvalidArgument if the file cannot be read or holds values that are not valid.
     """
     file = repr(str(path))
     try:
@@ -51,16 +51,16 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
             f'the costs {file} are no JSON object; write one such as {{"forward": 1, "backward": [2, 3]}}'
         )
     for key in given:
-        if key not in PLACES:
-            raise InvalidArgument(f"{key!r} in {file} is no cost; those are {', '.join(PLACES)}")
+        if key not in LISTED_BY:
+            raise InvalidArgument(f"{key!r} in {file} is no cost; those are {', '.join(LISTED_BY)}")
     found = {key: _checked(key, value, file) for key, value in given.items()}
     _check_lengths(found, file)
     return {key: value for key, value in found.items() if value is not None}
 
 
 def write(path: str | os.PathLike, fields: Mapping[str, Any]) -> None:
-    """Writes what ``read`` gives back; raises PipelineError where that cannot be done."""
-    lines = ",\n".join(f'  "{key}": {json.dumps(_finite(fields[key]))}' for key in PLACES if key in fields)
+    """Writes a file for ``read``. Raises PipelineError if it cannot be written."""
+    lines = ",\n".join(f'  "{key}": {json.dumps(_finite(fields[key]))}' for key in LISTED_BY if key in fields)
     with whole_file(Path(path)) as out:
         out.write(f"{{\n{lines}\n}}\n".encode())
 
@@ -68,7 +68,7 @@ def write(path: str | os.PathLike, fields: Mapping[str, Any]) -> None:
 def _checked(key: str, value: Any, file: str) -> float | list[float] | None:
     if value is None:
         return None
-    numbers = value if isinstance(value, list) and PLACES[key] else [value]
+    numbers = value if isinstance(value, list) and LISTED_BY[key] else [value]
     if key == "bandwidth":
         numbers = [math.inf if number is None else number for number in numbers]
     least = _LEAST.get(key, 0.0)
@@ -76,20 +76,20 @@ def _checked(key: str, value: Any, file: str) -> float | list[float] | None:
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
         if not is_number or not (number > 0 if key in _ABOVE_ZERO else least <= number < math.inf):
             accepted = "a number above 0" if key in _ABOVE_ZERO else f"a finite number of at least {least:g}"
-            verb = "holds" if isinstance(value, list) and PLACES[key] else "is"
+            verb = "holds" if isinstance(value, list) and LISTED_BY[key] else "is"
             raise InvalidArgument(
                 f"{key!r} in {file} {verb} {json.dumps(number)}; give {accepted}"
-                + (f", or a list of {PLACES[key]}" if PLACES[key] else "")
+                + (f", or a list of {LISTED_BY[key]}" if LISTED_BY[key] else "")
             )
     return [float(number) for number in numbers] if isinstance(value, list) else float(value)
 
 
 def _check_lengths(found: Mapping[str, Any], file: str) -> None:
-    """Raises InvalidArgument for lists that cannot be of one model."""
+    """Raises InvalidArgument for lists whose lengths do not fit one model."""
     stages: dict[str, int] = {}
     for key, value in found.items():
-        if isinstance(value, list) and PLACES[key] != RANK:
-            stages[key] = len(value) + (PLACES[key] == BOUNDARY)
+        if isinstance(value, list) and LISTED_BY[key] != RANK:
+            stages[key] = len(value) + (LISTED_BY[key] == BOUNDARY)
     for key, number in stages.items():
         first, expected = next(iter(stages.items()))
         if number != expected:

@@ -1,7 +1,8 @@
-"""A pipeline's first steps: measured, where it is to choose the plan of those to come."""
+"""A pipeline's first steps. If something is "auto", they are measured, and the plan is chosen after them."""
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .. import _C
@@ -10,14 +11,15 @@ from .profile import Profile
 MEASURED_STEPS = 3
 
 
-class Choice(Protocol):
-    """What has been chosen; as text, for people."""
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen. ``str()`` of it is for people."""
 
-    @property
-    def plan(self) -> _C.Plan: ...
+    plan: _C.Plan
 
     def tell(self) -> dict[str, Any]:
-        """What JSON can hold, of which another process makes the same."""
+        """Values that JSON can hold, from which ``Chooser.heard`` rebuilds the choice in another process."""
+        return {name: value for name, value in vars(self).items() if name != "plan"}
 
 
 class Profiled(Protocol):
@@ -27,85 +29,92 @@ class Profiled(Protocol):
 
 
 class Others(Protocol):
-    """The other processes of a pipeline. One process chooses, and all follow that.
+    """The other processes of a pipeline. One process chooses for all.
 
     Attributes:
-        chooses: whether this one does.
+        chooses: whether this process does.
     """
 
     chooses: bool
 
     def gather(self, trace: Profiled) -> Profiled | None:
-        """Of all processes, in the one that chooses."""
+        """The trace of all processes, in those that profile it; None elsewhere."""
 
     def hear(self, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """In every process what ``choose`` returns in the one that chooses."""
+        """Calls ``choose`` in the process that chooses; returns its result in every process."""
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """How to choose.
+
+    Attributes:
+        choose: makes a choice from the profiles of the measured steps.
+        heard: rebuilds a choice from ``Choice.tell()``.
+    """
+
+    choose: Callable[[Sequence[Profile]], Choice]
+    heard: Callable[[dict[str, Any]], Choice]
 
 
 class FirstSteps:
-    """Has a pipeline follow one plan after another, watches the steps, and then chooses.
+    """Makes a pipeline follow one plan after another, measures these steps, then chooses the plan to keep.
 
     Attributes:
-        choice: what the pipeline follows; None until it does.
-        others: processes that are to choose the same; None for one alone.
+        choice: what the pipeline follows; None until the choice is made.
+        others: the other processes, which follow the same choice; None if this is the only one.
     """
 
     others: Others | None = None
 
-    def __init__(
-        self,
-        plans: Sequence[_C.Plan],
-        choose: Callable[[Sequence[Profile]], Choice] | None = None,
-        heard: Callable[[dict[str, Any]], Choice] | None = None,
-    ) -> None:
-        """``plans``: of each step to measure; alone, without ``choose``, that of all steps.
-
-        ``heard``: makes of what a choice tells the same.
-        """
+    def __init__(self, plans: Sequence[_C.Plan], chooser: Chooser | None = None) -> None:
+        """``plans``: one for each step to measure; without a chooser, the plan of all steps."""
         self.choice: Choice | None = None
         self._plans = plans
         self._following = plans[0]
-        self._choose = choose
-        self._heard = heard
+        self._chooser = chooser
         self._profiles: list[Callable[[], Profile | None]] = []
 
     @property
     def plan(self) -> _C.Plan:
-        """The plan to begin with."""
+        """The plan of the first step."""
         return self._plans[0]
 
     @property
     def chooses(self) -> bool:
         """Whether there is something to choose."""
-        return self._choose is not None
+        return self._chooser is not None
 
     @property
     def measures(self) -> bool:
-        """Whether it wants to see another step."""
+        """Whether the next step is to be measured."""
         return self.chooses and self.choice is None and len(self._profiles) < len(self._plans)
 
     def observe(self, trace: Profiled) -> None:
-        """Takes in a step, which is profiled once that is needed."""
+        """Keeps the trace of a measured step. It is profiled when the profile is needed."""
         self._profiles.append(functools.cache(functools.partial(self._profile, trace)))
 
     def prepare(self, follow: Callable[[_C.Plan], None]) -> None:
-        """Before a step, has its plan followed; after enough steps chooses that once, and says so.
+        """Call it before each step: it passes the step's plan to ``follow`` if that is another one than before.
 
-        If that is interrupted nothing has been chosen, and it can be called again.
+        After the measured steps it chooses, once, and prints the choice. If that is interrupted, nothing has
+        been chosen, and it can be called again.
         """
         if self.measures:
             self._follow(self._plans[len(self._profiles)], follow)
-        elif self._choose is not None and self.choice is None:
-            profiles = [profile() for profile in self._profiles]
-            if self.others is None:
-                choice = self._choose(profiles)
-            else:
-                choice = self._heard(self.others.hear(lambda: self._choose(profiles).tell()))
+        elif self._chooser is not None and self.choice is None:
+            choice = self._choose(self._chooser, [profile() for profile in self._profiles])
             self._follow(choice.plan, follow)
             self.choice = choice
             self._profiles.clear()
             if self.others is None or self.others.chooses:
                 print(choice)
+
+    def _choose(self, chooser: Chooser, profiles: Sequence[Profile | None]) -> Choice:
+        def choose() -> Choice:
+            return chooser.choose([profile for profile in profiles if profile is not None])
+
+        return choose() if self.others is None else chooser.heard(self.others.hear(lambda: choose().tell()))
 
     def _profile(self, trace: Profiled) -> Profile | None:
         whole = trace if self.others is None else self.others.gather(trace)
@@ -113,6 +122,6 @@ class FirstSteps:
 
     def _follow(self, plan: _C.Plan, follow: Callable[[_C.Plan], None]) -> None:
         if plan is not self._following:
-            self._profiles[-1]()  # a GPU may still run the step; this waits for its end
+            self._profiles[-1]()  # waits for the end of the step, which a GPU may still run
             follow(plan)
             self._following = plan

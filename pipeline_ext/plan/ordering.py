@@ -1,4 +1,4 @@
-"""What a pipeline is asked about the order of its tasks and messages, and the first steps that follow."""
+"""The arguments of a pipeline that decide the order of its tasks and messages, and its first plans."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -7,24 +7,24 @@ from typing import NamedTuple
 from .. import _C
 from ..base import arguments
 from . import pack_choice, schedule_choice
-from .build import AUTO, ScheduleLike, build_plan, searched
+from .build import AUTO, ScheduleLike, build_plan, resolve_zb_auto
+from .costs import Costs
 from .first_steps import FirstSteps
-from .simulation import Costs
 
 PackLike = int | str | Mapping[int, int | str]
 
 
 class Ordering(NamedTuple):
-    """What is asked, checked. ``"auto"`` is left to the first steps to choose."""
+    """These arguments, checked. The first steps resolve ``"auto"``."""
 
-    schedule: ScheduleLike  # where it was to be searched for, what was found
+    schedule: ScheduleLike  # for "zb-auto" the order that was found
     num_stages: int
     num_ranks: int | None  # None: as many as the schedule takes
     microbatches: int
-    packs: list[int] | None  # by boundary; None: "auto"
-    packs_forward: list[int] | None
-    in_flight: list[int]  # the most microbatches by stage, or empty
-    costs: Costs | None  # whose memory_limit is kept
+    packs: list[int] | None  # K of gradients by boundary; None: "auto"
+    packs_forward: list[int] | None  # K of activations
+    in_flight: list[int]  # the most microbatches at once, by stage; or empty
+    costs: Costs | None  # for their memory_limit
     overlap: bool
     reactive: bool
 
@@ -44,13 +44,13 @@ class Ordering(NamedTuple):
         reactive: bool,
         graphs: bool,
     ) -> "Ordering":
-        """Takes arguments as ``Pipeline`` does. Raises InvalidArgument, or InvalidSchedule, as that does."""
+        """Checks arguments of ``Pipeline``. Raises InvalidArgument and InvalidSchedule, as documented there."""
         packs = arguments.packs("pack", pack, num_stages - 1, microbatches)
         packs_forward = arguments.packs("pack_forward", pack_forward, num_stages - 1, microbatches)
         most = arguments.in_flight(in_flight, num_stages)
         if schedule == AUTO:
             schedule_choice.check(packs, packs_forward, graphs)
-        schedule = searched(
+        schedule = resolve_zb_auto(
             schedule,
             num_stages=num_stages,
             num_ranks=num_ranks,
@@ -72,7 +72,7 @@ class Ordering(NamedTuple):
         )
 
     def first_steps(self, skips: Sequence[_C.Skip] = ()) -> FirstSteps:
-        """The first steps, all of one plan where nothing is "auto". Raises InvalidSchedule."""
+        """The first steps; they follow one plan if nothing is "auto". Raises InvalidSchedule."""
         plan_of = functools.partial(
             build_plan,
             num_stages=self.num_stages,

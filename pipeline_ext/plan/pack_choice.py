@@ -1,26 +1,31 @@
-"""How many results leave together: what simulation finds best."""
+"""Chooses K, the number of microbatches whose results one message carries, by simulation."""
 
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .. import _C
 from ..errors import InvalidSchedule
-from .first_steps import MEASURED_STEPS, FirstSteps
+from .first_steps import MEASURED_STEPS, Choice, Chooser, FirstSteps
 from .profile import Profile, fastest
 from .simulation import simulate
 
-_WORTH = 0.98  # of the time, at most, that a larger K must leave
-_SECONDS = 2.0  # for the search
+_WORTH = 0.98  # a larger K must shorten the step to this share of its time
+_SECONDS = 2.0  # limit of the search
 
-Packs = Sequence[Sequence[int]]  # of gradients and of activations, by boundary
+
+class _Packs(NamedTuple):
+    """K by boundary."""
+
+    gradients: list[int]
+    activations: list[int]
 
 
 class PlanOfPacks(Protocol):
-    """Makes a plan; ``room``: how many microbatches each stage may hold at least."""
+    """Makes a plan. ``room``: the least number of microbatches that each stage may hold at once."""
 
     def __call__(
         self, packs: Sequence[int], packs_forward: Sequence[int], room: Sequence[int] = ()
@@ -28,19 +33,18 @@ class PlanOfPacks(Protocol):
 
 
 @dataclass(frozen=True)
-class PackChoice:
+class PackChoice(Choice):
     """What ``pack="auto"`` has chosen.
 
     Attributes:
-        plan: what the pipeline follows from now on.
-        packs, packs_forward: by boundary, for gradients and activations.
-        predicted: seconds that the simulated step takes.
-        predicted_at_1: seconds it would take with K = 1 where K was to be chosen, in the same memory: each
-            stage may hold as many microbatches as in ``plan``.
-        simulated: plans that were tried.
+        plan: the plan that the pipeline follows from now on.
+        packs, packs_forward: K for gradients and for activations, by boundary.
+        predicted: seconds of the simulated step.
+        predicted_at_1: seconds of the simulated step with K = 1 wherever K was "auto", and the same memory:
+            each stage may hold as many microbatches as in ``plan``.
+        simulated: number of plans tried.
     """
 
-    plan: _C.Plan
     packs: list[int]
     packs_forward: list[int]
     predicted: float
@@ -51,10 +55,6 @@ class PackChoice:
     def gain(self) -> float:
         """Share of the step's time that packing alone is predicted to save."""
         return 1.0 - self.predicted / self.predicted_at_1 if self.predicted_at_1 else 0.0
-
-    def tell(self) -> dict[str, Any]:
-        """What JSON can hold, for ``heard``."""
-        return {name: value for name, value in vars(self).items() if name != "plan"}
 
     def __str__(self) -> str:
         def text(packs: list[int]) -> str:
@@ -73,23 +73,21 @@ def first_steps(
     packs_forward: list[int] | None,
     boundaries: int,
 ) -> FirstSteps:
-    """Those of a pipeline in which each result leaves alone where that is to be chosen.
-
-    ``packs`` and ``packs_forward`` are None there.
-    """
-    given = (packs, packs_forward)
-    plan = plan_of(*(p or [1] * boundaries for p in given))
-    if None not in given or boundaries == 0:
+    """First steps with K = 1 wherever K is "auto", which None stands for."""
+    plan = plan_of(*_with_1(packs, packs_forward, boundaries))
+    if boundaries == 0 or (packs is not None and packs_forward is not None):
         return FirstSteps([plan])
     return FirstSteps(
         [plan] * MEASURED_STEPS,
-        lambda profiles: choose(plan_of, fastest(profiles), *given),
-        lambda told: heard(plan_of, told),
+        Chooser(
+            lambda profiles: choose(plan_of, fastest(profiles), packs, packs_forward),
+            lambda told: heard(plan_of, told),
+        ),
     )
 
 
 def heard(plan_of: PlanOfPacks, told: dict[str, Any]) -> PackChoice:
-    """The choice that has told this, maybe in another process."""
+    """Rebuilds a choice from ``Choice.tell()``, maybe of another process."""
     return PackChoice(plan_of(told["packs"], told["packs_forward"]), **told)
 
 
@@ -99,55 +97,61 @@ def choose(
     packs: list[int] | None = None,
     packs_forward: list[int] | None = None,
 ) -> PackChoice:
-    """The K, by boundary, with which the simulated step is shortest; the smaller one where it hardly matters.
+    """The K by boundary whose simulated step is shortest; of values that hardly differ, the smaller one.
 
-    Simulates K = 1, 2, 4, ..., M for all boundaries, in both directions if both are to be chosen, then half
-    and twice of it at single ones, for two seconds at most. A K counts by what it saves over K = 1 in the
-    same memory: to hold more microbatches hides latency, but takes no packing. One that would not end, or
-    not within the limits given to ``plan_of``, is left out.
+    Simulates K = 1, 2, 4, ..., M at all boundaries, in both directions if both are to be chosen, then half and
+    twice the best K at single boundaries; stops after two seconds. A K counts by what it saves over K = 1 with
+    the same memory: holding more microbatches hides latency, but needs no packing. A K that would deadlock, or
+    that exceeds the limits given to ``plan_of``, is left out.
 
     Args:
-        plan_of: makes a plan of packs for gradients and for activations, by boundary.
-        packs, packs_forward: given where they are not to be chosen.
+        plan_of: makes a plan from K for gradients and for activations, by boundary.
+        profile: measured times of the stages and messages.
+        packs, packs_forward: K if it is given; None: to be chosen.
     """
-    given = (packs, packs_forward)
-    boundaries = range(len(profile.result_bytes))
-    alone = [p or [1 for _ in boundaries] for p in given]
+    boundaries = len(profile.result_bytes)
+    at_1 = _with_1(packs, packs_forward, boundaries)
     simulated = 0
 
-    def predict(packs: Packs, room: Sequence[int] = ()) -> tuple[_C.Plan, float]:
+    def predict(tried: _Packs, room: Sequence[int] = ()) -> tuple[_C.Plan, float]:
         nonlocal simulated
         simulated += 1
-        plan = plan_of(*packs, room)
+        plan = plan_of(tried.gradients, tried.activations, room)
         return plan, simulate(plan, profile.costs(plan)).makespan
 
-    plan, at_1 = predict(alone)
-    best = PackChoice(plan, *alone, predicted=at_1, predicted_at_1=at_1, simulated=simulated)
+    plan, time_at_1 = predict(at_1)
+    best = PackChoice(plan, *at_1, predicted=time_at_1, predicted_at_1=time_at_1, simulated=simulated)
     most = plan.num_microbatches
 
-    def candidates() -> Iterator[tuple[Packs, float]]:
-        """Packs, and what share of the best time so far they are worth."""
+    def candidates() -> Iterator[tuple[_Packs, float]]:
+        """Values of K, each with the share of the best time so far that it may take at most."""
         powers = [*(1 << i for i in range(most.bit_length()) if 1 << i < most), most]
-        grid = product(*([1] if p else powers for p in given))
-        for ks in sorted(grid, key=math.prod)[1:]:
-            yield [p or [k for _ in boundaries] for p, k in zip(given, ks)], _WORTH
-        for way, b, (factor, worth) in product((0, 1), boundaries, ((0.5, 1.0), (2, _WORTH))):
-            packs = [list(best.packs), list(best.packs_forward)]
-            packs[way][b] = int(packs[way][b] * factor)
-            if given[way] is None and 1 <= packs[way][b] <= most:
-                yield packs, worth
+        grid = product(powers if packs is None else [1], powers if packs_forward is None else [1])
+        for k, k_forward in sorted(grid, key=math.prod)[1:]:
+            yield _Packs(packs or [k] * boundaries, packs_forward or [k_forward] * boundaries), _WORTH
+        to_choose = [direction for direction, given in enumerate((packs, packs_forward)) if given is None]
+        for direction, b, (factor, worth) in product(to_choose, range(boundaries), ((0.5, 1.0), (2, _WORTH))):
+            changed = _Packs(list(best.packs), list(best.packs_forward))
+            k = changed[direction][b] = int(changed[direction][b] * factor)
+            if 1 <= k <= most:
+                yield changed, worth
 
     deadline = time.monotonic() + _SECONDS
-    for packs, worth in candidates():
+    for tried, worth in candidates():
         if time.monotonic() > deadline:
             break
         try:
-            plan, predicted = predict(packs)
+            plan, predicted = predict(tried)
         except InvalidSchedule:
             continue
         if predicted > worth * best.predicted:
             continue
-        in_same_memory = min(at_1, predict(alone, plan.limits)[1])
+        in_same_memory = min(time_at_1, predict(at_1, plan.limits)[1])
         if predicted < _WORTH * in_same_memory:
-            best = PackChoice(plan, *packs, predicted, in_same_memory, simulated)
+            best = PackChoice(plan, *tried, predicted, in_same_memory, simulated)
     return replace(best, simulated=simulated)
+
+
+def _with_1(packs: list[int] | None, packs_forward: list[int] | None, boundaries: int) -> _Packs:
+    """K = 1 wherever it is to be chosen."""
+    return _Packs(packs or [1] * boundaries, packs_forward or [1] * boundaries)

@@ -1,4 +1,4 @@
-"""A schedule of the user's own: a placement, and what each rank does next, in Python."""
+"""Schedules that users write in Python: a placement, and what each rank does next."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ class Placement:
     """Which rank holds each stage.
 
     Attributes:
-        name: ``"linear"``, one stage a rank; ``"looped"``, stage s on rank s % p; ``"v"``, stages s and
+        name: ``"linear"``: one stage on each rank; ``"looped"``: stage s on rank s % p; ``"v"``: stages s and
             2p - 1 - s on rank s.
-        num_ranks: ranks, p.
-        rank_of_stage: by stage.
+        num_ranks: number of ranks, p.
+        rank_of_stage: the rank of each stage.
     """
 
     name: str
@@ -29,33 +29,34 @@ class Placement:
 
     @property
     def num_stages(self) -> int:
-        """Stages of the model."""
+        """Number of stages."""
         return len(self.rank_of_stage)
 
     def stages_of(self, rank: int) -> list[int]:
-        """The stages on ``rank``, ascending."""
+        """The stages on ``rank``, in ascending order."""
         return [s for s, r in enumerate(self.rank_of_stage) if r == rank]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What to give as ``schedule=`` for a schedule that is not known by name.
+    """A schedule of your own, to be given as ``schedule=``.
 
-    One of three ways says what ranks do:
+    It decides what ranks do in one of three ways:
 
-    - ``order``: all of it. ``order(placement, rank, microbatches)`` returns a rank's actions as text.
-    - ``preference`` and ``limit``: a rule. Of its ready tasks a rank takes the kind that stands first in
-      ``preference``, ``("B", "F")`` or ``("I", "F", "W")`` in any order; a stage holds at most
+    - ``order``: a whole order. ``order(placement, rank, microbatches)`` returns a rank's actions as text.
+    - ``preference`` and ``limit``: a rule. A rank runs the ready task whose kind comes first in ``preference``:
+      ``("B", "F")`` or ``("I", "F", "W")``, in any order. A stage holds at most
       ``limit(placement, stage, microbatches)`` microbatches at once.
-    - ``choose``: one task at a time. ``choose(rank, ready)`` is asked whenever ``rank`` is idle and has ready
-      tasks, under a virtual clock with equal stages (F = I = W = 1, B = 2), and returns one of the list
-      ``ready``, or None to wait until something else has ended. Microbatches of one stage and kind ascend.
+    - ``choose``: one task at a time. Whenever ``rank`` is idle and has ready tasks, ``choose(rank, ready)`` is
+      called. It returns an action of the list ``ready``, or None to wait until another task ends. The calls
+      follow a virtual clock with equal stages (F = I = W = 1, B = 2). Microbatches of one stage and kind run in
+      ascending order.
 
     Attributes:
         placement: ``"linear"``, ``"looped"`` or ``"v"``.
-        split: with ``choose``, whether the backward runs as I and W instead of B.
+        split: with ``choose``, whether the backward runs as ``I`` and ``W`` instead of ``B``.
 
-    Raises InvalidArgument for anything else.
+    Raises InvalidArgument for any other combination.
     """
 
     placement: str = "linear"
@@ -82,18 +83,24 @@ class Policy:
             )
 
     def plan(self, num_stages: int, num_ranks: int, microbatches: int, mode: Mapping[str, Any]) -> _C.Plan:
-        """The plan of one step; ``mode`` as for ``_C.plan_of_cells``. Raises InvalidSchedule."""
+        """The plan of one step; ``mode``: keyword arguments of ``_C.plan_of_cells``. Raises InvalidSchedule."""
         placed = _C.rank_of_stage(self.placement, num_stages, num_ranks)
         placement = Placement(self.placement, num_ranks, placed)
         if self.limit is not None:
-            limits = [self._limit(placement, stage, microbatches) for stage in range(num_stages)]
+            limits = [
+                arguments.count(
+                    f"the policy's limit for stage {stage}", self.limit(placement, stage, microbatches)
+                )
+                for stage in range(num_stages)
+            ]
             return _C.plan_of_rule(
                 self.placement, list(self.preference), limits, num_ranks, microbatches, **mode
             )
         if self.choose is not None:
             rows = _Choosing(self.choose, placement, microbatches, self.split).rows()
         else:
-            rows = [self._order(placement, rank, microbatches) for rank in range(num_ranks)]
+            assert self.order is not None  # __post_init__ has checked that one of the three is given
+            rows = [_row(rank, self.order(placement, rank, microbatches)) for rank in range(num_ranks)]
         plan = _C.plan_of_cells(rows, **mode)
         for stage, (rank, listed) in enumerate(zip(placed, plan.rank_of_stage)):
             if rank != listed:
@@ -103,24 +110,21 @@ class Policy:
                 )
         return plan
 
-    def _limit(self, placement: Placement, stage: int, microbatches: int) -> int:
-        limit = self.limit(placement, stage, microbatches)
-        return arguments.count(f"the policy's limit for stage {stage}", limit)
 
-    def _order(self, placement: Placement, rank: int, microbatches: int) -> list[str]:
-        actions = self.order(placement, rank, microbatches)
-        if isinstance(actions, str) or not isinstance(actions, Sequence):
-            actions = [actions]
-        if not all(isinstance(action, str) for action in actions):
-            raise InvalidSchedule(
-                f"the policy's order for rank {rank} is {actions!r:.200}; return a list of actions as text, "
-                'as in ["0F0", "0B0"]'
-            )
-        return list(actions)
+def _row(rank: int, actions: Any) -> list[str]:
+    """The actions that a policy's ``order`` returned for a rank, checked."""
+    if isinstance(actions, str) or not isinstance(actions, Sequence):
+        actions = [actions]
+    if not all(isinstance(action, str) for action in actions):
+        raise InvalidSchedule(
+            f"the policy's order for rank {rank} is {actions!r:.200}; return a list of actions as text, "
+            'as in ["0F0", "0B0"]'
+        )
+    return list(actions)
 
 
 class _Choosing:
-    """A step in which a function chooses, under a virtual clock with equal stages."""
+    """Plays a step in which a function chooses the tasks, under a virtual clock with equal stages."""
 
     def __init__(
         self,
@@ -133,17 +137,19 @@ class _Choosing:
         self._placement = placement
         self._microbatches = microbatches
         self._kinds = ("F", "I", "W") if split else ("F", "B")
-        # By stage and kind, microbatches begun and ended.
+        # How many microbatches have begun and ended, by stage and kind.
         self._begun = {(s, k): 0 for s in range(placement.num_stages) for k in self._kinds}
         self._ended = dict(self._begun)
 
     def rows(self) -> list[list[str]]:
-        """The actions of each rank, as they begin."""
+        """The actions of each rank, in the order in which they begin."""
         rows: list[list[str]] = [[] for _ in range(self._placement.num_ranks)]
-        running: dict[int, tuple[int, tuple[int, str]]] = {}  # by rank, when what ends
+        running: dict[
+            int, tuple[int, tuple[int, str]]
+        ] = {}  # rank -> when its task ends, and the stage and kind
         now = 0
         while any(count < self._microbatches for count in self._ended.values()):
-            waiting = {}
+            waiting: dict[int, list[str]] = {}
             for rank, row in enumerate(rows):
                 ready = {} if rank in running else dict(self._ready(rank))
                 if not ready:
@@ -161,10 +167,10 @@ class _Choosing:
                 self._begun[ready[action]] += 1
                 running[rank] = now + DURATIONS[ready[action][1]], ready[action]
             if not running:
-                rank, ready = next(iter(waiting.items()))
+                rank, actions = next(iter(waiting.items()))
                 raise InvalidSchedule(
                     "the policy lets all ranks wait, so that nothing ever ends: it chose None for "
-                    f"rank {rank} with {ready} ready"
+                    f"rank {rank} with {actions} ready"
                 )
             now = min(end for end, _ in running.values())
             for rank in [rank for rank, (end, _) in running.items() if end == now]:

@@ -1,4 +1,4 @@
-"""What tasks and messages cost, measured in a step."""
+"""Times of tasks and messages, measured in a step."""
 
 import functools
 import math
@@ -8,28 +8,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from .. import _C
-from ..packing import Layout, packer
+from .costs import Costs
 from .records import Messages, TaskRecord
-from .simulation import Costs
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds that one microbatch takes at each stage, and what its results cost on their way.
+    """Measured times of stages and messages, in seconds.
 
     Attributes:
-        forward, backward: of F and B, without what the link took; by stage, medians over the step. Where a
-            stage ran I and W instead, B is their sum.
-        input_grad, weight_grad: the same of I and W; of a stage that ran B, half of it. None where all did.
-        latency: from the end of a task to the begin of one on another rank that waited for it; median, by
-            boundary, of both directions.
-        overhead: that the sender spends on a message, by boundary.
-        bandwidth: bytes a second of the link, by boundary; infinite where messages are passed by reference.
-        result_bytes: of the first microbatch's result, by boundary.
-        packed: whether the times of the stages hold that of packing, by boundary.
+        forward, backward: ``F`` and ``B`` of one microbatch without the time of its messages, by stage; medians
+            over the step. For a stage that ran ``I`` and ``W``, ``B`` is their sum.
+        input_grad, weight_grad: the same for ``I`` and ``W``; for a stage that ran ``B``, half of it each. None
+            if all stages ran ``B``.
+        latency: time from the end of a task to the begin of a task on another rank that waited for it, by
+            boundary; median of both directions.
+        overhead: time that a message takes its sender, by boundary.
+        bandwidth: bytes per second of the link, by boundary; infinite if messages are passed by reference.
+        result_bytes: bytes of the first microbatch's result, by boundary.
+        packed: whether the stages' times include packing, by boundary.
     """
 
     forward: list[float]
@@ -43,9 +41,9 @@ class Profile:
     weight_grad: list[float] | None = None
 
     def costs(self, plan: _C.Plan | None = None) -> Costs:
-        """What ``plan`` would cost; None: one that packs nothing.
+        """The costs of ``plan``; None: of a plan that packs nothing.
 
-        Where it packs what the step handed over, that is measured now.
+        If it packs results that the measured step passed by reference, the time of packing is measured now.
         """
         forward, backward = list(self.forward), list(self.backward)
         input_grad = None if self.input_grad is None else list(self.input_grad)
@@ -69,15 +67,16 @@ class Profile:
         )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the costs of a plan that packs nothing, in seconds, for ``Costs.load``.
+        """Writes the costs of a plan that packs nothing, in seconds.
 
-        ``pipeline-ext plan --costs`` takes the file too. Raises PipelineError where it cannot be written.
+        ``Costs.load`` and ``pipeline-ext plan --costs`` read the file. Raises PipelineError if it cannot be
+        written.
         """
         self.costs().save(path)
 
 
 def profile(plan: _C.Plan, tasks: Sequence[TaskRecord], messages: Sequence[Messages]) -> Profile:
-    """Of one step."""
+    """The profile of one step."""
     boundaries = range(plan.num_stages - 1)
     by_boundary = {b: [m for m in messages if m.boundary == b and m.skip is None] for b in boundaries}
     overhead = [_mean_overhead(by_boundary[b]) for b in boundaries]
@@ -114,7 +113,7 @@ def profile(plan: _C.Plan, tasks: Sequence[TaskRecord], messages: Sequence[Messa
 
 
 def fastest(profiles: Sequence[Profile]) -> Profile:
-    """The least of each figure: what disturbs a measurement makes it larger."""
+    """The least of each figure, because disturbances only make a time longer."""
 
     def least(name: str) -> list[float]:
         return [min(column) for column in zip(*(getattr(p, name) for p in profiles))]
@@ -139,7 +138,7 @@ def _mean_overhead(messages: Sequence[Messages]) -> float:
 
 
 def _latencies(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> list[float]:
-    last_before: dict[int, TaskRecord] = {}  # what each task waits for longest
+    last_before: dict[int, TaskRecord] = {}  # task -> the last to end of the tasks that it waits for
     for task in sorted(tasks, key=lambda task: task.end):
         last_before.update((after, task) for after in plan.successors(task.task))
     found: list[list[float]] = [[] for _ in range(plan.num_stages - 1)]
@@ -147,8 +146,7 @@ def _latencies(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> list[float]:
     for task in tasks:
         worker = (task.rank, task.stream if plan.overlap else "")
         last = last_before.get(task.task)
-        waited = last is not None and last.end >= idle_since.get(worker, 0.0)
-        if waited and last.rank != task.rank:
+        if last is not None and last.end >= idle_since.get(worker, 0.0) and last.rank != task.rank:
             found[min(last.stage, task.stage)].append(task.begin - last.end)
         idle_since[worker] = task.end
     return [max(0.0, statistics.median(gaps)) if gaps else 0.0 for gaps in found]
@@ -156,7 +154,11 @@ def _latencies(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> list[float]:
 
 @functools.cache
 def packing_time(nbytes: int) -> float:
-    """Seconds to pack so many bytes on the CPU, the least of five times."""
+    """Seconds to pack ``nbytes`` on the CPU: the least of five measurements."""
+    import torch  # here, because planning at given costs needs neither
+
+    from ..packing import Layout, packer
+
     result = torch.empty(nbytes, dtype=torch.uint8)
     layout = Layout.of([result])
     buffer, packs = torch.empty_like(result), packer(layout, [result])

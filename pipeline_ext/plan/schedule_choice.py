@@ -1,23 +1,24 @@
-"""Which schedule a pipeline follows: what simulation finds best, at the costs of its first steps."""
+"""Chooses a schedule by simulation, at the costs measured in a pipeline's first steps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from .. import _C
 from ..errors import InvalidArgument, InvalidSchedule
 from .build import ScheduleLike, slots_of_ranks
-from .first_steps import MEASURED_STEPS, FirstSteps
+from .costs import Costs
+from .first_steps import MEASURED_STEPS, Choice, Chooser, FirstSteps
 from .profile import Profile, fastest
 from .search import search
-from .simulation import Costs, simulate
+from .simulation import simulate
 
-_WORTH = 0.98  # of the time, at most, that a change of schedule must leave
-_SECONDS = 2.0  # for the search, or
+_WORTH = 0.98  # another schedule must shorten the step to this share of its time
+_SECONDS = 2.0  # limits of the search
 _TRIALS = 2000
 
-# By placement, the schedules of the first steps and of the last one measured. Where it can, that splits the
-# backward, so that I and W are measured too.
+# By placement, the schedule of the first steps, and that of the last measured step. The latter splits the
+# backward if a schedule of this placement can, so that I and W are measured too.
 _FIRST = {
     "linear": ("1f1b", "zb-h1"),
     "v": ("zbv", "zbv"),
@@ -26,28 +27,27 @@ _FIRST = {
 
 
 class PlanOf(Protocol):
-    """Makes a plan of a schedule, which keeps the limit of ``memory``."""
+    """Makes a plan of a schedule that keeps the limit of ``memory``."""
 
     def __call__(self, schedule: ScheduleLike, *, memory: Costs | None = None) -> _C.Plan: ...
 
 
 @dataclass(frozen=True)
-class ScheduleChoice:
+class ScheduleChoice(Choice):
     """What ``schedule="auto"`` has chosen.
 
     Attributes:
-        plan: what the pipeline follows from now on.
-        schedule: its name; ``"zb-auto"`` of an order that was searched for.
-        predicted: seconds that the simulated step takes.
+        plan: the plan that the pipeline follows from now on.
+        schedule: its name; ``"zb-auto"`` for an order that a search found.
+        predicted: seconds of the simulated step.
         first: the schedule of the first steps.
-        predicted_first: seconds that a step takes with it.
-        simulated: plans that were tried.
-        order: of an order that was searched for, each rank's actions as text; otherwise None.
-        slots: the most microbatches that ``plan`` leaves to a rank, by rank or for all; None where the
-            pipeline's ``costs`` limit its memory.
+        predicted_first: seconds of the simulated step with that.
+        simulated: number of plans tried.
+        order: for an order that a search found, each rank's actions as text; otherwise None.
+        slots: the most microbatches that a rank may hold at once, by rank or for all; None if the pipeline's
+            ``costs`` limit its memory.
     """
 
-    plan: _C.Plan
     schedule: str
     predicted: float
     first: str
@@ -61,10 +61,6 @@ class ScheduleChoice:
         """Share of the step's time that the choice is predicted to save."""
         return 1.0 - self.predicted / self.predicted_first if self.predicted_first else 0.0
 
-    def tell(self) -> dict[str, Any]:
-        """What JSON can hold, for ``heard``."""
-        return {name: value for name, value in vars(self).items() if name != "plan"}
-
     def __str__(self) -> str:
         than = f"{self.gain:.1%} less than the {self.predicted_first * 1e3:.2f} ms with {self.first}"
         if self.schedule == self.first:
@@ -74,7 +70,7 @@ class ScheduleChoice:
 
 
 def check(packs: Sequence[int] | None, packs_forward: Sequence[int] | None, graphs: bool) -> None:
-    """Raises InvalidArgument for what ``schedule="auto"`` does not go with."""
+    """Raises InvalidArgument for arguments that ``schedule="auto"`` does not go with."""
     if packs is None or packs_forward is None:
         raise InvalidArgument(
             'schedule="auto" and pack="auto" would both choose from the first three steps; give pack and '
@@ -90,22 +86,24 @@ def check(packs: Sequence[int] | None, packs_forward: Sequence[int] | None, grap
 def first_steps(
     plan_of: PlanOf, num_stages: int, num_ranks: int, in_flight: Sequence[int], memory: Costs | None
 ) -> FirstSteps:
-    """The steps from which the schedule is chosen; ``in_flight`` and ``memory`` as ``choose`` takes them."""
+    """The steps after which the schedule is chosen; ``in_flight`` and ``memory`` as in ``choose``."""
     first, last = _FIRST[_layout(num_stages, num_ranks)]
     plan = plan_of(first)
     try:
         plan_of_last = plan if last == first else plan_of(last)
-    except InvalidSchedule:  # not within the memory
+    except InvalidSchedule:  # exceeds the memory limit
         plan_of_last = plan
     return FirstSteps(
         [plan] * (MEASURED_STEPS - 1) + [plan_of_last],
-        lambda profiles: choose(plan_of, merged(profiles), first, in_flight, memory),
-        lambda told: heard(plan_of, told, memory),
+        Chooser(
+            lambda profiles: choose(plan_of, merged(profiles), first, in_flight, memory),
+            lambda told: heard(plan_of, told, memory),
+        ),
     )
 
 
 def heard(plan_of: PlanOf, told: dict[str, Any], memory: Costs | None) -> ScheduleChoice:
-    """The choice that has told this, maybe in another process; ``memory`` as ``choose`` takes it."""
+    """Rebuilds a choice from ``Choice.tell()``, maybe of another process; ``memory`` as in ``choose``."""
     schedule, order, slots = (told[name] for name in ("schedule", "order", "slots"))
     if schedule == told["first"] and order is None:
         plan = plan_of(schedule)
@@ -115,7 +113,7 @@ def heard(plan_of: PlanOf, told: dict[str, Any], memory: Costs | None) -> Schedu
 
 
 def merged(profiles: Sequence[Profile]) -> Profile:
-    """The least of each figure: B of the steps that ran it whole, I and W of those that split it."""
+    """The least of each figure: ``B`` from steps with full backwards, ``I`` and ``W`` from the others."""
     whole = [profile for profile in profiles if profile.input_grad is None]
     split = [profile for profile in profiles if profile.input_grad is not None]
     found = fastest(profiles)
@@ -137,15 +135,17 @@ def choose(
     in_flight: Sequence[int] = (),
     memory: Costs | None = None,
 ) -> ScheduleChoice:
-    """The schedule with which the simulated step is shortest; ``first`` where it hardly matters.
+    """The schedule whose simulated step is shortest; ``first`` unless another one is clearly shorter.
 
     Tries the schedules that place stages as ``first`` does, then orders that a search finds.
 
     Args:
         plan_of: makes a plan of a schedule.
-        in_flight: the most microbatches that each stage may hold, or empty.
-        memory: costs whose ``memory_limit`` is kept. Without one, nor ``in_flight``, no rank holds more
-            microbatches than one does with ``first``.
+        profile: measured times of the stages and messages.
+        first: the schedule of the first steps.
+        in_flight: the most microbatches that each stage may hold at once, or empty.
+        memory: costs whose ``memory_limit`` is kept. Without a limit here or in ``in_flight``, no rank holds
+            more microbatches at once than the fullest rank does with ``first``.
     """
     plan = plan_of(first)
     by_first = simulate(plan, profile.costs(plan))
@@ -168,15 +168,13 @@ def choose(
             continue
         stays = other.rank_of_stage == plan.rank_of_stage
         if stays and predicted < min(best.predicted, _WORTH * by_first.makespan):
-            order = None if isinstance(schedule, str) else list(schedule.values())
+            order = None if isinstance(schedule, str) else schedule
             best = replace(best, plan=other, schedule=name, predicted=predicted, order=order)
     return replace(best, simulated=simulated)
 
 
-def _candidates(
-    first: str, plan: _C.Plan, costs: Costs
-) -> Iterator[tuple[str, str | Mapping[int, Sequence[str]], int]]:
-    """Names and orders, with what they came from and how many simulations that took."""
+def _candidates(first: str, plan: _C.Plan, costs: Costs) -> Iterator[tuple[str, str | list[list[str]], int]]:
+    """Schedules to try: the name, the schedule itself or an order, and how many simulations it took to find."""
     layout = _C.layout_of(first)
     names = [name for name in _C.schedule_names() if _C.layout_of(name) == layout]
     for name in names:
@@ -192,11 +190,11 @@ def _candidates(
             budget=_SECONDS,
             trials=_TRIALS,
         )
-    except InvalidSchedule:  # none of them within the limit
+    except InvalidSchedule:  # all exceed the memory limit
         return
     if found.interrupted:
-        raise KeyboardInterrupt  # the caller's step was stopped, not his search
-    yield found.best.schedule, found.best.plan.order(), found.simulations
+        raise KeyboardInterrupt  # Ctrl-C was meant for the caller's step, not for this search
+    yield found.best.schedule, list(found.best.plan.order().values()), found.simulations
 
 
 def _layout(num_stages: int, num_ranks: int) -> str:

@@ -1,4 +1,4 @@
-"""The search for the best plan: schedules, placements, orders, microbatches and in-flight limits, simulated."""
+"""Searches for the best plan over schedules, placements, orders, microbatch counts and in-flight limits."""
 
 import math
 import time
@@ -10,24 +10,24 @@ from ..base import arguments
 from ..errors import InvalidArgument, InvalidSchedule
 from . import zero_bubble
 from .build import build_plan
-from .comparison import rebatched, recut
-from .simulation import Costs, Simulation, simulate
+from .costs import Costs, rebatched, recut
+from .simulation import Simulation, simulate
 
-_WIDER = (1.25, 1.5, 2.0)  # times the microbatches in flight that a rule asks for
-_FIRST_LOOK = 2_000_000  # tasks placed in the first search for an order, by whose speed the time is shared out
+_WIDER = (1.25, 1.5, 2.0)  # times the in-flight limit of a rule
+_FIRST_LOOK = 2_000_000  # tasks placed in the first search for an order, whose speed divides the time
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One plan that was tried.
+    """A plan that can run.
 
     Attributes:
-        schedule: its name; ``"zb-auto"`` of an order that was searched for.
-        chunks: stages of a rank.
-        microbatches: of the step.
-        in_flight: the most microbatches of each stage where they are more than the schedule asks for; or None.
-        plan: what runs.
-        simulation: of the plan.
+        schedule: its name; ``"zb-auto"`` for an order that a search found.
+        chunks: stages on each rank.
+        microbatches: microbatches of the step.
+        in_flight: the most microbatches that each stage may hold; None: the schedule's own limit.
+        plan: the plan itself.
+        simulation: the simulated step.
     """
 
     schedule: str
@@ -40,13 +40,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Tried:
-    """What became of something tried.
+    """The outcome of one trial.
 
     Attributes:
-        what: the schedule, and how it differs from what its name says.
+        what: the name of the schedule, and how the plan differs from it.
         chunks, microbatches: of the plan.
-        makespan: simulated; None where it cannot be.
-        reason: why it cannot be.
+        makespan: of the simulated step; None if the plan cannot run.
+        reason: why it cannot run.
     """
 
     what: str
@@ -58,14 +58,14 @@ class Tried:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search came to.
+    """The result of a search.
 
     Attributes:
-        best: the plan whose simulated step ends first.
-        tried: everything tried, in that order.
-        lower_bound: no plan of the placements and microbatch counts tried ends earlier.
-        simulations: steps simulated, in whole or in the search for orders.
-        seconds: that it took.
+        best: the plan whose simulated step is shortest.
+        tried: the outcome of each trial, in order.
+        lower_bound: no plan with these placements and microbatch counts has a shorter step.
+        simulations: number of steps simulated, orders included.
+        seconds: time that the search took.
         interrupted: whether Ctrl-C ended it.
     """
 
@@ -89,28 +89,27 @@ def search(
     seed: int = 0,
     on_progress: Callable[[Tried], None] | None = None,
 ) -> SearchResult:
-    """The plan whose simulated step ends first, within ``costs.memory_limit``.
+    """Finds the plan whose simulated step is shortest within ``costs.memory_limit``.
 
-    First the named schedules, with as many microbatches in flight as they ask for and with more; then, for each
-    placement, an order is searched for (``pipeline_ext.plan.zero_bubble``) until the budget is spent.
+    Tries the named schedules, with their own in-flight limits and with larger ones. Then searches for an order
+    for each placement (``pipeline_ext.plan.zero_bubble``) until the budget is spent. Ctrl-C ends the search
+    with the best so far, if there is one.
 
     Args:
-        costs: of a model cut into ``num_ranks * chunks[0]`` stages and a batch cut into the first of
-            ``microbatches``; for other numbers they are shared out evenly.
-        num_ranks: ranks.
-        microbatches: into how many parts the batch is cut, or several such numbers to try.
-        chunks: numbers of stages of a rank to try.
+        costs: costs of a model cut into ``num_ranks * chunks[0]`` stages and a batch cut into the first number
+            of ``microbatches``. For other numbers they are divided evenly.
+        num_ranks: number of ranks.
+        microbatches: number of microbatches, or several such numbers to try.
+        chunks: numbers of stages on each rank to try.
         schedules: names to try; None: all that the engine can run.
-        budget: seconds; None: no limit.
-        trials: orders simulated at most. A search that only this ends finds the same for the same seed.
-        seed: of the random numbers, at least 0.
-        on_progress: called with everything that was tried.
+        budget: limit in seconds; None: no limit.
+        trials: the most orders to simulate. With no other limit, a seed finds the same plan.
+        seed: seed of the random numbers, at least 0.
+        on_progress: called with the outcome of each trial.
 
     Raises:
-        InvalidArgument: for a search without end, or numbers that cannot be.
-        InvalidSchedule: for costs that do not fit, or where nothing can run.
-
-    Ctrl-C ends it with the best so far, if there is one.
+        InvalidArgument: for a search without limits, or numbers that are not valid.
+        InvalidSchedule: for costs that do not fit, or if no plan can run.
     """
     num_ranks = arguments.count("num_ranks", num_ranks)
     counts = [microbatches] if isinstance(microbatches, int) else list(microbatches)
@@ -135,6 +134,8 @@ def search(
 
 
 class _Search:
+    """The trials so far, and the best of them."""
+
     def __init__(
         self,
         costs: Costs,
@@ -152,7 +153,7 @@ class _Search:
         self._simulations = 0
 
     def costs_of(self, chunks: int, microbatches: int) -> Costs:
-        """Of the same model and batch in other parts."""
+        """The costs of the same model and batch, cut into these numbers."""
         costs = recut(self._costs, self._ranks * self._chunks, self._ranks * chunks)
         if microbatches == self._microbatches:
             return costs
@@ -161,11 +162,11 @@ class _Search:
     def try_schedules(
         self, chunks: int, microbatches: int, names: Sequence[str] | None, deadline: float
     ) -> None:
-        """Those that the engine can run with so many stages on a rank; past the deadline, until one can be."""
+        """Tries the named schedules for these numbers; past the deadline, only until one can run."""
         for name in _C.schedule_names():
             if self.best is not None and time.perf_counter() > deadline:
                 return
-            if names is not None and name not in names or not _fits(_C.layout_of(name), chunks):
+            if (names is not None and name not in names) or not _fits(_C.layout_of(name), chunks):
                 continue
             plan = self._try(name, chunks, microbatches, None)
             if name == "1f1b" and plan is not None:
@@ -176,9 +177,9 @@ class _Search:
     def search_orders(
         self, cuts: Sequence[tuple[int, int]], deadline: float, trials: int | None, seed: int
     ) -> None:
-        """For each way to cut model and batch, in an equal part of what is left after a look at all of them."""
+        """Searches for an order for each cut; after a first look at all, they share the time evenly."""
         work = {cut: math.inf if trials is None else trials * self._num_tasks(cut) / len(cuts) for cut in cuts}
-        speed = dict.fromkeys(cuts, math.inf)  # tasks placed in a second
+        speed = dict.fromkeys(cuts, math.inf)  # tasks placed per second
         if math.isfinite(deadline):
             for cut in cuts:
                 first = int(min(work[cut], _FIRST_LOOK))
@@ -194,7 +195,7 @@ class _Search:
                 return
 
     def result(self, cuts: Sequence[tuple[int, int]]) -> SearchResult:
-        """What it came to. Raises InvalidSchedule where nothing can run."""
+        """The result. Raises InvalidSchedule if no plan can run."""
         if self.best is None:
             why = "; ".join(f"{tried.what}: {tried.reason}" for tried in self._tried[:3] if tried.reason)
             raise InvalidSchedule(f"none of {len(self._tried)} plans can run within the limits ({why})")
@@ -224,7 +225,7 @@ class _Search:
         return zero_bubble.num_tasks(self._ranks * chunks, microbatches)
 
     def _search_order(self, chunks: int, microbatches: int, work: int, seconds: float, seed: int) -> bool:
-        """Whether to go on: not where the time is over, or the user's patience."""
+        """Searches for an order; False if the time is over or Ctrl-C was pressed."""
         if seconds <= 0:
             return False
         costs = self.costs_of(chunks, microbatches)
@@ -264,8 +265,8 @@ class _Search:
     def _lower_bound(self, chunks: int, microbatches: int) -> float:
         stages = self._ranks * chunks
         by_stage = self.costs_of(chunks, microbatches).by_stage(stages, self._ranks)
-        in_turn = [stage % self._ranks for stage in range(stages)]  # as looped schedules have them
-        homes = in_turn, zero_bubble.rank_of_stage(stages, self._ranks)
+        looped = [stage % self._ranks for stage in range(stages)]
+        homes = looped, zero_bubble.rank_of_stage(stages, self._ranks)
         return min(_C.lower_bound(home, self._ranks, microbatches, by_stage)[0] for home in homes)
 
 
@@ -276,7 +277,7 @@ def _fits(layout: str, chunks: int) -> bool:
 def _with_and_without_whole_backwards(
     cells: Sequence[Sequence[str]],
 ) -> Iterator[tuple[str, list[list[str]]]]:
-    """An order of F, I and W; and the same in which an I that its W follows is a B, which may take less."""
+    """An order of ``F``, ``I`` and ``W``; then the same with ``B`` for each ``I`` whose ``W`` comes next."""
     split = [list(actions) for actions in cells]
     yield zero_bubble.NAME, split
     whole = []

@@ -1,8 +1,8 @@
-"""Orders of F, I and W that leave ranks as little idle as their memory allows, found by a search.
+"""``"zb-auto"``: searches for an order of F, I and W with the least idle time that the memory allows.
 
-The search draws and varies the policies by which ranks choose under a virtual clock, then the orders
-themselves, by simulated annealing. That weight gradients can fill the time in which a rank would wait is from
-Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024.
+The search varies the policies by which ranks choose under a virtual clock, then the orders themselves, by
+simulated annealing. That weight gradients can fill the time in which a rank would wait is from Qi et al., Zero
+Bubble Pipeline Parallelism, ICLR 2024.
 """
 
 import math
@@ -12,20 +12,20 @@ from typing import NamedTuple
 
 from .. import _C
 from ..errors import InvalidSchedule
-from .simulation import Costs
+from .costs import Costs
 
 NAME = "zb-auto"
-WORK = 100_000_000  # tasks placed in a search that nothing else bounds
+WORK = 100_000_000  # tasks that a search places if it has no other limit
 _MOST_THREADS = 4
 
 
 class FoundOrder(NamedTuple):
-    """What a search came to.
+    """The result of a search.
 
     Attributes:
         cells: each rank's actions as text.
-        time: the simulated step's, as far as the search minimises it, in the unit of the costs.
-        trials: orders that were simulated.
+        time: the time that the search minimised, in the unit of the costs.
+        trials: number of orders simulated.
         interrupted: whether Ctrl-C ended it.
     """
 
@@ -36,12 +36,12 @@ class FoundOrder(NamedTuple):
 
 
 def num_tasks(num_stages: int, microbatches: int) -> int:
-    """F, I and W of a step: the work of one trial."""
+    """Number of tasks ``F``, ``I`` and ``W`` of a step: the work of one trial."""
     return 3 * num_stages * microbatches
 
 
 def layout(num_stages: int, num_ranks: int) -> str:
-    """How so many stages are placed: one a rank, two in V shape, more in turn. Raises InvalidSchedule."""
+    """How stages are placed: one on each rank, two in V shape, more looped. Raises InvalidSchedule."""
     if num_stages % num_ranks or num_stages < num_ranks:
         raise InvalidSchedule(
             f"'{NAME}' holds the same number of stages on each rank, got {num_stages} stages on "
@@ -68,15 +68,19 @@ def find_order(
     seconds: float = math.inf,
     seed: int = 0,
 ) -> FoundOrder:
-    """The best order of F, I and W that a search finds within ``costs.memory_limit``.
+    """The best order of ``F``, ``I`` and ``W`` that a search finds within ``costs.memory_limit``.
 
     Args:
-        span: minimise the largest over ranks of the time from a rank's own first task to its end, as published
-            zero-bubble figures count; otherwise the time until the last rank ends.
-        work: tasks that the search places, on all threads together; the same seed then finds the same order.
-        seconds: after which it ends with the best so far.
+        costs: costs of tasks, links and memory.
+        num_stages, num_ranks, microbatches: their numbers.
+        span: minimise the longest span, over ranks, from a rank's own first task to the end of its last one, as
+            published zero-bubble figures count; otherwise the time until the last rank ends.
+        work: tasks to place, on all threads together. A search with no other limit finds the same order for the
+            same seed.
+        seconds: time limit; the search ends with the best so far.
+        seed: seed of the random numbers, at least 0.
 
-    Raises InvalidSchedule for costs or stages that do not fit, and where nothing was found within the memory.
+    Raises InvalidSchedule for costs or stages that do not fit, or if no order keeps the memory limit.
     """
     home = rank_of_stage(num_stages, num_ranks)
     by_stage = costs.by_stage(num_stages, num_ranks)
@@ -97,7 +101,7 @@ def find_order(
 
 
 def _templates(num_stages: int, num_ranks: int, microbatches: int) -> list[Sequence[Sequence[str]]]:
-    """The orders of the named schedules that place stages so."""
+    """The orders of the named schedules with this placement."""
     wanted = layout(num_stages, num_ranks)
     return [
         list(_C.make_plan(name, num_stages, num_ranks, microbatches).order().values())

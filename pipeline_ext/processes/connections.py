@@ -8,8 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from ..base.imported import is_dtensor
 from .store import Store
 
 # A receive may wait through a whole step, and the step itself decides when that is too long.
@@ -65,7 +65,7 @@ class Connections:
 
 def own_part(tensor: Tensor) -> Tensor:
     """The part of a DTensor that is in this process; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 @contextlib.contextmanager

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..base import arguments
+from ..base.imported import is_dtensor
 from ..base.tensors import describe
 from ..errors import DeadPipeline, InvalidArgument
 from ..plan.records import ReductionTimes
@@ -194,7 +194,7 @@ class GradientReduction:
         if built_for == self._built_for:
             return
         for parameter in itertools.chain.from_iterable(trained.values()):
-            if isinstance(parameter, DTensor):
+            if is_dtensor(parameter):
                 raise InvalidArgument(
                     f"a parameter is a DTensor of shape {list(parameter.shape)} (tensor parallelism), and "
                     'replicas reduce plain ones; wrap its stage in fully_shard(stage, mesh=mesh["dp"])'

@@ -1,1 +1,1 @@
-"""What a step did, for people and for files."""
+"""Reports of a step, measured or simulated: traces, pictures, pages."""

@@ -1,24 +1,24 @@
-"""One trace of a step, from what each of the processes that ran it has recorded."""
+"""Joins what the processes of a pipeline have recorded of a step into one trace."""
 
 import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from .. import _C
-from ..plan.records import Messages
+from ..plan.records import Messages, ReductionTimes
 from .trace import Trace
 
 
 class Part(NamedTuple):
-    """What the process of one rank has recorded: plain numbers, times in nanoseconds of one clock."""
+    """What the process of one rank has recorded. Times are nanoseconds of one clock."""
 
     begin: int
     end: int
-    tasks: list[tuple[int, int, int]]  # of this rank: number in the plan, begin and end
+    tasks: list[tuple[int, int, int]]  # of this rank: number in the plan, begin, end
     peak_by_rank: list[int]
     peak_by_stage: list[int]
     messages: list[Messages]  # that it has sent
-    reductions: list[tuple[int, int, int, int]]  # stage, begin, end, bytes
+    reductions: list[ReductionTimes]
 
     @classmethod
     def of(cls, trace: Trace) -> "Part":
@@ -32,28 +32,33 @@ class Part(NamedTuple):
             record.peak_by_stage,
             trace.messages,
             [
-                (r.stage, record.begin + round(r.begin * 1e9), record.begin + round(r.end * 1e9), r.nbytes)
+                ReductionTimes(
+                    r.stage, record.begin + round(r.begin * 1e9), record.begin + round(r.end * 1e9), r.nbytes
+                )
                 for r in trace.reductions
             ],
         )
 
     def earlier(self, by: int) -> "Part":
-        """With all times so many nanoseconds earlier."""
+        """The same with all times ``by`` nanoseconds earlier."""
         return self._replace(
             begin=self.begin - by,
             end=self.end - by,
             tasks=[(task, begin - by, end - by) for task, begin, end in self.tasks],
-            reductions=[(stage, begin - by, end - by, n) for stage, begin, end, n in self.reductions],
+            reductions=[r._replace(begin=r.begin - by, end=r.end - by) for r in self.reductions],
         )
 
     def encode(self) -> bytes:
-        """For ``decode``, in another process."""
+        """Bytes that ``decode`` reads in another process."""
         return json.dumps(self).encode()
 
     @classmethod
     def decode(cls, encoded: bytes) -> "Part":
         part = cls(*json.loads(encoded))
-        return part._replace(messages=[Messages(*sent) for sent in part.messages])
+        return part._replace(
+            messages=[Messages(*sent) for sent in part.messages],
+            reductions=[ReductionTimes(*times) for times in part.reductions],
+        )
 
 
 class _Record(NamedTuple):
@@ -68,9 +73,9 @@ class _Record(NamedTuple):
 
 
 def merged(plan: _C.Plan, parts: Sequence[Part]) -> Trace:
-    """The trace of a step from what its ranks have recorded, by rank, in one clock.
+    """The trace of a step from the records of its ranks; ``parts`` are by rank, in one clock.
 
-    It begins where the process did that ran the first task: others may have come early and waited.
+    It begins when the process that ran the first task began: others may have started early and waited.
     """
     task_begin, task_end = [0] * len(plan), [0] * len(plan)
     for part in parts:
@@ -85,11 +90,11 @@ def merged(plan: _C.Plan, parts: Sequence[Part]) -> Trace:
         [parts[rank].peak_by_stage[stage] for stage, rank in enumerate(plan.rank_of_stage)],
         [part.peak_by_rank[rank] for rank, part in enumerate(parts)],
     )
-    trace = Trace(plan, record, sorted((sent for part in parts for sent in part.messages), key=_place))
+    trace = Trace(plan, record, sorted((sent for part in parts for sent in part.messages), key=_by_direction))
     trace.add_reductions(times for part in parts for times in part.reductions)
     return trace
 
 
-def _place(sent: Messages) -> tuple[str, bool, int]:
-    """Where they come in a trace."""
+def _by_direction(sent: Messages) -> tuple[str, bool, int]:
+    """Sort key: skip connections last, forward before backward, then by boundary."""
     return sent.skip or "", sent.direction == "backward", sent.boundary

@@ -1,25 +1,23 @@
-"""Timelines as a web page that stands alone: zoom, hover, and nothing to load."""
+"""Writes simulated schedules as one web page, with timelines to zoom into. The page loads nothing."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from ..base.files import whole_file
 from ..plan.comparison import Planned
-from ..plan.records import TaskRecord, lanes, task_records
-from ..plan.simulation import Costs
-from .colors import COLORS, NAMES
+from ..plan.records import lanes, task_records
+from .colors import COLORS, NAMES, paleness
+from .memory_curve import memory_curve
 from .panel import percent
 
 
 def save_page(path: Path, results: Sequence[Planned], unit: str) -> None:
-    """Writes the page: the schedules below one another on one time axis, which counts in ``unit``.
+    """Writes the page: the schedules below one another on one time axis, in ``unit``.
 
-    Raises PipelineError where the file cannot be written.
+    Raises PipelineError if the file cannot be written.
     """
     schedules = [_schedule(result) for result in results]
     kinds = {task[0] for schedule in schedules for task in schedule.get("tasks", ())}
@@ -33,33 +31,11 @@ def save_page(path: Path, results: Sequence[Planned], unit: str) -> None:
     }
     page = resources.files(__package__).joinpath("page.html").read_text()
     title = ", ".join(result.title for result in results)
-    text = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")  # nothing in it ends the script
+    text = json.dumps(data, separators=(",", ":")).replace(
+        "<", r"\u003c"
+    )  # so that no text in it ends the script
     with whole_file(path) as file:
         file.write(page.replace("TITLE", _escaped(title)).replace("DATA", text).encode())
-
-
-def memory_curve(
-    tasks: Sequence[TaskRecord], costs: Costs, num_stages: int
-) -> dict[int, list[tuple[float, float]]]:
-    """Rank -> when what its microbatches take changes, and to what.
-
-    ``tasks`` are of a plan with so many stages.
-    """
-    taken, freed = costs.memory(num_stages)
-    split = {(task.stage, task.microbatch) for task in tasks if task.kind == "I"}
-    changes: dict[int, Counter[float]] = {task.rank: Counter() for task in tasks}
-    for task in tasks:
-        if task.kind == "F":
-            changes[task.rank][task.begin] += taken[task.stage]
-        elif task.kind == "I":
-            changes[task.rank][task.end] -= freed[task.stage]
-        elif task.kind in ("B", "W"):
-            by_i = freed[task.stage] if (task.stage, task.microbatch) in split else 0.0
-            changes[task.rank][task.end] -= taken[task.stage] - by_i
-    return {
-        rank: list(zip(times := sorted(of_rank), accumulate(of_rank[time] for time in times)))
-        for rank, of_rank in changes.items()
-    }
 
 
 def _schedule(result: Planned) -> dict[str, Any]:
@@ -79,7 +55,7 @@ def _schedule(result: Planned) -> dict[str, Any]:
         ),
         "ranks": plan.num_ranks,
         "makespan": simulation.makespan,
-        "shade": _shade(plan.rank_of_stage),
+        "shade": paleness(plan.rank_of_stage),
         "tasks": [
             (t.kind, t.stage, t.microbatch, t.rank, lane, _short(t.begin), _short(t.end))
             for t, lane in zip(tasks, lanes(plan, tasks), strict=True)
@@ -89,14 +65,6 @@ def _schedule(result: Planned) -> dict[str, Any]:
             for rank in range(plan.num_ranks)
         ],
     }
-
-
-def _shade(rank_of_stage: Sequence[int]) -> list[float]:
-    """Of each stage, from 0 for a rank's first to 1 for its last."""
-    return [
-        rank_of_stage[:stage].count(rank) / max(1, rank_of_stage.count(rank) - 1)
-        for stage, rank in enumerate(rank_of_stage)
-    ]
 
 
 def _short(number: float) -> float:

@@ -1,4 +1,4 @@
-"""One timeline of a picture, and how bubbles are written."""
+"""One timeline of a picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from ..plan.simulation import Simulation
 
 @dataclass(frozen=True)
 class Panel:
-    """One timeline of a picture. Times are in one unit; ``makespan`` counts from zero too."""
+    """One timeline of a picture. All times are in one unit, and count from zero."""
 
     title: str
-    plan: _C.Plan  # what the tasks belong to
+    plan: _C.Plan  # the plan of the tasks
     tasks: Sequence[TaskRecord]
     makespan: float
     bubble_by_rank: Sequence[float]
@@ -27,5 +27,5 @@ def simulated_panel(title: str, simulation: Simulation) -> Panel:
 
 
 def percent(share: float) -> str:
-    """As bubbles are written."""
-    return f"{100 * max(0.0, share):.1f} %"  # rounding may leave a little less than nothing
+    """The text of a bubble, as in ``12.5 %``."""
+    return f"{100 * max(0.0, share):.1f} %"  # rounding may leave slightly less than 0

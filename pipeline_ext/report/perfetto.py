@@ -1,11 +1,12 @@
-"""A step as a Chrome trace, for ui.perfetto.dev and chrome://tracing."""
+"""Writes a step as a Chrome trace, for ui.perfetto.dev and chrome://tracing."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import _C
+from ..plan.costs import Costs
 from ..plan.records import ReductionRecord, TaskRecord
+from .memory_curve import memory_curve
 
 Event = dict[str, Any]
 
@@ -18,19 +19,19 @@ def chrome_trace(
     reductions: Sequence[ReductionRecord] = (),
     notes: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The contents of the JSON file; ``tasks`` are measured, in seconds, and sorted by begin.
+    """The contents of the JSON file. ``tasks`` are in seconds and sorted by begin.
 
-    A process is a rank and a thread one of its streams. Perfetto colours a task by its name without the
-    digits, which is its kind.
+    Each rank is a process and each of its streams a thread. Perfetto colours a task by its name without digits,
+    which is its kind.
     """
-    # Tasks come before messages, which bind to a task that has been read already.
-    events = [*_names(plan), *_tasks(tasks), *_messages(plan, tasks), *_activations(tasks)]
+    # Tasks come first, because an arrow binds to a task that was read before it.
+    events = [*_names(plan), *_tasks(tasks), *_messages(plan, tasks), *_activations(plan, tasks)]
     events += _reductions(plan, reductions)
     return {"displayTimeUnit": "ms", "traceEvents": events, "otherData": notes or {}}
 
 
 def _track(rank: int, stream: str) -> Event:
-    # Thread numbers differ between ranks too: some readers name threads by them alone.
+    # No two ranks share a thread number, because some readers name threads by the number alone.
     return {"pid": rank, "tid": 2 * rank + 1 + _STREAMS.index(stream)}
 
 
@@ -66,7 +67,7 @@ def _tasks(tasks: Sequence[TaskRecord]) -> Iterator[Event]:
 
 
 def _messages(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> Iterator[Event]:
-    """An arrow for each dependency between ranks, from the end of one task to the begin of the other."""
+    """An arrow for each dependency between ranks, from the end of a task to the begin of the next one."""
     by_task = {record.task: record for record in tasks}
     number = 0
     for before in tasks:
@@ -76,7 +77,7 @@ def _messages(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> Iterator[Event]:
             number += 1
             name = "activation" if before.stage < after.stage else "gradient"
             arrow = {"name": name, "cat": "message", "id": number}
-            # Sent just before the end: at it the task is over, and the arrow would bind to nothing.
+            # Just before the end of the task: at the end the arrow would bind to no task.
             sent = _microseconds(max(before.begin, before.end - 1e-9))
             received = _microseconds(after.begin)
             yield {"ph": "s", **arrow, **_track(before.rank, before.stream), "ts": sent}
@@ -89,25 +90,17 @@ def _messages(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> Iterator[Event]:
             }
 
 
-def _activations(tasks: Sequence[TaskRecord]) -> Iterator[Event]:
-    """How many microbatches each rank holds, each from the begin of its F to the end of its B or W."""
-    changes: dict[int, Counter[float]] = {}
-    for record in tasks:
-        of_rank = changes.setdefault(record.rank, Counter())
-        if record.kind == "F":
-            of_rank[_microseconds(record.begin)] += 1
-        elif record.kind in ("B", "W"):
-            of_rank[_microseconds(record.end)] -= 1
-    for rank, of_rank in sorted(changes.items()):
-        alive = 0
-        for time, change in sorted(of_rank.items()):
-            alive += change
-            track = _track(rank, "forward")
+def _activations(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> Iterator[Event]:
+    """How many microbatches each rank holds: from the begin of ``F`` to the end of ``B`` or ``W``."""
+    each_takes_1 = Costs(act_memory=1)
+    for rank, curve in sorted(memory_curve(tasks, each_takes_1, plan.num_stages).items()):
+        track = _track(rank, "forward")
+        for time, alive in {_microseconds(time): int(alive) for time, alive in curve}.items():
             yield {"ph": "C", "name": "activations", **track, "ts": time, "args": {"alive": alive}}
 
 
 def _reductions(plan: _C.Plan, reductions: Sequence[ReductionRecord]) -> Iterator[Event]:
-    """Below the rank that sent it, on a track of its own: several may be under way at once."""
+    """Below the rank that sent the buffer, as asynchronous events: several may overlap."""
     for number, record in enumerate(reductions):
         name = f"reduce stage {record.stage}" if record.stage >= 0 else "reduce tied parameters"
         rank = plan.rank_of_stage[max(record.stage, 0)]

@@ -1,10 +1,10 @@
-"""How a timeline looks. Imported only to draw: it needs matplotlib."""
+"""Draws timelines with matplotlib, which is why it is imported only to draw."""
 
 import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import cache
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import matplotlib.style
 from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .. import _C
 from ..plan.records import TaskRecord, lanes
-from .colors import COLORS, NAMES
+from .colors import COLORS, NAMES, paleness
 from .panel import Panel, percent
 
 Color = tuple[float, float, float]
@@ -67,12 +67,12 @@ STYLE = {
 
 
 def style() -> AbstractContextManager[None]:
-    """Inside, pictures look the same whatever the user's matplotlib is set to."""
+    """Inside, the user's settings of matplotlib do not change the picture."""
     return matplotlib.style.context(STYLE, after_reset=True)
 
 
 def figure(panels: Sequence[Panel], unit: str, units: float = 1.0) -> Figure:
-    """The picture; arguments as of ``timeline.save_picture``."""
+    """The picture; arguments as in ``timeline.save_picture``."""
     most = max(panel.plan.num_ranks for panel in panels)
     row = min(0.30, max(0.14, 3.2 / most))
     left = MARGIN + _text_width(f"rank {most - 1}", LABEL_SIZE) / 72 + 0.06
@@ -86,18 +86,20 @@ def figure(panels: Sequence[Panel], unit: str, units: float = 1.0) -> Figure:
     headline = _headline([panel.plan for panel in panels])
     picture.text(left / WIDTH, middle, headline, size=HEADLINE_SIZE, weight="bold", va="center")
     _add_legend(picture, panels, ((left + width) / WIDTH, middle))
-    ax = None
+    axes: list[Axes] = []
     bottom = height - HEADLINE
     for panel in panels:
         rows = row * panel.plan.num_ranks
         bottom -= TITLE + rows
         place = left / WIDTH, bottom / height, width / WIDTH, rows / height
-        ax = picture.add_axes(place, sharex=ax)
+        ax = picture.add_axes(place, sharex=axes[0] if axes else None)
+        axes.append(ax)
         ax.set_xlim(0, makespan)
         ax.tick_params(labelbottom=panel is panels[-1])
         _draw(ax, panel, across=width * 72 / makespan, down=row * 72)
         if by_rank:
             _add_bubbles(ax, panel)
+    ax = axes[-1]
     ax.set_xlabel(f"time ({unit})", labelpad=2)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda time, _: f"{time * units:g}"))
@@ -140,7 +142,7 @@ class Box(NamedTuple):
 
 
 def _draw(ax: Axes, panel: Panel, across: float, down: float) -> None:
-    """Draws one panel; points of a unit of time ``across``, and from rank to rank ``down``."""
+    """Draws one panel; ``across``: points per unit of time, ``down``: points from rank to rank."""
     ranks = range(panel.plan.num_ranks)
     ax.set_ylim(panel.plan.num_ranks - 0.5, -0.5)
     ax.set_yticks(ranks, [f"rank {rank}" for rank in ranks])
@@ -155,7 +157,7 @@ def _draw(ax: Axes, panel: Panel, across: float, down: float) -> None:
         edgecolors="white",
         linewidths=min(0.5, 0.15 * median),
     )
-    rectangles.set_snap(False)  # or equal boxes differ by a pixel
+    rectangles.set_snap(False)  # with it, equal boxes could differ by a pixel
     ax.add_collection(rectangles, autolim=False)
     for kind in COLORS:
         _add_numbers(ax, [box for box in boxes if box.kind == kind], across, down)
@@ -176,7 +178,7 @@ def _boxes(plan: _C.Plan, tasks: Sequence[TaskRecord]) -> list[Box]:
 
 
 def _add_numbers(ax: Axes, boxes: Sequence[Box], across: float, down: float) -> None:
-    """Writes microbatches into boxes of one kind where they fit, unless most do not."""
+    """Writes the microbatch into each box of one kind where it fits, unless it does not fit into most."""
     for size in NUMBER_SIZES:
         fitting = [
             box
@@ -202,21 +204,23 @@ def _add_numbers(ax: Axes, boxes: Sequence[Box], across: float, down: float) -> 
 
 def _add_bubbles(ax: Axes, panel: Panel) -> None:
     """The bubble of each rank, right of its row."""
-    beside = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
-    look = {"size": SMALL_SIZE, "color": FAINT}
-    ax.annotate("bubble", (1, -0.5), (4, 4), **beside, **look)
+    write = partial(
+        ax.annotate,
+        xycoords=ax.get_yaxis_transform(),
+        textcoords="offset points",
+        size=SMALL_SIZE,
+        color=FAINT,
+    )
+    write("bubble", (1, -0.5), (4, 4))
     for rank, bubble in enumerate(panel.bubble_by_rank):
-        ax.annotate(percent(bubble), (1, rank), (4, 0), va="center_baseline", **beside, **look)
+        write(percent(bubble), (1, rank), (4, 0), va="center_baseline")
 
 
 def _shades(plan: _C.Plan) -> dict[tuple[str, int], Color]:
     """The colour of each kind and stage."""
     shades = {}
-    rank_of_stage = plan.rank_of_stage
-    for stage, rank in enumerate(rank_of_stage):
-        earlier, others = rank_of_stage[:stage].count(rank), rank_of_stage.count(rank) - 1
-        # A rank's later stages are paler, but so that in grey any F is darker than any B.
-        white = 0.34 * earlier / max(1, others)
+    for stage, share in enumerate(paleness(plan.rank_of_stage)):
+        white = 0.34 * share  # little enough that in grey any F is darker than any B
         for kind, color in COLORS.items():
             red, green, blue = (part + white * (1 - part) for part in to_rgb(color))
             shades[kind, stage] = red, green, blue
@@ -236,7 +240,8 @@ def _add_legend(picture: Figure, panels: Sequence[Panel], right: tuple[float, fl
     shades = _shades(plan)
     fullest = statistics.mode(plan.rank_of_stage)
     stages = [stage for stage, rank in enumerate(plan.rank_of_stage) if rank == fullest]
-    swatches = [tuple(Patch(facecolor=shades[kind, stage]) for stage in stages) for kind in kinds]
+    # Any, because the stubs of matplotlib know no handle of several patches.
+    swatches: list[Any] = [tuple(Patch(facecolor=shades[kind, stage]) for stage in stages) for kind in kinds]
     picture.legend(
         [*swatches, Patch(facecolor=BUBBLE)],
         [*(NAMES[kind] for kind in kinds), "bubble"],

@@ -1,44 +1,38 @@
-"""The timeline picture of a plan: what it promises and, below it, what a step did."""
+"""Draws a plan as a timeline picture: its simulation, and below it a measured step if there is one."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import _C
 from ..base.files import whole_file
 from ..errors import InvalidArgument, PipelineError
-from ..plan.simulation import Costs, simulate
+from ..plan.costs import Costs
+from ..plan.simulation import simulate
 from .panel import Panel, percent, simulated_panel
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def draw_plan(plan: _C.Plan, path: str | os.PathLike, costs: Costs | None = None) -> None:
-    """Draws the plan's simulated timeline; the path ends in .png, .svg or .pdf.
-
-    ``costs`` are pipeline_ext.Costs, by default F = 1 and B = 2 at every stage. Makes the folders that the path
-    needs. Raises InvalidArgument for another suffix, InvalidSchedule for costs that do not fit, and PipelineError
-    without matplotlib or if the file cannot be written.
-    """
-    path = accepted_path(path, SUFFIXES)
+    """``Plan.draw``."""
+    file = accepted_path(path, SUFFIXES)
     costs = Costs() if costs is None else costs
     if not isinstance(costs, Costs):
         raise InvalidArgument(f"costs is {costs!r}; give pipeline_ext.Costs(forward=..., backward=...)")
     simulation = simulate(plan, costs)
     panel = simulated_panel(f"Plan, simulated: bubble {percent(simulation.bubble)}", simulation)
-    save_picture(path, [panel], unit_of(costs))
+    save_picture(file, [panel], unit_of(costs))
 
 
 def unit_of(costs: Costs) -> str:
-    """What a time axis counts in, as far as the costs tell."""
+    """The unit of the time axis, as far as the costs tell it."""
     return "F = 1" if isinstance(costs.forward, (int, float)) and costs.forward == 1 else "unit of the costs"
 
 
-def accepted_path(path: str | os.PathLike, suffixes: Sequence[str]) -> Path:
-    """``path``, whose suffix, in lower or upper case, is one of ``suffixes``.
-
-    Raises InvalidArgument for anything else.
-    """
+def accepted_path(path: Any, suffixes: Sequence[str]) -> Path:
+    """``path`` if it ends in one of ``suffixes``, in lower or upper case. Raises InvalidArgument otherwise."""
     if not isinstance(path, (str, os.PathLike)) or Path(path).suffix.lower() not in suffixes:
         *others, last = suffixes
         raise InvalidArgument(f"the path is {str(path)!r}; give one that ends in {', '.join(others)} or {last}")
@@ -49,12 +43,12 @@ def save_picture(path: Path, panels: Sequence[Panel], unit: str, units: float = 
     """Draws the panels above one another, on one time axis.
 
     Args:
-        path: where to; ends in one of ``SUFFIXES``.
+        path: the file to write; ends in one of ``SUFFIXES``.
         panels: one or more.
-        unit: what the axis counts in.
-        units: how many of it make up one of the panels' times.
+        unit: name of the unit of the time axis.
+        units: this many of it are one unit of the panels' times.
 
-    Raises PipelineError without matplotlib, or where the file cannot be written.
+    Raises PipelineError without matplotlib, or if the file cannot be written.
     """
     try:
         import matplotlib  # noqa: F401

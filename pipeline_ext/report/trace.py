@@ -1,4 +1,4 @@
-"""Records of one step: when each task ran, on which rank and stream."""
+"""The trace of one step: when each task ran, on which rank and stream."""
 
 import json
 import os
@@ -23,12 +23,12 @@ class Trace:
     """What one step did.
 
     Attributes:
-        plan: the plan it followed.
-        record: when the step and its tasks ran, as it was taken: nanoseconds of the steady clock.
+        plan: the plan that the step followed.
+        record: when the step and its tasks ran, in nanoseconds of the steady clock.
         peak_in_flight: most microbatches alive at once, by rank.
         peak_in_flight_of_stage: the same by stage.
-        messages: what crossed each boundary between ranks, by direction.
-        reductions: records of the gradients averaged between replicas, in the order in which they went out.
+        messages: the messages across each boundary between ranks, by direction.
+        reductions: the buffers of gradients averaged over replicas, in the order in which they were sent.
         pack_choice: what ``pack="auto"`` chose, once it has.
         schedule_choice: what ``schedule="auto"`` chose, once it has.
     """
@@ -54,12 +54,12 @@ class Trace:
 
     @cached_property
     def step_time(self) -> float:
-        """Seconds from the step's begin to its end. Of a step on a GPU this waits for that, as all times do."""
+        """Seconds from the step's begin to its end. On a GPU, reading any time waits for the end."""
         return (self.record.end - self.record.begin) * 1e-9
 
     @cached_property
     def tasks(self) -> list[TaskRecord]:
-        """The tasks that ran in this process, of ``gather_trace`` in all, in the order in which they began."""
+        """The tasks that ran in this process, or in all for ``gather_trace``, sorted by begin."""
         zero = self.record.begin
         begin, end = (
             [(time - zero) * 1e-9 for time in times] for times in (self.record.task_begin, self.record.task_end)
@@ -68,7 +68,7 @@ class Trace:
         return [record for record in records if self.record.task_end[record.task]]
 
     def add_reductions(self, times: Iterable[ReductionTimes]) -> None:
-        """Sets ``reductions`` from these."""
+        """Sets ``reductions``."""
         zero = self.record.begin
         records = [
             ReductionRecord(stage, (begin - zero) * 1e-9, (end - zero) * 1e-9, nbytes)
@@ -77,7 +77,7 @@ class Trace:
         self.reductions = sorted(records, key=lambda record: record.begin)
 
     def order(self) -> dict[int, list[str]]:
-        """Rank -> its actions as text, as they began."""
+        """Rank -> its actions as text, in the order in which they began."""
         order: dict[int, list[str]] = {rank: [] for rank in range(self.plan.num_ranks)}
         for record in self.tasks:
             order[record.rank].append(record.action)
@@ -95,7 +95,7 @@ class Trace:
 
     @property
     def bubble_by_rank(self) -> list[float]:
-        """Share of the step in which each rank ran nothing; 1 for one of another process."""
+        """Share of the step in which each rank ran nothing; 1 for a rank of another process."""
         return [1.0 - busy / self.step_time for busy in self.busy]
 
     @property
@@ -105,24 +105,24 @@ class Trace:
         return statistics.fmean(b for rank, b in enumerate(self.bubble_by_rank) if rank in here)
 
     def profile(self) -> Profile:
-        """Measured times of stages and messages."""
+        """The measured times of stages and messages."""
         return profile(self.plan, self.tasks, self.messages)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the step to a file, whose suffix says as what.
+        """Writes the step to a file. The suffix decides the format:
 
         - ``.json``: a Chrome trace, for ui.perfetto.dev.
-        - ``.png``, ``.svg``, ``.pdf``: the timeline, below the one that the plan promises: its simulation
-          with the times measured in this step. Needs matplotlib.
+        - ``.png``, ``.svg``, ``.pdf``: a timeline of the step, and above it the plan's, simulated with the
+          times measured in this step. Needs matplotlib.
 
-        Folders are made. Raises InvalidArgument for another suffix, PipelineError without matplotlib or
-        where the file cannot be written.
+        Makes the folders above the file. Raises InvalidArgument for another suffix, PipelineError without
+        matplotlib or if the file cannot be written.
         """
-        path = accepted_path(path, (".json", *SUFFIXES))
-        if path.suffix.lower() == ".json":
+        target = accepted_path(path, (".json", *SUFFIXES))
+        if target.suffix.lower() == ".json":
             choices = {"pack_choice": self.pack_choice, "schedule_choice": self.schedule_choice}
             notes = {name: str(choice) for name, choice in choices.items() if choice is not None}
-            with whole_file(path) as file:
+            with whole_file(target) as file:
                 contents = chrome_trace(self.plan, self.tasks, self.reductions, notes)
                 file.write(json.dumps(contents).encode())
             return
@@ -140,4 +140,4 @@ class Trace:
             ),
         ]
         unit, units = ("s", 1.0) if self.step_time >= 10 else ("ms", 1e3)
-        save_picture(path, panels, unit, units)
+        save_picture(target, panels, unit, units)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from ..base.imported import is_dtensor
 from ..base.memory import is_shared, share_memory
 from ..base.tensors import differentiable
 from ..errors import PipelineError
@@ -20,7 +20,7 @@ from ..errors import PipelineError
 class Received:
     """A tensor that a stage was given, and in the end the gradient that its backward found for it."""
 
-    __slots__ = ("grad", "leaf", "_version")
+    __slots__ = ("_version", "grad", "leaf")
 
     def __init__(self, leaf: Tensor) -> None:
         self.grad: Tensor | None = None
@@ -37,7 +37,7 @@ class Received:
         self.grad = self.leaf.grad = None  # a graph that still has to find gradients of weights holds this
         if grad is None or grad.layout is not torch.strided:
             return grad
-        if isinstance(grad, DTensor):
+        if is_dtensor(grad):
             return grad.clone()
         return _copy(grad) if is_shared(grad) else grad
 

@@ -9,22 +9,23 @@ their own, and what they gather in between would not be the same.
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import _C
+from ..base.imported import is_dtensor, is_fully_sharded
 from ..errors import InvalidArgument
 from .last_backward import Body, LastBackward
 from .shared_parameters import SharedParameters
 from .stage import Stage
 
-Wrapper = DistributedDataParallel | FSDPModule
-Kind = TypeVar("Kind", DistributedDataParallel, FSDPModule)
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def reduced_in(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
@@ -38,14 +39,18 @@ class WrappedStages:
 
     def __init__(self, stages: Sequence[Stage], microbatches: int) -> None:
         self._ddp = {stage.index: layers_of(DistributedDataParallel, stage) for stage in stages}
-        self._sharded = {stage.index: layers_of(FSDPModule, stage) for stage in stages}
-        self._shared_out = {p for stage in stages for p in stage.parameters() if isinstance(p, DTensor)}
+        # Any: to type checkers torch's FSDPModule is no nn.Module.
+        self._sharded: dict[int, list[Any]] = {
+            stage.index: [layer for layer in layers_of(nn.Module, stage) if is_fully_sharded(layer)]
+            for stage in stages
+        }
+        self._shared_out = {p for stage in stages for p in stage.parameters() if is_dtensor(p)}
         self._microbatches = microbatches
         self._last_backward = LastBackward(self._ddp, self._reduce)
 
     def check(self, shared: SharedParameters, plan: _C.Plan, device: torch.device) -> None:
         """Raises InvalidArgument for wrapped or tensor-parallel stages that cannot run so."""
-        wrapped = [*_modules(self._all(self._ddp)), *_modules(self._all(self._sharded))]
+        wrapped: list[nn.Module] = [*self._all(self._ddp), *self._all(self._sharded)]
         if (plan.overlap or plan.reactive) and not self._shared_out <= reduced_in(wrapped):
             raise InvalidArgument(
                 "a stage has DTensor parameters (tensor parallelism), whose processes are to run all tasks in "
@@ -113,7 +118,7 @@ class WrappedStages:
         for module in self._all(self._sharded):
             if module._get_fsdp_state()._is_root:
                 module.reset_iter_state()
-            for parameter in _module(module).parameters():
+            for parameter in module.parameters():
                 parameter.grad = None
 
     @staticmethod
@@ -137,7 +142,7 @@ def reduce_ddp(module: DistributedDataParallel) -> None:
     module.require_forward_param_sync = True  # the next forward takes the first replica's buffers
 
 
-def reduce_sharded(modules: Sequence[FSDPModule]) -> None:
+def reduce_sharded(modules: "Sequence[FSDPModule]") -> None:
     """Has them average and share out the gradients now."""
     for module in modules:
         _set_reduces(module, True)
@@ -153,20 +158,11 @@ def layers_of(kind: type[Kind], stage: Stage) -> list[Kind]:
     return [layer for layer in layers if isinstance(layer, kind)]
 
 
-def _module(wrapper: Wrapper) -> nn.Module:
-    assert isinstance(wrapper, nn.Module)  # fully_shard makes it one; the class of torch's alone is none
-    return wrapper
-
-
-def _modules(wrappers: Iterable[Wrapper]) -> list[nn.Module]:
-    return [_module(wrapper) for wrapper in wrappers]
-
-
 def _is_wrapped(layer: nn.Module) -> bool:
-    return isinstance(layer, DistributedDataParallel | FSDPModule)
+    return isinstance(layer, DistributedDataParallel) or is_fully_sharded(layer)
 
 
-def _set_reduces(module: FSDPModule, reduces: bool) -> None:
+def _set_reduces(module: "FSDPModule", reduces: bool) -> None:
     """Whether the backwards to come are to reduce."""
     module.set_requires_gradient_sync(reduces, recurse=False)
     module.set_is_last_backward(reduces)

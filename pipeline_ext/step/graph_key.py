@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..base.comparable import comparable
-from ..model.module_watch import Holdings
+from ..model.module_watch import ModuleWatch
 from ..stages.context import CallerContext
 from .batch import Batch
 
@@ -27,7 +27,7 @@ class GraphKeys:
 
     def __init__(self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> None:
         self._optimizer = optimizer
-        self._holdings = Holdings(modules)
+        self._watch = ModuleWatch(modules)
         self._find()
 
     @property
@@ -39,7 +39,7 @@ class GraphKeys:
         self, leaves: Sequence[Any], spec: pytree.TreeSpec, batch: Batch, context: CallerContext
     ) -> Hashable:
         """``leaves`` and ``spec`` are of the batch's inputs and target. Raises NotCapturable."""
-        if self._holdings.look():
+        if self._watch.changed():
             self._find()
         return (
             spec,
@@ -47,13 +47,13 @@ class GraphKeys:
             (batch.keep_outputs, batch.keep_losses, batch.record, context),
             tuple((p.data_ptr(), p.requires_grad, p.grad is None) for p in self._parameters),
             tuple(b.data_ptr() for table in self._buffers for b in table.values() if b is not None),
-            tuple(module.training for module in self._holdings.modules),
+            tuple(module.training for module in self._watch.modules),
             () if self._optimizer is None else _of_optimizer(self._optimizer),
         )
 
     def _find(self) -> None:
-        self._parameters = self._holdings.parameters()
-        self._buffers = [module._buffers for module in self._holdings.modules if module._buffers]
+        self._parameters = self._watch.parameters()
+        self._buffers = [module._buffers for module in self._watch.modules if module._buffers]
 
 
 def check_capturable(optimizer: torch.optim.Optimizer) -> None:

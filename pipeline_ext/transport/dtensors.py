@@ -6,14 +6,17 @@ the mesh. The two send each other their shards; the global shape and the placeme
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from ..base.imported import is_dtensor
 from ..errors import PipelineError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
 
 Names = tuple[str, ...] | None  # of a mesh's dimensions
 
@@ -29,7 +32,7 @@ class Meshes:
     def learn(self, tensors: Iterable[Tensor]) -> None:
         """Adds the meshes of tensors that the stage has sent, because their gradients come back."""
         for tensor in tensors:
-            if isinstance(tensor, DTensor):
+            if is_dtensor(tensor):
                 self._known[tensor.device_mesh.mesh_dim_names] = tensor.device_mesh
 
     def find(self, names: Names) -> DeviceMesh:
@@ -53,10 +56,10 @@ def to_local(leaves: Sequence[Any]) -> tuple[Sequence[Any], str | None]:
 
     Raises PipelineError for a placement that cannot be described.
     """
-    if not any(isinstance(leaf, DTensor) for leaf in leaves):
+    if not any(is_dtensor(leaf) for leaf in leaves):
         return leaves, None
-    described = [_describe(leaf) if isinstance(leaf, DTensor) else None for leaf in leaves]
-    return [_shard(leaf) if isinstance(leaf, DTensor) else leaf for leaf in leaves], json.dumps(described)
+    described = [_describe(leaf) if is_dtensor(leaf) else None for leaf in leaves]
+    return [_shard(leaf) if is_dtensor(leaf) else leaf for leaf in leaves], json.dumps(described)
 
 
 def from_local(leaves: Sequence[Any], described: str | None, meshes: Meshes) -> Sequence[Any]:
@@ -69,18 +72,20 @@ def from_local(leaves: Sequence[Any], described: str | None, meshes: Meshes) -> 
     ]
 
 
-def _shard(whole: DTensor) -> Tensor:
+def _shard(whole: "DTensor") -> Tensor:
     detached = whole.detach()
-    assert isinstance(detached, DTensor)
+    assert is_dtensor(detached)
     return detached.to_local().requires_grad_(whole.requires_grad)
 
 
-def _describe(whole: DTensor) -> list[Any]:
+def _describe(whole: "DTensor") -> list[Any]:
     placements = [_describe_placement(placement) for placement in whole.placements]
     return [whole.device_mesh.mesh_dim_names, placements, whole.shape, whole.stride()]
 
 
 def _whole(shard: Tensor, described: list[Any], meshes: Meshes) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
     names, placements, shape, stride = described
     whole = DTensor.from_local(
         shard.detach(),
@@ -93,7 +98,9 @@ def _whole(shard: Tensor, described: list[Any], meshes: Meshes) -> Tensor:
     return whole.requires_grad_(shard.requires_grad)
 
 
-def _describe_placement(placement: Placement) -> list[Any]:
+def _describe_placement(placement: "Placement") -> list[Any]:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
     if type(placement) is Shard:
         return ["shard", placement.dim]
     if type(placement) is Replicate:
@@ -106,6 +113,8 @@ def _describe_placement(placement: Placement) -> list[Any]:
     )
 
 
-def _read_placement(described: list[Any]) -> Placement:
+def _read_placement(described: list[Any]) -> "Placement":
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
     kind, *arguments = described
     return {"shard": Shard, "replicate": Replicate, "partial": Partial}[kind](*arguments)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ... import _C
-from ...plan.simulation import Costs
+from ...plan.costs import Costs
 
 Action = tuple[str, int, int]  # kind, stage, microbatch
 

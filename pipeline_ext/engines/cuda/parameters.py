@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...model.module_watch import Holdings
+from ...model.module_watch import ModuleWatch
 from ...stages.aliases import Holder, alias, holders
 from ...stages.gradients import total
 from ...stages.stage import Stage
@@ -48,14 +48,14 @@ class LaneParameters:
         self._holders: dict[int, list[Holder]] = {}  # by stage, as what follows
         self._flat: dict[int, list[_FlatWeights]] = {}
         self._large: dict[int, bool] = {}
-        self._holdings = Holdings(module for stage in stages for module in stage.modules())
+        self._watch = ModuleWatch(module for stage in stages for module in stage.modules())
         self._seen: list[tuple[int, bool]] | None = None
         self._aliases: dict[tuple[int, int], dict[nn.Parameter, nn.Parameter]] = {}  # by stage and lane
         self._replaced: list[Tensor] = []  # gradients that other lanes may still read
 
     def begin(self) -> None:
         """Prepares for a step: whatever was replaced since the last step gets new aliases."""
-        replaced = self._holdings.look()
+        replaced = self._watch.changed()
         if self._seen is not None and not replaced and self._state() == self._seen:
             return
         self._holders = {stage.index: list(holders(stage.modules())) for stage in self._stages}

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from ... import _C
 from ...base.comparable import comparable
 from ...errors import PipelineError
-from ...model.module_watch import Holdings
+from ...model.module_watch import ModuleWatch
 from ...processes.failure import GRACE, Failure
 from ...processes.group import Processes, seconds
 from ...stages.stage import Stage
@@ -37,8 +37,8 @@ class StepSignatures:
     def __init__(
         self, stages: list[Stage], processes: Processes, failure: Failure, descriptions: Descriptions
     ) -> None:
-        self._holdings = Holdings(module for stage in stages for module in stage.modules())
-        self._parameters = self._holdings.parameters()
+        self._watch = ModuleWatch(module for stage in stages for module in stage.modules())
+        self._parameters = self._watch.parameters()
         self._processes = processes
         self._failure = failure
         self._descriptions = descriptions
@@ -100,15 +100,15 @@ class StepSignatures:
         return self._described[message]
 
     def _signature_of(self, plan: _C.Plan, step: Step) -> Hashable:
-        if self._holdings.look():
-            self._parameters = self._holdings.parameters()
+        if self._watch.changed():
+            self._parameters = self._watch.parameters()
         leaves, spec = pytree.tree_flatten(step.inputs)
         return (
             (plan.has_backward, plan.num_microbatches, step.context),
             spec,
             tuple(map(_look, leaves)),
             tuple(parameter.requires_grad for parameter in self._parameters),
-            tuple(module.training for module in self._holdings.modules),
+            tuple(module.training for module in self._watch.modules),
         )
 
 

@@ -1,0 +1,193 @@
+"""What tasks, messages and activations cost: the input of every simulation."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .. import _C
+from ..errors import InvalidSchedule
+from . import costs_file
+from .costs_file import BOUNDARY, LISTED_BY, STAGE
+
+PerStage = float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times of tasks and links, and memory, each in any one unit.
+
+    A number holds for every stage, boundary or rank; a list has one number for each.
+
+    Attributes:
+        forward: time of ``F``, by stage.
+        backward: time of ``B``, the full backward, by stage.
+        input_grad: time of ``I``, by stage; None: half of ``backward``.
+        weight_grad: time of ``W``, by stage; None: ``backward`` minus ``input_grad``.
+        latency: time of a message on its way to another rank, by boundary between stages.
+        overhead: time that a message takes its sender, by boundary.
+        bandwidth: bytes in a unit of time, by boundary. Each boundary has one link for each direction, and a
+            message occupies it for its bytes. Together with the two above this is the LogGP model (Alexandrov
+            et al., LogGP, SPAA 1995).
+        message_bytes: bytes of one microbatch's result, by boundary.
+        contention: factor by which a task takes longer while the other stream of its rank is busy (only plans
+            with ``overlap``).
+        pair: time of an overlapped pair ``(2F0;1B3)OVERLAP_F_B``, as a share of the time that its actions take
+            one after another.
+        act_memory: memory that ``F`` of a microbatch takes, by stage. ``B`` frees it all.
+        mem_i: the part that ``I`` frees, by stage; None: ``act_memory`` minus ``mem_w``, or nothing if neither
+            is given.
+        mem_w: the part that ``W`` frees, by stage; None: ``act_memory`` minus ``mem_i``, or all if neither is
+            given.
+        memory_limit: memory that the microbatches of a rank may take at once, by rank; None: no limit.
+    """
+
+    forward: PerStage = 1.0
+    backward: PerStage = 2.0
+    input_grad: PerStage | None = None
+    weight_grad: PerStage | None = None
+    latency: PerStage = 0.0
+    overhead: PerStage = 0.0
+    bandwidth: PerStage = math.inf
+    message_bytes: PerStage = 0.0
+    contention: float = 1.0
+    pair: float = 1.0
+    act_memory: PerStage = 1.0
+    mem_i: PerStage | None = None
+    mem_w: PerStage | None = None
+    memory_limit: PerStage | None = None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Costs":
+        """Reads costs from a JSON file: one object of the attributes above, each a number or a list.
+
+        Raises InvalidArgument, which names the key, for values that are not valid.
+        """
+        return cls(**costs_file.read(path))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the JSON file that ``load`` and ``pipeline-ext plan --costs`` read.
+
+        Raises PipelineError if the file cannot be written.
+        """
+        costs_file.write(path, asdict(self))
+
+    def times(self, num_stages: int) -> dict[str, list[float]]:
+        """Times of ``F``, ``B``, ``I`` and ``W``, by stage."""
+        backward = _spread(self.backward, num_stages)
+        if self.input_grad is None:
+            input_grad = [b / 2 for b in backward]
+        else:
+            input_grad = _spread(self.input_grad, num_stages)
+        if self.weight_grad is None:
+            weight_grad = [b - i for b, i in zip(backward, input_grad)]
+        else:
+            weight_grad = _spread(self.weight_grad, num_stages)
+        return {"F": _spread(self.forward, num_stages), "B": backward, "I": input_grad, "W": weight_grad}
+
+    def memory(self, num_stages: int) -> tuple[list[float], list[float]]:
+        """Memory of one microbatch, by stage: what ``F`` takes, and what ``I`` frees of it.
+
+        Raises InvalidSchedule if ``I`` and ``W`` free more than ``F`` takes.
+        """
+        taken = _spread(self.act_memory, num_stages)
+        if self.mem_i is None and self.mem_w is None:
+            return taken, [0.0] * num_stages
+        by_w = [0.0] * num_stages if self.mem_w is None else _spread(self.mem_w, num_stages)
+        by_i = [a - w for a, w in zip(taken, by_w)] if self.mem_i is None else _spread(self.mem_i, num_stages)
+        for a, i, w in zip(taken, by_i, by_w):
+            if i < 0 or i + w > a * (1 + 1e-6):
+                raise InvalidSchedule(
+                    f"mem_i {i:g} and mem_w {w:g} free more than the act_memory {a:g} that F takes; together "
+                    "they are at most as much"
+                )
+        return taken, by_i
+
+    def with_memory_of(self, other: "Costs") -> "Costs":
+        """These times with the memory and the limit of ``other``."""
+        return replace(
+            self,
+            act_memory=other.act_memory,
+            mem_i=other.mem_i,
+            mem_w=other.mem_w,
+            memory_limit=other.memory_limit,
+        )
+
+    def by_stage(self, num_stages: int, num_ranks: int) -> _C.CostsByStage:
+        """All costs as lists, by stage, boundary or rank.
+
+        Raises InvalidSchedule for bandwidths, bytes or memory that are not valid.
+        """
+        times = self.times(num_stages)
+        taken, freed_by_input_grad = self.memory(num_stages)
+        boundaries = num_stages - 1
+        nbytes = _spread(self.message_bytes, boundaries)
+        bandwidth = _spread(self.bandwidth, boundaries)
+        if min(bandwidth, default=1.0) <= 0:
+            raise InvalidSchedule(f"bandwidth holds {min(bandwidth):g}; it is bytes in a unit of time, above 0")
+        if min(nbytes, default=0.0) < 0:
+            raise InvalidSchedule(f"message_bytes holds {min(nbytes):g}; it is not negative")
+        return _C.CostsByStage(
+            forward=times["F"],
+            backward=times["B"],
+            input_grad=times["I"],
+            weight_grad=times["W"],
+            latency=_spread(self.latency, boundaries),
+            overhead=_spread(self.overhead, boundaries),
+            transfer=[n / b for n, b in zip(nbytes, bandwidth)],
+            contention=float(self.contention),
+            pair=float(self.pair),
+            taken=taken,
+            freed_by_input_grad=freed_by_input_grad,
+            memory_limit=[] if self.memory_limit is None else _spread(self.memory_limit, num_ranks),
+        )
+
+
+def recut(costs: Costs, num_stages: int, wanted: int) -> Costs:
+    """Costs of a model cut into ``wanted`` stages, from its costs when cut into ``num_stages``.
+
+    A stage's cost is spread evenly over the stage. Raises InvalidSchedule for lists by boundary, because the
+    new cut has other boundaries.
+    """
+    if num_stages == wanted:
+        return costs
+    cut: dict[str, Any] = {}
+    for name, listed_by in LISTED_BY.items():
+        cost = getattr(costs, name)
+        if listed_by == STAGE and cost is not None:
+            cut[name] = _recut(cost, num_stages, wanted)
+        elif listed_by == BOUNDARY and not isinstance(cost, (int, float)):
+            raise InvalidSchedule(
+                f"{name} is given for each boundary between {num_stages} stages, and there are {wanted} "
+                "here; give one number for all"
+            )
+    return replace(costs, **cut)
+
+
+def rebatched(costs: Costs, factor: float) -> Costs:
+    """Costs when a microbatch has ``factor`` times as many rows."""
+
+    def times(cost: PerStage) -> PerStage:
+        return cost * factor if isinstance(cost, (int, float)) else [c * factor for c in cost]
+
+    names = [*(name for name, listed_by in LISTED_BY.items() if listed_by == STAGE), "message_bytes"]
+    grown: dict[str, Any] = {name: times(cost) for name in names if (cost := getattr(costs, name)) is not None}
+    return replace(costs, **grown)
+
+
+def _recut(cost: PerStage, num_stages: int, wanted: int) -> PerStage:
+    if isinstance(cost, (int, float)):
+        return cost * num_stages / wanted
+
+    def between(begin: float, end: float) -> float:
+        return sum(c * max(0.0, min(end, s + 1) - max(begin, s)) for s, c in enumerate(cost))
+
+    length = num_stages / wanted
+    return [between(s * length, (s + 1) * length) for s in range(wanted)]
+
+
+def _spread(cost: PerStage, count: int) -> list[float]:
+    if isinstance(cost, (int, float)):
+        return [float(cost)] * count
+    return [float(c) for c in cost]
