@@ -123,12 +123,13 @@ def _draw(plan: Plan, path: "str | PathLike[str]", costs: "Costs | None" = None)
     """Draws the plan's simulated timeline; the path ends in .png, .svg or .pdf.
 
     ``costs`` are pipeline_ext.Costs, by default F = 1 and B = 2 at every stage. Makes the folders that the path
-    needs. Raises InvalidArgument for another suffix, InvalidSchedule for costs that do not fit, and PipelineError
-    without matplotlib or if the file cannot be written.
+    needs. Raises InvalidArgument for another suffix, InvalidSchedule for costs that do not fit, and
+    PipelineError without matplotlib or if the file cannot be written.
     """
     from .report.timeline import draw_plan
 
     draw_plan(plan, path, costs)
 
 
-Plan.draw = _draw  # type: ignore[method-assign]  # the native core makes plans; Python draws them
+# The native core makes plans; Python draws them.
+Plan.draw = _draw  # type: ignore[assignment,method-assign]

@@ -23,7 +23,7 @@ def given(devices: DevicesLike) -> list[torch.device] | None:
     """
     if devices is None:
         return None
-    as_given: Any = devices
+    as_given: object = devices
     if not isinstance(as_given, list | tuple) or not as_given:
         raise InvalidArgument(
             f'devices is {devices!r}; give a list with one entry for each rank, as in ["cpu", "cpu"] or '
@@ -35,8 +35,11 @@ def given(devices: DevicesLike) -> list[torch.device] | None:
         raise InvalidArgument(f"devices holds {' and '.join(kinds)}; give all ranks devices of one type")
     if kinds == ["cuda"]:
         there = _usable_gpus()
+        current = torch_side.current_device()
+        # torch's stub says that index is an int; of "cuda" it is None.
         found = [
-            torch.device("cuda", torch_side.current_device() if d.index is None else d.index) for d in found
+            torch.device("cuda", current if d.index is None else d.index)  # type: ignore[redundant-expr]
+            for d in found
         ]
         for device in found:
             if device.index >= there:

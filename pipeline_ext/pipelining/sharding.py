@@ -21,7 +21,7 @@ def reshard(module: nn.Module) -> None:
 
 def reduce(stage: Stage) -> None:
     """Reduces the gradients and frees the gathered parameters."""
-    layers = layers_of(FSDPModule, stage)
+    layers = [layer for layer in layers_of(nn.Module, stage) if isinstance(layer, FSDPModule)]
     reduce_sharded(layers)
     for layer in layers:
         layer.reshard()

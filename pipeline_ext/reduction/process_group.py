@@ -18,6 +18,7 @@ from ..errors import InvalidArgument, ReductionError, StepTimeout
 from ..processes.connections import Connections
 from ..processes.differences import digest, first_difference
 from ..processes.notices import Notices
+from ..processes.store import default_store, prefixed
 from .member import ENDED, UNEQUAL
 
 _made: Counter[str] = Counter()  # members that were made, by the processes of their group
@@ -49,8 +50,7 @@ class ProcessGroupMember:
         self.rank = dist.get_rank(group)
         self.size = len(self._processes)
         name = "-".join(map(str, self._processes))
-        store = dist.distributed_c10d._get_default_store()
-        self._store = dist.distributed_c10d.PrefixStore(f"pipeline_ext/replicas/{name}/{_made[name]}", store)
+        self._store = prefixed(f"pipeline_ext/replicas/{name}/{_made[name]}", default_store())
         _made[name] += 1
         self._connections = Connections(self._store, self._processes, self._timeout)
         self._lock = threading.RLock()

@@ -28,8 +28,8 @@ class Part(NamedTuple):
             record.begin,
             record.end,
             [times for times in tasks if times[-1]],
-            record.peak_by_rank,
-            record.peak_by_stage,
+            list(record.peak_by_rank),
+            list(record.peak_by_stage),
             trace.messages,
             [
                 ReductionTimes(

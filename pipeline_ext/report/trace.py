@@ -45,8 +45,8 @@ class Trace:
         self.messages = list(messages)
         self.pack_choice = choice if isinstance(choice, PackChoice) else None
         self.schedule_choice = choice if isinstance(choice, ScheduleChoice) else None
-        self.peak_in_flight: list[int] = record.peak_by_rank
-        self.peak_in_flight_of_stage: list[int] = record.peak_by_stage
+        self.peak_in_flight = list(record.peak_by_rank)
+        self.peak_in_flight_of_stage = list(record.peak_by_stage)
         self.reductions: list[ReductionRecord] = []
 
     def __repr__(self) -> str:

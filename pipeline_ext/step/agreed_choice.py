@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import PeerError
+from ..plan.first_steps import Profiled
 from ..processes.connections import Connections
 from ..processes.group import Processes, seconds
 from ..processes.values import as_bytes, as_tensor, decode, encode
@@ -30,8 +31,9 @@ class OneChooses:
             members = dist.get_process_group_ranks(replicas)
             self._between.insert(0, processes.connect("choices", members))
 
-    def gather(self, trace: Trace) -> Trace | None:
+    def gather(self, trace: Profiled) -> Trace | None:
         """Raises PeerError for a process that is gone, or does not come in time."""
+        assert isinstance(trace, Trace)
         return self._gathering.gather(trace) if self._is_first_replica else None
 
     def hear(self, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,12 @@ class NotRun(NamedTuple):
     waiting: str
     error: BaseException | None = None
     failed_task: int | None = None
+    begin: int = 0
+    end: int = 0
+    task_begin: Sequence[int] = ()
+    task_end: Sequence[int] = ()
+    peak_by_stage: Sequence[int] = ()
+    peak_by_rank: Sequence[int] = ()
 
 
 class DeviceStep:
