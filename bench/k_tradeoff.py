@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import pipeline_ext as pe
 from pipeline_ext.plan.profile import fastest
+from pipeline_ext.transport.link import LocalLink, imitated_link
 
 MICROBATCHES = 32
 KS = (1, 2, 4, 8, 32)
@@ -62,13 +63,8 @@ CASES = {"4 ranks that wait": waiting, "2 ranks, perceptron": mlp}
 
 
 def pipeline(stages: list[nn.Module], pack: int | str, overhead: float) -> pe.Pipeline:
-    return pe.Pipeline(
-        stages,
-        microbatches=MICROBATCHES,
-        loss_fn=nn.functional.mse_loss,
-        pack=pack,
-        link=pe.LocalLink(overhead=overhead),
-    )
+    with imitated_link(LocalLink(overhead)):
+        return pe.Pipeline(stages, microbatches=MICROBATCHES, loss_fn=nn.functional.mse_loss, pack=pack)
 
 
 def measure(name: str, share: float, rounds: int) -> dict:

@@ -25,10 +25,12 @@ from .plan.records import ReductionRecord, TaskRecord
 from .plan.schedule_choice import ScheduleChoice
 from .plan.simulation import Costs, Simulation, simulate
 from .reduction import GradientReduction, LocalGroup, ProcessGroupMember
+from .report.timeline import draw_plan
 from .report.trace import Trace
 from .stages.stage import WithLoss
 from .step.graphs import GraphReport
-from .transport.link import LocalLink
+
+Plan.draw = draw_plan  # type: ignore[method-assign]  # the native core makes plans; Python draws them
 
 __all__ = [
     "Costs",
@@ -39,7 +41,6 @@ __all__ = [
     "InvalidArgument",
     "InvalidSchedule",
     "LocalGroup",
-    "LocalLink",
     "PackChoice",
     "PeerError",
     "Pipeline",

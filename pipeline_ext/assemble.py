@@ -32,6 +32,7 @@ from .step.routes import Routes
 from .step.sharing import OneProcess, sharing_of
 from .step.stepper import Stepper
 from .transport.exchange import Exchange
+from .transport.link import current_link
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def assemble(settings: Settings) -> Assembly:
         Exchange,
         wire=arguments.wires("wire", settings.wire, len(modules) - 1),
         wire_forward=arguments.wires("wire_forward", settings.wire_forward, len(modules) - 1),
-        link=settings.link,
+        link=current_link(),
     )
     ordering = _ordering(settings, len(modules), given, sharing)
     first_steps = ordering.first_steps()

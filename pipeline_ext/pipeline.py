@@ -27,7 +27,6 @@ from .settings import Settings, WireLike
 from .stages import microbatch
 from .step.batch import Batch
 from .step.graphs import GraphReport
-from .transport.link import FREE_LINK, LocalLink
 
 
 class Pipeline(UnsplitModel):
@@ -152,7 +151,6 @@ class Pipeline(UnsplitModel):
         wire_forward: WireLike = None,
         in_flight: int | Sequence[int] | None = None,
         costs: Costs | None = None,
-        link: LocalLink = FREE_LINK,
         timeout: float = 1800.0,
         trace: bool = True,
         reduction: GradientReduction | None = None,
@@ -181,7 +179,6 @@ class Pipeline(UnsplitModel):
             wire_forward=wire_forward,
             in_flight=in_flight,
             costs=costs,
-            link=link,
             timeout=timeout,
             reduction=reduction,
             graphs=graphs,

@@ -16,7 +16,6 @@ from .plan.ordering import PackLike
 from .plan.simulation import Costs
 from .processes.group import MeshLike
 from .reduction import GradientReduction
-from .transport.link import FREE_LINK, LocalLink
 
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
 
@@ -51,7 +50,6 @@ class Settings:
     pack_skips: Mapping[str, int | str] | None = None
     wire: WireLike = None
     wire_forward: WireLike = None
-    link: LocalLink = FREE_LINK
 
     loss_fn: Callable[..., Tensor] | None = None
     loss_reduction: str = "mean"
@@ -66,7 +64,6 @@ class Settings:
         self._set(microbatches=arguments.count("microbatches", self.microbatches))
         _check_loss(self.loss_fn, self.loss_reduction)
         self._set(timeout=_seconds(self.timeout))
-        arguments.check_type("link", self.link, LocalLink)
         for name, accepted in (
             ("costs", Costs),
             ("reduction", GradientReduction),

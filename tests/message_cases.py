@@ -3,7 +3,9 @@
 import torch
 
 from pipeline_ext.base.memory import find_regions
-from pipeline_ext.transport.format import AsIs, Cast, message_of
+from pipeline_ext.transport.cast import Cast
+from pipeline_ext.transport.format import AsIs
+from pipeline_ext.transport.message import choose_format
 
 
 def awkward(device):
@@ -55,7 +57,7 @@ def sharing(device):
 
 def sent(tensors, wire=None):
     """Each as it arrives, and the buffer it arrived in."""
-    format, regions = message_of(tensors, wire, None)
+    format, regions = choose_format(tensors, wire, None)
     assert isinstance(format, AsIs if wire is None else Cast)
     for _ in range(2):  # once more, as in the next step
         buffer = torch.full(
@@ -97,7 +99,7 @@ def check_shared(device):
 def check_overlaps_travel_once(device):
     """Three parts of a row are sent as the row."""
     tensors = torch.randn(64, 96, device=device).chunk(3, dim=1)
-    format, _ = message_of(tensors, None, None)
+    format, _ = choose_format(tensors, None, None)
     assert format.sent_nbytes == 64 * 96 * 4
     looks, regions = find_regions(tensors)
     assert len(regions) == 1 and [look.offset for look in looks] == [0, 128, 256]

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline_ext.transport.clocks import RoundTrip, ahead
+from pipeline_ext.processes.clocks import RoundTrip, ahead
 
 delays = st.integers(0, 10**9)
 

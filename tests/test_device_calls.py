@@ -34,7 +34,7 @@ def step(pipe, standin, call=None):
 
 def laid_out(pipe):
     route = pipe._routes.train
-    actions = [action for action, _, _ in route.layout.streams.steps]
+    actions = [action for action, _, _ in route.layout.streams.ops]
     return route.plan, route.layout.streams, {action: i for i, action in enumerate(actions)}
 
 
@@ -45,9 +45,9 @@ def check(pipe, order):
     for task in range(len(plan)):
         for after in plan.successors(task):
             crosses = pipe.devices[plan.describe(task)[3]] != pipe.devices[plan.describe(after)[3]]
-            before = streams.sent_by(task) if crosses else streams.step_of(task)
-            assert before in order.before[streams.step_of(after)], (plan.action(task), plan.action(after))
-        assert streams.step_of(task) in order.before[streams.sent_by(task)] | {streams.sent_by(task)}
+            before = streams.sent_by(task) if crosses else streams.op_of(task)
+            assert before in order.before[streams.op_of(after)], (plan.action(task), plan.action(after))
+        assert streams.op_of(task) in order.before[streams.sent_by(task)] | {streams.sent_by(task)}
     assert order.at_end == frozenset(range(len(number)))
     assert order.calls <= WITHIN_A_STEP
 
@@ -93,7 +93,7 @@ def test_forwards_and_backwards_that_run_together_lie_on_streams_without_a_path(
                 (kind, _, _, rank, _), (other, _, _, other_rank, _) = plan.describe(f), plan.describe(b)
                 if (kind, other) != ("F", "B") or rank != other_rank:
                     continue
-                i, j = streams.step_of(f), streams.step_of(b)
+                i, j = streams.op_of(f), streams.op_of(b)
                 if simulated.begin[f] < simulated.end[b] and simulated.begin[b] < simulated.end[f]:
                     together += 1
                     assert order.streams[i] != order.streams[j]
@@ -167,7 +167,7 @@ def test_an_evaluation_waits_for_what_it_needs_too(gpus, standin):
         pipe.eval(torch.randn(12, 4))
         order = step(pipe, standin, pipe.eval)
         layout = pipe._routes.eval(pipe.microbatches).layout
-        number = {action: i for i, (action, _, _) in enumerate(layout.streams.steps)}
+        number = {action: i for i, (action, _, _) in enumerate(layout.streams.ops)}
         for m in range(6):
             assert number["F", 0, m] in order.before[number["F", 1, m]]
             assert number["F", 1, m] in order.before[number["SEND_F", 1, m]]

@@ -447,7 +447,7 @@ def test_the_graph_has_the_edges_of_the_plan_and_backwards_go_first(gpu, standin
         assert len(order.before) == len(plan) == len(order.at_end)
         for task in range(len(plan)):
             for after in plan.successors(task):
-                assert streams.step_of(task) in order.before[streams.step_of(after)]
+                assert streams.op_of(task) in order.before[streams.op_of(after)]
         assert "cuEventQuery" not in order.calls  # it would spoil the capture
 
 

@@ -63,7 +63,16 @@ def test_the_same_as_json(doctor):
     assert machine["intra_op_threads"] == torch.get_num_threads()
     missing = [c["name"] for c in report["capabilities"] if not c["available"]]
     on_gpus = [] if torch.cuda.is_available() else ["GPU ranks", "packing on a GPU"]
-    assert missing == [*on_gpus, "many processes"]
+    assert missing == on_gpus
+    assert capability(report, "many processes")["note"].startswith("over gloo, one rank each")
+
+
+def test_a_network_that_cannot_connect_processes_is_told(doctor, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere")
+    status, report = doctor()
+    processes = capability(report, "many processes")
+    assert status == 0 and not processes["available"]
+    assert processes["note"].startswith("gloo cannot connect processes: ") and "nowhere" in processes["note"]
 
 
 def test_without_matplotlib_it_says_what_to_install(doctor, monkeypatch):
@@ -118,7 +127,7 @@ def test_a_malloc_set_by_the_environment_is_left_alone():
         text=True,
         timeout=120,
     )
-    assert "left as your environment has it: MALLOC_TOP_PAD_" in shown.stdout
+    assert "left as your environment sets it: MALLOC_TOP_PAD_" in shown.stdout
 
 
 @pytest.mark.parametrize("spoil", ["add to a gradient", "leave a gradient out", "raise"])

@@ -59,7 +59,11 @@ def imports(package: Path, name: str, path: Path) -> Iterator[tuple[str, int]]:
         for parts in found:
             if parts[0] != package.name:
                 continue
-            while parts[1:] and ".".join(parts[1:]) not in known and f"{'.'.join(parts[1:])}.__init__" not in known:
+            while (
+                parts[1:]
+                and ".".join(parts[1:]) not in known
+                and f"{'.'.join(parts[1:])}.__init__" not in known
+            ):
                 parts = parts[:-1]  # a name in a module
             target = ".".join(parts[1:]) or "__init__"
             yield (target if target in known else f"{target}.__init__"), node.lineno

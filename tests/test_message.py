@@ -15,8 +15,8 @@ from message_cases import (
 from pipeline_ext import PipelineError
 from pipeline_ext.base.memory import find_regions
 from pipeline_ext.transport.channel import Channel
-from pipeline_ext.transport.format import AsIs, message_of
-from pipeline_ext.transport.message import fill
+from pipeline_ext.transport.format import AsIs
+from pipeline_ext.transport.message import choose_format, prepare
 
 ROUNDING = {
     torch.float16: 2.0**-11,
@@ -47,16 +47,16 @@ def test_sums_that_depend_on_alignment_are_the_same():
 def test_tensors_that_share_memory_are_not_cast_apart():
     for pair in (sharing("cpu")[:2], sharing("cpu")[5:7]):
         with pytest.raises(PipelineError, match="share memory cannot travel as another type"):
-            message_of(pair, torch.bfloat16, None)
+            choose_format(pair, torch.bfloat16, None)
     *_, left, right = sharing("cpu")  # interleaved, but nowhere the same
-    message_of([left, right], torch.bfloat16, None)
+    choose_format([left, right], torch.bfloat16, None)
 
 
 def test_a_wire_type_that_tensors_have_already_casts_nothing():
     tensors = [torch.randn(3), torch.arange(3)]
-    assert isinstance(message_of(tensors, torch.float32, None)[0], AsIs)
-    assert isinstance(message_of([torch.arange(3)], torch.float8_e4m3fn, None)[0], AsIs)
-    assert isinstance(message_of([], torch.float8_e4m3fn, None)[0], AsIs)
+    assert isinstance(choose_format(tensors, torch.float32, None)[0], AsIs)
+    assert isinstance(choose_format([torch.arange(3)], torch.float8_e4m3fn, None)[0], AsIs)
+    assert isinstance(choose_format([], torch.float8_e4m3fn, None)[0], AsIs)
 
 
 @pytest.mark.parametrize("wire", list(ROUNDING), ids=str)
@@ -116,20 +116,20 @@ def results():
     return [[x, 8, scale, "a"], [torch.randn(5, 8, requires_grad=True), None, scale, torch.arange(3)]]
 
 
-def filled(leaves):
-    filling = fill(leaves, None, None)
-    buffer = torch.zeros(filling.contents.format.nbytes, dtype=torch.uint8)
-    filling.pack(buffer)
-    return filling.contents, buffer
+def packed(leaves):
+    prepared = prepare(leaves, None, None)
+    buffer = torch.zeros(prepared.description.format.nbytes, dtype=torch.uint8)
+    prepared.pack(buffer)
+    return prepared.description, buffer
 
 
 def test_a_message_like_another_is_packed_at_once_as_it_would_be_alone():
-    contents, _ = filled(results())
+    description, _ = packed(results())
     other = results()
     other[0][0] += 1
-    buffer = torch.zeros(contents.format.nbytes, dtype=torch.uint8)
-    assert contents.pack(other, buffer)
-    assert torch.equal(buffer, filled(other)[1])
+    buffer = torch.zeros(description.format.nbytes, dtype=torch.uint8)
+    assert description.pack(other, buffer)
+    assert torch.equal(buffer, packed(other)[1])
 
 
 def twice(leaves):
@@ -165,16 +165,16 @@ class Tagged(torch.Tensor):
 
 @pytest.mark.parametrize("difference", DIFFERENCES)
 def test_a_message_that_differs_is_left_unpacked(difference):
-    contents, _ = filled(results())
+    description, _ = packed(results())
     other = results()
     DIFFERENCES[difference](other)
-    buffer = torch.zeros(contents.format.nbytes, dtype=torch.uint8)
-    assert not contents.pack(other, buffer)
+    buffer = torch.zeros(description.format.nbytes, dtype=torch.uint8)
+    assert not description.pack(other, buffer)
     assert not buffer.any()
 
 
 @pytest.mark.parametrize("make", [awkward, sharing])
 def test_what_only_the_general_way_can_pack_is_left_to_it(make):
     leaves = [make("cpu")]
-    contents, _ = filled(leaves)
-    assert not contents.pack(leaves, torch.zeros(contents.format.nbytes, dtype=torch.uint8))
+    description, _ = packed(leaves)
+    assert not description.pack(leaves, torch.zeros(description.format.nbytes, dtype=torch.uint8))

@@ -14,6 +14,7 @@ from torch import nn
 import pipeline_ext as pe
 from pipeline_ext.plan import pack_choice
 from pipeline_ext.plan.pack_choice import choose
+from pipeline_ext.transport.link import LocalLink, imitated_link
 
 
 def profile(stages, forward=1.0, backward=2.0, latency=0.0, overhead=0.0, bandwidth=math.inf, nbytes=0):
@@ -166,9 +167,10 @@ class Wait(nn.Module):
 
 def test_a_step_tells_what_messages_cost():
     x = torch.randn(8, 4)
-    with pe.Pipeline(
-        [Wait(0.001) for _ in range(3)], microbatches=4, loss_fn=F.mse_loss, link=pe.LocalLink(overhead=0.006)
-    ) as pipe:
+    with (
+        imitated_link(LocalLink(overhead=0.006)),
+        pe.Pipeline([Wait(0.001) for _ in range(3)], microbatches=4, loss_fn=F.mse_loss) as pipe,
+    ):
         pipe.step(x, target=x)
         found = pipe.profile()
         assert all(0.006 <= overhead < 0.012 for overhead in found.overhead)
@@ -182,14 +184,12 @@ def test_a_step_tells_what_messages_cost():
 @pytest.mark.parametrize("trace", [True, False])
 def test_as_the_fourth_step_begins_a_pipeline_chooses_and_says_so(trace, capsys, tmp_path):
     x = torch.randn(16, 4)
-    with pe.Pipeline(
-        [Wait(0.0005) for _ in range(4)],
-        microbatches=16,
-        loss_fn=F.mse_loss,
-        pack="auto",
-        link=pe.LocalLink(overhead=0.004),
-        trace=trace,
-    ) as pipe:
+    with (
+        imitated_link(LocalLink(overhead=0.004)),
+        pe.Pipeline(
+            [Wait(0.0005) for _ in range(4)], microbatches=16, loss_fn=F.mse_loss, pack="auto", trace=trace
+        ) as pipe,
+    ):
         for step in range(1, 6):
             pipe.step(x, target=x)
             printed = capsys.readouterr().out
@@ -211,7 +211,10 @@ def test_as_the_fourth_step_begins_a_pipeline_chooses_and_says_so(trace, capsys,
 
 def test_a_choice_that_is_interrupted_changes_nothing_and_is_made_at_the_next_step(monkeypatch):
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(8, 4)
-    with pe.Pipeline(model, 2, 8, loss_fn=F.mse_loss, pack="auto", link=pe.LocalLink(overhead=0.002)) as pipe:
+    with (
+        imitated_link(LocalLink(overhead=0.002)),
+        pe.Pipeline(model, 2, 8, loss_fn=F.mse_loss, pack="auto") as pipe,
+    ):
         for _ in range(3):
             pipe.step(x, target=x)
         before = [p.grad.clone() for p in model.parameters()]
@@ -249,7 +252,17 @@ def test_a_schedule_that_lists_its_sends_stays_as_it_is():
         assert pipe.plan.packs == [1]
 
 
-def test_a_link_s_overhead_is_a_time():
-    for overhead in (-1.0, math.inf, "slow"):
-        with pytest.raises(pe.InvalidArgument, match="overhead is .*; give seconds, 0 or more"):
-            pe.LocalLink(overhead=overhead)
+def test_only_pipelines_that_are_made_within_it_use_an_imitated_link():
+    def seconds(pipe):
+        x = torch.randn(4, 4)
+        pipe.step(x, target=x)
+        return sum(message.seconds for message in pipe.trace.messages)
+
+    def pipeline():
+        return pe.Pipeline([Wait(0.0)] * 2, microbatches=2, loss_fn=F.mse_loss)
+
+    with imitated_link(LocalLink(overhead=0.002)):
+        within = pipeline()
+    with within, pipeline() as after:
+        assert seconds(within) >= 4 * 0.002
+        assert seconds(after) == 0

@@ -150,21 +150,21 @@ def test_what_cannot_be_has_a_reason_beside_what_can(plan):
     assert (gpipe["feasible"], other["feasible"]) == (False, True)
     assert list(gpipe) == [*KEYS, "reason"] and list(other) == KEYS
     assert {gpipe[key] for key in KEYS[5:]} == {None}
-    assert "gpipe cannot be" in err
+    assert "gpipe is not possible" in err
 
 
 def test_alone_what_cannot_be_ends_with_status_1(plan, tmp_path):
     page = tmp_path / "page.html"
     status, out, _ = plan("--schedule", "gpipe", *SHAPE, "--memory-limit", "6", "--html", page)
     assert status == 1
-    assert "gpipe cannot be: " in out
+    assert "gpipe is not possible: " in out
     assert not list(tmp_path.iterdir())
 
 
 def test_a_step_too_long_for_a_number_cannot_be(plan):
     status, out, _ = plan("--schedule", "1f1b", *SHAPE, "--tf", "1e308")
     assert status == 1
-    assert "1f1b cannot be: the step takes longer than a number can tell" in out
+    assert "1f1b is not possible: the step takes longer than a number can tell" in out
 
 
 def test_a_deadlock_is_named_with_its_cycle(plan, tmp_path):
@@ -172,7 +172,7 @@ def test_a_deadlock_is_named_with_its_cycle(plan, tmp_path):
     file.write_text(DEADLOCK)
     status, out, _ = plan("--from-csv", file)
     assert status == 1
-    assert "order.csv cannot be" in out and "0B0 waits for 1B0 on rank 1" in out
+    assert "order.csv is not possible" in out and "0B0 waits for 1B0 on rank 1" in out
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_deadlock_is_named_with_its_cycle(plan, tmp_path):
         (["--schedule", "1f1b,gpipe", *SHAPE, "--csv", "x.csv"], "--csv holds one schedule, and several"),
         (["--schedule", "1f1b", *SHAPE, "--png", "x.txt"], "the path is 'x.txt'; give one that ends in .png"),
         (["--schedule", "1f1b", *SHAPE, "--budget", "5s"], "--budget and --trials bound a search"),
-        ([*SHAPE, "--overlap"], "--overlap is of named schedules, and auto searches for ranks that run one"),
+        ([*SHAPE, "--overlap"], "--overlap is for named schedules, and auto searches for ranks that run one"),
         (["--schedule", "1f1b", "--ranks", "4", "--microbatches", "4,8"], "several --microbatches are for a"),
         ([*SHAPE, "--budget", "soon"], "'soon' is not a time; write it as in 500ms, 5s or 1m"),
         (

@@ -241,11 +241,11 @@ def test_a_command_that_resumes_what_has_begun_can_be_given_again(tmp_path, text
 
 def test_what_has_begun_is_looked_for_in_out_alone(text, capsys):
     assert main(["train", *SMALL, "--data", text, "--resume", "auto"]) == 2
-    assert "--resume auto goes on with the run in --out, which is not given" in capsys.readouterr().err
+    assert "--resume auto continues the run in --out, which is not given" in capsys.readouterr().err
 
 
 def test_a_new_run_does_not_write_over_the_checkpoint_of_another(text, stopped, capsys):
     before = losses(stopped)
     assert main(["train", *SMALL, "--data", text, "--out", str(stopped)]) == 2
-    assert f"go on with it by --resume {stopped}" in capsys.readouterr().err
+    assert f"continue it by --resume {stopped}" in capsys.readouterr().err
     assert losses(stopped) == before

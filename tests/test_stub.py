@@ -1,6 +1,7 @@
 """The native core's type stubs: every name the bindings define, and nothing else."""
 
 import ast
+import inspect
 import types
 from pathlib import Path
 
@@ -57,6 +58,10 @@ def in_module():
                 found[prefix + name] = ("property", of_docstring(f"get{value.fget.__doc__}")[1])
             elif callable(value) and (value.__doc__ or "").startswith(f"{name}("):
                 found[prefix + name] = of_docstring(value.__doc__)
+            elif inspect.isfunction(value):  # a method that Python gave the class
+                method = ast.parse(f"def {name}{inspect.signature(value)}: ...").body[0]
+                method.args.args[0].arg = "self"
+                found[prefix + name] = of_function(method)
             elif isinstance(owner, types.ModuleType) and not name.startswith("__"):
                 found[name] = ("value", type(value).__name__)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import pipeline_ext as pe
 from pipeline_ext.cli import main
-from pipeline_ext.transport.format import message_of
+from pipeline_ext.transport.message import choose_format
 
 # Largest relative error of one rounding: half a unit in the last place.
 ROUNDING = {
@@ -78,7 +78,7 @@ class Float8:
 
     def send(self, tensors):
         """The scales that travelled, and what arrived."""
-        self.format, regions = message_of(tensors, self.wire, self.format)
+        self.format, regions = choose_format(tensors, self.wire, self.format)
         buffer = torch.empty(self.format.nbytes, dtype=torch.uint8)
         self.format.pack(tensors, regions, buffer)
         scales = self.format._scales_in(buffer)[: len(tensors)].tolist()
@@ -113,7 +113,7 @@ def test_infinity_and_nan_arrive():
     for wire in (torch.bfloat16, torch.float16, torch.float8_e5m2):
         messages = Float8(wire)
         for _ in range(2):
-            format, regions = message_of(tensors, wire, messages.format)
+            format, regions = choose_format(tensors, wire, messages.format)
             buffer = torch.empty(format.nbytes, dtype=torch.uint8)
             format.pack(tensors, regions, buffer)
             arrived, finite = format.open(buffer)

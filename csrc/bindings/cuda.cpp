@@ -13,12 +13,10 @@ namespace pe {
 namespace {
 
 using SharedStreamPlan = std::shared_ptr<StreamPlan>;
-using StepTuple =
-    std::tuple<std::tuple<std::string, int, int>, int, std::vector<std::uint32_t>>;
+using OpTuple = std::tuple<std::tuple<std::string, int, int>, int, std::vector<std::uint32_t>>;
 
-SharedStreamPlan make_stream_plan(std::shared_ptr<Plan> plan, const Costs& costs,
-                                  const Simulation& simulation, std::vector<int> device_of_rank,
-                                  std::optional<int> rank) {
+SharedStreamPlan make_stream_plan(std::shared_ptr<Plan> plan, const Costs& costs, const Simulation& simulation,
+                                  std::vector<int> device_of_rank, std::optional<int> rank) {
   TaskTimes times{simulation.begin, end_times(*plan, costs, simulation)};
   return std::make_shared<StreamPlan>(std::move(plan), times, std::move(device_of_rank),
                                       rank.value_or(kEveryRank));
@@ -31,6 +29,7 @@ struct PyLaid {
 
 std::vector<cuda::StreamHandle> handles(const std::vector<std::uintptr_t>& streams) {
   std::vector<cuda::StreamHandle> found;
+  found.reserve(streams.size());
   for (const std::uintptr_t stream : streams) {
     found.push_back(reinterpret_cast<cuda::StreamHandle>(stream));
   }
@@ -42,8 +41,8 @@ const char* wait_for_room(StreamExecutor& executor, double timeout) {
   Outcome outcome = Outcome::Done;
   {
     py::gil_scoped_release release;
-    outcome = executor.wait_for_room(
-        {std::chrono::duration<double>(timeout), [&signals] { return signals(); }});
+    outcome =
+        executor.wait_for_room({std::chrono::duration<double>(timeout), [&signals] { return signals(); }});
   }
   signals.rethrow();
   return outcome_name(outcome);
@@ -60,16 +59,16 @@ void bind_cuda(py::module_& m) {
       "How many devices the CUDA driver sees. Raises DeviceError, saying why, where it cannot be used.");
 
   m.def("num_pooled_streams", &cuda::num_pooled_streams,
-        "Streams that were made and are not in use; they serve the next pipelines.");
+        "Streams that are not in use; the next pipelines reuse them.");
 
-  m.def("empty_stream_pool", &cuda::empty_stream_pool, "Destroys them after all; for tests.");
+  m.def("empty_stream_pool", &cuda::empty_stream_pool, "Destroys the unused streams; for tests.");
 
   py::class_<StreamPlan, SharedStreamPlan>(m, "StreamPlan", R"(A plan laid out on device streams.
 
-A step, by number, is a task or the copy of its results to another device, in the order of enqueueing.)")
+An op is a task, or the copy of a task's results to another device; they are numbered as they are enqueued.)")
       .def(py::init(&make_stream_plan), py::arg("plan"), py::arg("costs"), py::arg("times"),
            py::arg("device_of_rank"), py::arg("rank") = py::none(),
-           "rank: of the process, where each rank is one; None: it has all.")
+           "rank: the rank of this process; None: this process runs all ranks.")
       .def_property_readonly(
           "devices",
           [](const StreamPlan& p) {
@@ -79,33 +78,31 @@ A step, by number, is a task or the copy of its results to another device, in th
           },
           "By stream, the ordinal of its device.")
       .def_property_readonly(
-          "steps",
+          "ops",
           [](const StreamPlan& p) {
-            std::vector<StepTuple> steps;
-            for (const Enqueued& step : p.steps()) {
-              const auto waits = p.waits(step);
-              steps.push_back({{std::string(kind_name(step.action.kind)), step.action.stage,
-                                step.action.microbatch},
-                               step.stream,
-                               {waits.begin(), waits.end()}});
+            std::vector<OpTuple> ops;
+            for (const StreamOp& op : p.ops()) {
+              const auto waits = p.waits(op);
+              ops.push_back({{std::string(kind_name(op.action.kind)), op.action.stage, op.action.microbatch},
+                             op.stream,
+                             {waits.begin(), waits.end()}});
             }
-            return steps;
+            return ops;
           },
-          "For each step ((kind, stage, microbatch), stream, the steps on other streams it waits for).")
+          "For each op ((kind, stage, microbatch), stream, the ops on other streams it waits for).")
       .def(
-          "step_of",
+          "op_of",
           [](const StreamPlan& p, TaskId task) -> std::optional<std::uint32_t> {
-            if (p.step_of(task) == kNoStep) return std::nullopt;
-            return p.step_of(task);
+            if (p.op_of(task) == kNoOp) return std::nullopt;
+            return p.op_of(task);
           },
           py::arg("task"), "None for a task of another process.")
       .def("sent_by", &StreamPlan::sent_by, py::arg("task"),
-           "The step that carries the task's results to another device; its own if none does.")
-      .def("first_after", &StreamPlan::first_after, py::arg("step"), py::arg("stream"),
-           "The first step on a stream that runs once a step has ended; len(steps) if only the end does.");
+           "The op that copies the task's results to another device; the task's own if nothing is copied.")
+      .def("first_after", &StreamPlan::first_after, py::arg("op"), py::arg("stream"),
+           "The first op on a stream that runs after an op has ended; len(ops) if there is none in this step.");
 
-  py::class_<DeviceTimes, std::shared_ptr<DeviceTimes>>(m, "DeviceTimes",
-                                                        "When the steps of a StreamPlan ran.")
+  py::class_<DeviceTimes, std::shared_ptr<DeviceTimes>>(m, "DeviceTimes", "When the ops of a StreamPlan ran.")
       .def("done", &DeviceTimes::done)
       .def(
           "read",
@@ -113,28 +110,25 @@ A step, by number, is a task or the copy of its results to another device, in th
             const MeasuredTimes read = times.read();
             return py::make_tuple(read.step, read.begin, read.end);
           },
-          "(seconds of the whole, begin and end of each in seconds since its begin), once done.");
+          "(seconds of the whole step, begin of each op, end of each op), in seconds since the step's begin; "
+          "once done.");
 
-  py::class_<DeviceStepResult>(m, "DeviceStepResult", "What became of enqueueing a step.")
-      .def_property_readonly("outcome",
-                             [](const DeviceStepResult& r) { return outcome_name(r.outcome); })
+  py::class_<DeviceStepResult>(m, "DeviceStepResult", "The result of enqueueing a step.")
+      .def_property_readonly("outcome", [](const DeviceStepResult& r) { return outcome_name(r.outcome); })
       .def(
           "take_error",
-          // Once: its traceback leads to whoever holds the result, and no garbage collector sees through that.
+          // Only once: its traceback refers to whoever holds the result, a cycle that Python cannot collect.
           [](DeviceStepResult& r) { return python_error(std::exchange(r.error, nullptr)); },
-          "What a body or the driver raised, or None; to be called once.")
+          "The exception that a body or the driver raised, or None; to be called once.")
       .def_property_readonly("failed_task",
                              [](const DeviceStepResult& r) -> py::object {
                                if (r.failed_task == kNoTask) return py::none();
                                return py::int_(r.failed_task);
                              })
       .def_property_readonly(
-          "times",
-          [](const DeviceStepResult& r) {
-            return r.times ? std::optional(r.times) : std::nullopt;
-          },
-          "None where they were not recorded.")
-      .def_readonly("num_nodes", &DeviceStepResult::num_nodes, "Of the graph, where one was captured.");
+          "times", [](const DeviceStepResult& r) { return r.times ? std::optional(r.times) : std::nullopt; },
+          "None if times were not recorded.")
+      .def_readonly("num_nodes", &DeviceStepResult::num_nodes, "Nodes of the captured graph, if any.");
 
   py::class_<PyLaid>(m, "LaidProgram", "A program with its streams and events.")
       .def_property_readonly(
@@ -146,7 +140,7 @@ A step, by number, is a task or the copy of its results to another device, in th
             }
             return streams;
           },
-          "The handles of the StreamPlan's streams.");
+          "The handles of the streams, numbered as in the StreamPlan.");
 
   py::class_<StreamExecutor>(m, "StreamExecutor", R"(Enqueues steps on the streams of CUDA devices.
 
@@ -161,30 +155,25 @@ Raises DeviceError without a driver or device.)")
           py::arg("program"), py::arg("plan"))
       .def(
           "run",
-          [](StreamExecutor& e, const PyLaid& program, const std::vector<std::uintptr_t>& callers,
-             bool record, bool capturing) {
-            return e.run(*program.laid, {handles(callers), record, capturing});
-          },
+          [](StreamExecutor& e, const PyLaid& program, const std::vector<std::uintptr_t>& callers, bool record,
+             bool capturing) { return e.run(*program.laid, {handles(callers), record, capturing}); },
           py::arg("program"), py::kw_only(), py::arg("callers"), py::arg("record") = false,
           py::arg("capturing") = false)
       .def("wait_for_room", &wait_for_room, py::kw_only(), py::arg("timeout"),
-           "Waits until at most one marked step is not done; 'done', 'timed out' or 'closed'.")
+           "Waits until at most one marked step is unfinished; returns 'done', 'timed out' or 'closed'.")
       .def(
           "mark",
-          [](StreamExecutor& e, const std::vector<std::uintptr_t>& callers) {
-            e.mark(handles(callers));
-          },
-          py::arg("callers"), "What the callers have enqueued so far is a step.")
+          [](StreamExecutor& e, const std::vector<std::uintptr_t>& callers) { e.mark(handles(callers)); },
+          py::arg("callers"), "Marks what the callers have enqueued so far as a step.")
       .def(
           "copy",
-          [](const StreamExecutor& e, cuda::Address to, int to_device, cuda::Address from,
-             int from_device, std::size_t nbytes, std::uintptr_t stream) {
-            e.copy(to, to_device, from, from_device, nbytes,
-                   reinterpret_cast<cuda::StreamHandle>(stream));
+          [](const StreamExecutor& e, cuda::Address to, int to_device, cuda::Address from, int from_device,
+             std::size_t nbytes, std::uintptr_t stream) {
+            e.copy(to, to_device, from, from_device, nbytes, reinterpret_cast<cuda::StreamHandle>(stream));
           },
-          py::arg("to"), py::arg("to_device"), py::arg("source"), py::arg("source_device"),
-          py::arg("nbytes"), py::arg("stream"))
-      .def("idle", &StreamExecutor::idle, "Whether the step that was marked last is done.")
+          py::arg("to"), py::arg("to_device"), py::arg("source"), py::arg("source_device"), py::arg("nbytes"),
+          py::arg("stream"))
+      .def("idle", &StreamExecutor::idle, "Whether the latest marked step is done.")
       .def("close", &StreamExecutor::close)
       .def_property_readonly("dead", &StreamExecutor::dead);
 }

@@ -33,8 +33,8 @@ void Borrower::look_up(PyTypeObject* type) {
   exchange_ = nullptr;
   const py::object capsule = py::getattr(object, "__dlpack_c_exchange_api__", py::none());
   if (PyCapsule_IsValid(capsule.ptr(), kExchangeCapsule)) {
-    const auto* api = static_cast<const DLPackExchangeAPI*>(
-        PyCapsule_GetPointer(capsule.ptr(), kExchangeCapsule));
+    const auto* api =
+        static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), kExchangeCapsule));
     while (api != nullptr && api->version.major != dlpack::kMajorVersion) api = api->previous;
     if (api != nullptr) exchange_ = api->dltensor_from_py_object_no_sync;
   }
@@ -46,9 +46,9 @@ const DLTensor& Borrower::ask_by_capsule(py::handle tensor, ArgumentName name) {
     throw PackingError(name.str() + " is of type " + Py_TYPE(tensor.ptr())->tp_name +
                        "; give a tensor or an array");
   }
-  // torch lends no tensor this way that requires a gradient.
-  const py::object bare = py::hasattr(tensor, "detach") ? tensor.attr("detach")()
-                                                        : py::reinterpret_borrow<py::object>(tensor);
+  // torch's __dlpack__ refuses a tensor that requires a gradient.
+  const py::object bare =
+      py::hasattr(tensor, "detach") ? tensor.attr("detach")() : py::reinterpret_borrow<py::object>(tensor);
   capsules_.push_back(bare.attr("__dlpack__")());
   void* const held = PyCapsule_GetPointer(capsules_.back().ptr(), kTensorCapsule);
   if (held == nullptr) throw py::error_already_set();
@@ -63,9 +63,9 @@ DLTensor Borrower::ask(py::handle tensor, ArgumentName name) {
   return lent;
 }
 
-// torch's interface does not tell that the values of a view are yet to be negated.
+// torch's DLPack interface does not tell whether a view negates its values lazily.
 bool Borrower::is_lazy(py::handle tensor, const Strided& strided) const {
-  // Such views step over the other parts of complex numbers, so few tensors need be asked.
+  // Such a view skips the other parts of complex numbers, so few tensors need to be asked.
   const bool steps_over = strided.size() == 1 || !strided.is_contiguous();
   return is_arithmetic(strided.dtype) && steps_over && !is_neg_.is_none() && says(is_neg_, tensor);
 }
@@ -82,14 +82,13 @@ Strided Borrower::borrow(py::handle tensor, ArgumentName name) {
     const Strided strided{static_cast<std::byte*>(lent.data) + lent.byte_offset,
                           {lent.dtype.code, lent.dtype.bits},
                           shape,
-                          lent.strides == nullptr ? row_major(shape)
-                                                  : copied(lent.strides, dimensions)};
+                          lent.strides == nullptr ? row_major(shape) : copied(lent.strides, dimensions)};
     if (is_lazy(tensor, strided)) {
       throw PackingError(name.str() + " is a view that negates; give tensor.resolve_neg()");
     }
     return strided;
   } catch (const py::error_already_set& error) {
-    if (!error.matches(PyExc_Exception)) throw;  // an interrupt
+    if (!error.matches(PyExc_Exception)) throw;  // KeyboardInterrupt and the like
     const std::string why = py::str(error.value());
     throw PackingError(name.str() + " does not lend its memory: " + why.substr(0, why.find('\n')));
   }
@@ -107,8 +106,8 @@ std::span<const std::int64_t> Borrower::copied(const std::int64_t* values, std::
 
 std::span<const std::int64_t> Borrower::row_major(std::span<const std::int64_t> shape) {
   const std::span strides = room(shape.size());
-  std::int64_t step = 1;
-  for (std::size_t d = shape.size(); d-- > 0; step *= shape[d]) strides[d] = step;
+  std::int64_t stride = 1;
+  for (std::size_t d = shape.size(); d-- > 0; stride *= shape[d]) strides[d] = stride;
   return strides;
 }
 

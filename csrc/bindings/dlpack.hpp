@@ -1,4 +1,4 @@
-// Where the memory of Python's tensors is, asked through DLPack.
+// Finds the memory of Python's tensors through DLPack.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,7 +13,7 @@
 
 namespace pe {
 
-// What an argument is called in errors: "tensor 3", or "the buffer" where there is but one.
+// The name of an argument in errors: "tensor 3"; or "the buffer", if there is only one.
 struct ArgumentName {
   const char* text;
   int index = -1;
@@ -21,10 +21,10 @@ struct ArgumentName {
   std::string str() const { return index < 0 ? text : text + (" " + std::to_string(index)); }
 };
 
-// Asks tensors where their memory is; what it says lasts as long as it does itself, and that memory does.
+// Borrows the memory of tensors. Shapes and strides are valid as long as the Borrower lives.
 class Borrower {
  public:
-  // Throws PackingError for what is not a dense tensor in host memory whose values are those that lie there.
+  // Throws PackingError unless it is a dense tensor in host memory whose values are the bytes stored there.
   Strided borrow(pybind11::handle tensor, ArgumentName name);
 
  private:
@@ -38,11 +38,11 @@ class Borrower {
   std::span<const std::int64_t> copied(const std::int64_t* values, std::size_t n);
   std::span<const std::int64_t> row_major(std::span<const std::int64_t> shape);
 
-  PyTypeObject* type_ = nullptr;  // the last tensor's, of which the next two are known
+  PyTypeObject* type_ = nullptr;  // of the last tensor; exchange_ and is_neg_ belong to this type
   Exchange exchange_ = nullptr;
   pybind11::object is_neg_;
   std::vector<pybind11::object> capsules_;
-  std::pmr::monotonic_buffer_resource memory_;  // of shapes and strides
+  std::pmr::monotonic_buffer_resource memory_;  // for shapes and strides
 };
 
 }  // namespace pe

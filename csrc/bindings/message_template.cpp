@@ -18,26 +18,29 @@ namespace pe {
 namespace {
 
 constexpr int kNoTensor = -1;
-constexpr std::int64_t kBrief = 1 << 18;  // bytes; letting go of the interpreter takes longer than to copy them
+constexpr std::int64_t kBrief = 1 << 18;  // bytes; releasing the GIL takes longer than copying them
 
-// What the tensors of a message looked like, each contiguous and in memory of its own, and what lay between
-// them. Another message of that kind is packed in one call.
+// The format of a message: its tensors, each contiguous and in memory of its own, and the values between them.
+// Packs another message of this format in one call.
 class MessageTemplate {
  public:
-  // `places`: of each tensor its type, shape, place in the buffer, and place within a block of `alignment`
-  // bytes of memory. `parts`: of each result its leaves but the tensors, and the tensors' numbers by leaf.
-  MessageTemplate(const py::sequence& places, const py::sequence& requires_grad, const py::sequence& parts,
+  // `tensors`: for each tensor its dtype, shape, offset in the buffer, and address modulo `alignment`. `parts`:
+  // for each result its leaves that are not tensors, and by leaf the numbers of its tensors.
+  MessageTemplate(const py::sequence& tensors, const py::sequence& requires_grad, const py::sequence& parts,
                   std::int64_t alignment)
-      : alignment_(alignment), nbytes_(0) {
+      : alignment_(alignment) {
     const py::module_ torch = py::module_::import("torch");
     tensor_ = torch.attr("Tensor");
     parameter_ = torch.attr("nn").attr("Parameter");
-    for (std::size_t i = 0; i < places.size(); ++i) {
-      const py::sequence place = places[i];
-      const std::string dtype = py::str(place[0]);
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const py::sequence tensor = tensors[i];
+      const std::string dtype = py::str(tensor[0]);
       Expected expected{pe::dtype_of(std::string_view(dtype).substr(dtype.find('.') + 1)),
-                        place[1].cast<std::vector<std::int64_t>>(), place[2].cast<std::int64_t>(),
-                        place[3].cast<std::int64_t>(), 0, requires_grad[i].cast<bool>()};
+                        tensor[1].cast<std::vector<std::int64_t>>(),
+                        tensor[2].cast<std::int64_t>(),
+                        tensor[3].cast<std::int64_t>(),
+                        0,
+                        requires_grad[i].cast<bool>()};
       const Strided whole{nullptr, expected.dtype, expected.shape, {}};
       expected.nbytes = whole.size() * static_cast<std::int64_t>(expected.dtype.size());
       nbytes_ = std::max(nbytes_, expected.offset + expected.nbytes);
@@ -97,7 +100,7 @@ class MessageTemplate {
 
   struct Leaf {
     int tensor;
-    py::object value;  // of what is none
+    py::object value;  // of a leaf that is not a tensor
   };
 
   struct Copy {
@@ -106,7 +109,7 @@ class MessageTemplate {
     std::int64_t nbytes;
   };
 
-  // Finds the tensors; returns whether they are plain, and all else is as it was.
+  // Finds the tensors. Returns whether they are plain tensors and all other leaves are equal to the template's.
   bool collect(const py::list& results, std::vector<py::handle>& tensors) const {
     if (results.size() != parts_.size()) return false;
     for (std::size_t r = 0; r < parts_.size(); ++r) {
@@ -162,7 +165,7 @@ class MessageTemplate {
   }
 
   const std::int64_t alignment_;
-  std::int64_t nbytes_;
+  std::int64_t nbytes_ = 0;
   py::object tensor_, parameter_;
   std::vector<Expected> expected_;
   std::vector<std::vector<Leaf>> parts_;
@@ -172,11 +175,11 @@ class MessageTemplate {
 
 void bind_message_template(py::module_& m) {
   py::class_<MessageTemplate>(m, "MessageTemplate",
-                              R"(What a message looked like, to pack others like it in one call.)")
+                              "The format of a message, to pack others of the same format in one call.")
       .def(py::init<const py::sequence&, const py::sequence&, const py::sequence&, std::int64_t>(),
-           py::arg("places"), py::arg("requires_grad"), py::arg("parts"), py::arg("alignment"))
+           py::arg("tensors"), py::arg("requires_grad"), py::arg("parts"), py::arg("alignment"))
       .def("pack", &MessageTemplate::pack, py::arg("results"), py::arg("buffer"),
-           R"(Packs results that look like those; False, having written nothing, where they do not.)");
+           "Packs results of this format. Writes nothing and returns False if they have another one.");
 }
 
 }  // namespace pe

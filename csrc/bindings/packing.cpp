@@ -22,13 +22,12 @@ Packer packer_of(const py::object& layout) {
   std::vector<Slot> slots;
   for (const py::handle slot : layout.attr("slots")) {
     slots.push_back({slot.attr("offset").cast<std::int64_t>(), dtype_of(slot.attr("dtype")),
-                     dtype_of(slot.attr("wire")),
-                     slot.attr("shape").cast<std::vector<std::int64_t>>()});
+                     dtype_of(slot.attr("wire")), slot.attr("shape").cast<std::vector<std::int64_t>>()});
   }
   return Packer(std::move(slots), layout.attr("nbytes").cast<std::int64_t>());
 }
 
-// Tensors, kept alive, and where their memory is.
+// Keeps tensors alive, with their borrowed memory.
 struct Bound {
   explicit Bound(const py::sequence& given) : tensors(given) {
     strided.reserve(tensors.size());
@@ -43,7 +42,7 @@ struct Bound {
   std::vector<Strided> strided;
 };
 
-// A packer and its tensors. A call that moves them keeps them while the interpreter is free.
+// A packer and its tensors. A call keeps the tensors alive while it runs without the GIL.
 class NativePacker {
  public:
   NativePacker(const py::object& layout, const py::sequence& tensors) : packer_(packer_of(layout)) {
@@ -58,8 +57,8 @@ class NativePacker {
 
   void release() { bound_ = nullptr; }
 
-  void pack(const py::object& buffer, double scale, const py::object& scales,
-            const py::object& amax, const py::object& nonfinite) const {
+  void pack(const py::object& buffer, double scale, const py::object& scales, const py::object& amax,
+            const py::object& nonfinite) const {
     const auto bound = tensors();
     Borrower borrower;
     const std::size_t slots = packer_.slots().size();
@@ -71,8 +70,7 @@ class NativePacker {
     packer_.pack(bound->strided, whole, by, watch);
   }
 
-  void unpack(const py::object& buffer, double scale, const py::object& scales,
-              bool accumulate) const {
+  void unpack(const py::object& buffer, double scale, const py::object& scales, bool accumulate) const {
     const auto bound = tensors();
     Borrower borrower;
     const Strided whole = borrower.borrow(buffer, {"the buffer"});
@@ -87,14 +85,13 @@ class NativePacker {
     return bound_;
   }
 
-  // The memory of an optional argument, `length` elements of `dtype`.
+  // The memory of an optional argument with `length` elements of `dtype`; null for None.
   template <class T>
   static T* row(Borrower& borrower, const py::object& argument, const char* name, DType dtype,
                 std::size_t length) {
     if (argument.is_none()) return nullptr;
     const Strided given = borrower.borrow(argument, {name});
-    if (given.dtype != dtype || !given.is_contiguous() ||
-        given.size() != static_cast<std::int64_t>(length)) {
+    if (given.dtype != dtype || !given.is_contiguous() || given.size() != static_cast<std::int64_t>(length)) {
       throw PackingError(std::string(name) + " is " + describe(given.dtype, given.shape) +
                          "; give contiguous " + name_of(dtype) + "[" + std::to_string(length) + "]");
     }
@@ -112,15 +109,14 @@ void bind_packing(py::module_& m) {
 
   py::class_<NativePacker>(m, "NativePacker", R"(The ``Packer`` of tensors on the CPU.
 
-Tensors and buffer are whatever lends its memory through DLPack.)")
+Tensors and buffer are any objects that support DLPack.)")
       .def(py::init<const py::object&, const py::sequence&>(), py::arg("layout"), py::arg("tensors"))
       .def("rebind", &NativePacker::rebind, py::arg("tensors"))
       .def("release", &NativePacker::release)
       .def("pack", &NativePacker::pack, py::arg("buffer"), py::arg("scale") = 1.0, py::kw_only(),
-           py::arg("scales") = py::none(), py::arg("amax") = py::none(),
-           py::arg("nonfinite") = py::none())
-      .def("unpack", &NativePacker::unpack, py::arg("buffer"), py::arg("scale") = 1.0,
-           py::kw_only(), py::arg("scales") = py::none(), py::arg("accumulate") = false);
+           py::arg("scales") = py::none(), py::arg("amax") = py::none(), py::arg("nonfinite") = py::none())
+      .def("unpack", &NativePacker::unpack, py::arg("buffer"), py::arg("scale") = 1.0, py::kw_only(),
+           py::arg("scales") = py::none(), py::arg("accumulate") = false);
 }
 
 }  // namespace pe

@@ -27,7 +27,7 @@ py::dict order_by_rank(const Plan& plan) {
   return order;
 }
 
-// 1 where a boundary's stages are on one rank, whatever was asked for.
+// By boundary; 1 if both stages are on one rank.
 std::vector<int> packs_by_boundary(const Plan& plan, Kind kind) {
   std::vector<int> packs;
   for (int b = 0; b + 1 < plan.num_stages(); ++b) {
@@ -37,16 +37,14 @@ std::vector<int> packs_by_boundary(const Plan& plan, Kind kind) {
   return packs;
 }
 
-const char* stream_name(Stream stream) {
-  return stream == Stream::Forward ? "forward" : "backward";
-}
+const char* stream_name(Stream stream) { return stream == Stream::Forward ? "forward" : "backward"; }
 
 }  // namespace
 
 void bind_plan(py::module_& m) {
   translate<PlanError>("InvalidSchedule");
 
-  py::class_<Skip>(m, "Skip", "A tensor that goes from a stage straight to a later one, and its gradient back.")
+  py::class_<Skip>(m, "Skip", "A tensor that goes from a stage directly to a later one, and its gradient back.")
       .def(py::init<int, int, int, int>(), py::arg("source"), py::arg("target"), py::kw_only(),
            py::arg("pack_forward") = 1, py::arg("pack") = 1)
       .def_readonly("source", &Skip::source)
@@ -70,11 +68,10 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
       .def_property_readonly(
           "reactive", [](const Plan& p) { return p.options().reactive; },
           "Whether a rank whose next planned task is not ready takes another that is.")
-      .def_property_readonly(
-          "rank_of_stage", [](const Plan& p) { return p.shape().rank_of_stage; })
+      .def_property_readonly("rank_of_stage", [](const Plan& p) { return p.shape().rank_of_stage; })
       .def_property_readonly(
           "rank_of_copy", [](const Plan& p) { return p.shape().rank_of_copy; },
-          "By stage, the rank of the second copy of its parameters; empty where there is none.")
+          "By stage, the rank of the second copy of its parameters; empty if there is none.")
       .def_property_readonly(
           "packs", [](const Plan& p) { return packs_by_boundary(p, Kind::B); },
           "By boundary, how many microbatches' gradients leave in one message.")
@@ -83,35 +80,37 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
           "By boundary, how many microbatches' activations leave in one message.")
       .def_property_readonly(
           "skips", [](const Plan& p) { return p.options().packs.skips; },
-          "What goes past stages; between stages of one rank each result is handed over alone.")
-      .def_property_readonly("limits", &Plan::limits,
-                             "The most microbatches each stage may have in flight.")
+          "The skips; between stages on one rank each result is handed over alone.")
+      .def_property_readonly("limits", &Plan::limits, "The most microbatches each stage may have in flight.")
       .def_property_readonly("nbytes", &Plan::nbytes, "Memory the plan holds.")
       .def("order", &order_by_rank, "Rank -> its actions as text, from first to last.")
-      .def("to_csv", [](const Plan& p) { return to_csv(p.order()); },
-           "One line a rank, in the action text of torch.distributed.pipelining.")
-      .def("kinds",
-           [](const Plan& p) {
-             std::vector<bool> seen(kNumKinds, false);
-             for (TaskId t = 0; t < p.size(); ++t) seen[static_cast<int>(p.action(t).kind)] = true;
-             std::vector<std::string> kinds;
-             for (int k = 0; k < kNumKinds; ++k) {
-               if (seen[k]) kinds.emplace_back(kind_name(static_cast<Kind>(k)));
-             }
-             return kinds;
-           },
-           "The kinds of action in the plan.")
-      .def("action", [](const Plan& p, TaskId t) { return to_text(p.action(t)); }, py::arg("task"))
+      .def(
+          "to_csv", [](const Plan& p) { return to_csv(p.order()); },
+          "One line a rank, in the action text of torch.distributed.pipelining.")
+      .def(
+          "kinds",
+          [](const Plan& p) {
+            std::vector<bool> seen(kNumKinds, false);
+            for (TaskId t = 0; t < p.size(); ++t) seen[static_cast<int>(p.action(t).kind)] = true;
+            std::vector<std::string> kinds;
+            for (int k = 0; k < kNumKinds; ++k) {
+              if (seen[k]) kinds.emplace_back(kind_name(static_cast<Kind>(k)));
+            }
+            return kinds;
+          },
+          "The kinds of action in the plan.")
+      .def(
+          "action", [](const Plan& p, TaskId t) { return to_text(p.action(t)); }, py::arg("task"))
       .def(
           "describe",
           [](const Plan& p, TaskId t) {
             const Action& a = p.action(t);
-            return py::make_tuple(std::string(kind_name(a.kind)), a.stage, a.microbatch,
-                                  p.rank_of(t), stream_name(stream_of(a.kind)));
+            return py::make_tuple(std::string(kind_name(a.kind)), a.stage, a.microbatch, p.rank_of(t),
+                                  stream_name(stream_of(a.kind)));
           },
           py::arg("task"), "(kind, stage, microbatch, rank, stream) of a task.")
-      .def("dependencies", &Plan::dependencies, py::arg("task"),
-           "The tasks that a task waits for. Looks at all tasks: where many are asked for, use successors.")
+      .def("dependencies", &Plan::dependencies_of, py::arg("task"),
+           "The tasks that a task waits for. Slow, it looks at all tasks: for many tasks use successors.")
       .def(
           "successors",
           [](const Plan& p, TaskId t) {
@@ -120,20 +119,9 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
           },
           py::arg("task"), "The tasks that wait for a task.")
       .def("num_sent", &Plan::num_sent, py::arg("task"),
-           "How many results leave for other ranks when the task ends.")
+           "How many results are sent to other ranks when the task ends.")
       .def("num_messages_of", py::overload_cast<TaskId>(&Plan::num_messages, py::const_), py::arg("task"),
-           "In how many messages they leave: one, and one for each skip.")
-      .def(
-          "draw",
-          [](const SharedPlan& plan, const py::object& path, const py::object& costs) {
-            py::module_::import("pipeline_ext.report.timeline").attr("draw_plan")(plan, path, costs);
-          },
-          py::arg("path"), py::arg("costs") = py::none(),
-          R"(Draws the plan's simulated timeline; the path ends in .png, .svg or .pdf.
-
-``costs`` are pipeline_ext.Costs, by default F = 1 and B = 2 at every stage. Folders are made. Raises
-InvalidArgument for another suffix, InvalidSchedule for costs that do not fit, and PipelineError without
-matplotlib or where the file cannot be written.)")
+           "How many messages carry them: one, and one for each skip.")
       .def("__len__", &Plan::size)
       .def("__str__", [](const Plan& p) { return to_table(p.order()); })
       .def("__repr__", [](const Plan& p) {
@@ -142,7 +130,8 @@ matplotlib or where the file cannot be written.)")
                std::to_string(p.num_microbatches()) + " microbatches>";
       });
 
-  py::class_<Memory>(m, "Memory", "What microbatches take of ranks, and by rank what they may.");
+  // NOLINTNEXTLINE(bugprone-unused-raii): making it registers the type.
+  py::class_<Memory>(m, "Memory", "The memory that microbatches take, and the limit of each rank.");
 
   m.def("schedule_names", [] {
     std::vector<std::string> names;
@@ -152,27 +141,28 @@ matplotlib or where the file cannot be written.)")
   m.def(
       "layout_of", [](const std::string& name) { return std::string(layout_name(find_schedule(name).layout)); },
       py::arg("schedule"), "How the schedule places stages: linear, looped, v or bidirectional.");
-  const auto options = [](bool overlap, bool reactive, std::vector<int> packs,
-                          std::vector<int> packs_forward, const std::optional<Memory>& memory,
-                          std::vector<Skip> skips) {
-    return PlanOptions{overlap, reactive, {std::move(packs_forward), std::move(packs), std::move(skips)},
+  const auto options = [](bool overlap, bool reactive, std::vector<int> packs, std::vector<int> packs_forward,
+                          const std::optional<Memory>& memory, std::vector<Skip> skips) {
+    return PlanOptions{overlap,
+                       reactive,
+                       {std::move(packs_forward), std::move(packs), std::move(skips)},
                        memory.value_or(Memory{})};
   };
   m.def(
       "make_plan",
-      [options](const std::string& name, int num_stages, int num_ranks, int microbatches,
-                bool overlap, bool reactive, std::vector<int> packs,
-                std::vector<int> packs_forward, std::vector<int> in_flight,
-                std::vector<int> room, const std::optional<Memory>& memory, std::vector<Skip> skips) {
+      [options](const std::string& name, int num_stages, int num_ranks, int microbatches, bool overlap,
+                bool reactive, std::vector<int> packs, std::vector<int> packs_forward,
+                std::vector<int> in_flight, std::vector<int> room, const std::optional<Memory>& memory,
+                std::vector<Skip> skips) {
         return make_shared_plan([&] {
           return make_plan(find_schedule(name), num_stages, num_ranks, microbatches,
-                           options(overlap, reactive, packs, packs_forward, memory, skips), Slots{in_flight, room});
+                           options(overlap, reactive, packs, packs_forward, memory, skips),
+                           Slots{in_flight, room});
         });
       },
-      py::arg("schedule"), py::arg("num_stages"), py::arg("num_ranks"), py::arg("microbatches"),
-      py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
-      py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
-      py::arg("in_flight") = py::list(), py::arg("room") = py::list(),
+      py::arg("schedule"), py::arg("num_stages"), py::arg("num_ranks"), py::arg("microbatches"), py::kw_only(),
+      py::arg("overlap") = false, py::arg("reactive") = false, py::arg("packs") = py::list(),
+      py::arg("packs_forward") = py::list(), py::arg("in_flight") = py::list(), py::arg("room") = py::list(),
       py::arg("memory") = py::none(), py::arg("skips") = py::list());
   m.def(
       "rank_of_stage",
@@ -183,40 +173,39 @@ matplotlib or where the file cannot be written.)")
   m.def(
       "plan_of_rule",
       [options](const std::string& layout, const std::vector<std::string>& preference,
-                const std::vector<int>& limits, int num_ranks, int microbatches, bool overlap,
-                bool reactive, std::vector<int> packs, std::vector<int> packs_forward,
-                std::vector<int> in_flight, std::vector<int> room,
-                const std::optional<Memory>& memory, std::vector<Skip> skips) {
+                const std::vector<int>& limits, int num_ranks, int microbatches, bool overlap, bool reactive,
+                std::vector<int> packs, std::vector<int> packs_forward, std::vector<int> in_flight,
+                std::vector<int> room, const std::optional<Memory>& memory, std::vector<Skip> skips) {
         return make_shared_plan([&] {
           Rule rule{{}, [&](const Placement&, int stage, int m) { return std::min(limits[stage], m); }};
           for (const std::string& kind : preference) rule.preference.push_back(kind_of(kind));
           const int num_stages = static_cast<int>(limits.size());
           return make_plan({layout, layout_of_name(layout), rule}, num_stages, num_ranks, microbatches,
-                           options(overlap, reactive, packs, packs_forward, memory, skips), Slots{in_flight, room});
+                           options(overlap, reactive, packs, packs_forward, memory, skips),
+                           Slots{in_flight, room});
         });
       },
       py::arg("placement"), py::arg("preference"), py::arg("limits"), py::arg("num_ranks"),
       py::arg("microbatches"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
-      py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
-      py::arg("in_flight") = py::list(), py::arg("room") = py::list(), py::arg("memory") = py::none(),
-      py::arg("skips") = py::list(), "The plan of a rule, whose limits are slots by stage.");
+      py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(), py::arg("in_flight") = py::list(),
+      py::arg("room") = py::list(), py::arg("memory") = py::none(), py::arg("skips") = py::list(),
+      "The plan of a rule. limits: slots by stage.");
   m.def(
       "plan_of_cells",
       [options](const Cells& cells, bool overlap, bool reactive, std::vector<int> packs,
-                std::vector<int> packs_forward, std::vector<int> in_flight,
-                std::vector<int> room, const std::optional<Memory>& memory, std::vector<Skip> skips) {
+                std::vector<int> packs_forward, std::vector<int> in_flight, std::vector<int> room,
+                const std::optional<Memory>& memory, std::vector<Skip> skips) {
         return make_shared_plan([&] {
           return make_plan(parse_order(cells), options(overlap, reactive, packs, packs_forward, memory, skips),
                            Slots{in_flight, room});
         });
       },
       py::arg("cells"), py::kw_only(), py::arg("overlap") = false, py::arg("reactive") = false,
-      py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(),
-      py::arg("in_flight") = py::list(), py::arg("room") = py::list(),
-      py::arg("memory") = py::none(), py::arg("skips") = py::list());
+      py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(), py::arg("in_flight") = py::list(),
+      py::arg("room") = py::list(), py::arg("memory") = py::none(), py::arg("skips") = py::list());
   m.def(
-      "cells_of_csv", [](const std::string& text) { return to_cells(order_from_csv(text)); },
-      py::arg("text"), "The cells of a CSV file, by rank, without empty ones.");
+      "cells_of_csv", [](const std::string& text) { return to_cells(order_from_csv(text)); }, py::arg("text"),
+      "The cells of a CSV file, by rank, without empty ones.");
   m.def(
       "make_forward_plan",
       [](const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, bool overlap,

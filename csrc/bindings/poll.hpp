@@ -1,11 +1,11 @@
-// Ctrl-C while C++ waits.
+// Handles Ctrl-C while C++ waits.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 namespace pe {
 
-// Runs Python's signal handlers, with the GIL taken for it, and keeps what one raised.
+// Takes the GIL, runs Python's signal handlers, and keeps the exception that one raised.
 class SignalPoll {
  public:
   ~SignalPoll() { Py_XDECREF(signal_); }
@@ -23,7 +23,7 @@ class SignalPoll {
     return raised;
   }
 
-  // Raises it, with the GIL.
+  // Raises the kept exception, if any. Needs the GIL.
   void rethrow() {
     if (signal_ == nullptr) return;
     PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(signal_)), signal_);

@@ -1,5 +1,6 @@
 #include "bindings/program.hpp"
 
+#include "bindings/module.hpp"
 #include "cuda/driver.hpp"
 
 namespace pe {
@@ -27,7 +28,7 @@ py::object python_error(const std::exception_ptr& error) {
   } catch (py::error_already_set& raised) {
     return raised.value();
   } catch (const cuda::CudaError& failed) {
-    return py::module_::import("pipeline_ext.errors").attr("DeviceError")(failed.what());
+    return error_class("DeviceError")(failed.what());
   } catch (const std::exception& failed) {
     return py::module_::import("builtins").attr("RuntimeError")(failed.what());
   }

@@ -1,4 +1,4 @@
-// A program whose bodies are Python callables, and what became of it, for Python.
+// Programs whose bodies are Python callables.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,13 +16,13 @@ namespace py = pybind11;
 
 namespace pe {
 
-// Calls a Python callable with the microbatch. The callable is kept alive by PyProgram.
+// Calls a Python callable with the microbatch. PyProgram keeps the callable alive.
 class PythonBody {
  public:
   explicit PythonBody(PyObject* callable) : callable_(callable) {}
 
   void operator()(const Action& action) const {
-    // The raw calls: unlike pybind11's guard they may be unwound when the interpreter ends a thread.
+    // The raw calls: unlike pybind11's guard, they may be unwound when the interpreter ends a thread.
     const PyGILState_STATE state = PyGILState_Ensure();
     PyObject* microbatch = PyLong_FromLong(action.microbatch);
     PyObject* result = microbatch ? PyObject_CallOneArg(callable_, microbatch) : nullptr;
@@ -40,7 +40,7 @@ class PythonBody {
   PyObject* callable_;
 };
 
-// A program whose bodies are Python callables, by stage and kind; what has none does nothing.
+// A program whose bodies are Python callables, by stage and kind. Actions without one do nothing.
 struct PyProgram {
   PyProgram(std::shared_ptr<Plan> of_plan, py::dict by_stage_and_kind)
       : plan(std::move(of_plan)),
@@ -59,7 +59,7 @@ struct PyProgram {
 
 const char* outcome_name(Outcome outcome);
 
-// The exception that a body, or the driver, threw; None for none.
+// The exception that a body or the driver threw, or None.
 py::object python_error(const std::exception_ptr& error);
 
 }  // namespace pe

@@ -14,7 +14,7 @@ namespace py = pybind11;
 namespace pe {
 namespace {
 
-// Gives each thread one Python thread state for its whole life, so that threading.local lasts.
+// Gives each thread one Python thread state for its whole life, so that threading.local keeps its values.
 HostExecutor::ThreadHooks python_threads(int num_workers) {
   struct State {
     PyGILState_STATE gil;
@@ -31,7 +31,7 @@ HostExecutor::ThreadHooks python_threads(int num_workers) {
           }};
 }
 
-// Joining threads that must give up their Python state needs them to get the GIL.
+// Releases the GIL: the threads that are joined need it to release their thread states.
 struct DeleteWithoutGil {
   void operator()(HostExecutor* executor) const {
     py::gil_scoped_release release;
@@ -39,8 +39,8 @@ struct DeleteWithoutGil {
   }
 };
 
-std::unique_ptr<HostExecutor, DeleteWithoutGil> make_executor(
-    const std::vector<std::string>& thread_names, std::optional<int> rank) {
+std::unique_ptr<HostExecutor, DeleteWithoutGil> make_executor(const std::vector<std::string>& thread_names,
+                                                              std::optional<int> rank) {
   const int workers = static_cast<int>(thread_names.size());
   return std::unique_ptr<HostExecutor, DeleteWithoutGil>(
       new HostExecutor(workers, thread_names, python_threads(workers), rank.value_or(kEveryRank)));
@@ -53,7 +53,7 @@ bool fail(HostExecutor& executor, const py::object& error) {
   return executor.fail(std::move(thrown));
 }
 
-// Raises what a signal handler raised (KeyboardInterrupt) once the step has stopped.
+// Runs a step. If a signal handler raises (KeyboardInterrupt), raises that once the step has stopped.
 StepResult run(HostExecutor& executor, const PyProgram& program, double timeout, bool record) {
   SignalPoll signals;
   RunOptions options;
@@ -72,7 +72,7 @@ StepResult run(HostExecutor& executor, const PyProgram& program, double timeout,
   const bool dead = executor.dead();
   PyEval_RestoreThread(thread);
   if (refused) std::rethrow_exception(refused);
-  if (dead) program.bodies.inc_ref();  // leaked: an abandoned thread is still inside one
+  if (dead) program.bodies.inc_ref();  // leaked: an abandoned thread still runs one
   signals.rethrow();
   return result;
 }
@@ -80,25 +80,27 @@ StepResult run(HostExecutor& executor, const PyProgram& program, double timeout,
 }  // namespace
 
 void bind_runtime(py::module_& m) {
-  m.def("keep_freed_memory", &keep_freed_memory,
-        "Tells glibc, once for the process, not to give freed memory back; returns whether it did.");
+  m.def(
+      "keep_freed_memory", &keep_freed_memory,
+      "Tells glibc, once for the process, not to give freed memory back; returns whether it changed settings.");
 
-  py::class_<PyProgram>(m, "Program", R"(A plan and what its tasks do.
+  py::class_<PyProgram>(m, "Program", R"(A plan, and the function that each of its tasks calls.
 
 ``bodies`` maps (stage, kind), as in ``(0, "F")``, to a callable that takes the microbatch.)")
       .def(py::init<std::shared_ptr<Plan>, py::dict>(), py::arg("plan"), py::arg("bodies"))
       .def_property_readonly("plan", [](const PyProgram& p) { return p.plan; });
 
-  py::class_<StepResult>(m, "StepResult", "What a step did; times are nanoseconds of a steady clock.")
-      .def_property_readonly("outcome",
-                             [](const StepResult& r) { return outcome_name(r.outcome); })
-      .def_property_readonly("error", [](const StepResult& r) { return python_error(r.error); }, "The first exception a body raised, or None.")
+  py::class_<StepResult>(m, "StepResult", "The result of a step; times are nanoseconds of a steady clock.")
+      .def_property_readonly("outcome", [](const StepResult& r) { return outcome_name(r.outcome); })
+      .def_property_readonly(
+          "error", [](const StepResult& r) { return python_error(r.error); },
+          "The first exception a body raised, or None.")
       .def_property_readonly("failed_task",
                              [](const StepResult& r) -> py::object {
                                if (r.failed_task == kNoTask) return py::none();
                                return py::int_(r.failed_task);
                              })
-      .def_readonly("waiting", &StepResult::waiting, "Who waits for what, of a step that timed out.")
+      .def_readonly("waiting", &StepResult::waiting, "Who waits for what, if the step timed out.")
       .def_readonly("begin", &StepResult::begin)
       .def_readonly("end", &StepResult::end)
       .def_readonly("task_begin", &StepResult::task_begin)
@@ -107,20 +109,19 @@ void bind_runtime(py::module_& m) {
       .def_readonly("peak_by_rank", &StepResult::peak_by_rank);
 
   py::class_<HostExecutor, std::unique_ptr<HostExecutor, DeleteWithoutGil>>(
-      m, "HostExecutor", R"(Native threads, one a worker, that run one step after another.
+      m, "HostExecutor", R"(Native threads, one per worker, that run one step after another.
 
-Of ``rank`` alone, where it is given: then ``deliver`` says what other ranks have done.)")
+With ``rank``, only that rank's workers; then ``deliver`` reports the results of other ranks.)")
       .def(py::init(&make_executor), py::arg("thread_names"), py::arg("rank") = py::none())
-      .def("deliver", &HostExecutor::deliver, py::arg("task"), py::arg("stage"),
-           py::arg("microbatches"), py::call_guard<py::gil_scoped_release>(),
-           "What another rank's task sent to a stage of these microbatches has arrived.")
+      .def("deliver", &HostExecutor::deliver, py::arg("task"), py::arg("stage"), py::arg("microbatches"),
+           py::call_guard<py::gil_scoped_release>(),
+           "The results of another rank's task for a stage and these microbatches have arrived.")
       .def("fail", &fail, py::arg("error"),
-           "Stops the step that runs with this exception; returns whether there is one.")
-      .def("run", &run, py::arg("program"), py::kw_only(), py::arg("timeout"),
-           py::arg("record") = true)
+           "Stops the running step with this exception; returns whether a step was running.")
+      .def("run", &run, py::arg("program"), py::kw_only(), py::arg("timeout"), py::arg("record") = true)
       .def("close", &HostExecutor::close, py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("dead", py::cpp_function(&HostExecutor::dead,
-                                                      py::call_guard<py::gil_scoped_release>()));
+      .def_property_readonly("dead",
+                             py::cpp_function(&HostExecutor::dead, py::call_guard<py::gil_scoped_release>()));
 }
 
 }  // namespace pe

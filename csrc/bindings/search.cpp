@@ -26,7 +26,7 @@ Placement placement_of(std::vector<int> rank_of_stage, int num_ranks) {
   return {num_ranks, std::move(rank_of_stage)};
 }
 
-// Until the search is over, or time or the user's patience is: then it ends with the best so far.
+// Runs the search; stops it with the best order so far after `seconds` or on Ctrl-C.
 Found search_until(const Problem& problem, const std::vector<Order>& templates, Effort effort, double seconds,
                    bool& interrupted, SignalPoll& poll) {
   std::atomic<bool> stop{false};
@@ -43,14 +43,15 @@ Found search_until(const Problem& problem, const std::vector<Order>& templates, 
 
 std::tuple<Cells, double, long, bool> search(const std::vector<int>& rank_of_stage, int num_ranks,
                                              int microbatches, const Costs& costs, bool span,
-                                             const std::vector<Cells>& templates, long work,
-                                             double seconds, std::uint64_t seed, int threads) {
+                                             const std::vector<Cells>& templates, long work, double seconds,
+                                             std::uint64_t seed, int threads) {
   SignalPoll poll;
   bool interrupted = false;
   py::gil_scoped_release release;
   const Problem problem(placement_of(rank_of_stage, num_ranks), microbatches, costs,
                         span ? Objective::Span : Objective::Makespan);
   std::vector<Order> orders;
+  orders.reserve(templates.size());
   for (const Cells& given : templates) orders.push_back(parse_order(given));
   Effort effort;
   effort.work = work;
@@ -66,11 +67,11 @@ void bind_search(py::module_& m) {
   m.def("search_zero_bubble", &search, py::arg("rank_of_stage"), py::arg("num_ranks"), py::arg("microbatches"),
         py::arg("costs"), py::kw_only(), py::arg("span"), py::arg("templates"), py::arg("work"),
         py::arg("seconds"), py::arg("seed"), py::arg("threads"),
-        R"(Searches for an order of F, I and W; returns (cells by rank, time, trials, interrupted).
+        R"(Searches for an order of ``F``, ``I`` and ``W``; returns (cells by rank, time, trials, interrupted).
 
-``span``: minimise the largest over ranks of the time from a rank's own first begin, instead of the latest end.
-``work`` bounds the search in tasks placed; one that only that ends gives the same order for the same seed.
-``seconds`` and Ctrl-C end it with the best so far.)");
+``span``: minimise the largest time, over ranks, from a rank's first begin to its end, not the latest end.
+``work`` bounds the number of tasks placed; a search that only ``work`` ends is determined by its seed.
+``seconds`` and Ctrl-C end it with the best order so far.)");
 }
 
 }  // namespace pe

@@ -9,16 +9,22 @@ namespace py = pybind11;
 namespace pe {
 namespace {
 
-Costs make_costs(std::vector<double> forward, std::vector<double> backward,
-                 std::vector<double> input_grad, std::vector<double> weight_grad,
-                 std::vector<double> latency, std::vector<double> overhead,
-                 std::vector<double> transfer, double contention, double pair,
-                 std::vector<double> taken, std::vector<double> freed_by_input_grad,
-                 std::vector<double> memory_limit) {
-  return {std::move(forward), std::move(backward), std::move(input_grad),
-          std::move(weight_grad), std::move(latency), std::move(overhead),
-          std::move(transfer), contention, pair, std::move(taken),
-          std::move(freed_by_input_grad), std::move(memory_limit)};
+Costs make_costs(std::vector<double> forward, std::vector<double> backward, std::vector<double> input_grad,
+                 std::vector<double> weight_grad, std::vector<double> latency, std::vector<double> overhead,
+                 std::vector<double> transfer, double contention, double pair, std::vector<double> taken,
+                 std::vector<double> freed_by_input_grad, std::vector<double> memory_limit) {
+  return {std::move(forward),
+          std::move(backward),
+          std::move(input_grad),
+          std::move(weight_grad),
+          std::move(latency),
+          std::move(overhead),
+          std::move(transfer),
+          contention,
+          pair,
+          std::move(taken),
+          std::move(freed_by_input_grad),
+          std::move(memory_limit)};
 }
 
 Costs with_noise(Costs costs, double cv, std::uint64_t seed) {
@@ -30,10 +36,10 @@ Costs with_noise(Costs costs, double cv, std::uint64_t seed) {
 
 void bind_simulate(py::module_& m) {
   py::class_<Costs, std::shared_ptr<Costs>>(m, "CostsByStage")
-      .def(py::init(&make_costs), py::kw_only(), py::arg("forward"), py::arg("backward"),
-           py::arg("input_grad"), py::arg("weight_grad"), py::arg("latency"),
-           py::arg("overhead"), py::arg("transfer"), py::arg("contention"), py::arg("pair"),
-           py::arg("taken"), py::arg("freed_by_input_grad"), py::arg("memory_limit"))
+      .def(py::init(&make_costs), py::kw_only(), py::arg("forward"), py::arg("backward"), py::arg("input_grad"),
+           py::arg("weight_grad"), py::arg("latency"), py::arg("overhead"), py::arg("transfer"),
+           py::arg("contention"), py::arg("pair"), py::arg("taken"), py::arg("freed_by_input_grad"),
+           py::arg("memory_limit"))
       .def("memory", &Costs::memory, py::arg("num_stages"))
       .def("with_noise", &with_noise, py::arg("cv"), py::arg("seed"));
 
@@ -60,7 +66,7 @@ void bind_simulate(py::module_& m) {
         return py::make_tuple(bound.makespan, bound.span);
       },
       py::arg("rank_of_stage"), py::arg("num_ranks"), py::arg("microbatches"), py::arg("costs"),
-      "(makespan, span) that no order of a training step beats on ranks that run one task at a time.");
+      "(makespan, span): lower bounds of any order of a training step on ranks that run one task at a time.");
   m.def("end_times", &end_times, py::arg("plan"), py::arg("costs"), py::arg("times"));
   m.def(
       "simulated_order",

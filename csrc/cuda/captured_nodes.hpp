@@ -1,4 +1,4 @@
-// The nodes of a graph while streams are captured into it.
+// The nodes of a graph during its capture.
 #pragma once
 
 #include <unordered_set>
@@ -10,10 +10,10 @@ namespace pe::cuda {
 
 class CapturedNodes {
  public:
-  // `stream` is being captured; throws CudaError if it is not.
+  // Throws CudaError unless `stream` is being captured.
   explicit CapturedNodes(StreamHandle stream);
 
-  // The nodes that have come in since the last call.
+  // The nodes captured since the last call.
   std::vector<NodeHandle> take_new();
 
   std::size_t count() const { return seen_.size(); }
@@ -24,8 +24,8 @@ class CapturedNodes {
   std::unordered_set<NodeHandle> seen_;
 };
 
-// Kernels of higher priority get free multiprocessors first, in a graph instantiated with
-// CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY, as torch does. Leaves what is no kernel alone.
+// Sets the priority of the kernels among `nodes`: kernels of higher priority get free multiprocessors first, in
+// a graph instantiated with CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY, as torch does.
 void set_priority(const std::vector<NodeHandle>& nodes, int priority);
 
 }  // namespace pe::cuda

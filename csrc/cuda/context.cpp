@@ -18,8 +18,7 @@ void PrimaryContext::reach(const PrimaryContext& peer) const {
   if (result != kPeerAccessAlreadyEnabled) driver_.check(result, "cuCtxEnablePeerAccess");
 }
 
-CurrentContext::CurrentContext(const PrimaryContext& context)
-    : driver_(Driver::get()), pushed_(true) {
+CurrentContext::CurrentContext(const PrimaryContext& context) : driver_(Driver::get()), pushed_(true) {
   PE_CUDA(driver_, cuCtxPushCurrent, context.handle());
 }
 

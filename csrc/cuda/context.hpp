@@ -1,11 +1,11 @@
-// A device's primary context: the one that torch uses, too.
+// A device's primary context, which torch uses too.
 #pragma once
 
 #include "cuda/driver.hpp"
 
 namespace pe::cuda {
 
-// Keeps the context alive. Throws NoDriver, or CudaError for a device that is not there.
+// Keeps the context alive. Throws NoDriver, or CudaError for a device that does not exist.
 class PrimaryContext {
  public:
   explicit PrimaryContext(int ordinal);
@@ -16,8 +16,8 @@ class PrimaryContext {
   int ordinal() const { return ordinal_; }
   Context handle() const { return context_; }
 
-  // Lets this device's copy engines reach `peer`'s memory directly where the hardware can; elsewhere copies go
-  // through the host's, driven by the driver.
+  // Lets this device's copy engines access `peer`'s memory directly if the hardware can. Otherwise the driver
+  // copies through host memory.
   void reach(const PrimaryContext& peer) const;
 
  private:
@@ -27,11 +27,11 @@ class PrimaryContext {
   Context context_ = nullptr;
 };
 
-// For a CurrentContext in a destructor: where a device has failed there is nobody to tell.
+// Makes a CurrentContext ignore errors, for destructors.
 struct Quietly {};
 inline constexpr Quietly kQuietly;
 
-// Makes a context the calling thread's, and at the end of the scope that which was there before.
+// Makes a context current for the calling thread, and restores the previous one at the end of the scope.
 class CurrentContext {
  public:
   explicit CurrentContext(const PrimaryContext& context);
@@ -45,7 +45,7 @@ class CurrentContext {
   bool pushed_;
 };
 
-// The priority of a device's streams and kernels: the greatest there is, or the least.
+// The greatest (`urgent`) or the least priority of a device's streams and kernels.
 int priority(const PrimaryContext& context, bool urgent);
 
 }  // namespace pe::cuda

@@ -53,7 +53,7 @@ Driver::Driver(const std::string& path) {
 
 const Driver& Driver::get() {
   static std::mutex mutex;
-  static std::unique_ptr<const Driver> opened;  // never closed: torch uses the driver to the end
+  static std::unique_ptr<const Driver> opened;  // never closed: torch uses the driver until the process ends
   const std::lock_guard lock(mutex);
   if (!opened) {
     const char* const given = std::getenv("PIPELINE_EXT_LIBCUDA");
@@ -72,8 +72,7 @@ void Driver::fail(Result result, const char* function) const {
   const char* text = nullptr;
   if (cuGetErrorName(result, &name) != kSuccess || name == nullptr) name = "an unknown error";
   if (cuGetErrorString(result, &text) != kSuccess || text == nullptr) text = "it has no text";
-  throw CudaError(std::string(function) + " failed: " + name + " (" + std::to_string(result) +
-                      "), " + text,
+  throw CudaError(std::string(function) + " failed: " + name + " (" + std::to_string(result) + "), " + text,
                   result);
 }
 

@@ -1,4 +1,4 @@
-// NVIDIA's driver, opened when it is first needed. A machine without one never notices.
+// NVIDIA's driver, opened on first use, so that the package also works on a machine without one.
 #pragma once
 
 #include <stdexcept>
@@ -8,12 +8,12 @@
 
 namespace pe::cuda {
 
-// There is no driver that could be used; the text says why, and what to do.
+// There is no usable driver. The text says why, and what to do.
 struct NoDriver : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A call of the driver failed.
+// A call to the driver failed.
 struct CudaError : std::runtime_error {
   CudaError(const std::string& text, Result result) : std::runtime_error(text), code(result) {}
   Result code;
@@ -21,8 +21,8 @@ struct CudaError : std::runtime_error {
 
 class Driver {
  public:
-  // Opens the library that PIPELINE_EXT_LIBCUDA names, or libcuda.so.1; once it has been opened it stays.
-  // Throws NoDriver, also the next time, if there is none, it is too old, or it has no device.
+  // Opens the library that PIPELINE_EXT_LIBCUDA names, or libcuda.so.1, on the first call, and keeps it open.
+  // Throws NoDriver, also on later calls, if there is no driver, if it is too old, or if it has no device.
   static const Driver& get();
 
 #define PE_CUDA_MEMBER(name, version, parameters) Result(*name) parameters = nullptr;

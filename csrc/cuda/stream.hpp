@@ -1,5 +1,5 @@
-// Streams and events of a device. Made, read and destroyed from anywhere; a thread that records or waits has the
-// device's context current.
+// Streams and events of a device. Any thread may create, query and destroy them. To record or wait, the
+// device's context must be current.
 #pragma once
 
 #include <memory>
@@ -13,8 +13,7 @@ namespace pe::cuda {
 class Event {
  public:
   Event() = default;
-  Event(std::shared_ptr<const PrimaryContext> context, unsigned flags)
-      : context_(std::move(context)) {
+  Event(std::shared_ptr<const PrimaryContext> context, unsigned flags) : context_(std::move(context)) {
     const CurrentContext current(*context_);
     PE_CUDA(Driver::get(), cuEventCreate, &handle_, flags);
   }
@@ -37,7 +36,7 @@ class Event {
     PE_CUDA(Driver::get(), cuEventRecordWithFlags, handle_, stream, flags);
   }
 
-  // Whether all that was enqueued before the latest record has run.
+  // Whether all work enqueued before the latest record is done.
   bool done() const {
     const CurrentContext current(*context_);
     const Result result = Driver::get().cuEventQuery(handle_);
@@ -45,7 +44,7 @@ class Event {
     return result == kSuccess;
   }
 
-  // Both have been recorded, on streams of one device, and are done.
+  // Both events must be recorded, on streams of one device, and done.
   double milliseconds_since(const Event& begin) const {
     const CurrentContext current(*context_);
     float milliseconds = 0;

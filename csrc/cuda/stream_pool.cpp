@@ -13,7 +13,7 @@ struct Pool {
   std::map<std::pair<int, bool>, std::vector<std::unique_ptr<Stream>>> free;  // by device and urgency
 };
 
-// Never destroyed: the driver may be gone before.
+// Never destroyed: the driver may be unloaded first.
 Pool& pool() {
   static Pool* const only = new Pool;
   return *only;
@@ -22,8 +22,8 @@ Pool& pool() {
 bool is_captured(const PrimaryContext& context, StreamHandle stream) {
   const CurrentContext current(context, kQuietly);
   int status = 0;
-  const Result result = Driver::get().cuStreamGetCaptureInfo(stream, &status, nullptr, nullptr,
-                                                             nullptr, nullptr);
+  const Result result =
+      Driver::get().cuStreamGetCaptureInfo(stream, &status, nullptr, nullptr, nullptr, nullptr);
   return result != kSuccess || status != kCaptureNone;
 }
 

@@ -1,4 +1,4 @@
-// Streams that are made once and lent again and again, for the life of the process.
+// Streams that are created once and reused for the life of the process.
 #pragma once
 
 #include <cstddef>
@@ -8,12 +8,12 @@
 
 namespace pe::cuda {
 
-// torch keeps memory, and cuBLAS its workspaces, for each stream that they have seen, and never asks whether it
-// still exists. So streams are not destroyed, but given back, to be the next pipeline's; but for those that an
-// error or a capture that never ended may have spoilt.
+// torch's caching allocator keeps memory, and cuBLAS a workspace, for each stream they have seen, even after it
+// is destroyed. So streams are returned to a pool for the next pipeline instead. A stream that an error or an
+// unfinished capture may have spoilt is destroyed.
 class PooledStream {
  public:
-  // Takes one of the device, of its greatest or least priority, or makes it.
+  // Takes a stream of the device, of greatest (`urgent`) or least priority, from the pool, or creates one.
   PooledStream(std::shared_ptr<const PrimaryContext> context, bool urgent);
   ~PooledStream();
   PooledStream(PooledStream&&) noexcept = default;
@@ -21,7 +21,7 @@ class PooledStream {
 
   StreamHandle handle() const { return stream_->handle(); }
 
-  // It is to be destroyed at the end.
+  // Destroys the stream at the end instead of returning it.
   void spoil() { spoilt_ = true; }
 
  private:
@@ -31,9 +31,9 @@ class PooledStream {
   std::unique_ptr<Stream> stream_;
 };
 
-// Those that nobody has.
+// Streams in the pool.
 std::size_t num_pooled_streams();
-// Destroys them after all; for tests.
+// Destroys the streams in the pool; for tests.
 void empty_stream_pool();
 
 }  // namespace pe::cuda

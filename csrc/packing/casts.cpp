@@ -16,12 +16,12 @@ namespace {
 
 constexpr std::uint32_t kSign = 0x80000000u;
 constexpr std::uint32_t kInfinity = 0x7f800000u;
-constexpr std::int32_t kMagnitude32 = std::numeric_limits<std::int32_t>::max();  // all but the sign
+constexpr std::int32_t kMagnitude32 = std::numeric_limits<std::int32_t>::max();  // all bits but the sign
 constexpr std::int64_t kMagnitude64 = std::numeric_limits<std::int64_t>::max();
 constexpr int kMantissa = 23;  // of float32
 constexpr int kBias = 127;
 
-// A format of fewer bits than float32. Magnitudes from `special` on are infinity or NaN.
+// A format with fewer bits than float32. Magnitudes from `special` on are infinity or NaN.
 struct Float16 {
   using Bits = std::uint16_t;
   static constexpr int exponent = 5, mantissa = 10;
@@ -53,13 +53,13 @@ PE_INLINE typename F::Bits encoded(float value) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
   const std::uint32_t magnitude = bits & ~kSign;
   constexpr std::uint32_t just_below_half = (1u << (kDropped<F> - 1)) - 1;
-  const std::uint32_t odd = (magnitude >> kDropped<F>) & 1;
+  const std::uint32_t odd = (magnitude >> kDropped<F>) % 2;
   if constexpr (kRebias<F> == 0) {  // the upper half of a float32
     const std::uint32_t rounded = (bits + just_below_half + odd) >> kDropped<F>;
     return static_cast<typename F::Bits>(magnitude > kInfinity ? F::nan : rounded);
   } else {
     std::uint32_t out = (magnitude - kRebias<F> + just_below_half + odd) >> kDropped<F>;
-    // The sum's last bit is worth the format's least value, so the addition rounds to a subnormal.
+    // The last bit of the sum is worth the format's smallest value, so the addition rounds to a subnormal.
     constexpr std::uint32_t shifter = kRebias<F> + ((kDropped<F> + 1u) << kMantissa);
     const float sum = std::bit_cast<float>(magnitude) + std::bit_cast<float>(shifter);
     const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(sum) - shifter;
@@ -78,22 +78,20 @@ PE_INLINE float decoded(std::uint32_t bits) {
   std::uint32_t out = magnitude + kRebias<F>;
   if constexpr (kRebias<F> != 0) {
     constexpr std::uint32_t least_normal = kRebias<F> + (1u << kMantissa);
-    const float subnormal = std::bit_cast<float>(magnitude + least_normal) -
-                            std::bit_cast<float>(least_normal);
+    const float subnormal = std::bit_cast<float>(magnitude + least_normal) - std::bit_cast<float>(least_normal);
     out = magnitude < (1u << kMantissa) ? std::bit_cast<std::uint32_t>(subnormal) : out;
     out = magnitude >= F::special << kDropped<F> ? magnitude | kInfinity : out;
   }
   return std::bit_cast<float>(out | (bits & sign) << (31 - F::exponent - F::mantissa));
 }
 
-#define PE_FORMAT(F)                                                                             \
-  PE_VECTORIZED void encode_row(const float* __restrict in, float scale, F::Bits* __restrict out, \
-                                std::size_t n, F) {                                              \
-    for (std::size_t i = 0; i < n; ++i) out[i] = encoded<F>(in[i] * scale);                      \
-  }                                                                                              \
-  PE_VECTORIZED void decode_row(const F::Bits* __restrict in, float* __restrict out,             \
-                                std::size_t n, F) {                                              \
-    for (std::size_t i = 0; i < n; ++i) out[i] = decoded<F>(in[i]);                              \
+#define PE_FORMAT(F)                                                                                     \
+  PE_VECTORIZED void encode_row(const float* __restrict in, float scale, F::Bits* __restrict out,        \
+                                std::size_t n, F) {                                                      \
+    for (std::size_t i = 0; i < n; ++i) out[i] = encoded<F>(in[i] * scale);                              \
+  }                                                                                                      \
+  PE_VECTORIZED void decode_row(const F::Bits* __restrict in, float* __restrict out, std::size_t n, F) { \
+    for (std::size_t i = 0; i < n; ++i) out[i] = decoded<F>(in[i]);                                      \
   }
 PE_FORMAT(Float16)
 PE_FORMAT(Bfloat16)
@@ -107,12 +105,10 @@ PE_VECTORIZED void multiply_row(const double* in, double scale, double* out, std
   for (std::size_t i = 0; i < n; ++i) out[i] = in[i] * scale;
 }
 
-PE_VECTORIZED void widen(const float* __restrict in, float scale, double* __restrict out,
-                         std::size_t n) {
+PE_VECTORIZED void widen(const float* __restrict in, float scale, double* __restrict out, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) out[i] = in[i] * scale;
 }
-PE_VECTORIZED void narrow(const double* __restrict in, double scale, float* __restrict out,
-                          std::size_t n) {
+PE_VECTORIZED void narrow(const double* __restrict in, double scale, float* __restrict out, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) out[i] = static_cast<float>(in[i] * scale);
 }
 
@@ -123,7 +119,8 @@ PE_VECTORIZED void add_row(const double* __restrict in, double* __restrict out, 
   for (std::size_t i = 0; i < n; ++i) out[i] += in[i];
 }
 
-// Magnitudes are ordered as their bits are, and NaN is above them all; integers vectorize, floats would not.
+// Magnitudes have the order of their bits, with NaN above all; the loop vectorizes for integers but not for
+// floats.
 PE_VECTORIZED std::int32_t largest_bits(std::int32_t most, const float* in, std::size_t n) {
   for (std::size_t i = 0; i < n; ++i) {
     most = std::max(most, std::bit_cast<std::int32_t>(in[i]) & kMagnitude32);
@@ -137,7 +134,7 @@ PE_VECTORIZED std::int64_t largest_bits(std::int64_t most, const double* in, std
   return most;
 }
 
-// Calls `use` with the small format that `dtype` is.
+// Calls `use` with the small format of `dtype`.
 template <class Use>
 void with_format(DType dtype, Use&& use) {
   if (dtype == kBfloat16) return use(Bfloat16{});

@@ -1,7 +1,8 @@
-// Casts and sums of elements in a row, compiled for several instruction sets; the processor's best runs.
+// Casts and sums of contiguous elements, compiled for several instruction sets; the best one for the processor
+// runs.
 //
-// Casts round to nearest even, as torch's do. Too large for float8_e4m3fn, infinity included, becomes its
-// largest value; too large for another type becomes infinity. A NaN stays one, whichever its bits.
+// Casts round to nearest even, like torch's. Values too large for float8_e4m3fn, infinity included, become its
+// largest value; values too large for another type become infinity. NaN stays NaN, perhaps with other bits.
 #pragma once
 
 #include <cstddef>
@@ -11,11 +12,11 @@
 
 namespace pe {
 
-// `values` has room for n. Returns where the values are: there, or in `in` where nothing needs doing.
+// Casts n elements into `values`, which has room for n. Returns `values`, or `in` if no cast is needed.
 const float* decode(DType from, const void* in, float* values, std::size_t n);
 const double* decode(DType from, const void* in, double* values, std::size_t n);
 
-// out = values * scale, cast; `out` is other memory.
+// out = values * scale, cast to `to`. `out` and `values` do not overlap.
 void encode(const float* values, float scale, DType to, void* out, std::size_t n);
 void encode(const double* values, double scale, DType to, void* out, std::size_t n);
 
@@ -25,7 +26,7 @@ void multiply(double* values, double scale, std::size_t n);
 void add(const float* values, float* sums, std::size_t n);
 void add(const double* values, double* sums, std::size_t n);
 
-// The greater of `most`, which is no less than 0, and every |value|; NaN if any is.
+// The maximum of `most` (at least 0) and all |value|; NaN if any value is NaN.
 float largest(float most, const float* values, std::size_t n);
 double largest(double most, const double* values, std::size_t n);
 

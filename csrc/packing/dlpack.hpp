@@ -1,4 +1,4 @@
-// The part of DLPack 1.x by which a tensor object tells where its memory is. Names and layout are DLPack's.
+// The part of DLPack 1.x that tells where a tensor's memory is. Names and layout are DLPack's.
 #pragma once
 
 #include <cstdint>
@@ -32,21 +32,21 @@ struct DLTensor {
   std::uint64_t byte_offset;
 };
 
-// What the capsule "dltensor" of a tensor's __dlpack__() holds.
+// The content of the capsule "dltensor" that a tensor's __dlpack__() returns.
 struct DLManagedTensor {
   DLTensor dl_tensor;
   void* manager_ctx;
   void (*deleter)(DLManagedTensor*);
 };
 
-// What the capsule "dlpack_exchange_api" of a type's __dlpack_c_exchange_api__ holds.
+// The content of the capsule "dlpack_exchange_api", a type's __dlpack_c_exchange_api__.
 struct DLPackExchangeAPI {
   DLVersion version;
   DLPackExchangeAPI* previous;  // of an older major version, or null
   void* managed_tensor_allocator;
   void* managed_tensor_from_py_object_no_sync;
   void* managed_tensor_to_py_object_no_sync;
-  int (*dltensor_from_py_object_no_sync)(void* object, DLTensor* out);  // may be null; lends, owns nothing
+  int (*dltensor_from_py_object_no_sync)(void* object, DLTensor* out);  // may be null; borrows, owns nothing
   void* current_work_stream;
 };
 

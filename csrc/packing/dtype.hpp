@@ -9,7 +9,7 @@
 
 namespace pe {
 
-// An argument that cannot be packed or unpacked; nothing has been written.
+// Thrown for an argument that cannot be packed or unpacked, before anything is written.
 struct PackingError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -34,7 +34,8 @@ inline constexpr DType kFloat8E5m2{12, 8};
 DType dtype_of(std::string_view name);  // throws PackingError for what cannot be packed
 std::string name_of(DType dtype);
 
-// A floating-point type, which is cast, scaled and added to; integers and booleans are copied bit for bit.
+// Whether it is a floating-point type, which is cast, scaled and accumulated. Other types are copied bit for
+// bit.
 bool is_arithmetic(DType dtype);
 
 }  // namespace pe

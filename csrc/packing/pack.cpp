@@ -11,7 +11,7 @@
 namespace pe {
 namespace {
 
-// From so many bytes read and written on, a message leaves the caches before it is read again.
+// From this many bytes on, read and written, a message no longer stays in the caches until it is read again.
 constexpr std::int64_t kStreamed = 24 << 20;
 
 bool is_aligned(const std::byte* address, std::size_t bytes) {
@@ -30,31 +30,29 @@ bool is_copied(const Slot& slot, const Scale& scale, std::size_t i) {
   return slot.dtype == kFloat64 ? scale_of<double>(scale, i) == 1.0 : scale_of<float>(scale, i) == 1.0f;
 }
 
-// NaN is the largest of all.
+// NaN is above all numbers.
 void raise(float& largest, float to) {
   if (std::isnan(to) || to > largest) largest = to;
 }
 
 }  // namespace
 
-Packer::Packer(std::vector<Slot> slots, std::int64_t nbytes)
-    : slots_(std::move(slots)), nbytes_(nbytes) {
+Packer::Packer(std::vector<Slot> slots, std::int64_t nbytes) : slots_(std::move(slots)), nbytes_(nbytes) {
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
     const std::string named = "slot " + std::to_string(i);
     if (slot.wire != slot.dtype && !(is_arithmetic(slot.dtype) && is_arithmetic(slot.wire))) {
-      throw PackingError(named + " would cast " + name_of(slot.dtype) + " to " +
-                         name_of(slot.wire) + "; only floating-point types are cast");
+      throw PackingError(named + " would cast " + name_of(slot.dtype) + " to " + name_of(slot.wire) +
+                         "; only floating-point types are cast");
     }
     const Strided whole{nullptr, slot.wire, slot.shape, {}};
     const auto bytes = static_cast<std::int64_t>(whole.size() * slot.wire.size());
     traffic_ += bytes + static_cast<std::int64_t>(whole.size() * slot.dtype.size());
     if (slot.offset < 0 || slot.offset % static_cast<std::int64_t>(kAlignment) != 0 ||
         slot.offset + bytes > nbytes_) {
-      throw PackingError(named + ", " + std::to_string(bytes) + " bytes at " +
-                         std::to_string(slot.offset) + ", must begin at a multiple of " +
-                         std::to_string(kAlignment) + " and end within the buffer's " +
-                         std::to_string(nbytes_));
+      throw PackingError(named + ", " + std::to_string(bytes) + " bytes at " + std::to_string(slot.offset) +
+                         ", must begin at a multiple of " + std::to_string(kAlignment) +
+                         " and end within the buffer's " + std::to_string(nbytes_));
     }
   }
 }
@@ -68,27 +66,26 @@ void Packer::check(std::span<const Strided> tensors) const {
     const Strided& tensor = tensors[i];
     const Slot& slot = slots_[i];
     if (tensor.dtype != slot.dtype || !std::ranges::equal(tensor.shape, slot.shape)) {
-      throw PackingError("tensor " + std::to_string(i) + " is " +
-                         describe(tensor.dtype, tensor.shape) + "; its slot is for " +
-                         describe(slot.dtype, slot.shape));
+      throw PackingError("tensor " + std::to_string(i) + " is " + describe(tensor.dtype, tensor.shape) +
+                         "; its slot is for " + describe(slot.dtype, slot.shape));
     }
     if (tensor.size() == 0) continue;
     if (tensor.data == nullptr) throw PackingError("tensor " + std::to_string(i) + " has no memory");
     if (is_arithmetic(tensor.dtype) && !is_aligned(tensor.data, tensor.dtype.size())) {
-      throw PackingError("tensor " + std::to_string(i) + " is not aligned to its " +
-                         name_of(tensor.dtype) + " elements; give a copy");
+      throw PackingError("tensor " + std::to_string(i) + " is not aligned to its " + name_of(tensor.dtype) +
+                         " elements; give a copy");
     }
   }
 }
 
 void Packer::check_buffer(const Strided& buffer) const {
   if (buffer.dtype != kUint8 || buffer.shape.size() != 1 || !buffer.is_contiguous()) {
-    throw PackingError("the buffer is " + describe(buffer.dtype, buffer.shape) +
-                       "; give contiguous uint8[" + std::to_string(nbytes_) + "]");
+    throw PackingError("the buffer is " + describe(buffer.dtype, buffer.shape) + "; give contiguous uint8[" +
+                       std::to_string(nbytes_) + "]");
   }
   if (buffer.size() < nbytes_) {
-    throw PackingError("the buffer has " + std::to_string(buffer.size()) +
-                       " bytes; the layout needs " + std::to_string(nbytes_));
+    throw PackingError("the buffer has " + std::to_string(buffer.size()) + " bytes; the layout needs " +
+                       std::to_string(nbytes_));
   }
   if (!is_aligned(buffer.data, kAlignment)) {
     throw PackingError("the buffer's address is not a multiple of " + std::to_string(kAlignment) +
@@ -103,16 +100,16 @@ void Packer::pack(std::span<const Strided> tensors, const Strided& buffer, const
   const bool streams = traffic_ >= kStreamed;
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
-    std::byte* const place = buffer.data + slot.offset;
+    std::byte* const packed = buffer.data + slot.offset;
     const bool watched = watches && is_arithmetic(slot.dtype);
     double most = 0.0;
-    if (tensors[i].size() == 0) continue;  // perhaps without memory
+    if (tensors[i].size() == 0) continue;  // may have no memory
     if (is_copied(slot, scale, i) && !watched) {
-      copy_to(place, tensors[i], streams);
+      copy_to(packed, tensors[i], streams);
     } else if (slot.dtype == kFloat64) {
-      most = cast_to(place, slot.wire, tensors[i], scale_of<double>(scale, i), watched, streams);
+      most = cast_to(packed, slot.wire, tensors[i], scale_of<double>(scale, i), watched, streams);
     } else {
-      most = cast_to(place, slot.wire, tensors[i], scale_of<float>(scale, i), watched, streams);
+      most = cast_to(packed, slot.wire, tensors[i], scale_of<float>(scale, i), watched, streams);
     }
     if (!watched) continue;
     if (watch.largest != nullptr) raise(watch.largest[i], static_cast<float>(most));
@@ -126,8 +123,7 @@ void Packer::unpack(std::span<const Strided> tensors, const Strided& buffer, con
   check_buffer(buffer);
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     if (accumulate && !is_arithmetic(slots_[i].dtype)) {
-      throw PackingError("tensor " + std::to_string(i) + " is " +
-                         describe(slots_[i].dtype, slots_[i].shape) +
+      throw PackingError("tensor " + std::to_string(i) + " is " + describe(slots_[i].dtype, slots_[i].shape) +
                          "; only floating-point types accumulate");
     }
     if (tensors[i].is_expanded()) {
@@ -137,14 +133,14 @@ void Packer::unpack(std::span<const Strided> tensors, const Strided& buffer, con
   }
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const Slot& slot = slots_[i];
-    const std::byte* const place = buffer.data + slot.offset;
+    const std::byte* const packed = buffer.data + slot.offset;
     if (tensors[i].size() == 0) continue;
     if (!accumulate && is_copied(slot, scale, i)) {
-      copy_from(place, tensors[i]);
+      copy_from(packed, tensors[i]);
     } else if (slot.dtype == kFloat64) {
-      cast_from(place, slot.wire, tensors[i], scale_of<double>(scale, i), accumulate);
+      cast_from(packed, slot.wire, tensors[i], scale_of<double>(scale, i), accumulate);
     } else {
-      cast_from(place, slot.wire, tensors[i], scale_of<float>(scale, i), accumulate);
+      cast_from(packed, slot.wire, tensors[i], scale_of<float>(scale, i), accumulate);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Many tensors to and from one buffer, each at its place and in its type, in one pass over the memory.
+// Packs many tensors into one buffer, and unpacks them, in one pass over the memory.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace pe {
 
-// Where one tensor lies in the buffer, row-major, and the type it travels as.
+// The place of one tensor in the buffer, where it is row-major, and the type it is sent as.
 struct Slot {
   std::int64_t offset;  // bytes
   DType dtype, wire;
@@ -19,17 +19,17 @@ struct Slot {
 
 struct Scale {
   double of_all = 1.0;
-  const float* of_slot = nullptr;  // one for each slot, which multiplies the other
+  const float* of_slot = nullptr;  // one factor per slot, multiplied with of_all
 };
 
-// What packing tells about floating-point tensors, before scaling. Not told where null.
+// What packing reports about floating-point tensors, before scaling; nothing where null.
 struct Watch {
-  float* largest = nullptr;           // one for each slot, raised to its largest |value|; NaN is above all
+  float* largest = nullptr;           // one per slot, raised to its largest |value|; NaN is above all
   std::int32_t* nonfinite = nullptr;  // set to 1 if any value is infinite or NaN
 };
 
-// Arithmetic is in float32, or in float64 for a tensor of that type; integers and booleans are copied bit for
-// bit. Throws PackingError before anything is written.
+// Computes in float32, or in float64 for float64 tensors; copies integers and booleans bit for bit. Throws
+// PackingError before anything is written.
 class Packer {
  public:
   static constexpr std::size_t kAlignment = 16;  // of the buffer and of every slot, bytes
@@ -39,10 +39,10 @@ class Packer {
   const std::vector<Slot>& slots() const { return slots_; }
   std::int64_t nbytes() const { return nbytes_; }
 
-  // Throws unless there is, for each slot, a tensor of its shape and type.
+  // Throws unless there is one tensor per slot, of the slot's shape and type.
   void check(std::span<const Strided> tensors) const;
 
-  // Of tensors that check() accepts: slot = tensor * scale; what lies between the slots is left as it is.
+  // For tensors that check() accepts: slot = tensor * scale. Leaves the bytes between slots unchanged.
   void pack(std::span<const Strided> tensors, const Strided& buffer, const Scale& scale,
             const Watch& watch) const;
   // tensor = slot * scale, or tensor += slot * scale.

@@ -1,4 +1,5 @@
-// Copying past the caches: for more bytes than they hold, it saves reading what is about to be overwritten.
+// Copies with non-temporal stores: for more bytes than the caches hold, this saves reading lines that are
+// overwritten.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +11,7 @@
 
 namespace pe {
 
-// `to` is a multiple of 16. Other threads may read what was written after finish_streaming().
+// `to` is aligned to 16 bytes. Other threads may read the result after finish_streaming().
 inline void stream(const std::byte* from, std::byte* to, std::size_t n) {
 #ifdef __SSE2__
   constexpr std::size_t kLine = 64;

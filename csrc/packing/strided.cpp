@@ -10,11 +10,12 @@ namespace {
 
 struct Dimension {
   std::int64_t size;
-  std::int64_t step;   // in memory, bytes
-  std::int64_t pitch;  // in row-major order, elements
+  std::int64_t stride;  // in memory, bytes
+  std::int64_t pitch;   // in row-major order, elements
 };
 
-// The tensor's dimensions without those of size 1, and those joined that memory holds as one.
+// The tensor's dimensions, innermost first, without those of size 1, with adjacent ones joined where memory
+// allows.
 std::vector<Dimension> joined_dimensions(const Strided& tensor) {
   const auto element = static_cast<std::int64_t>(tensor.dtype.size());
   std::vector<Dimension> outward;
@@ -23,7 +24,7 @@ std::vector<Dimension> joined_dimensions(const Strided& tensor) {
     const Dimension one{tensor.shape[d], tensor.strides[d] * element, pitch};
     pitch *= one.size;
     if (one.size == 1) continue;
-    if (!outward.empty() && one.step == outward.back().step * outward.back().size) {
+    if (!outward.empty() && one.stride == outward.back().stride * outward.back().size) {
       outward.back().size *= one.size;
     } else {
       outward.push_back(one);
@@ -33,21 +34,21 @@ std::vector<Dimension> joined_dimensions(const Strided& tensor) {
   return outward;
 }
 
-// Calls use(where an element is in memory, its number in the block) in the order of memory.
+// Calls use(address of an element, its number in the block), in memory order.
 template <class Use>
 void visit_elements(const Block& block, const Use& use) {
-  if (std::abs(block.row_step) < std::abs(block.column_step)) {
+  if (std::abs(block.row_stride) < std::abs(block.column_stride)) {
     for (std::int64_t column = 0; column < block.columns; ++column) {
-      std::byte* const at = block.data + column * block.column_step;
+      std::byte* const at = block.data + column * block.column_stride;
       for (std::int64_t row = 0; row < block.rows; ++row) {
-        use(at + row * block.row_step, row * block.columns + column);
+        use(at + row * block.row_stride, row * block.columns + column);
       }
     }
   } else {
     for (std::int64_t row = 0; row < block.rows; ++row) {
-      std::byte* const at = block.data + row * block.row_step;
+      std::byte* const at = block.data + row * block.row_stride;
       for (std::int64_t column = 0; column < block.columns; ++column) {
-        use(at + column * block.column_step, row * block.columns + column);
+        use(at + column * block.column_stride, row * block.columns + column);
       }
     }
   }
@@ -85,10 +86,10 @@ std::int64_t Strided::size() const {
 }
 
 bool Strided::is_contiguous() const {
-  std::int64_t step = 1;
+  std::int64_t stride = 1;
   for (std::size_t d = shape.size(); d-- > 0;) {
-    if (shape[d] != 1 && strides[d] != step) return false;
-    step *= shape[d];
+    if (shape[d] != 1 && strides[d] != stride) return false;
+    stride *= shape[d];
   }
   return true;
 }
@@ -100,12 +101,11 @@ bool Strided::is_expanded() const {
   return false;
 }
 
-void for_each_block(const Strided& tensor, std::int64_t limit,
-                    const std::function<void(const Block&)>& visit) {
+void for_each_block(const Strided& tensor, std::int64_t limit, const std::function<void(const Block&)>& visit) {
   if (tensor.size() == 0) return;
   std::vector<Dimension> outward = joined_dimensions(tensor);
-  // Columns run along the last dimension, rows along the one whose elements are closest in memory: cache lines
-  // are then used whole, also of a transposed tensor.
+  // Columns run along the last dimension, rows along the dimension with the smallest stride: then whole cache
+  // lines are used, also for a transposed tensor.
   const Dimension columns = outward.front();
   outward.erase(outward.begin());
   Dimension rows{1, 0, 0};
@@ -113,26 +113,26 @@ void for_each_block(const Strided& tensor, std::int64_t limit,
   if (!outward.empty()) {
     const auto closest = std::min_element(
         outward.begin(), outward.end(),
-        [](const Dimension& a, const Dimension& b) { return std::abs(a.step) < std::abs(b.step); });
+        [](const Dimension& a, const Dimension& b) { return std::abs(a.stride) < std::abs(b.stride); });
     rows = *closest;
-    transposed = std::abs(rows.step) < std::abs(columns.step);
+    transposed = std::abs(rows.stride) < std::abs(columns.stride);
     outward.erase(closest);
   }
   std::int64_t width = std::min(columns.size, limit);
   if (transposed) {
-    constexpr std::int64_t kTile = 16;  // so a block is longer the way memory runs
+    constexpr std::int64_t kTile = 16;  // keeps a block longer along the smallest stride
     width = std::min(width, kTile);
   }
   const std::int64_t height = std::min(rows.size, limit / width);
 
   std::vector<std::int64_t> at(outward.size(), 0);
-  Block block{tensor.data, 0, rows.pitch, 0, 0, rows.step, columns.step};
+  Block block{tensor.data, 0, rows.pitch, 0, 0, rows.stride, columns.stride};
   for (;;) {
     std::byte* const data = block.data;
     const std::int64_t first = block.first;
     for (std::int64_t row = 0; row < rows.size; row += height) {
       for (std::int64_t column = 0; column < columns.size; column += width) {
-        block.data = data + row * rows.step + column * columns.step;
+        block.data = data + row * rows.stride + column * columns.stride;
         block.first = first + row * rows.pitch + column;
         block.rows = std::min(height, rows.size - row);
         block.columns = std::min(width, columns.size - column);
@@ -144,10 +144,10 @@ void for_each_block(const Strided& tensor, std::int64_t limit,
     std::size_t d = 0;
     for (; d < outward.size(); ++d) {
       const Dimension& outer = outward[d];
-      block.data += outer.step;
+      block.data += outer.stride;
       block.first += outer.pitch;
       if (++at[d] < outer.size) break;
-      block.data -= outer.step * outer.size;
+      block.data -= outer.stride * outer.size;
       block.first -= outer.pitch * outer.size;
       at[d] = 0;
     }
@@ -156,10 +156,10 @@ void for_each_block(const Strided& tensor, std::int64_t limit,
 }
 
 void gather(const Block& block, std::size_t element, std::byte* out) {
-  if (block.column_step == static_cast<std::int64_t>(element)) {
+  if (block.column_stride == static_cast<std::int64_t>(element)) {
     const std::size_t length = block.columns * element;
     for (std::int64_t row = 0; row < block.rows; ++row) {
-      std::memcpy(out + row * length, block.data + row * block.row_step, length);
+      std::memcpy(out + row * length, block.data + row * block.row_stride, length);
     }
     return;
   }
@@ -176,10 +176,10 @@ void gather(const Block& block, std::size_t element, std::byte* out) {
 }
 
 void scatter(const std::byte* in, std::size_t element, const Block& block) {
-  if (block.column_step == static_cast<std::int64_t>(element)) {
+  if (block.column_stride == static_cast<std::int64_t>(element)) {
     const std::size_t length = block.columns * element;
     for (std::int64_t row = 0; row < block.rows; ++row) {
-      std::memcpy(block.data + row * block.row_step, in + row * length, length);
+      std::memcpy(block.data + row * block.row_stride, in + row * length, length);
     }
     return;
   }

@@ -1,4 +1,4 @@
-// A tensor in memory, whatever its strides, walked in blocks that fit the first-level cache.
+// A tensor in memory with any strides, visited in blocks that fit the first-level cache.
 #pragma once
 
 #include <cstddef>
@@ -11,9 +11,9 @@
 
 namespace pe {
 
-std::string describe(DType dtype, std::span<const std::int64_t> shape);  // as in float32[4, 8]
+std::string describe(DType dtype, std::span<const std::int64_t> shape);  // as in "float32[4, 8]"
 
-// What one tensor's memory looks like; strides are in elements.
+// The memory of one tensor; strides are in elements.
 struct Strided {
   std::byte* data;
   DType dtype;
@@ -22,25 +22,26 @@ struct Strided {
 
   std::int64_t size() const;  // elements
   bool is_contiguous() const;
-  bool is_expanded() const;  // one element is seen at several places
+  bool is_expanded() const;  // several indices share one element
 };
 
-// Rows of elements; `data` is the first. In row-major order that one is number `first`, the elements of a
-// row follow one another, and rows begin `pitch` apart. In memory rows and elements are so many bytes apart.
+// Rows of elements; `data` is the first one. In row-major order it is element number `first`, a row is
+// contiguous, and rows are `pitch` elements apart. In memory, rows are `row_stride` and elements
+// `column_stride` bytes apart.
 struct Block {
   std::byte* data;
   std::int64_t first, pitch;
   std::int64_t rows, columns;
-  std::int64_t row_step, column_step;
+  std::int64_t row_stride, column_stride;
 
   std::int64_t size() const { return rows * columns; }
 };
 
-// Visits every element once, in blocks of at most `limit`. A contiguous tensor's blocks are one row each.
-void for_each_block(const Strided& tensor, std::int64_t limit,
-                    const std::function<void(const Block&)>& visit);
+// Visits every element once, in blocks of at most `limit` elements. A contiguous tensor's blocks have one row
+// each.
+void for_each_block(const Strided& tensor, std::int64_t limit, const std::function<void(const Block&)>& visit);
 
-// Copies a block's elements, of 1, 2, 4 or 8 bytes, to `out`, row after row, or from `in` into the block.
+// gather copies a block's elements, of 1, 2, 4 or 8 bytes each, to `out`, row by row; scatter copies them back.
 void gather(const Block& block, std::size_t element, std::byte* out);
 void scatter(const std::byte* in, std::size_t element, const Block& block);
 

@@ -13,7 +13,7 @@ namespace {
 constexpr std::int64_t kBlock = 2048;  // elements
 constexpr std::size_t kLargestElement = 8;
 
-// As for_each_block, without its preparations where there is nothing to prepare.
+// Like for_each_block, but faster for contiguous tensors.
 template <class Visit>
 void visit_blocks(const Strided& tensor, const Visit& visit) {
   if (!tensor.is_contiguous()) return for_each_block(tensor, kBlock, std::cref(visit));
@@ -25,8 +25,8 @@ void visit_blocks(const Strided& tensor, const Visit& visit) {
   }
 }
 
-// Calls visit(offset in the place, number in the block, length), in elements, for each row of a block; once
-// where the place holds the rows one after another.
+// Calls visit(offset in the packed tensor, offset in the block, length), in elements, for each row of a block;
+// once for all rows if they are adjacent in the packed tensor.
 template <class Visit>
 void visit_rows(const Block& block, const Visit& visit) {
   if (block.rows == 1 || block.pitch == block.columns) return visit(block.first, 0, block.size());
@@ -37,41 +37,40 @@ void visit_rows(const Block& block, const Visit& visit) {
 
 }  // namespace
 
-void copy_to(std::byte* place, const Strided& tensor, bool streams) {
+void copy_to(std::byte* packed, const Strided& tensor, bool streams) {
   const std::size_t element = tensor.dtype.size();
   if (tensor.is_contiguous()) {
     const std::size_t bytes = tensor.size() * element;
-    if (streams) return stream(tensor.data, place, bytes);
-    std::memcpy(place, tensor.data, bytes);
+    if (streams) return stream(tensor.data, packed, bytes);
+    std::memcpy(packed, tensor.data, bytes);
     return;
   }
   std::byte gathered[kBlock * kLargestElement];
   visit_blocks(tensor, [&](const Block& block) {
     gather(block, element, gathered);
     visit_rows(block, [&](std::int64_t to, std::int64_t from, std::int64_t n) {
-      std::memcpy(place + to * element, gathered + from * element, n * element);
+      std::memcpy(packed + to * element, gathered + from * element, n * element);
     });
   });
 }
 
-void copy_from(const std::byte* place, const Strided& tensor) {
+void copy_from(const std::byte* packed, const Strided& tensor) {
   const std::size_t element = tensor.dtype.size();
   if (tensor.is_contiguous()) {
-    std::memcpy(tensor.data, place, tensor.size() * element);
+    std::memcpy(tensor.data, packed, tensor.size() * element);
     return;
   }
   std::byte gathered[kBlock * kLargestElement];
   visit_blocks(tensor, [&](const Block& block) {
     visit_rows(block, [&](std::int64_t from, std::int64_t to, std::int64_t n) {
-      std::memcpy(gathered + to * element, place + from * element, n * element);
+      std::memcpy(gathered + to * element, packed + from * element, n * element);
     });
     scatter(gathered, element, block);
   });
 }
 
 template <class Real>
-Real cast_to(std::byte* place, DType wire, const Strided& tensor, Real scale, bool watches,
-             bool streams) {
+Real cast_to(std::byte* packed, DType wire, const Strided& tensor, Real scale, bool watches, bool streams) {
   alignas(64) std::byte gathered[kBlock * sizeof(Real)];
   alignas(64) std::byte cast[kBlock * sizeof(double)];
   alignas(64) Real decoded[kBlock];
@@ -87,7 +86,7 @@ Real cast_to(std::byte* place, DType wire, const Strided& tensor, Real scale, bo
     const Real* values = decode(tensor.dtype, in, decoded, block.size());
     if (watches) most = largest(most, values, block.size());
     visit_rows(block, [&](std::int64_t to, std::int64_t from, std::int64_t n) {
-      std::byte* const out = place + to * wire.size();
+      std::byte* const out = packed + to * wire.size();
       if (plain) {
         std::memcpy(out, in + from * wire.size(), n * wire.size());
       } else if (streams && contiguous) {
@@ -102,8 +101,7 @@ Real cast_to(std::byte* place, DType wire, const Strided& tensor, Real scale, bo
 }
 
 template <class Real>
-void cast_from(const std::byte* place, DType wire, const Strided& tensor, Real scale,
-               bool accumulates) {
+void cast_from(const std::byte* packed, DType wire, const Strided& tensor, Real scale, bool accumulates) {
   alignas(64) std::byte gathered[kBlock * sizeof(Real)];
   alignas(64) Real decoded[kBlock], before[kBlock];
   const std::size_t element = tensor.dtype.size();
@@ -111,7 +109,7 @@ void cast_from(const std::byte* place, DType wire, const Strided& tensor, Real s
   visit_blocks(tensor, [&](const Block& block) {
     const std::int64_t n = block.size();
     visit_rows(block, [&](std::int64_t from, std::int64_t to, std::int64_t length) {
-      const Real* values = decode(wire, place + from * wire.size(), decoded + to, length);
+      const Real* values = decode(wire, packed + from * wire.size(), decoded + to, length);
       if (values != decoded + to) std::memcpy(decoded + to, values, length * sizeof(Real));
     });
     std::byte* const out = contiguous ? block.data : gathered;

@@ -1,23 +1,22 @@
-// One tensor to and from its place in a buffer, which is row-major and of the type it travels as.
+// Copies one tensor into its part `packed` of a buffer, and back. There it is row-major, in the type it is sent
+// as.
 #pragma once
 
 #include "packing/strided.hpp"
 
 namespace pe {
 
-// Bit for bit. `streams`: past the caches.
-void copy_to(std::byte* place, const Strided& tensor, bool streams);
-void copy_from(const std::byte* place, const Strided& tensor);
+// Bit for bit. `streams`: with non-temporal stores.
+void copy_to(std::byte* packed, const Strided& tensor, bool streams);
+void copy_from(const std::byte* packed, const Strided& tensor);
 
-// place = tensor * scale, cast to `wire`. Real, the type of the arithmetic, is double for a float64 tensor, else float.
-// Returns the greatest |value| of the tensor (NaN if any is) where it `watches`, else 0.
+// packed = tensor * scale, cast to `wire`. Real is the type of the arithmetic: double for a float64 tensor,
+// else float. Returns the largest |value| of the tensor (NaN if any is NaN) if it `watches`, else 0.
 template <class Real>
-Real cast_to(std::byte* place, DType wire, const Strided& tensor, Real scale, bool watches,
-             bool streams);
+Real cast_to(std::byte* packed, DType wire, const Strided& tensor, Real scale, bool watches, bool streams);
 
-// tensor = place * scale, cast; or tensor += place * scale.
+// tensor = packed * scale, cast; if it `accumulates`, tensor += packed * scale.
 template <class Real>
-void cast_from(const std::byte* place, DType wire, const Strided& tensor, Real scale,
-               bool accumulates);
+void cast_from(const std::byte* packed, DType wire, const Strided& tensor, Real scale, bool accumulates);
 
 }  // namespace pe

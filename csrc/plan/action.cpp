@@ -9,8 +9,7 @@ namespace pe {
 namespace {
 
 constexpr std::array<std::string_view, kNumKinds> kNames = {
-    "F",      "B",      "I",           "W",       "SEND_F", "RECV_F",
-    "SEND_B", "RECV_B", "REDUCE_GRAD", "UNSHARD", "RESHARD"};
+    "F", "B", "I", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B", "REDUCE_GRAD", "UNSHARD", "RESHARD"};
 constexpr std::string_view kOverlap = "OVERLAP_F_B";
 
 std::string_view trim(std::string_view text) {

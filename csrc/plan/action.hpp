@@ -38,25 +38,25 @@ struct Action {
   friend bool operator==(const Action&, const Action&) = default;
 };
 
-// Raised for a plan that cannot be built; the text is for a person.
+// Raised for a plan that cannot be built. Users see the text.
 struct PlanError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
 std::string_view kind_name(Kind kind);
-Kind kind_of(std::string_view name);  // throws PlanError for what is none
+Kind kind_of(std::string_view name);  // throws PlanError for an unknown name
 Stream stream_of(Kind kind);
 bool concerns_whole_stage(Kind kind);
 inline bool is_compute(Kind kind) { return kind <= Kind::W; }
 
-// "2F0", "1B3", "3SEND_B1", "0UNSHARD"; `joins_next` is not part of it.
+// As in "2F0", "1B3", "3SEND_B1", "0UNSHARD"; leaves out `joins_next`.
 std::string to_text(const Action& action);
 
-// One cell of a schedule: an action, or an overlapped pair, which yields its parts joined.
-// An empty cell (idle) yields nothing. Throws PlanError without the cell's position.
+// Reads one cell of a schedule: an action, or an overlapped pair as two joined actions. An empty cell (idle)
+// has no action. Throws PlanError; the message does not know the cell's position.
 std::vector<Action> parse_cell(std::string_view text);
 
-// The cells of a list of actions, joined ones written as a pair.
+// The cells of a list of actions; joined actions become one pair.
 std::vector<std::string> to_cells(const std::vector<Action>& actions);
 
 }  // namespace pe

@@ -49,8 +49,8 @@ void Memory::validate(int num_stages, int num_ranks) const {
 void check_charges(const char* what, const std::vector<double>& values, int expected, const char* of_what) {
   if (static_cast<int>(values.size()) != expected) {
     throw PlanError(std::string(what) + " has " + std::to_string(values.size()) +
-                    " entries; give one number, or one for each of the " + std::to_string(expected) +
-                    " " + of_what);
+                    " entries; give one number, or one for each of the " + std::to_string(expected) + " " +
+                    of_what);
   }
   for (const double value : values) {
     if (!std::isfinite(value) || value < 0) {

@@ -1,4 +1,4 @@
-// What a microbatch takes of a rank's memory, from its F until I, W or B have freed it.
+// The memory of a rank that a microbatch occupies, from its `F` until `I`, `W` or `B` has freed it.
 #pragma once
 
 #include <vector>
@@ -10,19 +10,19 @@ namespace pe {
 class Plan;
 
 struct Memory {
-  // In one unit throughout; what I does not free of it goes with W, and all of it with B.
-  std::vector<double> taken;                // by stage, by F
+  // All in the same unit. `I` frees its part and `W` the rest; `B` frees everything.
+  std::vector<double> taken;                // by stage, at `F`
   std::vector<double> freed_by_input_grad;  // by stage; empty: none
   std::vector<double> limit;                // by rank; empty: none
 
   bool limited() const { return !limit.empty(); }
-  // Whether `rank` may hold so much: sums of the same numbers differ in their last bits.
+  // Whether `rank` may hold this much. Allows for rounding: sums of the same numbers differ in their last bits.
   bool allows(int rank, double held) const { return !limited() || held <= limit[rank] * (1 + 1e-9); }
 
   // Throws PlanError unless there is one finite, non-negative number for each stage and rank.
   void validate(int num_stages, int num_ranks) const;
 
-  // What `kind` takes at its begin, or frees at its end, of the memory of one microbatch of `stage`.
+  // The memory of one microbatch at `stage` that `kind` takes when it begins, or frees when it ends.
   double takes(Kind kind, int stage) const { return kind == Kind::F ? taken[stage] : 0.0; }
   double frees(Kind kind, int stage, bool has_backward) const {
     const double by_input_grad = freed_by_input_grad.empty() ? 0.0 : freed_by_input_grad[stage];
@@ -41,11 +41,12 @@ struct Memory {
   }
 };
 
-// Throws PlanError unless `values`, called `what`, are one finite, non-negative number for each of `of_what`.
+// Throws PlanError unless `values`, named `what`, hold one finite, non-negative number for each of `of_what`.
 void check_charges(const char* what, const std::vector<double>& values, int expected, const char* of_what);
 
-// By rank, the most it holds when all run their cells as planned. Throws PlanError where that exceeds a limit:
-// it names the first such cell, what the rank would hold and what is allowed, with a table that marks it.
+// By rank, the most memory it holds if all ranks run their cells as planned. Throws PlanError if that exceeds a
+// limit: the message names the first such cell, what the rank would hold and its limit, and a table marks the
+// cell.
 std::vector<double> peak_memory(const Plan& plan, const Memory& memory);
 
 }  // namespace pe

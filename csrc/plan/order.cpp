@@ -9,68 +9,68 @@
 namespace pe {
 namespace {
 
-struct Place {
+struct Entry {
   int rank;
   int position;
 };
 
-// Position of an action among the cells, in which an overlapped pair counts once.
+// The cell of an action; an overlapped pair is one cell.
 int cell_of(const std::vector<Action>& actions, int position) {
   int cell = 0;
   for (int i = 0; i < position; ++i) cell += actions[i].joins_next ? 0 : 1;
   return cell;
 }
 
-std::string where(const Order& order, Place place) {
-  return "rank " + std::to_string(place.rank) + ", cell " +
-         std::to_string(cell_of(order[place.rank], place.position)) + " '" +
-         to_text(order[place.rank][place.position]) + "'";
+std::string where(const Order& order, Entry entry) {
+  return "rank " + std::to_string(entry.rank) + ", cell " +
+         std::to_string(cell_of(order[entry.rank], entry.position)) + " '" +
+         to_text(order[entry.rank][entry.position]) + "'";
 }
 
-[[noreturn]] void refuse(const Order& order, Place place, const std::string& why) {
-  throw PlanError(where(order, place) + ": " + why + "\n" +
-                  to_table(order, place.rank, cell_of(order[place.rank], place.position)));
+[[noreturn]] void refuse(const Order& order, Entry entry, const std::string& why) {
+  throw PlanError(where(order, entry) + ": " + why + "\n" +
+                  to_table(order, entry.rank, cell_of(order[entry.rank], entry.position)));
 }
 
 using Key = std::tuple<int, Kind, int>;
-using Index = std::map<Key, Place>;
+using Index = std::map<Key, Entry>;
 
-std::optional<Place> find(const Index& index, int stage, Kind kind, int microbatch) {
+std::optional<Entry> find(const Index& index, int stage, Kind kind, int microbatch) {
   const auto it = index.find({stage, kind, microbatch});
   if (it == index.end()) return std::nullopt;
   return it->second;
 }
 
-// Where each microbatch of each stage first appears; at microbatch -1 what concerns the whole stage.
-std::map<std::pair<int, int>, Place> homes_of(const Order& order) {
-  std::map<std::pair<int, int>, Place> homes;
+// Where each (stage, microbatch) first appears. Actions of a whole stage are at microbatch -1.
+std::map<std::pair<int, int>, Entry> homes_of(const Order& order) {
+  std::map<std::pair<int, int>, Entry> homes;
   for (int rank = 0; rank < static_cast<int>(order.size()); ++rank) {
     for (int i = 0; i < static_cast<int>(order[rank].size()); ++i) {
-      homes.try_emplace({order[rank][i].stage, order[rank][i].microbatch}, Place{rank, i});
+      homes.try_emplace({order[rank][i].stage, order[rank][i].microbatch}, Entry{rank, i});
     }
   }
   return homes;
 }
 
-// The stages and the rank of each, and, where two ranks share the microbatches of each stage, all alike, the
-// second ranks and the first microbatch there.
+// Which rank holds each stage. If two ranks share the microbatches of every stage, in the same way for all
+// stages, also the second ranks and the first microbatch that runs there.
 Shape placement_of(const Order& order) {
   Shape shape;
   const auto homes = homes_of(order);
-  std::map<int, Place> first;  // by stage, of its first microbatch listed
-  for (const auto& [key, place] : homes) {
+  std::map<int, Entry> first;  // by stage, of its first microbatch listed
+  for (const auto& [key, entry] : homes) {
     const auto [stage, microbatch] = key;
-    const auto [it, fresh] = first.try_emplace(stage, place);
-    if (fresh || it->second.rank == place.rank) continue;
+    const auto [it, fresh] = first.try_emplace(stage, entry);
+    if (fresh || it->second.rank == entry.rank) continue;
     shape.first_of_copy = std::min(shape.first_of_copy, microbatch);
   }
-  for (const auto& [stage, place] : first) {
+  for (const auto& [stage, entry] : first) {
     if (stage != static_cast<int>(shape.rank_of_stage.size())) {
-      refuse(order, place,
+      refuse(order, entry,
              "stage " + std::to_string(shape.rank_of_stage.size()) +
                  " appears nowhere; stages are numbered from 0 without gaps");
     }
-    shape.rank_of_stage.push_back(place.rank);
+    shape.rank_of_stage.push_back(entry.rank);
     const auto copy = homes.find({stage, shape.first_of_copy});
     if (copy != homes.end()) shape.rank_of_copy.push_back(copy->second.rank);
   }
@@ -106,43 +106,43 @@ Index index_of(const Order& order) {
     for (int i = 0; i < static_cast<int>(order[rank].size()); ++i) {
       const Action& a = order[rank][i];
       if (concerns_whole_stage(a.kind) && a.kind != Kind::ReduceGrad) continue;
-      const auto [it, fresh] = index.try_emplace({a.stage, a.kind, a.microbatch}, Place{rank, i});
+      const auto [it, fresh] = index.try_emplace({a.stage, a.kind, a.microbatch}, Entry{rank, i});
       if (!fresh) refuse(order, {rank, i}, "already listed as " + where(order, it->second));
     }
   }
   return index;
 }
 
-// Of two actions on one rank, `before` must come first.
-void require_order(const Order& order, const Index& index, int stage, int microbatch, Kind before,
-                   Kind after) {
+// If both actions are listed, `before` must come first.
+void require_order(const Order& order, const Index& index, int stage, int microbatch, Kind before, Kind after) {
   const auto first = find(index, stage, before, microbatch);
   const auto second = find(index, stage, after, microbatch);
   if (first && second && first->position > second->position) {
-    refuse(order, *second, "needs " + to_text({stage, microbatch, before}) +
-                               ", which comes only later, as " + where(order, *first));
+    refuse(order, *second,
+           "needs " + to_text({stage, microbatch, before}) + ", which comes only later, as " +
+               where(order, *first));
   }
 }
 
-void require_partner(const Order& order, const Index& index, Place place, int stage, Kind kind) {
-  const Action& a = order[place.rank][place.position];
+void require_partner(const Order& order, const Index& index, Entry entry, int stage, Kind kind) {
+  const Action& a = order[entry.rank][entry.position];
   if (!find(index, stage, kind, a.microbatch)) {
-    refuse(order, place, "its partner " + to_text({stage, a.microbatch, kind}) + " appears nowhere");
+    refuse(order, entry, "its partner " + to_text({stage, a.microbatch, kind}) + " appears nowhere");
   }
 }
 
 void check_messages(const Order& order, const Index& index, int num_stages) {
-  for (const auto& [key, place] : index) {
+  for (const auto& [key, entry] : index) {
     const auto [stage, kind, microbatch] = key;
     const bool last = stage + 1 == num_stages;
     if ((last && (kind == Kind::SendF || kind == Kind::RecvB)) ||
         (stage == 0 && (kind == Kind::RecvF || kind == Kind::SendB))) {
-      refuse(order, place, "stage " + std::to_string(stage) + " has no neighbour on that side");
+      refuse(order, entry, "stage " + std::to_string(stage) + " has no neighbour on that side");
     }
-    if (kind == Kind::SendF) require_partner(order, index, place, stage + 1, Kind::RecvF);
-    if (kind == Kind::RecvF) require_partner(order, index, place, stage - 1, Kind::SendF);
-    if (kind == Kind::SendB) require_partner(order, index, place, stage - 1, Kind::RecvB);
-    if (kind == Kind::RecvB) require_partner(order, index, place, stage + 1, Kind::SendB);
+    if (kind == Kind::SendF) require_partner(order, index, entry, stage + 1, Kind::RecvF);
+    if (kind == Kind::RecvF) require_partner(order, index, entry, stage - 1, Kind::SendF);
+    if (kind == Kind::SendB) require_partner(order, index, entry, stage - 1, Kind::RecvB);
+    if (kind == Kind::RecvB) require_partner(order, index, entry, stage + 1, Kind::SendB);
   }
 }
 
@@ -191,7 +191,7 @@ std::string to_csv(const Order& order) {
   std::string text;
   for (const auto& row : to_cells(order)) {
     for (std::size_t i = 0; i < row.size(); ++i) text += (i ? "," : "") + row[i];
-    text += "\n";
+    text += '\n';
   }
   return text;
 }
@@ -202,17 +202,17 @@ Shape validate(const Order& order) {
     throw PlanError("the schedule holds no action; give each rank its list, as in 0F0, 0B0");
   }
   const Index index = index_of(order);
-  for (const auto& [key, place] : index) {
+  for (const auto& [key, entry] : index) {
     const auto [stage, kind, microbatch] = key;
     shape.num_microbatches = std::max(shape.num_microbatches, microbatch + 1);
     shape.has_backward |= kind == Kind::B || kind == Kind::I || kind == Kind::W;
     if (is_compute(kind) && !find(index, stage, Kind::F, microbatch)) {
-      refuse(order, place, "stage " + std::to_string(stage) + " has no F for microbatch " +
-                               std::to_string(microbatch));
+      refuse(order, entry,
+             "stage " + std::to_string(stage) + " has no F for microbatch " + std::to_string(microbatch));
     }
   }
-  // The first action listed for a stage stands for what is missing there.
-  std::vector<Place> first(shape.num_stages, Place{-1, 0});
+  // An error about a missing action marks the first one that is listed for its stage.
+  std::vector<Entry> first(shape.num_stages, Entry{-1, 0});
   for (int rank = 0; rank < static_cast<int>(order.size()); ++rank) {
     for (int i = static_cast<int>(order[rank].size()) - 1; i >= 0; --i) {
       first[order[rank][i].stage] = {rank, i};
@@ -225,16 +225,22 @@ Shape validate(const Order& order) {
       const auto i = find(index, s, Kind::I, m);
       const auto w = find(index, s, Kind::W, m);
       if (!f) {
-        refuse(order, first[s],
-               "stage " + std::to_string(s) + " has no F for microbatch " + std::to_string(m));
+        refuse(order, first[s], "stage " + std::to_string(s) + " has no F for microbatch " + std::to_string(m));
       }
       if (b && (i || w)) {
-        refuse(order, *b, "the backward is listed whole and as " +
-                              to_text({s, m, i ? Kind::I : Kind::W}) + "; use B, or I and W");
+        refuse(order, *b,
+               "the backward is listed whole and as " + to_text({s, m, i ? Kind::I : Kind::W}) +
+                   "; use B, or I and W");
       }
       if (shape.has_backward && !b && !(i && w)) {
-        refuse(order, i ? *i : w ? *w : *f,
-               "stage " + std::to_string(s) + " has no " + (i ? "W" : w ? "I" : "B") +
+        refuse(order,
+               i   ? *i
+               : w ? *w
+                   : *f,
+               "stage " + std::to_string(s) + " has no " +
+                   (i   ? "W"
+                    : w ? "I"
+                        : "B") +
                    " for microbatch " + std::to_string(m));
       }
       for (const Kind backward : {Kind::B, Kind::I, Kind::W}) {
@@ -271,17 +277,17 @@ std::string to_table(const Order& order, int marked_rank, int marked_cell) {
   };
   const auto end_line = [&] {
     text.erase(text.find_last_not_of(' ') + 1);
-    text += "\n";
+    text += '\n';
   };
   for (std::size_t rank = 0; rank < cells.size(); ++rank) {
     pad("rank " + std::to_string(rank), width[rank]);
   }
   end_line();
-  // Around an error a few rows are enough, however long the schedule.
+  // Of a long schedule, show only the rows around the error.
   constexpr int kContext = 8;
   const int from = marked_cell < 0 ? 0 : std::max(0, marked_cell - kContext);
-  const int to = marked_cell < 0 ? static_cast<int>(rows)
-                                 : std::min(static_cast<int>(rows), marked_cell + kContext + 1);
+  const int to =
+      marked_cell < 0 ? static_cast<int>(rows) : std::min(static_cast<int>(rows), marked_cell + kContext + 1);
   for (int row = from; row < to; ++row) {
     const std::string number = std::to_string(row);
     text += std::string(6 - std::min<std::size_t>(6, number.size()), ' ') + number;

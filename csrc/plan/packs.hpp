@@ -1,4 +1,4 @@
-// How many microbatches' results leave together, in one message: across each boundary, and of each skip.
+// How many microbatches share one message: across each boundary, and for each skip.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace pe {
 
-// A tensor of each microbatch that goes from a stage straight to a later one; its gradient comes back so.
+// A tensor that goes from a stage directly to a later, not adjacent one. Its gradient returns the same way.
 struct Skip {
   int source = 0;
   int target = 0;
@@ -23,7 +23,7 @@ struct Packs {
   std::vector<int> backward;  // K of gradients, by boundary
   std::vector<Skip> skips{};
 
-  // K of what `kind` sends across `boundary`.
+  // K of the results that `kind` sends across `boundary`.
   int of(Kind kind, int boundary) const {
     const std::vector<int>& packs = kind == Kind::F ? forward : backward;
     return packs.empty() ? 1 : packs[boundary];

@@ -18,7 +18,7 @@ InFlight peak_in_flight(const Order& order, const Shape& shape) {
       auto end = cell;
       while (end++->joins_next) {
       }
-      // What joined actions free is free when all of them end.
+      // Joined actions free their slots when all of them have ended.
       for (auto a = cell; a != end; ++a) {
         if (a->kind != Kind::F) continue;
         peak.of_stage[a->stage] = std::max(peak.of_stage[a->stage], ++now[a->stage]);
@@ -34,10 +34,10 @@ InFlight peak_in_flight(const Order& order, const Shape& shape) {
   return peak;
 }
 
-struct Plan::LazyLinks {
+struct Plan::LazyDependencies {
   std::once_flag once;
-  std::unique_ptr<const Links> links;
-  std::atomic<const Links*> made{nullptr};
+  std::unique_ptr<const Dependencies> dependencies;
+  std::atomic<const Dependencies*> made{nullptr};
 };
 
 Plan::Plan(const Order& order, const Shape& shape, PlanOptions options, std::vector<int> limits,
@@ -45,19 +45,18 @@ Plan::Plan(const Order& order, const Shape& shape, PlanOptions options, std::vec
     : shape_(shape),
       options_(std::move(options)),
       limits_(std::move(limits)),
-      lazy_(std::make_shared<LazyLinks>()) {
+      lazy_(std::make_shared<LazyDependencies>()) {
   planned_peaks_ = peak_in_flight(order, shape);
   const std::vector<int>& peaks = planned_peaks_.of_stage;
   if (limits_.empty()) limits_ = peaks;
   const bool has_slots = std::equal(peaks.begin(), peaks.end(), limits_.begin(), std::less_equal{});
   number_tasks(order);
   const Packs& packs = options_.packs;
-  computes_alone_ = !packs.any() && packs.skips.empty() &&
-                    std::all_of(actions_.begin(), actions_.end(), [](const Action& a) {
-                      return is_compute(a.kind);
-                    });
+  computes_alone_ =
+      !packs.any() && packs.skips.empty() &&
+      std::all_of(actions_.begin(), actions_.end(), [](const Action& a) { return is_compute(a.kind); });
   in_order_ = computes_alone_ && has_slots && !options_.overlap && !options_.reactive;
-  if (!computes_alone_) links();  // refuses what it cannot hold
+  if (!computes_alone_) dependencies();  // throws if a task has too many
   fill_queues(preference);
   if (options_.memory.limited()) peak_memory(*this, options_.memory);
 }
@@ -76,12 +75,12 @@ void Plan::number_tasks(const Order& order) {
   has_pairs_ = std::any_of(actions_.begin(), actions_.end(), [](const Action& a) { return a.joins_next; });
 }
 
-const Links& Plan::links() const {
+const Dependencies& Plan::dependencies() const {
   std::call_once(lazy_->once, [&] {
-    lazy_->links = std::make_unique<const Links>(actions_, shape_, options_.packs);
-    lazy_->made = lazy_->links.get();
+    lazy_->dependencies = std::make_unique<const Dependencies>(actions_, shape_, options_.packs);
+    lazy_->made = lazy_->dependencies.get();
   });
-  return *lazy_->links;
+  return *lazy_->dependencies;
 }
 
 int Plan::num_sent(TaskId task) const {
@@ -91,14 +90,13 @@ int Plan::num_sent(TaskId task) const {
     return next != kNoStage && shape_.rank_of(next, a.microbatch) != rank_of(task) ? 1 : 0;
   }
   const auto after = successors(task);
-  return static_cast<int>(std::count_if(after.begin(), after.end(), [&](TaskId t) {
-    return rank_of(t) != rank_of(task);
-  }));
+  return static_cast<int>(
+      std::count_if(after.begin(), after.end(), [&](TaskId t) { return rank_of(t) != rank_of(task); }));
 }
 
 int Plan::num_messages(TaskId task) const {
   if (computes_alone_) return num_sent(task);
-  const SkipsSent skips = links().skips_sent(task);
+  const SkipsSent skips = dependencies().skips_sent(task);
   return skips.messages + (num_sent(task) > skips.results);
 }
 
@@ -117,13 +115,13 @@ void Plan::fill_queues(const std::vector<Kind>& preference) {
     queues_begin_.push_back(num_ranks());
     return;
   }
-  // Where a stage lists B for some microbatches, and I and W for others, all of them keep their order:
-  // gradients leave, and are added, in it.
+  // If a stage has `B` for some microbatches and `I` and `W` for others, they share a queue: gradients are sent
+  // and accumulated in the order of the microbatches.
   std::vector<bool> lists_b(num_stages(), false);
   for (const Action& a : actions_) {
     if (a.kind == Kind::B) lists_b[a.stage] = true;
   }
-  // What tells a worker's queues apart.
+  // Tasks with the same key share a queue.
   const auto key_of = [&](const Action& a) {
     if (!options_.reactive) return 0;
     const bool is_part = a.kind == Kind::I || a.kind == Kind::W;
@@ -138,9 +136,8 @@ void Plan::fill_queues(const std::vector<Kind>& preference) {
     for (TaskId t = first_of_rank(rank); t < end_of_rank(rank); ++t) {
       if (worker_of(t) == worker) mine.push_back(t);
     }
-    std::stable_sort(mine.begin(), mine.end(), [&](TaskId a, TaskId b) {
-      return key_of(actions_[a]) < key_of(actions_[b]);
-    });
+    std::stable_sort(mine.begin(), mine.end(),
+                     [&](TaskId a, TaskId b) { return key_of(actions_[a]) < key_of(actions_[b]); });
     int last_key = -1;
     for (const TaskId t : mine) {
       const int key = key_of(actions_[t]);
@@ -160,21 +157,21 @@ void Plan::fill_queues(const std::vector<Kind>& preference) {
 
 std::size_t Plan::nbytes() const {
   const auto of = [](const auto& values) { return values.size() * sizeof(values[0]); };
-  const Links* links = lazy_->made;
+  const Dependencies* dependencies = lazy_->made;
   return sizeof(Plan) + of(actions_) + of(rank_begin_) + of(queued_) + of(queues_) + of(queues_begin_) +
-         of(limits_) + of(shape_.rank_of_stage) + of(shape_.rank_of_copy) + (links ? links->nbytes() : 0);
+         of(limits_) + of(shape_.rank_of_stage) + of(shape_.rank_of_copy) +
+         (dependencies ? dependencies->nbytes() : 0);
 }
 
 Order Plan::order() const {
   Order order;
   for (int rank = 0; rank < num_ranks(); ++rank) {
-    order.emplace_back(actions_.begin() + first_of_rank(rank),
-                       actions_.begin() + end_of_rank(rank));
+    order.emplace_back(actions_.begin() + first_of_rank(rank), actions_.begin() + end_of_rank(rank));
   }
   return order;
 }
 
-std::vector<TaskId> Plan::dependencies(TaskId task) const {
+std::vector<TaskId> Plan::dependencies_of(TaskId task) const {
   std::vector<TaskId> found;
   for (TaskId t = 0; t < size(); ++t) {
     const auto after = successors(t);

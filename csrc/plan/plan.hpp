@@ -1,4 +1,4 @@
-// The immutable task graph of one step. Everything that runs or simulates a step reads only this.
+// The immutable task graph of one training step. Everything that runs or simulates a step reads only the plan.
 #pragma once
 
 #include <cstddef>
@@ -7,32 +7,32 @@
 #include <vector>
 
 #include "plan/action.hpp"
-#include "plan/links.hpp"
+#include "plan/dependencies.hpp"
 #include "plan/memory.hpp"
 #include "plan/order.hpp"
 #include "plan/packs.hpp"
 
 namespace pe {
 
-// A worker takes the tasks of a queue strictly from its head. In order, a worker has one queue;
-// reactive, one for each stage and kind, so that only what the microbatches of one stage and kind
-// must keep, their declared order, is kept.
+// A worker takes the tasks of a queue strictly from its head. A worker that runs in order has one queue. A
+// reactive one has a queue for each stage and kind: only the microbatches of one stage and kind keep their
+// planned order.
 struct Queue {
   TaskId begin = 0;  // range of Plan::queued
   TaskId end = 0;
-  int priority = 0;  // smaller goes first; among equals the task planned earlier
+  int priority = 0;  // smaller goes first; at equal priority, the task planned earlier
 };
 
 struct PlanOptions {
   bool overlap = false;   // a rank's forward and backward stream may run at the same time
   bool reactive = false;  // a rank whose next planned task is not ready takes another that is
-  Packs packs{};          // between stages of different ranks; others hand over each result alone
-  Memory memory{};        // that ranks may not exceed, whatever they run first
+  Packs packs{};          // between stages on different ranks; within a rank each result is handed over alone
+  Memory memory{};        // its limits hold whatever order ranks run in
 };
 
 // The most microbatches in flight at once.
 struct InFlight {
-  std::vector<int> of_stage;  // of either copy of one that has two
+  std::vector<int> of_stage;  // if a stage has two copies: in either of them
   std::vector<int> of_rank;
 };
 
@@ -46,9 +46,9 @@ inline bool frees_slot(Kind kind, const Shape& shape) {
 
 class Plan {
  public:
-  // `limits` are slots by stage; empty: the most that `order` itself ever has in flight. `preference`
-  // ranks kinds for a reactive plan, first before later; empty: the planned order alone decides.
-  // Throws PlanError, naming the cell, where the order exceeds a limit of memory.
+  // `limits`: slots by stage; empty: as many as `order` has in flight. `preference`: for a reactive plan, the
+  // kinds in the order in which a rank prefers them; empty: the planned order decides. Throws PlanError, naming
+  // the cell, if the order exceeds a limit of memory.
   Plan(const Order& order, const Shape& shape, PlanOptions options, std::vector<int> limits = {},
        const std::vector<Kind>& preference = {});
 
@@ -60,7 +60,7 @@ class Plan {
   const Shape& shape() const { return shape_; }
   const PlanOptions& options() const { return options_; }
 
-  // One worker a rank, or one a stream of a rank where the streams may overlap.
+  // One worker per rank, or one per stream of a rank if streams may overlap.
   int workers_per_rank() const { return options_.overlap ? 2 : 1; }
   int num_workers() const { return num_ranks() * workers_per_rank(); }
   int rank_of_worker(int worker) const { return worker / workers_per_rank(); }
@@ -71,38 +71,36 @@ class Plan {
 
   const Action& action(TaskId task) const { return actions_[task]; }
   int rank_of_stage(int stage) const { return shape_.rank_of_stage[stage]; }
-  int rank_of(TaskId task) const {
-    return shape_.rank_of(actions_[task].stage, actions_[task].microbatch);
-  }
+  int rank_of(TaskId task) const { return shape_.rank_of(actions_[task].stage, actions_[task].microbatch); }
 
-  // Tasks are numbered rank by rank in their planned order.
+  // Tasks are numbered rank by rank, in planned order.
   TaskId first_of_rank(int rank) const { return rank_begin_[rank]; }
   TaskId end_of_rank(int rank) const { return rank_begin_[rank + 1]; }
   Order order() const;
 
-  // Where the overlapped pair that begins with `task` ends; after `task` itself if it begins none.
+  // The end of the overlapped pair that begins with `task`; if it begins none, the task after it.
   TaskId end_of_cell(TaskId task) const {
     while (actions_[task].joins_next) ++task;
     return task + 1;
   }
-  // Whether a virtual clock runs the parts of an overlapped pair as one: where a rank takes its cells in
-  // order. Elsewhere, and for those who execute them, they are tasks like others.
+  // Whether the simulator runs an overlapped pair as one task: only if ranks take their cells in order.
+  // Otherwise, and in the executors, its parts are tasks like any other.
   bool joins_pairs() const { return has_pairs_ && !options_.overlap && !options_.reactive; }
-  // The stage that waits for the result of an action that computes, or kNoStage.
+  // The stage that receives the result of a compute action, or kNoStage.
   int stage_after(const Action& a) const {
     if (a.kind == Kind::W) return kNoStage;
     if (a.kind == Kind::F) return a.stage + 1 < num_stages() ? a.stage + 1 : kNoStage;
     return a.stage - 1;
   }
-  // Whether all tasks compute, each result leaves alone, and a rank runs one task at a time as planned: then
-  // what a task waits for follows from its action, and nothing is ever chosen.
+  // Whether all tasks compute, each result is sent alone, and a rank runs one task at a time as planned. Then
+  // the dependencies of a task follow from its action, and a rank never has a choice.
   bool runs_in_order() const { return in_order_; }
 
-  // Made when first asked for: where ranks run in order nobody may ever ask.
-  const Links& links() const;
-  std::uint16_t num_dependencies(TaskId task) const { return links().num_dependencies(task); }
-  std::span<const TaskId> successors(TaskId task) const { return links().successors(task); }
-  std::vector<TaskId> dependencies(TaskId task) const;  // slow: for messages
+  // Made on first use: plans that run in order may never need them.
+  const Dependencies& dependencies() const;
+  std::uint16_t num_dependencies(TaskId task) const { return dependencies().num_dependencies(task); }
+  std::span<const TaskId> successors(TaskId task) const { return dependencies().successors(task); }
+  std::vector<TaskId> dependencies_of(TaskId task) const;  // slow, for error messages
 
   std::span<const Queue> queues_of(int worker) const {
     return {queues_.data() + queues_begin_[worker], queues_.data() + queues_begin_[worker + 1]};
@@ -111,22 +109,22 @@ class Plan {
   int num_queues() const { return static_cast<int>(queues_.size()); }
   TaskId queued(TaskId position) const { return queued_.empty() ? position : queued_[position]; }
 
-  // A microbatch occupies one slot of a stage from its F until its last task there.
+  // A microbatch occupies one slot of a stage from its `F` until its last task there.
   bool takes_slot(TaskId task) const { return actions_[task].kind == Kind::F; }
   bool frees_slot(TaskId task) const { return pe::frees_slot(actions_[task].kind, shape_); }
-  // Slots of a stage, of each of its copies where there are two.
+  // Slots of a stage; if it has two copies, of each of them.
   int limit(int stage) const { return limits_[stage]; }
   const std::vector<int>& limits() const { return limits_; }
-  // When every rank runs its cells as planned.
+  // The most in flight if every rank runs its cells as planned.
   const InFlight& planned_peaks() const { return planned_peaks_; }
 
   std::size_t nbytes() const;
 
-  // What travels between ranks in one step: a group of results is one message, and one of each skip.
+  // Messages between ranks in one step. A pack is one message; each skip has messages of its own.
   int num_messages() const;  // looks at all tasks
-  // Those that leave when `task` ends.
+  // Messages that are sent when `task` ends.
   int num_messages(TaskId task) const;
-  // How many results `task` sends to other ranks when it ends: those of its whole group, if it is the last.
+  // Results that are sent to other ranks when `task` ends: those of its whole pack if it is the last of it.
   int num_sent(TaskId task) const;
 
  private:
@@ -137,19 +135,19 @@ class Plan {
   PlanOptions options_;
   std::vector<Action> actions_;
   std::vector<TaskId> rank_begin_;
-  std::vector<TaskId> queued_;  // empty where each worker's one queue holds its rank's tasks in order
+  std::vector<TaskId> queued_;  // empty if each worker has one queue, with its rank's tasks in order
   std::vector<Queue> queues_;
   std::vector<int> queues_begin_;
   std::vector<int> limits_;
   InFlight planned_peaks_;
   bool has_pairs_ = false;
-  bool computes_alone_ = false;  // nothing but F, B, I and W, nothing packed, and no skips
+  bool computes_alone_ = false;  // only `F`, `B`, `I` and `W`, no packs and no skips
   bool in_order_ = false;
-  struct LazyLinks;
-  std::shared_ptr<LazyLinks> lazy_;  // of copies alike
+  struct LazyDependencies;
+  std::shared_ptr<LazyDependencies> lazy_;  // shared by copies of the plan
 };
 
-// When every rank runs its list from first to last.
+// The most in flight if every rank runs its list from first to last.
 InFlight peak_in_flight(const Order& order, const Shape& shape);
 
 }  // namespace pe

@@ -19,8 +19,7 @@ bool keep_freed_memory_once() {
   constexpr int kLargestMmapThreshold = 32 << 20;  // glibc refuses more
   constexpr int kTopPad = 64 << 20;
   constexpr int kNeverTrim = 0x7fffffff;
-  return mallopt(M_TRIM_THRESHOLD, kNeverTrim) == 1 &&
-         mallopt(M_MMAP_THRESHOLD, kLargestMmapThreshold) == 1 &&
+  return mallopt(M_TRIM_THRESHOLD, kNeverTrim) == 1 && mallopt(M_MMAP_THRESHOLD, kLargestMmapThreshold) == 1 &&
          mallopt(M_TOP_PAD, kTopPad) == 1;
 #else
   return false;

@@ -1,13 +1,12 @@
-// The C library's allocator, as a training step needs it.
+// Tunes the C library's allocator for training steps.
 #pragma once
 
 namespace pe {
 
-// Tells glibc, once and for the whole process, to keep what is freed. By default it gives blocks of a
-// gradient's size back to the kernel at every free and faults them in again, and every other thread pays
-// for the change of the address space. Does nothing where the user has tuned the allocator through
-// MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_, MALLOC_TOP_PAD_ or GLIBC_TUNABLES, or without glibc.
-// Returns whether it did.
+// Tells glibc, once for the whole process, to keep freed memory. By default glibc returns blocks of a
+// gradient's size to the kernel at every free and faults them in again, and each change of the address space
+// slows down all other threads. Does nothing without glibc, or if the user has set MALLOC_TRIM_THRESHOLD_,
+// MALLOC_MMAP_THRESHOLD_, MALLOC_TOP_PAD_ or GLIBC_TUNABLES. Returns whether it changed the settings.
 bool keep_freed_memory();
 
 }  // namespace pe

@@ -1,4 +1,4 @@
-// When the tasks of a step ran on their devices: events in the streams, read once they are done.
+// When the ops of a step ran on their devices: events in the streams, read once they are done.
 #pragma once
 
 #include <memory>
@@ -12,7 +12,7 @@ namespace pe {
 // Seconds since the step's begin.
 struct MeasuredTimes {
   double step = 0;
-  std::vector<double> begin;  // by step of the StreamPlan
+  std::vector<double> begin;  // by op of the StreamPlan
   std::vector<double> end;
 };
 
@@ -20,13 +20,13 @@ class DeviceTimes {
  public:
   using Contexts = std::vector<std::shared_ptr<const cuda::PrimaryContext>>;
 
-  // For a step of so many things to enqueue, each on one of these devices. What records has the context of that
-  // device current.
-  DeviceTimes(std::size_t num_steps, Contexts devices)
+  // For a step of `num_ops` ops on these devices. The functions that record need the device's context to be
+  // current.
+  DeviceTimes(std::size_t num_ops, Contexts devices)
       : contexts_(std::move(devices)),
-        begin_(num_steps),
-        end_(num_steps),
-        device_(num_steps, 0),
+        begin_(num_ops),
+        end_(num_ops),
+        device_(num_ops, 0),
         origin_(contexts_.size()),
         finish_(contexts_.size()) {}
 
@@ -36,12 +36,12 @@ class DeviceTimes {
   void record_finish(std::size_t device, cuda::StreamHandle stream, unsigned flags) {
     record(finish_[device], device, stream, flags);
   }
-  void record_begin(std::size_t step, std::size_t device, cuda::StreamHandle stream, unsigned flags) {
-    device_[step] = device;
-    record(begin_[step], device, stream, flags);
+  void record_begin(std::size_t op, std::size_t device, cuda::StreamHandle stream, unsigned flags) {
+    device_[op] = device;
+    record(begin_[op], device, stream, flags);
   }
-  void record_end(std::size_t step, cuda::StreamHandle stream, unsigned flags) {
-    record(end_[step], device_[step], stream, flags);
+  void record_end(std::size_t op, cuda::StreamHandle stream, unsigned flags) {
+    record(end_[op], device_[op], stream, flags);
   }
 
   // Whether the step has ended on all devices.

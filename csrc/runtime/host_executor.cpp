@@ -20,8 +20,7 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kPollPeriod = std::chrono::milliseconds(50);
 
 Nanoseconds now() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch())
-      .count();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
 }
 
 }  // namespace
@@ -50,7 +49,8 @@ struct HostExecutor::Step {
   bool recording() const { return !result.task_begin.empty(); }
   bool over() const { return running == 0 && (stopping || scheduler.done()); }
 
-  // What waits for `task` may have all it needs. Calls wake(worker), counted from this process's first.
+  // Tells the scheduler that the results of `task` are there. Calls wake(worker) with workers counted from this
+  // process's first one.
   template <class Wake>
   void arrive_after(TaskId task, Wake&& wake) {
     for (const TaskId after : plan().successors(task)) {
@@ -59,7 +59,7 @@ struct HostExecutor::Step {
     }
   }
 
-  // The same for what was delivered: once for each task that waits, which may wait for several messages of one.
+  // The same for delivered results: at most once for each waiting task per delivery.
   template <class Wake>
   void arrive(const Delivery& delivery, Wake&& wake) {
     const auto after = plan().successors(delivery.task);
@@ -90,36 +90,36 @@ struct HostExecutor::Shared {
         running(num_workers, kNoTask),
         abandoned(num_workers, false) {}
 
-  // Threads are left only where the executor died on one of its own: nobody could join them.
+  // Threads are left only if close() was called on one of them, which cannot join itself.
   ~Shared() {
     for (std::thread& thread : threads) thread.detach();
   }
 
   const ThreadHooks hooks;
   std::mutex mutex;                           // guards all below
-  std::vector<std::condition_variable> work;  // by worker: there may be a task
+  std::vector<std::condition_variable> work;  // by worker: it may have a task
   std::condition_variable over;               // the step is over
   std::condition_variable idle;               // there is no step
-  std::thread::id runner;                     // that called run()
-  std::unique_ptr<Step> step;                 // the one that runs, if any
-  std::unique_ptr<Step> lost;                 // the one that abandoned threads are still inside
+  std::thread::id runner;                     // the thread that called run()
+  std::unique_ptr<Step> step;                 // the running step, if any
+  std::unique_ptr<Step> lost;                 // the step that abandoned threads still run
   std::vector<TaskId> running;                // by worker
-  std::vector<Delivery> early;                // before the step that waits for them began
+  std::vector<Delivery> early;                // deliveries for the next step
   std::vector<bool> abandoned;                // by worker
   std::vector<std::thread> threads;
   bool closing = false;
   bool dead = false;
 };
 
-HostExecutor::HostExecutor(int num_workers, const std::vector<std::string>& thread_names,
-                           ThreadHooks hooks, int rank)
+HostExecutor::HostExecutor(int num_workers, const std::vector<std::string>& thread_names, ThreadHooks hooks,
+                           int rank)
     : num_workers_(num_workers),
       rank_(rank),
       owner_pid_(getpid()),
       shared_(std::make_shared<Shared>(num_workers, std::move(hooks))) {
   for (int worker = 0; worker < num_workers; ++worker) {
-    auto& thread = shared_->threads.emplace_back(
-        [shared = shared_, worker] { HostExecutor::work(shared, worker); });
+    auto& thread =
+        shared_->threads.emplace_back([shared = shared_, worker] { HostExecutor::work(shared, worker); });
     // The kernel keeps 15 characters.
     pthread_setname_np(thread.native_handle(), thread_names[worker].substr(0, 15).c_str());
   }
@@ -160,7 +160,7 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
     try {
       step->program->run(task);
     } catch (const abi::__forced_unwind&) {
-      throw;  // the interpreter ends this thread; it must not be stopped from doing so
+      throw;  // the interpreter ends this thread, which must not be prevented
     } catch (...) {
       error = std::current_exception();
     }
@@ -168,7 +168,7 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
 
     lock.lock();
     if (s.abandoned[me]) {  // the step is gone
-      lock.unlock();  // before `error` dies, whose destructor may need a lock of the body's own language
+      lock.unlock();        // before `error` is destroyed, which may need the GIL
       return;
     }
     s.running[me] = kNoTask;
@@ -273,7 +273,7 @@ void HostExecutor::deliver(TaskId task, int stage, const std::vector<int>& micro
     s.step->arrive({task, stage, microbatches}, [&](int worker) { to_wake.push_back(worker); });
   }
   for (const int worker : to_wake) s.work[worker].notify_one();
-  // Where they share a core, the worker begins before this thread prepares for the next message.
+  // On a shared core, lets the worker begin before this thread prepares for the next message.
   if (!to_wake.empty()) std::this_thread::yield();
 }
 
@@ -306,7 +306,7 @@ void HostExecutor::abandon(Step& step) {
 void HostExecutor::close() {
   if (!shared_) return;
   if (getpid() != owner_pid_) {
-    new std::shared_ptr<Shared>(std::move(shared_));  // leaked: its threads and locks are not ours
+    new std::shared_ptr<Shared>(std::move(shared_));  // leaked: threads and locks do not survive a fork
     return;
   }
   Shared& s = *shared_;

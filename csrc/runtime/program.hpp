@@ -1,4 +1,4 @@
-// A plan and what its tasks do.
+// A plan, and the function that each of its tasks runs.
 #pragma once
 
 #include <functional>
@@ -15,8 +15,7 @@ using Body = std::function<void(const Action&)>;
 class Program {
  public:
   explicit Program(std::shared_ptr<const Plan> plan)
-      : plan_(std::move(plan)),
-        bodies_(static_cast<std::size_t>(plan_->num_stages()) * kNumKinds) {}
+      : plan_(std::move(plan)), bodies_(static_cast<std::size_t>(plan_->num_stages()) * kNumKinds) {}
 
   void set_body(int stage, Kind kind, Body body) { bodies_[index(stage, kind)] = std::move(body); }
 

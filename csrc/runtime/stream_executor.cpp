@@ -15,13 +15,13 @@
 namespace pe {
 namespace {
 
-constexpr unsigned kStepsAhead = 2;  // that may be enqueued and not done
+constexpr unsigned kStepsAhead = 2;  // that may be enqueued and unfinished
 constexpr auto kLookPeriod = std::chrono::microseconds(50);
 constexpr auto kPollPeriod = std::chrono::milliseconds(10);
 
 }  // namespace
 
-// What it holds of one device.
+// The streams and events of one device.
 struct StreamExecutor::OfDevice {
   explicit OfDevice(int ordinal)
       : context(std::make_shared<const cuda::PrimaryContext>(ordinal)),
@@ -30,7 +30,7 @@ struct StreamExecutor::OfDevice {
     for (cuda::Event& event : finished) event = cuda::Event(context, cuda::kEventDisableTiming);
   }
 
-  // The next stream of a program that has taken `taken` so far.
+  // The next stream for a program that has `taken` of them so far.
   cuda::StreamHandle stream(bool copies, std::size_t taken) {
     auto& own = copies ? copy_streams : lanes;
     if (taken == own.size()) own.emplace_back(context, copies);
@@ -54,10 +54,10 @@ class StreamExecutor::Laid {
  public:
   std::shared_ptr<const Program> program;
   std::shared_ptr<const StreamPlan> plan;
-  std::vector<std::size_t> device;          // by stream, as an index
+  std::vector<std::size_t> device;  // by stream, as an index
   std::vector<cuda::StreamHandle> streams;
-  std::vector<cuda::Event> events;          // by step; of those that another stream awaits
-  std::vector<cuda::Event> tails;           // by stream
+  std::vector<cuda::Event> events;  // by op; set if another stream waits for the op
+  std::vector<cuda::Event> tails;   // by stream
   std::vector<std::shared_ptr<DeviceTimes>> times;
 
   std::shared_ptr<DeviceTimes> unused_times(const StreamExecutor& executor) {
@@ -66,12 +66,11 @@ class StreamExecutor::Laid {
     }
     DeviceTimes::Contexts contexts;
     for (const auto& device : executor.devices_) contexts.push_back(device->context);
-    return times.emplace_back(
-        std::make_shared<DeviceTimes>(plan->steps().size(), std::move(contexts)));
+    return times.emplace_back(std::make_shared<DeviceTimes>(plan->ops().size(), std::move(contexts)));
   }
 };
 
-// One step on its way.
+// Enqueues one step.
 struct StreamExecutor::Run {
   Run(StreamExecutor& executor, Laid& program, const DeviceRunOptions& how)
       : self(executor), laid(program), options(how), started(program.streams.size(), false) {
@@ -102,27 +101,27 @@ struct StreamExecutor::Run {
 
   void enqueue(std::uint32_t number) {
     const StreamPlan& plan = *laid.plan;
-    const Enqueued& step = plan.steps()[number];
-    const std::size_t device = laid.device[step.stream];
-    const cuda::StreamHandle stream = laid.streams[step.stream];
+    const StreamOp& op = plan.ops()[number];
+    const std::size_t device = laid.device[op.stream];
+    const cuda::StreamHandle stream = laid.streams[op.stream];
     make_current(device);
-    if (!started[step.stream]) {
+    if (!started[op.stream]) {
       cuda::wait(stream, self.devices_[device]->begun);
-      started[step.stream] = true;
+      started[op.stream] = true;
     }
-    for (const std::uint32_t other : plan.waits(step)) cuda::wait(stream, laid.events[other]);
+    for (const std::uint32_t other : plan.waits(op)) cuda::wait(stream, laid.events[other]);
     if (result.times) result.times->record_begin(number, device, stream, timing_flags());
-    const bool goes_first = nodes && stream_of(step.action.kind) == Stream::Backward;
-    if (goes_first) nodes->take_new();  // what others have captured
-    laid.program->run(step.action);
+    const bool goes_first = nodes && stream_of(op.action.kind) == Stream::Backward;
+    if (goes_first) nodes->take_new();  // skips the nodes that others captured
+    laid.program->run(op.action);
     if (goes_first) {
       cuda::set_priority(nodes->take_new(), self.devices_[device]->greatest_priority);
     }
     if (result.times) result.times->record_end(number, stream, timing_flags());
-    if (step.awaited) laid.events[number].record(stream);
+    if (op.awaited) laid.events[number].record(stream);
   }
 
-  // Lets the callers follow all streams that were started.
+  // Makes the callers wait for all streams that were started.
   void join() {
     for (std::size_t stream = 0; stream < started.size(); ++stream) {
       if (!started[stream]) continue;
@@ -140,7 +139,8 @@ struct StreamExecutor::Run {
     }
   }
 
-  // What is freed from now on was used by any stream, and its own may give it back to the device.
+  // Makes the streams wait for the callers: memory freed from now on may have been used on any stream, and the
+  // stream it belongs to may reuse it.
   void follow_callers() {
     for (std::size_t stream = 0; stream < started.size(); ++stream) {
       if (!started[stream]) continue;
@@ -159,7 +159,7 @@ struct StreamExecutor::Run {
   std::optional<cuda::CapturedNodes> nodes;
 };
 
-// While it lives close() only asks; then what it asked for is done.
+// During a run: close() only requests, and the destructor does what was requested.
 class StreamExecutor::Busy {
  public:
   explicit Busy(StreamExecutor& executor) : executor_(executor) {
@@ -200,8 +200,8 @@ void StreamExecutor::check_usable() const {
   if (closed_) throw std::logic_error("it is closed");
 }
 
-std::shared_ptr<StreamExecutor::Laid> StreamExecutor::lay_out(
-    std::shared_ptr<const Program> program, std::shared_ptr<const StreamPlan> plan) {
+std::shared_ptr<StreamExecutor::Laid> StreamExecutor::lay_out(std::shared_ptr<const Program> program,
+                                                              std::shared_ptr<const StreamPlan> plan) {
   check_usable();
   auto laid = std::make_shared<Laid>();
   laid->program = std::move(program);
@@ -210,14 +210,13 @@ std::shared_ptr<StreamExecutor::Laid> StreamExecutor::lay_out(
   for (const StreamInfo& stream : laid->plan->streams()) {
     const std::size_t device = index_of(stream.device);
     laid->device.push_back(device);
-    laid->streams.push_back(
-        devices_[device]->stream(stream.copies, taken[2 * device + stream.copies]++));
+    laid->streams.push_back(devices_[device]->stream(stream.copies, taken[2 * device + stream.copies]++));
     laid->tails.emplace_back(devices_[device]->context, cuda::kEventDisableTiming);
   }
-  for (const Enqueued& step : laid->plan->steps()) {
+  for (const StreamOp& op : laid->plan->ops()) {
     laid->events.emplace_back();
-    if (!step.awaited) continue;
-    const auto& context = devices_[laid->device[step.stream]]->context;
+    if (!op.awaited) continue;
+    const auto& context = devices_[laid->device[op.stream]]->context;
     laid->events.back() = cuda::Event(context, cuda::kEventDisableTiming);
   }
   return laid;
@@ -236,9 +235,9 @@ DeviceStepResult StreamExecutor::run(Laid& laid, const DeviceRunOptions& options
   TaskId task = kNoTask;
   try {
     run.begin();
-    const auto& steps = laid.plan->steps();
-    for (std::uint32_t number = 0; number < steps.size() && !closed_; ++number) {
-      task = steps[number].task;
+    const auto& ops = laid.plan->ops();
+    for (std::uint32_t number = 0; number < ops.size() && !closed_; ++number) {
+      task = ops[number].task;
       run.enqueue(number);
     }
     if (closed_) result.outcome = Outcome::Closed;
@@ -320,15 +319,13 @@ void StreamExecutor::close() {
   if (!busy_) devices_.clear();
 }
 
-const std::vector<cuda::StreamHandle>& StreamExecutor::streams_of(const Laid& laid) {
-  return laid.streams;
-}
+const std::vector<cuda::StreamHandle>& StreamExecutor::streams_of(const Laid& laid) { return laid.streams; }
 
 void StreamExecutor::copy(cuda::Address to, int to_device, cuda::Address from, int from_device,
                           std::size_t nbytes, cuda::StreamHandle stream) const {
-  if (devices_.empty()) throw std::logic_error("it is closed");  // not while a step that is to stop ends
-  PE_CUDA(cuda::Driver::get(), cuMemcpyPeerAsync, to,
-          devices_[index_of(to_device)]->context->handle(), from,
+  if (devices_.empty())
+    throw std::logic_error("it is closed");  // not if a step is still running: it releases them later
+  PE_CUDA(cuda::Driver::get(), cuMemcpyPeerAsync, to, devices_[index_of(to_device)]->context->handle(), from,
           devices_[index_of(from_device)]->context->handle(), nbytes, stream);
 }
 

@@ -1,5 +1,5 @@
-// The list scheduler under the devices' clocks: the calling thread enqueues a whole step, in the simulator's
-// order, onto the streams of one or more GPUs, and does not wait for any of it.
+// Runs plans on GPUs: the calling thread enqueues a whole step, in the simulated order, onto the streams of one
+// or more devices, and waits for none of it.
 #pragma once
 
 #include <atomic>
@@ -24,14 +24,15 @@ struct DeviceStepResult {
   Outcome outcome = Outcome::Done;  // Done: enqueued
   TaskId failed_task = kNoTask;
   std::exception_ptr error;            // what a body or the driver threw
-  std::shared_ptr<DeviceTimes> times;  // where they were recorded
-  std::size_t num_nodes = 0;           // of the graph, where one was captured
+  std::shared_ptr<DeviceTimes> times;  // if times were recorded
+  std::size_t num_nodes = 0;           // of the captured graph, if any
 };
 
 struct DeviceRunOptions {
-  std::vector<cuda::StreamHandle> callers;  // by device: what the step follows, and what follows it
-  bool record = false;                      // when tasks run
-  bool capturing = false;                   // the callers are being captured into a graph
+  std::vector<cuda::StreamHandle>
+      callers;             // by device: the step runs after earlier, and before later work on it
+  bool record = false;     // the times of ops
+  bool capturing = false;  // the callers are being captured into a graph
 };
 
 struct WaitOptions {
@@ -41,7 +42,7 @@ struct WaitOptions {
 
 class StreamExecutor {
  public:
-  // A program with its streams and events, to be run by the executor that made it.
+  // A program with its streams and events. Only the executor that made it can run it.
   class Laid;
 
   // Throws NoDriver or CudaError.
@@ -50,34 +51,34 @@ class StreamExecutor {
   StreamExecutor(const StreamExecutor&) = delete;
   StreamExecutor& operator=(const StreamExecutor&) = delete;
 
-  // The ordinals of its devices.
+  // The ordinals of the devices.
   const std::vector<int>& devices() const { return ordinals_; }
 
-  std::shared_ptr<Laid> lay_out(std::shared_ptr<const Program> program,
-                                std::shared_ptr<const StreamPlan> plan);
+  std::shared_ptr<Laid> lay_out(std::shared_ptr<const Program> program, std::shared_ptr<const StreamPlan> plan);
 
-  // Enqueues one step. A body is called with nothing but its action: it puts its work on
-  // streams_of(laid)[...] itself. Whatever happens, the callers then follow all that was enqueued;
-  // where even that fails, the executor is dead. Throws std::logic_error when closed or dead.
+  // Enqueues one step. A body is called with its action only, and puts its work on streams_of(laid)[...]
+  // itself. Also after an error, the callers then wait for all that was enqueued; if that fails too, the
+  // executor is dead. Throws std::logic_error if closed or dead.
   DeviceStepResult run(Laid& laid, const DeviceRunOptions& options);
 
-  // Waits, looking now and then, until at most one step that was marked is not done; so the host is never
-  // further ahead. Done, Interrupted or TimedOut. Throws CudaError, and is dead, where a device has failed.
+  // Polls the devices until at most one marked step is unfinished, which keeps the host from running further
+  // ahead. Returns Done, Interrupted, TimedOut or Closed. If a device has failed, throws CudaError, and the
+  // executor is dead.
   Outcome wait_for_room(const WaitOptions& options);
-  // What the callers have enqueued so far is a step.
+  // Marks what the callers have enqueued so far as a step.
   void mark(const std::vector<cuda::StreamHandle>& callers);
-  // Whether the step that was marked last is done.
+  // Whether the latest marked step is done.
   bool idle() const;
 
-  // Lets go of streams and events; what is enqueued still runs. From inside a run, by a body or by `poll`, or
-  // while another thread is in one, that stops and does it at its end: result Closed. The only call that
-  // other threads may make meanwhile.
+  // Releases streams and events; work that is enqueued still runs. If a body or `poll` calls it, or another
+  // thread during a run, the run stops with the outcome Closed and releases them at its end. No other function
+  // may be called by another thread during a run.
   void close();
   bool dead() const { return dead_; }
 
   static const std::vector<cuda::StreamHandle>& streams_of(const Laid& laid);
 
-  // Copies between devices on a copy engine; by `stream`, one of a laid program.
+  // Copies between devices on a copy engine, on `stream`, a stream of a laid program.
   void copy(cuda::Address to, int to_device, cuda::Address from, int from_device, std::size_t nbytes,
             cuda::StreamHandle stream) const;
 
@@ -93,8 +94,8 @@ class StreamExecutor {
   std::vector<int> ordinals_;
   std::vector<std::unique_ptr<OfDevice>> devices_;
   unsigned steps_ = 0;  // marked
-  std::mutex closing_;                // of what follows
-  bool busy_ = false;                 // in run or wait_for_room
+  std::mutex closing_;  // guards what follows
+  bool busy_ = false;   // inside run or wait_for_room
   std::atomic<bool> closed_ = false;
   bool dead_ = false;
 };

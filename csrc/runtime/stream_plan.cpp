@@ -10,18 +10,17 @@
 namespace pe {
 namespace {
 
-constexpr std::size_t kLanes = 4;  // of a rank, unless more tasks run at once
+constexpr std::size_t kLanes = 4;  // per rank, unless more tasks run at once
 
-// Gives the microbatches of one rank their lanes.
+// Assigns lanes to the microbatches of one rank.
 class Lanes {
  public:
   explicit Lanes(int first_stream) : first_stream_(first_stream) {}
 
-  // A lane on which none of `others` is.
+  // Takes the stream of a lane that is not among the streams `others`.
   int take(const std::vector<int>& others) {
     const auto free_of_others = [&](std::size_t lane) {
-      return std::find(others.begin(), others.end(), first_stream_ + static_cast<int>(lane)) ==
-             others.end();
+      return std::find(others.begin(), others.end(), first_stream_ + static_cast<int>(lane)) == others.end();
     };
     std::size_t best = lanes_.size();
     for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
@@ -79,8 +78,9 @@ StreamPlan::StreamPlan(std::shared_ptr<const Plan> plan, const TaskTimes& times,
   connect();
 }
 
-// By their begin; of those that begin together what is waited for or stands before in a queue first, and what
-// takes no time before what it would otherwise have to follow on a lane.
+// Sorts the tasks by their begin. Of tasks that begin at the same time, dependencies and earlier tasks of a
+// queue come first, then the one that ends first: a task that takes no time must not end up behind another one
+// on its lane.
 std::vector<TaskId> StreamPlan::in_order(const TaskTimes& times) const {
   std::vector<int> missing(plan_->size(), 0);
   std::vector<TaskId> next_in_queue(plan_->size(), kNoTask);
@@ -96,7 +96,7 @@ std::vector<TaskId> StreamPlan::in_order(const TaskTimes& times) const {
   std::priority_queue<Next, std::vector<Next>, std::greater<>> ready;
   for (TaskId t = 0; t < plan_->size(); ++t) {
     missing[t] += plan_->num_dependencies(t);
-    if (missing[t] == 0) ready.push({times.begin[t], times.end[t], t});
+    if (missing[t] == 0) ready.emplace(times.begin[t], times.end[t], t);
   }
   std::vector<TaskId> order;
   order.reserve(plan_->size());
@@ -105,7 +105,7 @@ std::vector<TaskId> StreamPlan::in_order(const TaskTimes& times) const {
     ready.pop();
     order.push_back(t);
     const auto arrive = [&](TaskId after) {
-      if (--missing[after] == 0) ready.push({times.begin[after], times.end[after], after});
+      if (--missing[after] == 0) ready.emplace(times.begin[after], times.end[after], after);
     };
     for (const TaskId after : plan_->successors(t)) arrive(after);
     if (next_in_queue[t] != kNoTask) arrive(next_in_queue[t]);
@@ -126,7 +126,7 @@ void StreamPlan::give_lanes(const std::vector<TaskId>& order, const TaskTimes& t
   for (const TaskId t : order) {
     if (key(t) >= 0) ++tasks_left[key(t)];
   }
-  // Which microbatches have a task that runs beside one of another.
+  // By microbatch at a stage, the others that it runs beside.
   std::vector<std::vector<int>> beside(plan_->options().overlap ? keys : 0);
   if (plan_->options().overlap) {
     std::vector<std::vector<TaskId>> recent(plan_->num_workers());
@@ -165,8 +165,8 @@ void StreamPlan::give_lanes(const std::vector<TaskId>& order, const TaskTimes& t
   }
 }
 
-int StreamPlan::copy_stream(int boundary, Stream way, int device) {
-  int& stream = copy_streams_[2 * boundary + static_cast<int>(way)];
+int StreamPlan::copy_stream(int boundary, Stream direction, int device) {
+  int& stream = copy_streams_[2 * boundary + static_cast<int>(direction)];
   if (stream < 0) {
     stream = static_cast<int>(streams_.size());
     streams_.push_back({device, true});
@@ -180,76 +180,76 @@ bool StreamPlan::is_copied(TaskId task, TaskId after) const {
 }
 
 void StreamPlan::enqueue(const std::vector<TaskId>& order) {
-  const std::size_t num_ways = 2 * std::max(0, plan_->num_stages() - 1);
-  copy_streams_.assign(num_ways, -1);
-  ways_.assign(num_ways, {});
-  freed_.assign(plan_->num_stages(), kNoStep);
-  step_of_.assign(plan_->size(), kNoStep);
-  sent_by_.assign(plan_->size(), kNoStep);
+  const std::size_t num_channels = std::size_t{2} * std::max(0, plan_->num_stages() - 1);
+  copy_streams_.assign(num_channels, -1);
+  channels_.assign(num_channels, {});
+  freed_.assign(plan_->num_stages(), kNoOp);
+  op_of_.assign(plan_->size(), kNoOp);
+  sent_by_.assign(plan_->size(), kNoOp);
   for (const TaskId t : order) {
     const Action& action = plan_->action(t);
     const bool here = is_here(t);
-    int to = -1;  // the device of those who wait elsewhere
+    int to = -1;  // the device that the results are copied to
     for (const TaskId after : plan_->successors(t)) {
       if (is_copied(t, after) && (here || is_here(after))) to = device_of_rank_[plan_->rank_of(after)];
     }
     if (here) {
-      step_of_[t] = sent_by_[t] = static_cast<std::uint32_t>(steps_.size());
-      steps_.push_back({.action = action, .task = t, .stream = lane_of_task_[t]});
-      if (plan_->frees_slot(t)) freed_[action.stage] = step_of_[t];
+      op_of_[t] = sent_by_[t] = static_cast<std::uint32_t>(ops_.size());
+      ops_.push_back({.action = action, .task = t, .stream = lane_of_task_[t]});
+      if (plan_->frees_slot(t)) freed_[action.stage] = op_of_[t];
     }
     if (to < 0) continue;
     const Kind send = send_of(action.kind);
     const int boundary = send == Kind::SendF ? action.stage : action.stage - 1;
     if (!here || action.kind != send) {
-      sent_by_[t] = static_cast<std::uint32_t>(steps_.size());
-      steps_.push_back({.action = {action.stage, action.microbatch, send}, .task = t});
+      sent_by_[t] = static_cast<std::uint32_t>(ops_.size());
+      ops_.push_back({.action = {action.stage, action.microbatch, send}, .task = t});
     }
-    steps_.back().stream = copy_stream(boundary, pe::stream_of(send), to);
-    steps_.back().is_copy = true;
+    ops_.back().stream = copy_stream(boundary, pe::stream_of(send), to);
+    ops_.back().is_copy = true;
     if (rank_ != kEveryRank) bound_memory(t, boundary, send);
   }
 }
 
-// Nothing here says that another process has taken what was sent it, and a receive waits for nothing. Both are
-// held back to where, as planned, nothing waits: so memory is free again long before the step's end.
+// Nothing signals that a peer consumed a send, and a receive waits for nothing. So each send and receive waits
+// for an earlier task that bounds buffer memory, one that has ended by then if all goes as planned.
 void StreamPlan::bound_memory(TaskId task, int boundary, Kind send) {
-  Way& way = ways_[2 * boundary + static_cast<int>(pe::stream_of(send))];
+  Channel& channel = channels_[2 * boundary + static_cast<int>(pe::stream_of(send))];
   if (is_here(task)) {
-    // The earlier stage holds no more microbatches: when it takes another, one of these has come back.
+    // The earlier stage has no more slots: before it takes another microbatch, one of these has come back.
     const int pack = plan_->options().packs.of(send == Kind::SendF ? Kind::F : Kind::B, boundary);
     const std::size_t room = (plan_->limit(boundary) + pack - 1) / pack + 1;
-    way.sends.push_back(sent_by_[task]);
-    if (way.sends.size() > room) {
-      rooms_.push_back({step_of_[task], way.sends[way.sends.size() - 1 - room]});
+    channel.sends.push_back(sent_by_[task]);
+    if (channel.sends.size() > room) {
+      memory_waits_.push_back({op_of_[task], channel.sends[channel.sends.size() - 1 - room]});
     }
     return;
   }
-  // What had been done with when the message before was sent, and not later: it is to be there early.
-  if (way.freed != kNoStep) rooms_.push_back({sent_by_[task], way.freed});
-  way.freed = freed_[send == Kind::SendF ? boundary + 1 : boundary];
+  // Wait only for memory that was free when the previous message was sent, so that the receive is posted early.
+  if (channel.freed != kNoOp) memory_waits_.push_back({sent_by_[task], channel.freed});
+  channel.freed = freed_[send == Kind::SendF ? boundary + 1 : boundary];
 }
 
 void StreamPlan::connect() {
   const std::size_t num_streams = streams_.size();
-  const std::size_t num_steps = steps_.size();
-  ended_.assign(num_steps * num_streams, 0);
-  place_.assign(num_steps, 0);
+  const std::size_t num_ops = ops_.size();
+  ended_.assign(num_ops * num_streams, 0);
+  number_on_stream_.assign(num_ops, 0);
   on_stream_.assign(num_streams, {});
-  std::vector<std::vector<std::uint32_t>> before(num_steps);
+  std::vector<std::vector<std::uint32_t>> before(num_ops);
   for (TaskId t = 0; t < plan_->size(); ++t) {
     for (const TaskId after : plan_->successors(t)) {
       if (!is_here(after)) continue;
-      before[step_of_[after]].push_back(is_copied(t, after) ? sent_by_[t] : step_of_[t]);
+      before[op_of_[after]].push_back(is_copied(t, after) ? sent_by_[t] : op_of_[t]);
     }
-    if (is_here(t) && sent_by_[t] != step_of_[t]) before[sent_by_[t]].push_back(step_of_[t]);
+    if (is_here(t) && sent_by_[t] != op_of_[t]) before[sent_by_[t]].push_back(op_of_[t]);
   }
-  for (const Room& room : rooms_) before[room.step].push_back(room.waits_for);
+  for (const MemoryWait& wait : memory_waits_) before[wait.op].push_back(wait.waits_for);
   std::vector<std::int64_t> last_of_worker(plan_->num_workers(), -1);
-  for (std::uint32_t i = 0; i < num_steps; ++i) {
-    Enqueued& step = steps_[i];
-    if (!step.is_copy) {
-      std::int64_t& last = last_of_worker[plan_->worker_of(step.task)];
+  for (std::uint32_t i = 0; i < num_ops; ++i) {
+    StreamOp& op = ops_[i];
+    if (!op.is_copy) {
+      std::int64_t& last = last_of_worker[plan_->worker_of(op.task)];
       if (last >= 0) before[i].push_back(static_cast<std::uint32_t>(last));
       last = i;
     }
@@ -257,35 +257,35 @@ void StreamPlan::connect() {
     const auto join = [&](std::uint32_t other) {
       const std::uint32_t* const theirs = &ended_[other * num_streams];
       for (std::size_t s = 0; s < num_streams; ++s) mine[s] = std::max(mine[s], theirs[s]);
-      std::uint32_t& ended = mine[steps_[other].stream];
-      ended = std::max(ended, place_[other] + 1);
+      std::uint32_t& ended = mine[ops_[other].stream];
+      ended = std::max(ended, number_on_stream_[other] + 1);
     };
-    auto& own = on_stream_[step.stream];
+    auto& own = on_stream_[op.stream];
     if (!own.empty()) join(own.back());
-    // The latest first: most of the others have then ended, too.
+    // Latest first: once that one has ended, most of the others have too.
     std::sort(before[i].begin(), before[i].end(), std::greater<>());
-    step.waits_begin = static_cast<std::uint32_t>(waits_.size());
+    op.waits_begin = static_cast<std::uint32_t>(waits_.size());
     for (const std::uint32_t other : before[i]) {
-      if (mine[steps_[other].stream] > place_[other]) continue;
+      if (mine[ops_[other].stream] > number_on_stream_[other]) continue;
       join(other);
-      steps_[other].awaited = true;
+      ops_[other].awaited = true;
       waits_.push_back(other);
     }
-    step.waits_end = static_cast<std::uint32_t>(waits_.size());
-    place_[i] = static_cast<std::uint32_t>(own.size());
+    op.waits_end = static_cast<std::uint32_t>(waits_.size());
+    number_on_stream_[i] = static_cast<std::uint32_t>(own.size());
     own.push_back(i);
   }
 }
 
 std::uint32_t StreamPlan::first_after(std::uint32_t before, int stream) const {
-  const auto& steps = on_stream_[stream];
-  const int other = steps_[before].stream;
-  const auto has_ended = [&](std::uint32_t step) {
-    return ended_[step * streams_.size() + other] > place_[before];
+  const auto& ops = on_stream_[stream];
+  const int other = ops_[before].stream;
+  const auto has_ended = [&](std::uint32_t op) {
+    return ended_[op * streams_.size() + other] > number_on_stream_[before];
   };
-  const auto first = std::partition_point(steps.begin(), steps.end(),
-                                          [&](std::uint32_t step) { return !has_ended(step); });
-  return first == steps.end() ? static_cast<std::uint32_t>(steps_.size()) : *first;
+  const auto first =
+      std::partition_point(ops.begin(), ops.end(), [&](std::uint32_t op) { return !has_ended(op); });
+  return first == ops.end() ? static_cast<std::uint32_t>(ops_.size()) : *first;
 }
 
 }  // namespace pe

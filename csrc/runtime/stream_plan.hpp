@@ -1,5 +1,5 @@
-// A plan laid out on device streams: in which order the host enqueues its tasks, on which stream each one
-// runs, and for which others it waits there.
+// A plan laid out on device streams: the order in which the host enqueues its tasks, the stream each one runs
+// on, and the ops on other streams it waits for.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace pe {
 
-// When each task of a plan begins and ends, as the simulator has it.
+// When each task of a plan begins and ends in the simulation.
 struct TaskTimes {
   std::vector<double> begin;
   std::vector<double> end;
@@ -19,14 +19,14 @@ struct TaskTimes {
 
 struct StreamInfo {
   int device = 0;
-  bool copies = false;  // from another device to this one, or to or from another process; otherwise a lane
+  bool copies = false;  // carries copies between devices or processes; otherwise it is a lane
 };
 
-inline constexpr std::uint32_t kNoStep = ~std::uint32_t{0};
+inline constexpr std::uint32_t kNoOp = ~std::uint32_t{0};
 
-// One thing the host enqueues: a task, or the copy that takes a task's results to another device.
-struct Enqueued {
-  Action action;         // of a copy: SEND_F or SEND_B of the task's stage and microbatch
+// What the host enqueues at once on a stream: a task, or the copy of a task's results to another device.
+struct StreamOp {
+  Action action;  // for a copy: SEND_F or SEND_B of the task's stage and microbatch
   TaskId task = kNoTask;
   int stream = 0;
   std::uint32_t waits_begin = 0;  // range of StreamPlan::waits
@@ -35,20 +35,21 @@ struct Enqueued {
   bool is_copy = false;
 };
 
-// The kernels of a backward run on the stream that their forward ran on, so that streams are given to
-// microbatches: a rank has several lanes, and each microbatch at a stage keeps one from its F to its last task.
-// What the simulation runs at the same time lies on different lanes, with no path of waits between.
-// Otherwise a rank's forwards run one after another, and its backwards; without `overlap` all its tasks, on
-// one lane.
+// Autograd runs the kernels of a backward on the stream of their forward, so streams belong to microbatches: a
+// rank has several lanes, and a microbatch at a stage stays on one lane from its `F` to its last task there.
+// Tasks that run at the same time in the simulation are on different lanes, with no chain of waits between
+// them. Apart from that a rank's forwards run one after another, and so do its backwards. Without `overlap` all
+// tasks of a rank run one after another on one lane.
 //
-// Where each rank is a process, one of them lays out its own tasks alone. A copy to another process is enqueued
-// here as it is sent, and there, at the same place in the order of all tasks, as it is received. So whatever
-// waits for the end of what was enqueued before, host or stream, no two of them wait for one another.
+// Where each rank is a process, each process lays out only its own tasks. The sender of a message between
+// processes enqueues the send, and the receiver the receive, at the same position in the global order of tasks.
+// So no two processes wait for one another, even if the host or a stream waits for everything enqueued before.
 class StreamPlan {
  public:
-  // `rank`: the process's; kEveryRank: it has all. Throws PlanError if there are not as many devices as ranks.
-  StreamPlan(std::shared_ptr<const Plan> plan, const TaskTimes& times,
-             std::vector<int> device_of_rank, int rank = kEveryRank);
+  // `rank`: the rank of this process; kEveryRank if this process runs all ranks. Throws PlanError unless there
+  // is one device for each rank.
+  StreamPlan(std::shared_ptr<const Plan> plan, const TaskTimes& times, std::vector<int> device_of_rank,
+             int rank = kEveryRank);
 
   const Plan& plan() const { return *plan_; }
   const std::shared_ptr<const Plan>& shared_plan() const { return plan_; }
@@ -56,21 +57,21 @@ class StreamPlan {
   const std::vector<StreamInfo>& streams() const { return streams_; }
 
   // In the order in which the host enqueues them.
-  const std::vector<Enqueued>& steps() const { return steps_; }
-  // The steps, by number, whose events a step waits for; all on other streams.
-  std::span<const std::uint32_t> waits(const Enqueued& step) const {
-    return {waits_.data() + step.waits_begin, waits_.data() + step.waits_end};
+  const std::vector<StreamOp>& ops() const { return ops_; }
+  // The ops, by number, whose events an op waits for; all are on other streams.
+  std::span<const std::uint32_t> waits(const StreamOp& op) const {
+    return {waits_.data() + op.waits_begin, waits_.data() + op.waits_end};
   }
 
-  // kNoStep for a task of another process.
-  std::uint32_t step_of(TaskId task) const { return step_of_[task]; }
-  int stream_of(TaskId task) const { return steps_[step_of_[task]].stream; }
-  // The step, by number, that carries the task's results to another device, or here from another process; the
-  // task's own if none does.
+  // The number of a task's op; kNoOp for a task of another process.
+  std::uint32_t op_of(TaskId task) const { return op_of_[task]; }
+  int stream_of(TaskId task) const { return ops_[op_of_[task]].stream; }
+  // The number of the op that copies the task's results to another device, or receives them from another
+  // process; the task's own op if nothing is copied.
   std::uint32_t sent_by(TaskId task) const { return sent_by_[task]; }
 
-  // The first step, by number, on `stream` that runs after step `before` has ended on the device;
-  // steps().size() if only the end of all does.
+  // The number of the first op on `stream` that runs after op `before` has ended on the device; ops().size() if
+  // there is none before the end of the training step.
   std::uint32_t first_after(std::uint32_t before, int stream) const;
 
  private:
@@ -78,22 +79,22 @@ class StreamPlan {
   void give_lanes(const std::vector<TaskId>& order, const TaskTimes& times);
   void enqueue(const std::vector<TaskId>& order);
   void connect();
-  int copy_stream(int boundary, Stream way, int device);
+  int copy_stream(int boundary, Stream direction, int device);
 
   bool is_here(TaskId task) const { return rank_ == kEveryRank || plan_->rank_of(task) == rank_; }
-  // Whether the results of `task` reach `after`, on another rank, by a copy.
+  // Whether the results of `task` are copied to reach `after`, which is on another rank.
   bool is_copied(TaskId task, TaskId after) const;
   void bound_memory(TaskId task, int boundary, Kind send);
 
-  // What a step waits for so that the memory of earlier messages can be used again.
-  struct Room {
-    std::uint32_t step;
+  // A wait that bounds buffer memory: once `waits_for` has ended, the buffers of earlier messages are free.
+  struct MemoryWait {
+    std::uint32_t op;
     std::uint32_t waits_for;
   };
-  // Of one way across one boundary, to or from another process.
-  struct Way {
-    std::vector<std::uint32_t> sends;  // steps
-    std::uint32_t freed = kNoStep;     // what had freed memory when the last message was received
+  // The messages across one boundary in one direction, to or from another process.
+  struct Channel {
+    std::vector<std::uint32_t> sends;  // ops
+    std::uint32_t freed = kNoOp;       // the last op that had freed a slot before the latest receive
   };
 
   std::shared_ptr<const Plan> plan_;
@@ -101,18 +102,18 @@ class StreamPlan {
   int rank_;
   std::vector<StreamInfo> streams_;
   std::vector<int> lane_of_task_;
-  std::vector<int> copy_streams_;  // by boundary and way; -1: none so far
-  std::vector<Way> ways_;          // the same
-  std::vector<std::uint32_t> freed_;  // by stage, the last step so far that freed a slot
-  std::vector<Room> rooms_;
-  std::vector<Enqueued> steps_;
+  std::vector<int> copy_streams_;     // by boundary and direction; -1: none so far
+  std::vector<Channel> channels_;     // by boundary and direction
+  std::vector<std::uint32_t> freed_;  // by stage, the last op so far that freed a slot
+  std::vector<MemoryWait> memory_waits_;
+  std::vector<StreamOp> ops_;
   std::vector<std::uint32_t> waits_;
-  std::vector<std::uint32_t> step_of_;
+  std::vector<std::uint32_t> op_of_;
   std::vector<std::uint32_t> sent_by_;
-  std::vector<std::vector<std::uint32_t>> on_stream_;  // by stream, its steps
-  // By step and stream: how many of the stream's steps have ended when the step begins.
+  std::vector<std::vector<std::uint32_t>> on_stream_;  // by stream, its ops
+  // By op and stream: how many of the stream's ops have ended when the op begins.
   std::vector<std::uint32_t> ended_;
-  std::vector<std::uint32_t> place_;  // of a step among those of its stream
+  std::vector<std::uint32_t> number_on_stream_;  // of an op among the ops of its stream
 };
 
 }  // namespace pe

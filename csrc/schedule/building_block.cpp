@@ -10,14 +10,15 @@ namespace {
 
 constexpr int kPeriod = 6;
 constexpr int kNever = std::numeric_limits<int>::max();
-constexpr int kW = 4;  // a pass: 0 to 3 as in Block, or W of either chunk
+constexpr int kW = 4;  // a pass: 0 to 3 as in Block, or `W` of either chunk
 
 bool is_forward(int pass) { return pass < 2; }
-// Passes 0 and 3 belong to chunk 0. Passes 0 and 2 come from the rank before, 1 and 3 from the one after.
+// Passes 0 and 3 are of chunk 0. Passes 0 and 2 get their input from the previous rank, 1 and 3 from the next
+// one.
 int chunk_of(int pass) { return pass == 1 || pass == 2 ? 1 : 0; }
 bool comes_from_before(int pass) { return pass % 2 == 0; }
 
-// One rank, and what it has done by now.
+// One rank, and what it has run so far.
 class BlockRank {
  public:
   BlockRank(const Block& block, int microbatches, int most)
@@ -26,8 +27,8 @@ class BlockRank {
   int count(int pass) const { return done_[pass]; }
   bool finished() const { return done_[kW] == 2 * microbatches_; }
 
-  // The pass to run now: of those left the one whose slot comes first, or outside the slots from `settled` to
-  // `drained`, where it is not ready, another.
+  // The pass to run now: the one with the earliest slot. If that one is not ready, another may run instead, but
+  // only outside the slots from `settled` to `drained`.
   template <class IsReady>
   std::optional<int> choose(int settled, int drained, IsReady&& is_ready) const {
     std::array<int, 5> passes = {0, 1, 2, 3, kW};
@@ -66,26 +67,23 @@ class BlockRank {
     return pass == kW ? w_slot_ : block_[pass] + kPeriod * done_[pass];
   }
 
-  // How many microbatches have their slot of `pass` before `slot`.
+  // How many microbatches have `pass` scheduled before `slot`.
   int count_before(int pass, int slot) const {
     return std::clamp((slot - block_[pass] + kPeriod - 1) / kPeriod, 0, microbatches_);
   }
 
-  // The F of the other chunk that go before this one in the blocks must find room as well.
+  // Leaves room for the `F` of the other chunk that the blocks place before this one.
   bool has_room(int pass) const {
     if (!is_forward(pass)) return true;
     const int other = 1 - pass;
     return held_ + 1 + std::max(0, count_before(other, slot(pass)) - done_[other]) <= most_;
   }
 
-  // The first slot from `slot` on that no block takes, and in which a W is left whose I came before.
+  // The first slot from `slot` on that no block uses and for which there is a `W` whose `I` has run.
   int next_w_slot(int slot) const {
-    const auto taken = [&](int pass) {
-      return count_before(pass, slot + 1) > count_before(pass, slot);
-    };
-    while (done_[kW] < 2 * microbatches_ &&
-           (count_before(2, slot) + count_before(3, slot) <= done_[kW] || taken(0) || taken(1) ||
-            taken(2) || taken(3))) {
+    const auto taken = [&](int pass) { return count_before(pass, slot + 1) > count_before(pass, slot); };
+    while (done_[kW] < 2 * microbatches_ && (count_before(2, slot) + count_before(3, slot) <= done_[kW] ||
+                                             taken(0) || taken(1) || taken(2) || taken(3))) {
       ++slot;
     }
     return slot;
@@ -96,18 +94,18 @@ class BlockRank {
   int most_;
   std::array<int, 5> done_{};
   std::array<int, 2> w_of_chunk_{};
-  std::deque<int> late_;  // chunks of the W to come, in the order of their I
+  std::deque<int> late_;  // chunks whose `W` is still to run, in the order of their `I`
   int held_ = 0;          // half chunks
   int w_slot_;
 };
 
 }  // namespace
 
-Order order_of_blocks(int num_ranks, int microbatches, int most,
-                      const std::function<Block(int rank)>& block) {
+Order order_of_blocks(int num_ranks, int microbatches, int most, const std::function<Block(int rank)>& block) {
   std::vector<BlockRank> ranks;
+  ranks.reserve(num_ranks);
   for (int rank = 0; rank < num_ranks; ++rank) ranks.emplace_back(block(rank), microbatches, most);
-  // From the first microbatch's end to the last one's begin the blocks leave no idle time.
+  // Between the end of the first microbatch and the begin of the last one, the blocks leave no idle time.
   const int settled = block(0)[3];
   const int drained = std::max(settled, block(0)[0] + kPeriod * (microbatches - 1));
   const auto is_ready = [&](int rank, int pass) {
@@ -124,12 +122,11 @@ Order order_of_blocks(int num_ranks, int microbatches, int most,
     for (int rank = 0; rank < num_ranks; ++rank) {
       chosen[rank] = ranks[rank].finished()
                          ? std::nullopt
-                         : ranks[rank].choose(settled, drained,
-                                              [&](int pass) { return is_ready(rank, pass); });
+                         : ranks[rank].choose(settled, drained, [&](int pass) { return is_ready(rank, pass); });
     }
     for (int rank = 0; rank < num_ranks; ++rank) {
-      if (!chosen[rank]) continue;
-      order[rank].push_back(ranks[rank].run(*chosen[rank], rank, 2 * num_ranks - 1 - rank));
+      const std::optional<int>& pass = chosen[rank];
+      if (pass) order[rank].push_back(ranks[rank].run(*pass, rank, 2 * num_ranks - 1 - rank));
     }
   }
   return order;

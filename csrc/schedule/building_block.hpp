@@ -1,6 +1,6 @@
-// Orders of the V placement made from a building block: what one microbatch does, in slots of one pass each,
-// repeated every six slots, with W where a rank is idle. Qi et al., Pipeline Parallelism with Controllable
-// Memory, 2024.
+// Orders for the V placement that repeat a building block: the passes of one microbatch, each in a time slot.
+// The block is repeated every six slots, and `W` runs where a rank would be idle. Qi et al., Pipeline
+// Parallelism with Controllable Memory, 2024.
 #pragma once
 
 #include <array>
@@ -10,13 +10,12 @@
 
 namespace pe {
 
-// On one rank, the slots in which the first microbatch has F of chunk 0 and of chunk 1, I of chunk 1 and of
-// chunk 0.
+// On one rank, the time slots of the first microbatch's `F` of chunk 0, `F` of chunk 1, `I` of chunk 1 and `I`
+// of chunk 0.
 using Block = std::array<int, 4>;
 
-// While the first microbatches come in and the last go out, there is idle time between the blocks: ranks go
-// on then with what is ready, F with no more than `most` half chunks held, and W when nothing else is.
-Order order_of_blocks(int num_ranks, int microbatches, int most,
-                      const std::function<Block(int rank)>& block);
+// While the pipeline fills and drains there is idle time between the blocks. Then a rank runs what is ready:
+// `F` as long as it holds at most `most` half chunks, and `W` if nothing else is ready.
+Order order_of_blocks(int num_ranks, int microbatches, int most, const std::function<Block(int rank)>& block);
 
 }  // namespace pe

@@ -1,4 +1,4 @@
-// Why a schedule stands still: one cycle of tasks that wait for one another.
+// Explains a deadlock: finds one cycle of tasks that wait for one another.
 #include <algorithm>
 
 #include "schedule/list_scheduler.hpp"
@@ -6,13 +6,13 @@
 namespace pe {
 namespace {
 
-// "rank 1, cell 2 '1F1'", an overlapped pair being one cell.
+// As in "rank 1, cell 2 '1F1'"; an overlapped pair is one cell.
 std::string where(const Plan& plan, TaskId task) {
   const int rank = plan.rank_of(task);
   int cell = 0;
   for (TaskId t = plan.first_of_rank(rank); t < task; ++t) cell += plan.action(t).joins_next ? 0 : 1;
-  return "rank " + std::to_string(rank) + ", cell " + std::to_string(cell) + " '" +
-         to_text(plan.action(task)) + "'";
+  return "rank " + std::to_string(rank) + ", cell " + std::to_string(cell) + " '" + to_text(plan.action(task)) +
+         "'";
 }
 
 }  // namespace
@@ -32,7 +32,7 @@ TaskId ListScheduler::frees_slot_for(TaskId task) const {
 }
 
 std::string ListScheduler::cycle() const {
-  // What each task left waits for: behind the head of its queue for that; the head for what it depends on.
+  // What each unfinished task waits for: the head of its queue; or, if it is the head, a dependency.
   std::vector<TaskId> blocker(plan_.size(), kNoTask);
   std::vector<bool> is_head(plan_.size(), false);
   for (TaskId t = 0; t < plan_.size(); ++t) {
@@ -56,9 +56,9 @@ std::string ListScheduler::cycle() const {
   for (; task != kNoTask && !seen[task]; task = blocker[task]) seen[task] = true;
   std::string text;
   for (TaskId t = task; t != kNoTask; t = blocker[t]) {
-    const char* why = !is_head[t]           ? " stands behind "
-                      : missing_[t] == 0    ? " needs the slot that is freed by "
-                                            : " waits for ";
+    const char* why = !is_head[t]        ? " stands behind "
+                      : missing_[t] == 0 ? " needs the slot that is freed by "
+                                         : " waits for ";
     text += "  " + where(plan_, t) + why + where(plan_, blocker[t]) + "\n";
     if (blocker[t] == task) break;
   }

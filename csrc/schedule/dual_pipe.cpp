@@ -6,11 +6,10 @@
 namespace pe {
 
 std::vector<Action> dual_pipe_order(int depth, int rank, const Chunk& inward, const Chunk& outward) {
-  const int inner = depth - 1 - rank;  // ranks further in
-  const int microbatches =
-      std::max({2 * depth, inward.end - inward.begin, outward.end - outward.begin});
+  const int inner = depth - 1 - rank;  // ranks further inward
+  const int microbatches = std::max({2 * depth, inward.end - inward.begin, outward.end - outward.begin});
   TwoChunks rows({inward, outward});
-  std::deque<int> late;  // chunks of the W to come, in the order of their I
+  std::deque<int> late;  // chunks whose `W` is still to run, in the order of their `I`
   const auto list_input = [&](int chunk) {
     rows.list(chunk, Kind::I);
     late.push_back(chunk);
@@ -31,7 +30,7 @@ std::vector<Action> dual_pipe_order(int depth, int rank, const Chunk& inward, co
     rows.list(1, Kind::F);
   }
   for (int i = 0; i < microbatches - 2 * depth + rank + 1; ++i) {
-    if (i == 0 && inner == 0) {  // apart, the innermost rank hands its F on sooner
+    if (i == 0 && inner == 0) {  // not as a pair, so the innermost rank sends its `F` sooner
       rows.list(0, Kind::F);
       rows.list(1, Kind::B);
     } else {
@@ -43,7 +42,7 @@ std::vector<Action> dual_pipe_order(int depth, int rank, const Chunk& inward, co
     rows.list(1, Kind::B);
     rows.list_pair(1);
   }
-  // In the second half of these the W wait, to fill what follows.
+  // In the second half of these, `W` is postponed to fill the idle time that follows.
   for (int i = 0; i < 2 * (rank + 1); ++i) {
     const int chunk = 1 - i % 2;
     if (i > rank) {

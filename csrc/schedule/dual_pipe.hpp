@@ -1,4 +1,4 @@
-// What DualPipe and DualPipeV share: a rank that holds two chunks runs F of one beside B of the other.
+// What DualPipe and DualPipeV share: a rank holds two chunks and overlaps `F` of one with `B` of the other.
 #pragma once
 
 #include <vector>
@@ -7,8 +7,8 @@
 
 namespace pe {
 
-// What the rank `rank` steps from the outermost does, of `depth` in a row whose chunks 0 flow inward and whose
-// chunks 1 flow outward.
+// The actions of one rank in a row of `depth` ranks; rank 0 is the outermost. Chunk 0 of the ranks flows
+// inward, chunk 1 outward.
 std::vector<Action> dual_pipe_order(int depth, int rank, const Chunk& inward, const Chunk& outward);
 
 }  // namespace pe

@@ -1,8 +1,8 @@
-// DualPipe: two copies of the parameters, two pipelines that flow against each other, and on each rank F of
-// one beside B of the other. DeepSeek-AI, DeepSeek-V3 Technical Report, 2024. The bubble is
-// (p/2 - 1)(FB + B - 3W), FB the time of a pair; a rank holds p + 1 microbatches at most. Our extension: of an
-// odd number of microbatches the first copy runs one more; fewer than 2p run in the same pattern, which lacks
-// then what they are not there for.
+// DualPipe: two copies of the parameters make two pipelines that flow in opposite directions; each rank
+// overlaps `F` of one with `B` of the other. DeepSeek-AI, DeepSeek-V3 Technical Report, 2024. The bubble is
+// (p/2 - 1)(FB + B - 3W), where FB is the time of a pair. A rank holds at most p + 1 microbatches. Our
+// extension: of an odd number of microbatches the first copy runs one more than the second. With fewer than 2p
+// microbatches the same pattern runs; missing microbatches are skipped.
 #include <algorithm>
 
 #include "schedule/dual_pipe.hpp"

@@ -1,5 +1,5 @@
-// All forwards, then all backwards. Huang et al., GPipe: Efficient Training of Giant Neural Networks
-// using Pipeline Parallelism, NeurIPS 2019. Backwards ascend, as in torch.distributed.pipelining.
+// All forwards, then all backwards. Huang et al., GPipe: Efficient Training of Giant Neural Networks using
+// Pipeline Parallelism, NeurIPS 2019. Backwards run in ascending order, as in torch.distributed.pipelining.
 #include "schedule/schedule.hpp"
 
 namespace pe {

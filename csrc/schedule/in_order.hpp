@@ -1,5 +1,5 @@
-// Runs a plan whose ranks take one task at a time as planned, and choose nothing. That needs no events: each
-// rank runs on while its inputs are there, and when the one arrives that it lacks, it goes on.
+// Runs a plan whose ranks take one task at a time, as planned. That needs no event queue: each rank runs until
+// an input is missing, and goes on when that input arrives.
 #pragma once
 
 #include <algorithm>
@@ -10,23 +10,22 @@
 
 namespace pe {
 
-// The inputs that stages of a plan get from their neighbours: of every microbatch, forward and backward.
+// Numbers the inputs that stages get from their neighbours: for every microbatch, one forward and one backward.
 class Inputs {
  public:
   static constexpr std::size_t kNone = ~std::size_t{0};
 
-  explicit Inputs(const Plan& plan)
-      : stages_(plan.num_stages()), microbatches_(plan.num_microbatches()) {}
+  explicit Inputs(const Plan& plan) : stages_(plan.num_stages()), microbatches_(plan.num_microbatches()) {}
 
   std::size_t size() const { return 2 * stages_ * microbatches_; }
 
-  // What an action that computes waits for, or kNone; what else it needs its own rank has run before.
+  // The input that a compute action waits for, or kNone. Its other dependencies ran before on the same rank.
   std::size_t of(const Action& a) const {
     if (a.kind == Kind::F) return a.stage > 0 ? at(0, a.stage, a.microbatch) : kNone;
     if (a.kind == Kind::W || a.stage + 1 == static_cast<int>(stages_)) return kNone;
     return at(1, a.stage, a.microbatch);
   }
-  // What it yields for the stage after it.
+  // The input of `stage_after` that the action produces.
   std::size_t from(const Action& a, int stage_after) const {
     return at(a.kind == Kind::F ? 0 : 1, stage_after, a.microbatch);
   }
@@ -40,7 +39,7 @@ class Inputs {
   std::size_t microbatches_;
 };
 
-// A clock for those who ask only whether a plan ends.
+// A clock without time, to find out whether a plan ends.
 struct NoClock {
   using Moment = unsigned char;
   static constexpr Moment kNever = 0;
@@ -48,18 +47,18 @@ struct NoClock {
   Moment deliver(TaskId, Moment) { return 1; }
 };
 
-// Runs `plan`, of which runs_in_order() is true, and returns whether it ends. `clock` tells when a cell ends
-// that is the rank's next and whose inputs have arrived by `arrived`, and when a result arrives that is sent
-// at `end`:
-//   Moment run(int rank, TaskId first, TaskId end_of_cell, Moment arrived);
-//   Moment deliver(TaskId task, Moment end);
+// Runs `plan`, which runs_in_order(), and returns whether it ends. `clock` has two functions:
+// - Moment run(int rank, TaskId first, TaskId end_of_cell, Moment arrived): the end of the rank's next cell,
+// whose
+//   inputs have arrived at `arrived`;
+// - Moment deliver(TaskId task, Moment end): when the result of `task`, which ended at `end`, arrives.
 template <class Clock>
 bool run_in_order(const Plan& plan, Clock&& clock) {
   using Moment = typename std::remove_reference_t<Clock>::Moment;
   constexpr Moment kNever = std::remove_reference_t<Clock>::kNever;
   struct Rank {
     TaskId next;
-    std::size_t missing = Inputs::kNone;  // input that it stands still for
+    std::size_t missing = Inputs::kNone;  // the input that the rank waits for
   };
   const Inputs inputs(plan);
   std::vector<Moment> arrived(inputs.size(), kNever);
@@ -69,7 +68,7 @@ bool run_in_order(const Plan& plan, Clock&& clock) {
     ranks.push_back({plan.first_of_rank(rank)});
     awake.push_back(plan.num_ranks() - 1 - rank);
   }
-  // Whether the cell that begins with `first` yields itself what `part` of it waits for.
+  // Whether an earlier part of the cell that begins with `first` produces the input that `part` waits for.
   const auto is_joined = [&](TaskId first, TaskId part, std::size_t input) {
     for (; first < part; ++first) {
       const int after = plan.stage_after(plan.action(first));

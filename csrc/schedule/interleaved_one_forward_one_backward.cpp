@@ -1,8 +1,8 @@
-// Interleaved 1F1B: each rank holds several stages and takes them in turn, a group of microbatches at a
-// time. Narayanan et al., Efficient Large-Scale Language Model Training on GPU Clusters Using
-// Megatron-LM, SC 2021, whose groups are as large as there are ranks. Where the microbatches do not
-// divide by the ranks, our extension: as many groups as would be full, their sizes differing by one at
-// most, the larger first. It agrees with torch.distributed.pipelining where that is defined.
+// Interleaved 1F1B: each rank holds several stages and runs them in turn, each for a group of microbatches.
+// Narayanan et al., Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM, SC 2021.
+// There a group has as many microbatches as there are ranks. Our extension for other numbers of microbatches:
+// as many groups as could be full, whose sizes differ by at most one, the larger first. Equal to
+// torch.distributed.pipelining where that is defined.
 #include <algorithm>
 
 #include "schedule/schedule.hpp"
@@ -12,7 +12,7 @@ namespace {
 
 int num_groups(int ranks, int microbatches) { return std::max(1, microbatches / ranks); }
 
-// The actions of one kind in the order a rank visits them: group by group, stage by stage in each.
+// The actions of one kind in the order a rank runs them: group by group, and stage by stage within a group.
 std::vector<Action> visits(const std::vector<int>& stages, int groups, int microbatches, Kind kind) {
   std::vector<Action> list;
   int first = 0;

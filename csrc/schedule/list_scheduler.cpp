@@ -10,16 +10,16 @@ namespace pe {
 ListScheduler::ListScheduler(const Plan& plan, int rank)
     : plan_(plan),
       rank_(rank),
-      links_(plan.links()),
+      dependencies_(plan.dependencies()),
       missing_(plan.size()),
       head_(plan.num_queues()),
-      in_flight_(plan.num_stages() * plan.shape().num_copies(), 0),
+      in_flight_(std::size_t{1} * plan.num_stages() * plan.shape().num_copies(), 0),
       peak_of_stage_(plan.num_stages(), 0),
       in_flight_of_rank_(plan.num_ranks(), 0),
       peak_of_rank_(plan.num_ranks(), 0),
       unfinished_(rank == kEveryRank ? plan.size() : plan.end_of_rank(rank) - plan.first_of_rank(rank)) {
   if (plan.options().memory.limited()) memory_.emplace(plan, plan.options().memory);
-  for (TaskId t = 0; t < plan.size(); ++t) missing_[t] = links_.num_dependencies(t);
+  for (TaskId t = 0; t < plan.size(); ++t) missing_[t] = dependencies_.num_dependencies(t);
   for (int worker = 0; worker < plan.num_workers(); ++worker) {
     int queue = plan.first_queue_of(worker);
     for (const Queue& q : plan.queues_of(worker)) head_[queue++] = q.begin;
@@ -71,13 +71,12 @@ std::string ListScheduler::waiting() const {
       if (head_[at] != q.end) first = std::min(first, plan_.queued(head_[at]));
     }
     if (first == kNoTask) continue;
-    text += "  rank " + std::to_string(plan_.rank_of_worker(worker)) + ": " +
-            to_text(plan_.action(first)) + " waits for";
+    text += "  rank " + std::to_string(plan_.rank_of_worker(worker)) + ": " + to_text(plan_.action(first)) +
+            " waits for";
     const char* separator = " ";
-    for (const TaskId before : plan_.dependencies(first)) {
+    for (const TaskId before : plan_.dependencies_of(first)) {
       if (finished(before)) continue;
-      text += separator + to_text(plan_.action(before)) + " on rank " +
-              std::to_string(plan_.rank_of(before));
+      text += separator + to_text(plan_.action(before)) + " on rank " + std::to_string(plan_.rank_of(before));
       separator = ", ";
     }
     if (missing_[first] == 0) {
@@ -91,7 +90,7 @@ std::string ListScheduler::waiting() const {
         text += " its rank's running task";
       }
     }
-    text += "\n";
+    text += '\n';
   }
   return text;
 }
@@ -100,6 +99,7 @@ namespace {
 
 void run_without_time(ListScheduler& scheduler, const Plan& plan) {
   std::vector<int> awake;
+  awake.reserve(plan.num_workers());
   for (int worker = 0; worker < plan.num_workers(); ++worker) awake.push_back(worker);
   const auto wake = [&](int worker) { awake.push_back(worker); };
   while (!awake.empty()) {

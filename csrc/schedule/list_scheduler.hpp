@@ -1,5 +1,5 @@
-// The event-driven list scheduler: what may start, and what goes first. It has no clock and no
-// threads of its own; the simulator drives it with virtual time, the executors with real events.
+// The event-driven list scheduler: decides which task may start and which goes first. It has no clock and no
+// threads: the simulator drives it with virtual time, the executors with real events.
 #pragma once
 
 #include <cstddef>
@@ -13,37 +13,36 @@
 
 namespace pe {
 
-// Under a limit of memory a rank starts its F as planned, each when it fits, while what frees memory goes as
-// soon as it can. That cannot deadlock if the plan run in order does not: take the first task, in such a run,
-// that has not begun. What it waits for is done. If it is an F, all that its rank holds the plan's own run holds
-// at that moment too, so it fits.
+// Under a memory limit a rank starts its `F` in planned order, each as soon as it fits; other tasks, which free
+// memory, start as soon as they can. This does not deadlock if the plan does not deadlock in order. Proof: take
+// the first task of the in-order run that has not begun. Its dependencies are done. If it is an `F`, the rank
+// holds no more memory than in the in-order run at that moment, so the `F` fits.
 class ListScheduler {
  public:
-  // Keeps the plan's own limits of memory, if it has any. Schedules the tasks of `rank` alone, or all; what
-  // other ranks do then arrives from outside.
+  // Keeps the plan's memory limits, if any. Schedules all tasks, or only those of `rank`; then arrive() must be
+  // called for what other ranks send.
   explicit ListScheduler(const Plan& plan, int rank = kEveryRank);
-  // Keeps those of `memory`, and accounts for what is taken.
+  // Keeps the limits of `memory` instead, and accounts for the memory in use.
   ListScheduler(const Plan& plan, Memory memory);
 
-  // The task `worker` starts now, or kNoTask. Occupies a slot if the task takes one. A task that waits
-  // for nothing more is still passed over while is_here(task) is false: a clock that knows when its
-  // inputs will have travelled can say so.
+  // The task that `worker` starts now, or kNoTask. Occupies a slot if the task takes one. Skips tasks for which
+  // is_here(task) is false: the simulator uses this for inputs that are sent but have not arrived.
   template <class IsHere>
   TaskId take(int worker, IsHere&& is_here);
   TaskId take(int worker) {
     return take(worker, [](TaskId) { return true; });
   }
 
-  // The next task of a worker that has one queue: it runs joined to the one just taken, as it waits for
-  // nothing that is not.
+  // Takes the next task of a worker that has one queue, to run it joined to the one just taken. The caller has
+  // checked that it may start.
   TaskId take_joined(int worker);
 
-  // `task` has ended: its slot, if it frees one, is free. Its results are not yet anywhere else.
-  // Calls wake(worker) for a worker that may now find a task.
+  // `task` has ended; frees its slot if it frees one. Its results reach other tasks by arrive(). Calls
+  // wake(worker) for a worker that may have a task now.
   template <class Wake>
   void finish(TaskId task, Wake&& wake);
 
-  // One thing `task` depends on is done. Calls wake(worker) if the task waits for nothing more.
+  // One dependency of `task` is done. Calls wake(worker) if it was the last one.
   template <class Wake>
   void arrive(TaskId task, Wake&& wake);
 
@@ -54,20 +53,20 @@ class ListScheduler {
   // The most microbatches that were in flight at once.
   const std::vector<int>& peak_by_stage() const { return peak_of_stage_; }
   const std::vector<int>& peak_by_rank() const { return peak_of_rank_; }
-  // The most that was held at once, by rank; only where memory is accounted for.
-  const std::vector<double>& peak_memory() const { return memory_->peak(); }
+  // By rank, the most memory in use at once; empty if memory is not accounted for.
+  std::vector<double> peak_memory() const { return memory_ ? memory_->peak() : std::vector<double>(); }
 
-  // For each worker with tasks left, its foremost one and what that waits for, a line each.
+  // For each worker with tasks left, one line: its first task and what that task waits for.
   std::string waiting() const;
 
-  // Where nothing runs and nothing may start: tasks each of which waits for the next and the last one for the
-  // first, a line each, with their cells.
+  // After a deadlock: a cycle of tasks, each of which waits for the next one, one line per task, with their
+  // cells.
   std::string cycle() const;
 
   std::size_t nbytes() const;
 
  private:
-  // Workers of the ranks whose tasks it schedules.
+  // The workers whose tasks this scheduler schedules.
   int first_worker() const { return rank_ == kEveryRank ? 0 : rank_ * plan_.workers_per_rank(); }
   int end_worker() const {
     return rank_ == kEveryRank ? plan_.num_workers() : first_worker() + plan_.workers_per_rank();
@@ -76,13 +75,13 @@ class ListScheduler {
   bool has_slot(TaskId task) const {
     return !plan_.takes_slot(task) || in_flight_[slots_of(task)] < plan_.limit(plan_.action(task).stage);
   }
-  // A stage's two copies have slots of their own.
+  // The two copies of a stage have separate slots.
   int slots_of(TaskId task) const {
     const Action& a = plan_.action(task);
     return a.stage + (plan_.shape().on_copy(a.microbatch) ? plan_.num_stages() : 0);
   }
   void occupy_slot(TaskId task);
-  // The first F of the worker's rank, as planned, that has not begun.
+  // The first `F` of the worker's rank, in planned order, that has not begun.
   TaskId next_forward(int worker) const;
   TaskId frees_slot_for(TaskId task) const;
 
@@ -90,17 +89,18 @@ class ListScheduler {
 
   const Plan& plan_;
   const int rank_;
-  const Links& links_;
+  const Dependencies& dependencies_;
   std::optional<MemoryUse> memory_;
   std::vector<std::uint16_t> missing_;  // dependencies that are not done, by task; or kFinished
-  std::vector<TaskId> head_;  // position in Plan::queued, by queue
-  std::vector<int> in_flight_;  // by slots_of
+  std::vector<TaskId> head_;            // position in Plan::queued, by queue
+  std::vector<int> in_flight_;          // by slots_of
   std::vector<int> peak_of_stage_;
   std::vector<int> in_flight_of_rank_, peak_of_rank_;
   TaskId unfinished_;
 };
 
-// Runs the plan without time. Throws PlanError with the tasks that wait for one another if it cannot end.
+// Runs the plan without time. If it cannot end, check_ends throws PlanError with the tasks that wait for one
+// another.
 void check_ends(const Plan& plan);
 bool ends(const Plan& plan);
 
@@ -118,8 +118,7 @@ TaskId ListScheduler::take(int worker, IsHere&& is_here) {
     const TaskId task = plan_.queued(head_[at]);
     if (missing_[task] != 0 || !has_slot(task) || !is_here(task)) continue;
     if (limited && plan_.takes_slot(task) && (task != forward || !memory_->fits(task))) continue;
-    if (best == kNoTask || q.priority < best_priority ||
-        (q.priority == best_priority && task < best)) {
+    if (best == kNoTask || q.priority < best_priority || (q.priority == best_priority && task < best)) {
       best = task;
       best_queue = at;
       best_priority = q.priority;
@@ -144,7 +143,7 @@ void ListScheduler::finish(TaskId task, Wake&& wake) {
     --in_flight_of_rank_[rank];
   }
   if (frees_slot || (memory_ && memory_->limited())) {
-    wake(plan_.options().overlap ? 2 * rank : rank);  // the worker that runs the rank's F
+    wake(plan_.options().overlap ? 2 * rank : rank);  // the worker that runs the rank's `F`
   }
 }
 

@@ -1,4 +1,4 @@
-// What each rank's microbatches take while a plan runs, and whether one more fits.
+// Accounts for the memory that each rank's microbatches occupy while a plan runs.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,5 @@
-// Backward first, and at stage s of S no more than S - s microbatches in flight. With equal stages this
-// yields the order of PipeDream-Flush: Narayanan et al., Memory-Efficient Pipeline-Parallel DNN Training,
-// ICML 2021.
+// 1F1B: backward first, and at most S - s microbatches in flight at stage s of S. With equal stages this is the
+// order of PipeDream-Flush: Narayanan et al., Memory-Efficient Pipeline-Parallel DNN Training, ICML 2021.
 #include <algorithm>
 
 #include "schedule/schedule.hpp"

@@ -8,39 +8,39 @@
 
 namespace pe {
 
-// The ways in which schedules place S stages on p ranks.
+// How a schedule places S stages on p ranks.
 enum class Layout {
-  Linear,  // one stage a rank
+  Linear,  // one stage per rank
   // Stage s on rank s % p: each rank holds several stages ("virtual stages"). Narayanan et al., Efficient
   // Large-Scale Language Model Training on GPU Clusters Using Megatron-LM, SC 2021.
   Looped,
-  // Stages s and 2p - 1 - s on rank s: what the first rank begins, it ends. Qi et al., Zero Bubble Pipeline
-  // Parallelism, ICLR 2024.
+  // Stages s and 2p - 1 - s on rank s, so the first rank holds the first and the last stage. Qi et al., Zero
+  // Bubble Pipeline Parallelism, ICLR 2024.
   V,
-  // Stage s on rank s, and a second copy of it on rank p - 1 - s: two pipelines that flow against each other,
-  // each with half of the microbatches. DeepSeek-AI, DeepSeek-V3 Technical Report, 2024.
+  // Stage s on rank s, and a second copy of it on rank p - 1 - s: two pipelines that flow in opposite
+  // directions, each with half of the microbatches. DeepSeek-AI, DeepSeek-V3 Technical Report, 2024.
   Bidirectional,
 };
 
 std::string_view layout_name(Layout layout);
-Layout layout_of_name(std::string_view name);  // throws PlanError listing the names there are
+Layout layout_of_name(std::string_view name);  // throws PlanError with the known names
 
 struct Placement {
   int num_ranks = 0;
   std::vector<int> rank_of_stage;
-  std::vector<int> rank_of_copy{};  // of each stage's second copy; empty: there is none
+  std::vector<int> rank_of_copy{};  // by stage, of its second copy; empty: no copies
 
   int num_stages() const { return static_cast<int>(rank_of_stage.size()); }
-  std::vector<int> stages_of(int rank) const;  // ascending, of the first copy
+  std::vector<int> stages_of(int rank) const;  // ascending; first copies only
 };
 
-// Throws PlanError, saying what fits, where the stages cannot be placed so.
+// Throws PlanError, which says what is needed, if the layout cannot hold these stages.
 Placement place(Layout layout, int num_stages, int num_ranks);
 
-// The first of the microbatches that the second copy runs, where there is one.
+// The first microbatch that runs on the second copy, if there is one.
 inline int first_of_copy(int microbatches) { return (microbatches + 1) / 2; }
 
-// Of a step with F, and backwards, of each stage for each microbatch.
+// The shape of a training step in which each stage runs each microbatch forward and backward.
 Shape shape_of(const Placement& placement, int microbatches);
 
 }  // namespace pe

@@ -3,9 +3,17 @@
 namespace pe {
 
 const std::vector<Schedule>& schedules() {
-  static const std::vector<Schedule> all = {
-      gpipe(), one_forward_one_backward(), interleaved_one_forward_one_backward(), looped_bfs(),
-      zb_h1(), zb_h2(), zbv(), v_half(), v_min(), dualpipev(), dualpipe()};
+  static const std::vector<Schedule> all = {gpipe(),
+                                            one_forward_one_backward(),
+                                            interleaved_one_forward_one_backward(),
+                                            looped_bfs(),
+                                            zb_h1(),
+                                            zb_h2(),
+                                            zbv(),
+                                            v_half(),
+                                            v_min(),
+                                            dualpipev(),
+                                            dualpipe()};
   return all;
 }
 

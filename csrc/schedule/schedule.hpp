@@ -1,4 +1,5 @@
-// A schedule is a placement and a policy, with a name. Nothing outside this folder knows a name.
+// A schedule is a placement and a policy, with a name. No code outside this folder depends on a schedule's
+// name.
 #pragma once
 
 #include <functional>
@@ -14,15 +15,14 @@ namespace pe {
 
 // What a rank prefers among its ready tasks, and how many microbatches a stage may have in flight.
 struct Rule {
-  std::vector<Kind> preference;  // first before later: F, and B or else I and W
+  std::vector<Kind> preference;  // most preferred first: `F`, and `B` or both `I` and `W`
   std::function<int(const Placement&, int stage, int microbatches)> limit;  // slots
 };
 
-// All actions of one rank, from first to last.
-using OrderOfRank =
-    std::function<std::vector<Action>(const Placement&, int rank, int microbatches)>;
+// The actions of one rank, from first to last.
+using OrderOfRank = std::function<std::vector<Action>(const Placement&, int rank, int microbatches)>;
 
-// All actions of all ranks, where those of one follow from the others'.
+// The actions of all ranks, for schedules that cannot list one rank alone.
 using OrderOfRanks = std::function<Order(const Placement&, int microbatches)>;
 
 struct Schedule {
@@ -45,7 +45,7 @@ Schedule dualpipev();
 Schedule dualpipe();
 
 const std::vector<Schedule>& schedules();
-// Throws PlanError listing the names there are.
+// Throws PlanError with the known names.
 const Schedule& find_schedule(std::string_view name);
 
 }  // namespace pe

@@ -1,4 +1,4 @@
-// Writes the list of a rank that holds two stages, chunk 0 and chunk 1.
+// Builds the action list of a rank that holds two stages, chunk 0 and chunk 1.
 #pragma once
 
 #include <array>
@@ -14,8 +14,8 @@ struct Chunk {
   int end;
 };
 
-// Each call lists a kind's next microbatch of a chunk. What lies beyond the last one is left out, so that a
-// pattern for many microbatches serves few as well.
+// Each call lists the next microbatch of a kind and chunk. Microbatches beyond the last one are skipped, so a
+// pattern for many microbatches also works for few.
 class TwoChunks {
  public:
   explicit TwoChunks(std::array<Chunk, 2> chunks) : chunks_(chunks) {
@@ -33,7 +33,7 @@ class TwoChunks {
     if (microbatch < chunks_[chunk].end) actions_.push_back({chunks_[chunk].stage, microbatch, kind});
   }
 
-  // F of one chunk overlapped with B of the other.
+  // Overlaps `F` of one chunk with `B` of the other.
   void list_pair(int forward) {
     const std::size_t before = actions_.size();
     list(forward, Kind::F);
@@ -41,10 +41,8 @@ class TwoChunks {
     if (actions_.size() == before + 2) actions_[before].joins_next = true;
   }
 
-  // How many microbatches of a chunk have been listed, or left out, for a kind.
-  int count(int chunk, Kind kind) const {
-    return next_[chunk][static_cast<int>(kind)] - chunks_[chunk].begin;
-  }
+  // How many microbatches of a chunk were listed or skipped for a kind.
+  int count(int chunk, Kind kind) const { return next_[chunk][static_cast<int>(kind)] - chunks_[chunk].begin; }
 
   std::vector<Action> take() { return std::move(actions_); }
 

@@ -1,8 +1,8 @@
-// ZB-V: the V placement with the backward split. The first rank also ends what it begins, so that the first
-// gradient has the shortest way, and all ranks hold as much as the first does in 1F1B: 2p half chunks. Qi et
-// al., Zero Bubble Pipeline Parallelism, ICLR 2024, section 6. With equal times of F, I and W and 2p - 1
-// microbatches or more, no rank is idle between its first and its last task; fewer run in the same pattern,
-// which lacks then what they are not there for. The order is that of torch.distributed.pipelining.
+// ZB-V: the V placement with the backward split. The first rank also holds the last stage, so the first
+// gradient comes early. Every rank holds as much as the first rank does in 1F1B: 2p half chunks. Qi et al.,
+// Zero Bubble Pipeline Parallelism, ICLR 2024, section 6. If `F`, `I` and `W` take equal times, no rank is idle
+// between its first and its last task with at least 2p - 1 microbatches. With fewer the same pattern runs;
+// missing microbatches are skipped. The order is that of torch.distributed.pipelining.
 #include <algorithm>
 
 #include "schedule/schedule.hpp"
@@ -11,8 +11,7 @@
 namespace pe {
 
 Schedule zbv() {
-  return {"zbv", Layout::V,
-          OrderOfRank([](const Placement& placement, int rank, int microbatches) {
+  return {"zbv", Layout::V, OrderOfRank([](const Placement& placement, int rank, int microbatches) {
             const int ranks = placement.num_ranks;
             const int full = std::max(2 * ranks - 1, microbatches);
             TwoChunks rows({Chunk{rank, 0, microbatches}, Chunk{2 * ranks - 1 - rank, 0, microbatches}});

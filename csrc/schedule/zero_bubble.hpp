@@ -1,4 +1,4 @@
-// What ZB-H1 and ZB-H2 share: one F and one I in turn, each W a fixed number of I after its own.
+// What ZB-H1 and ZB-H2 share: `F` and `I` alternate, and each `W` runs a fixed number of `I` after its own `I`.
 #pragma once
 
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace pe {
 
-// `ahead` F come before the first I, and W of a microbatch after the I of the `late`-th one after it.
+// `ahead` `F` run before the first `I`. `W` of a microbatch runs after the `I` of the microbatch `late` later.
 std::vector<Action> zero_bubble_order(int stage, int ahead, int late, int microbatches);
 
 }  // namespace pe

@@ -1,5 +1,5 @@
-// Simulated annealing (Kirkpatrick et al., Optimization by Simulated Annealing, Science 1983), the part that
-// is the same whatever is varied.
+// Simulated annealing (Kirkpatrick et al., Optimization by Simulated Annealing, Science 1983): the part that
+// does not depend on what is varied.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace pe {
 
-// Random numbers that are the same everywhere for a seed.
+// Random numbers that a seed determines on every platform.
 class Random {
  public:
   explicit Random(std::uint64_t seed) : engine_(seed) {}
@@ -21,7 +21,7 @@ class Random {
   std::mt19937_64 engine_;
 };
 
-// Whether a step from one cost to another is taken, at a temperature that falls to zero over the run.
+// Whether to accept a change of cost, at a temperature that falls to zero over the run.
 class Cooling {
  public:
   Cooling(double warmest, long rounds) : warmest_(warmest), rounds_(rounds) {}

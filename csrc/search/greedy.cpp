@@ -12,11 +12,11 @@ constexpr double kNever = std::numeric_limits<double>::infinity();
 }  // namespace
 
 Greedy::Greedy(const Problem& problem)
-    : problem_(problem), wires_(problem), begin_(problem.num_ranks()), end_(problem.num_ranks()) {}
+    : problem_(problem), links_(problem), begin_(problem.num_ranks()), end_(problem.num_ranks()) {}
 
 void Greedy::reset() {
   const int stages = problem_.num_stages();
-  wires_.reset();
+  links_.reset();
   forward_arrival_.assign(at(stages, 0), kNever);
   input_arrival_.assign(at(stages, 0), kNever);
   std::fill_n(forward_arrival_.begin(), problem_.microbatches(), 0.0);
@@ -42,7 +42,7 @@ std::optional<Score> Greedy::run(const Policy& policy, Tokens* tokens) {
     state.memory -= std::exchange(state.freed_at_end, 0.0);
     const Choice choice = choose(policy, rank, event.time);
     if (choice.stage < 0) continue;
-    if (tokens) (*tokens)[rank].push_back({static_cast<std::int16_t>(choice.stage), choice.step});
+    if (tokens) (*tokens)[rank].push_back({static_cast<std::int16_t>(choice.stage), choice.pass});
     start(rank, choice, event.time);
     --left;
   }
@@ -54,8 +54,8 @@ std::optional<Score> Greedy::run(const Policy& policy, Tokens* tokens) {
   return problem_.score(begin_, end_);
 }
 
-// What one microbatch takes at each later stage of the rank that has none in flight: kept for it, since what
-// is in flight at the earlier stages may end only by way of the later ones.
+// The memory of one microbatch at each later stage of the rank that has none in flight. It is reserved, because
+// the microbatches at the earlier stages end only after they have passed the later ones.
 double Greedy::reserved_after(int stage) const {
   double reserved = 0;
   for (const int later : problem_.stages_of(problem_.rank_of(stage))) {
@@ -74,13 +74,13 @@ Greedy::Choice Greedy::choose(const Policy& policy, int rank, double now) {
   const int num_chunks = static_cast<int>(stages.size());
   const bool turns = phase == 1 && rule.alternates && state.last.has_value();
 
-  const auto liking = [&](Step step, int stage) {
-    const bool is_forward = step == Step::F;
+  const auto liking = [&](Pass pass, int stage) {
+    const bool is_forward = pass == Pass::F;
     const int chunk = problem_.chunk_of(stage);
     const bool early = is_forward ? preference.early_stages_forward : preference.early_stages_backward;
     int value = early ? num_chunks - 1 - chunk : chunk;
     if (is_forward == preference.forward_first) value += num_chunks;
-    if (turns && step != *state.last) value += 2 * num_chunks;
+    if (turns && pass != *state.last) value += 2 * num_chunks;
     return value;
   };
 
@@ -93,28 +93,28 @@ Greedy::Choice Greedy::choose(const Policy& policy, int rank, double now) {
   };
   std::array<Coming, 16> coming;
   std::size_t num_coming = 0;
-  const auto consider = [&](Step step, int stage, double arrival, double& next) {
-    const int value = liking(step, stage);
+  const auto consider = [&](Pass pass, int stage, double arrival, double& next) {
+    const int value = liking(pass, stage);
     if (arrival <= now) {
-      if (value > best.liking) best = {stage, step, value};
+      if (value > best.liking) best = {stage, pass, value};
     } else {
       next = std::min(next, arrival);
       if (num_coming < coming.size()) coming[num_coming++] = {arrival, value};
     }
   };
   for (const int s : stages) {
-    if (inputs_[s] < forwards_[s]) consider(Step::I, s, input_arrival_[at(s, inputs_[s])], next_input);
+    if (inputs_[s] < forwards_[s]) consider(Pass::I, s, input_arrival_[at(s, inputs_[s])], next_input);
     const int m = forwards_[s];
     if (m == problem_.microbatches() || m - inputs_[s] >= policy.limits[s][phase]) continue;
     const double arrival = forward_arrival_[at(s, m)];
     if (problem_.fits(rank, state.memory + problem_.taken(s) + reserved_after(s))) {
-      consider(Step::F, s, arrival, next_forward);
+      consider(Pass::F, s, arrival, next_forward);
     } else if (arrival <= now) {
       lacks_memory = true;
     }
   }
   if (best.stage >= 0 && rule.hold[phase] > 0) {
-    const double until = now + rule.hold[phase] * problem_.time(best.step, best.stage);
+    const double until = now + rule.hold[phase] * problem_.time(best.pass, best.stage);
     for (std::size_t i = 0; i < num_coming; ++i) {
       if (coming[i].liking > best.liking && coming[i].arrival < until) {
         best = {};
@@ -125,10 +125,10 @@ Greedy::Choice Greedy::choose(const Policy& policy, int rank, double now) {
   if (best.stage >= 0) return best;
   for (const int s : stages) {
     if (weights_[s] == inputs_[s]) continue;
-    if (best.stage < 0 || !rule.early_stages_weights) best = {s, Step::W, 0};
+    if (best.stage < 0 || !rule.early_stages_weights) best = {s, Pass::W, 0};
   }
   if (best.stage >= 0 && !lacks_memory) {
-    const double time = problem_.time(Step::W, best.stage);
+    const double time = problem_.time(Pass::W, best.stage);
     if (now + time > next_input + rule.input_slack * time) return {};
     if (now + time > next_forward + rule.forward_slack * time) return {};
   }
@@ -138,22 +138,22 @@ Greedy::Choice Greedy::choose(const Policy& policy, int rank, double now) {
 void Greedy::start(int rank, const Choice& choice, double now) {
   Rank& state = ranks_[rank];
   const int s = choice.stage;
-  const double end = now + problem_.time(choice.step, s);
+  const double end = now + problem_.time(choice.pass, s);
   if (state.begin < 0) state.begin = now;
   state.free_at = state.end = end;
   const auto send = [&](bool forward, int m) {
     const int to = forward ? s + 1 : s - 1;
-    const double arrival = wires_.arrival(s, forward, end);
+    const double arrival = links_.arrival(s, forward, end);
     (forward ? forward_arrival_ : input_arrival_)[at(to, m)] = arrival;
     const int receiver = problem_.rank_of(to);
-    // One that is busy then will look when it is not.
+    // A rank that is busy then looks when its task ends.
     if (ranks_[receiver].free_at < arrival) events_.push({arrival, static_cast<std::uint32_t>(receiver), 0});
   };
-  switch (choice.step) {
-    case Step::F: {
+  switch (choice.pass) {
+    case Pass::F: {
       const int m = forwards_[s]++;
       state.memory += problem_.taken(s);
-      state.last = Step::F;
+      state.last = Pass::F;
       if (s + 1 < problem_.num_stages()) {
         send(true, m);
       } else {
@@ -161,15 +161,15 @@ void Greedy::start(int rank, const Choice& choice, double now) {
       }
       break;
     }
-    case Step::I: {
+    case Pass::I: {
       const int m = inputs_[s]++;
       state.freed_at_end = problem_.freed_by_input(s);
-      state.last = Step::I;
+      state.last = Pass::I;
       ++state.num_inputs;
       if (s > 0) send(false, m);
       break;
     }
-    case Step::W:
+    case Pass::W:
       ++weights_[s];
       state.freed_at_end = problem_.freed_by_weight(s);
       break;

@@ -1,10 +1,10 @@
-// An order made by a policy: under a virtual clock each rank takes the ready task it likes best, or waits for
-// a better one that is on its way.
+// Makes an order from a policy: under a virtual clock each rank takes the ready task it prefers, or waits for a
+// better one that will arrive soon.
 //
-// What a rank knows when it chooses is what will have arrived when: a result's way is known once its task has
-// begun. Weight gradients fill the time in which neither a forward nor an input gradient is there, as in the
-// heuristics of Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024; how eagerly, and what is worth
-// waiting for, is a parameter of each rank, for a search to set.
+// When a rank chooses, it knows the arrival of every result whose task has begun. Weight gradients fill the
+// time in which neither an `F` nor an `I` is ready, as in the heuristics of Qi et al., Zero Bubble Pipeline
+// Parallelism, ICLR 2024. How eagerly they do, and what is worth waiting for, are parameters of each rank,
+// which the search varies.
 #pragma once
 
 #include <array>
@@ -17,26 +17,26 @@
 
 namespace pe {
 
-// A rank is in its first phase until its first I begins.
+// A rank is in its first phase until its first `I` begins.
 inline constexpr int kNumPhases = 2;
 
 struct RankPolicy {
-  // A W may make the next I, and the next F, late by so much of its own time.
+  // How much a `W` may delay the next `I`, and the next `F`, as a share of the time of the `W`.
   double input_slack = 0, forward_slack = 0;
-  // The rank waits for a better F or I that arrives within so much of the time of the one at hand; by phase.
+  // By phase: the rank waits for a better `F` or `I` that arrives within this share of the ready one's time.
   std::array<double, kNumPhases> hold{};
   struct Preference {
-    bool forward_first = false;           // F before I
-    bool early_stages_forward = false;    // among its stages' F, the earlier stage's
-    bool early_stages_backward = false;   // among its stages' I
+    bool forward_first = false;          // `F` before `I`
+    bool early_stages_forward = false;   // among the `F` of its stages, the earlier stage's
+    bool early_stages_backward = false;  // the same among `I`
   };
   std::array<Preference, kNumPhases> preference{};
   bool early_stages_weights = false;
-  bool alternates = false;  // after an F it likes an I better, and after an I an F
+  bool alternates = false;  // after an `F` it prefers an `I`, and after an `I` an `F`
 };
 
 struct Policy {
-  std::vector<std::array<int, kNumPhases>> limits;  // microbatches between F and I, by stage and phase
+  std::vector<std::array<int, kNumPhases>> limits;  // microbatches between `F` and `I`, by stage and phase
   std::vector<RankPolicy> ranks;
 };
 
@@ -44,21 +44,21 @@ class Greedy {
  public:
   explicit Greedy(const Problem& problem);
 
-  // Nothing if the ranks come to wait for one another.
+  // Nothing if the ranks deadlock.
   std::optional<Score> run(const Policy& policy) { return run(policy, nullptr); }
-  // The order too.
+  // Also returns the order.
   std::optional<Score> run(const Policy& policy, Tokens& tokens) { return run(policy, &tokens); }
 
  private:
   struct Rank {
     double free_at, begin, end;
     double memory, freed_at_end;
-    std::optional<Step> last;  // of F and I
-    int num_inputs;            // I that have begun
+    std::optional<Pass> last;  // the last `F` or `I`
+    int num_inputs;            // `I` that have begun
   };
   struct Choice {
     int stage = -1;
-    Step step = Step::F;
+    Pass pass = Pass::F;
     int liking = -1;
   };
 
@@ -73,7 +73,7 @@ class Greedy {
   }
 
   const Problem& problem_;
-  Wires wires_;
+  Links links_;
   std::vector<double> forward_arrival_, input_arrival_;  // by stage and microbatch
   std::vector<int> forwards_, inputs_, weights_;         // begun, by stage
   std::vector<Rank> ranks_;

@@ -7,13 +7,13 @@
 namespace pe {
 namespace {
 
-constexpr double kWarmest = 0.02;      // of what could be gained
+constexpr double kWarmest = 0.02;  // of the most that can be gained
 constexpr double kShareOfMean = 2e-3;
-constexpr int kMostChanges = 3;        // in one round
+constexpr int kMostChanges = 3;  // per round
 
 int clamp_limit(const Problem& problem, int limit) { return std::clamp(limit, 1, problem.microbatches()); }
 
-// In steps: a search on a grid finds its way back.
+// Values on a grid, so that the search can return to an earlier one.
 double random_slack(Random& random) { return random.below(11) / 10.0; }
 double random_hold(Random& random) { return random.below(7) / 5.0; }
 
@@ -59,9 +59,8 @@ void change(const Problem& problem, Policy& policy, Random& random) {
   if (what < 9) {
     const double slack = random_slack(random);
     const bool input = random.one_in(2);
-    return change_ranks(problem, policy, random, [&](RankPolicy& rank) {
-      (input ? rank.input_slack : rank.forward_slack) = slack;
-    });
+    return change_ranks(problem, policy, random,
+                        [&](RankPolicy& rank) { (input ? rank.input_slack : rank.forward_slack) = slack; });
   }
   const int phase = random.below(kNumPhases);
   if (what < 12) {
@@ -84,8 +83,8 @@ void change(const Problem& problem, Policy& policy, Random& random) {
 }  // namespace
 
 Policy random_policy(const Problem& problem, Random& random) {
-  // In flight by distance from the last stage, as in 1F1B, but times a factor; fewer once the first I has
-  // run.
+  // In-flight limits grow with the distance from the last stage, as in 1F1B, but times a factor; they are lower
+  // once the first `I` has run.
   const double factor = 0.25 * std::exp(3.0 * random.share());
   const double later = random.one_in(2) ? 1.0 : 0.4 + 0.6 * random.share();
   Policy policy;

@@ -1,4 +1,4 @@
-// Policies drawn at random, and varied.
+// Random policies, and annealing of policies.
 #pragma once
 
 #include <functional>
@@ -16,10 +16,10 @@ struct RatedPolicy {
 
 Policy random_policy(const Problem& problem, Random& random);
 
-// With the limits that another number of microbatches allows.
+// Runs a policy, made for another number of microbatches perhaps; nothing if it deadlocks.
 std::optional<RatedPolicy> rate(const Problem& problem, Policy policy);
 
-// From `start` on; ends early where `ends(best)` says so.
+// Varies `start`; stops early once `ends(best)` is true.
 RatedPolicy anneal(const Problem& problem, RatedPolicy start, long rounds, Random random,
                    const std::function<bool(const Score&)>& ends);
 

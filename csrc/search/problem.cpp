@@ -41,8 +41,8 @@ Problem::Problem(const Placement& placement, int microbatches, const Costs& cost
     chunk_of_[s] = static_cast<int>(stages.size());
     stages.push_back(s);
     if (costs.overhead.empty()) continue;
-    if (s + 1 < num_stages() && crosses(s)) times_[static_cast<int>(Step::F)][s] += costs.overhead[s];
-    if (s > 0 && crosses(s - 1)) times_[static_cast<int>(Step::I)][s] += costs.overhead[s - 1];
+    if (s + 1 < num_stages() && crosses(s)) times_[static_cast<int>(Pass::F)][s] += costs.overhead[s];
+    if (s > 0 && crosses(s - 1)) times_[static_cast<int>(Pass::I)][s] += costs.overhead[s - 1];
   }
   for (int rank = 0; rank < num_ranks(); ++rank) {
     if (stages_of_[rank].empty()) throw PlanError("rank " + std::to_string(rank) + " holds no stage");
@@ -55,7 +55,7 @@ Problem::Problem(const Placement& placement, int microbatches, const Costs& cost
                       "; raise memory_limit, or cut the model or the batch into more parts");
     }
   }
-  // B is not what runs here, whatever it costs.
+  // `B` never runs here, so its own cost must not lower the bound.
   for (int s = 0; s < num_stages(); ++s) costs_.backward[s] = costs.input_grad[s] + costs.weight_grad[s];
   const LowerBound bound = pe::lower_bound(rank_of_, num_ranks(), microbatches_, costs_);
   lower_bound_ = objective_ == Objective::Span ? bound.span : bound.makespan;
@@ -74,15 +74,15 @@ Score Problem::score(const std::vector<double>& begin, const std::vector<double>
 }
 
 Order Problem::to_order(const Tokens& tokens) const {
-  constexpr Kind kKinds[kNumSteps] = {Kind::F, Kind::I, Kind::W};
+  constexpr Kind kKinds[kNumPasses] = {Kind::F, Kind::I, Kind::W};
   Order order;
-  std::vector<int> next(kNumSteps * num_stages(), 0);
+  std::vector<int> next(std::size_t{kNumPasses} * num_stages(), 0);
   for (const auto& of_rank : tokens) {
     auto& actions = order.emplace_back();
     actions.reserve(of_rank.size());
     for (const Token& token : of_rank) {
-      const int step = static_cast<int>(token.step);
-      actions.push_back({token.stage, next[kNumSteps * token.stage + step]++, kKinds[step]});
+      const int pass = static_cast<int>(token.pass);
+      actions.push_back({token.stage, next[kNumPasses * token.stage + pass]++, kKinds[pass]});
     }
   }
   return order;
@@ -94,9 +94,9 @@ Tokens Problem::to_tokens(const Order& order) const {
     auto& of_rank = tokens.emplace_back();
     for (const Action& a : actions) {
       const auto stage = static_cast<std::int16_t>(a.stage);
-      if (a.kind == Kind::F) of_rank.push_back({stage, Step::F});
-      if (a.kind == Kind::I || a.kind == Kind::B) of_rank.push_back({stage, Step::I});
-      if (a.kind == Kind::W || a.kind == Kind::B) of_rank.push_back({stage, Step::W});
+      if (a.kind == Kind::F) of_rank.push_back({stage, Pass::F});
+      if (a.kind == Kind::I || a.kind == Kind::B) of_rank.push_back({stage, Pass::I});
+      if (a.kind == Kind::W || a.kind == Kind::B) of_rank.push_back({stage, Pass::W});
     }
   }
   return tokens;

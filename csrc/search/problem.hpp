@@ -1,7 +1,8 @@
-// What a search for a zero-bubble order weighs: the stages on their ranks, what tasks and messages cost, and
-// what memory there is.
+// The input of a search for a zero-bubble order: the placement, the costs of tasks and messages, and the memory
+// limits.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -10,13 +11,13 @@
 
 namespace pe {
 
-enum class Step : std::uint8_t { F, I, W };  // the backward is always split
-inline constexpr int kNumSteps = 3;
+enum class Pass : std::uint8_t { F, I, W };  // the backward is always split
+inline constexpr int kNumPasses = 3;
 
-// One place in a rank's order. Which microbatch it runs follows from how often (stage, step) came before.
+// One entry of a rank's order. Its microbatch is the number of earlier entries with the same (stage, pass).
 struct Token {
   std::int16_t stage = 0;
-  Step step = Step::F;
+  Pass pass = Pass::F;
 
   friend bool operator==(const Token&, const Token&) = default;
 };
@@ -24,38 +25,38 @@ using Tokens = std::vector<std::vector<Token>>;  // by rank
 
 enum class Objective {
   Makespan,  // the latest end of any rank
-  Span,      // the largest over ranks of the time from its own first begin to its end
+  Span,      // the largest time, over ranks, from a rank's own first begin to its end
 };
 
 struct Score {
   double time = 0;  // the objective
-  double mean = 0;  // over ranks, of what the objective takes the largest of
+  double mean = 0;  // the mean over ranks of what the objective takes the largest of
 
-  // One number to minimise: ranks other than the slowest count a little.
+  // The number to minimise: ranks other than the slowest count a little.
   double cost(double share_of_mean) const { return time + share_of_mean * mean; }
 };
 
 class Problem {
  public:
-  // Throws PlanError for costs that do not fit, more stages than a Token tells apart, a rank without
-  // stages, or a limit too small for one microbatch at each of a rank's stages.
+  // Throws PlanError for costs that do not fit, more stages than a Token can number, a rank without stages, or
+  // a memory limit too small for one microbatch at each of a rank's stages.
   Problem(const Placement& placement, int microbatches, const Costs& costs, Objective objective);
 
-  // The same with another number of microbatches.
+  // The same problem with another number of microbatches.
   Problem with(int microbatches) const;
 
   int num_ranks() const { return static_cast<int>(stages_of_.size()); }
   int num_stages() const { return static_cast<int>(rank_of_.size()); }
   int microbatches() const { return microbatches_; }
   int rank_of(int stage) const { return rank_of_[stage]; }
-  int chunk_of(int stage) const { return chunk_of_[stage]; }  // its place among its rank's stages
+  int chunk_of(int stage) const { return chunk_of_[stage]; }  // its index among its rank's stages
   const std::vector<int>& stages_of(int rank) const { return stages_of_[rank]; }  // ascending
-  int num_tasks() const { return kNumSteps * num_stages() * microbatches_; }
+  int num_tasks() const { return kNumPasses * num_stages() * microbatches_; }
 
-  // How long a task keeps its rank, with sending its result.
-  double time(Step step, int stage) const { return times_[static_cast<int>(step)][stage]; }
-  double taken(int stage) const { return taken_[stage]; }                    // by F
-  double freed_by_input(int stage) const { return freed_by_input_[stage]; }  // by I
+  // How long a pass keeps its rank busy, sending its result included.
+  double time(Pass pass, int stage) const { return times_[static_cast<int>(pass)][stage]; }
+  double taken(int stage) const { return taken_[stage]; }                    // at `F`
+  double freed_by_input(int stage) const { return freed_by_input_[stage]; }  // at `I`
   double freed_by_weight(int stage) const { return taken_[stage] - freed_by_input_[stage]; }
   bool fits(int rank, double memory) const { return memory <= limit_[rank]; }
 
@@ -64,16 +65,14 @@ class Problem {
   double transfer(int boundary) const { return transfer_[boundary]; }  // how long a result occupies the link
 
   // A rank's part in the objective.
-  double share(double begin, double end) const {
-    return objective_ == Objective::Span ? end - begin : end;
-  }
-  // From when each rank first begins and last ends.
+  double share(double begin, double end) const { return objective_ == Objective::Span ? end - begin : end; }
+  // The score of ranks that begin and end at these times.
   Score score(const std::vector<double>& begin, const std::vector<double>& end) const;
-  // No order can do in less.
+  // No order has a lower objective.
   double lower_bound() const { return lower_bound_; }
 
   Order to_order(const Tokens& tokens) const;
-  // The F, I and W of an order; a B counts as its I, directly followed by its W.
+  // The `F`, `I` and `W` of an order; `B` becomes `I` and `W`.
   Tokens to_tokens(const Order& order) const;
 
  private:
@@ -83,21 +82,23 @@ class Problem {
   Objective objective_;
   std::vector<int> rank_of_, chunk_of_;
   std::vector<std::vector<int>> stages_of_;
-  std::vector<double> times_[kNumSteps];
+  std::array<std::vector<double>, kNumPasses> times_;
   std::vector<double> taken_, freed_by_input_;
   std::vector<double> limit_;
   std::vector<double> latency_, transfer_;
   double lower_bound_ = 0;
 };
 
-// When results arrive that travel over links, each of which carries one at a time in each direction.
-class Wires {
+// When results arrive. There is a link in each direction across each boundary, which carries one result at a
+// time.
+class Links {
  public:
-  explicit Wires(const Problem& problem) : problem_(problem), free_(2 * problem.num_stages(), 0.0) {}
+  explicit Links(const Problem& problem)
+      : problem_(problem), free_(std::size_t{2} * problem.num_stages(), 0.0) {}
 
   void reset() { free_.assign(free_.size(), 0.0); }
 
-  // Of the result that `stage` sends at `time` to the next stage, or to the one before.
+  // The arrival of the result that `stage` sends at `time` to the next stage, or to the one before.
   double arrival(int stage, bool forward, double time) {
     const int boundary = forward ? stage : stage - 1;
     if (!problem_.crosses(boundary)) return time;

@@ -15,13 +15,14 @@ struct Fills {
 
 struct Built {
   Tokens tokens;
-  std::vector<double> idle;  // by rank, since its first begin
+  std::vector<double> idle;  // by rank, from its first begin on
   double most_idle() const { return *std::max_element(idle.begin(), idle.end()); }
 };
 
 class Rounds {
  public:
-  // `allowed`: what ranks idled in an earlier order; those that idled less may idle as much.
+  // `allowed`: the idle time of each rank in an earlier order; ranks that idled less may now idle as much as
+  // the most.
   Rounds(const Problem& problem, Fills fills, const std::vector<double>& allowed)
       : problem_(problem),
         fills_(fills),
@@ -29,7 +30,7 @@ class Rounds {
         most_allowed_(allowed.empty() ? 0.0 : *std::max_element(allowed.begin(), allowed.end())),
         ranks_(problem.num_ranks()),
         microbatches_(problem.microbatches()),
-        wires_(problem),
+        links_(problem),
         forward_arrival_(at(problem.num_stages(), 0), kUnknown),
         input_arrival_(at(problem.num_stages(), 0), kUnknown),
         forwards_(problem.num_stages(), 0),
@@ -57,21 +58,21 @@ class Rounds {
   int late(int rank) const { return problem_.num_stages() - 1 - rank; }
   std::size_t at(int stage, int m) const { return static_cast<std::size_t>(stage) * microbatches_ + m; }
 
-  // Forwards until each rank has run as many as the one before.
+  // Runs `F` until each rank has run as many as the rank before it.
   bool warm_up() {
     for (int rank = 0; rank < ranks_; ++rank) {
-      if (!run(Step::F, early(rank))) return false;
+      if (!run(Pass::F, early(rank))) return false;
     }
     for (int rank = ranks_ - 1; rank >= 0; --rank) {
-      // More early ones while the first late one is on its way, with memory left for what comes meanwhile.
+      // More of the early stage while the first input of the late stage is in transit, if memory allows.
       while (rank + 1 < ranks_ && forwards_[early(rank)] < microbatches_ &&
-             now_[rank] + problem_.time(Step::F, early(rank)) <= forward_arrival_[at(late(rank), 0)] &&
+             now_[rank] + problem_.time(Pass::F, early(rank)) <= forward_arrival_[at(late(rank), 0)] &&
              problem_.fits(rank, memory_[rank] + (2 + 2 * rank) * problem_.taken(early(rank)))) {
         for (int r = 0; r <= rank; ++r) {
-          if (!run(Step::F, early(r))) return false;
+          if (!run(Pass::F, early(r))) return false;
         }
       }
-      if (!run(Step::F, late(rank))) return false;
+      if (!run(Pass::F, late(rank))) return false;
     }
     bool is_late = false;
     const auto count = [&](int rank) { return forwards_[early(rank)] + forwards_[late(rank)]; };
@@ -84,7 +85,7 @@ class Rounds {
         if (turns > 4 * microbatches_) return false;
         for (int r = ranks_ - 1; r >= rank; --r) {
           const int stage = is_late ? late(r) : early(r);
-          if (forwards_[stage] < microbatches_ && !run(Step::F, stage)) return false;
+          if (forwards_[stage] < microbatches_ && !run(Pass::F, stage)) return false;
         }
       }
     }
@@ -105,7 +106,7 @@ class Rounds {
       if (!takes_early(rank)) stages.push_back(late(rank));
     }
     return std::all_of(stages.begin(), stages.end(), [&](int stage) {
-      return fill(Step::I, stage, fills_.before_input || stage < ranks_) && run(Step::I, stage);
+      return fill(Pass::I, stage, fills_.before_input || stage < ranks_) && run(Pass::I, stage);
     });
   }
 
@@ -118,59 +119,59 @@ class Rounds {
       if (!late_is_there && early_done == microbatches_) continue;
       const int stage = late_is_there ? late(rank) : early(rank);
       if (forward_arrival_[at(stage, forwards_[stage])] < 0) continue;
-      if (!fill(Step::F, stage, fills_.before_forward) || !run(Step::F, stage)) return false;
+      if (!fill(Pass::F, stage, fills_.before_forward) || !run(Pass::F, stage)) return false;
     }
     return true;
   }
 
-  double arrival(Step step, int stage) const {
-    return step == Step::F ? forward_arrival_[at(stage, forwards_[stage])]
+  double arrival(Pass pass, int stage) const {
+    return pass == Pass::F ? forward_arrival_[at(stage, forwards_[stage])]
                            : input_arrival_[at(stage, inputs_[stage])];
   }
 
-  // Weight gradients before the next F or I of a stage. False where memory lacks and none are left.
-  bool fill(Step step, int stage, bool may_delay) {
+  // Runs `W` before the next `F` or `I` of a stage. False if memory is short and no `W` is left.
+  bool fill(Pass pass, int stage, bool may_delay) {
     const int rank = problem_.rank_of(stage);
     auto& pending = pending_[rank];
-    while (step == Step::F && !problem_.fits(rank, memory_[rank] + problem_.taken(stage))) {
+    while (pass == Pass::F && !problem_.fits(rank, memory_[rank] + problem_.taken(stage))) {
       if (pending.empty()) return false;
       run_weight(rank);
     }
-    const int done = step == Step::F ? forwards_[stage] : inputs_[stage];
+    const int done = pass == Pass::F ? forwards_[stage] : inputs_[stage];
     if (done == microbatches_) return false;
-    const double until = arrival(step, stage);
-    while (!pending.empty() && now_[rank] + problem_.time(Step::W, pending.front()) <= until) run_weight(rank);
+    const double until = arrival(pass, stage);
+    while (!pending.empty() && now_[rank] + problem_.time(Pass::W, pending.front()) <= until) run_weight(rank);
     double most = built_.most_idle();
     if (!allowed_.empty()) most = std::max(most, most_allowed_ - allowed_[rank]);
     if (may_delay && !pending.empty() && until - now_[rank] > most - built_.idle[rank]) run_weight(rank);
     return true;
   }
 
-  // False where what it needs is not there, or memory lacks.
-  bool run(Step step, int stage) {
+  // Runs the next `F` or `I` of a stage. False if its input is missing or memory is short.
+  bool run(Pass pass, int stage) {
     const int rank = problem_.rank_of(stage);
-    const bool forward = step == Step::F;
+    const bool forward = pass == Pass::F;
     int& done = forward ? forwards_[stage] : inputs_[stage];
     if (done == microbatches_) return false;
-    const double ready = arrival(step, stage);
+    const double ready = arrival(pass, stage);
     if (ready < 0 || (forward && !problem_.fits(rank, memory_[rank] + problem_.taken(stage)))) return false;
     const double begin = std::max(now_[rank], ready);
     auto& tokens = built_.tokens[rank];
     if (!tokens.empty()) built_.idle[rank] += begin - now_[rank];
-    tokens.push_back({static_cast<std::int16_t>(stage), step});
-    now_[rank] = begin + problem_.time(step, stage);
+    tokens.push_back({static_cast<std::int16_t>(stage), pass});
+    now_[rank] = begin + problem_.time(pass, stage);
     const int m = done++;
     if (forward) {
       memory_[rank] += problem_.taken(stage);
       if (stage + 1 < problem_.num_stages()) {
-        forward_arrival_[at(stage + 1, m)] = wires_.arrival(stage, true, now_[rank]);
+        forward_arrival_[at(stage + 1, m)] = links_.arrival(stage, true, now_[rank]);
       } else {
         input_arrival_[at(stage, m)] = now_[rank];
       }
     } else {
       memory_[rank] -= problem_.freed_by_input(stage);
       pending_[rank].push_back(stage);
-      if (stage > 0) input_arrival_[at(stage - 1, m)] = wires_.arrival(stage, false, now_[rank]);
+      if (stage > 0) input_arrival_[at(stage - 1, m)] = links_.arrival(stage, false, now_[rank]);
     }
     return true;
   }
@@ -178,8 +179,8 @@ class Rounds {
   void run_weight(int rank) {
     const int stage = pending_[rank].front();
     pending_[rank].pop_front();
-    built_.tokens[rank].push_back({static_cast<std::int16_t>(stage), Step::W});
-    now_[rank] += problem_.time(Step::W, stage);
+    built_.tokens[rank].push_back({static_cast<std::int16_t>(stage), Pass::W});
+    now_[rank] += problem_.time(Pass::W, stage);
     memory_[rank] -= problem_.freed_by_weight(stage);
   }
 
@@ -188,11 +189,11 @@ class Rounds {
   const std::vector<double>& allowed_;
   const double most_allowed_;
   const int ranks_, microbatches_;
-  Wires wires_;
+  Links links_;
   std::vector<double> forward_arrival_, input_arrival_;  // by stage and microbatch
   std::vector<int> forwards_, inputs_;                   // run, by stage
   std::vector<double> now_, memory_;                     // by rank
-  std::vector<std::deque<int>> pending_;                 // stages whose W are to run, by rank
+  std::vector<std::deque<int>> pending_;                 // by rank, the stages whose `W` is still to run
   Built built_;
 };
 

@@ -1,8 +1,8 @@
-// Orders for the V placement, built round by round: in each, every rank runs one I and then one F.
+// Orders for the V placement, built round by round: in each round every rank runs one `I` and then one `F`.
 //
-// After Qi et al., Zero Bubble Pipeline Parallelism (ICLR 2024, and its later revisions on arXiv), who give
-// ZB-V's heuristic in outline; stages may cost different times here. Weight gradients go where a rank would
-// wait, or where memory demands it; and one may make a rank late where the rank has waited less than others.
+// After Qi et al., Zero Bubble Pipeline Parallelism (ICLR 2024, and later revisions on arXiv), who outline the
+// heuristic of ZB-V; here stages may have different times. `W` runs where a rank would wait, or where memory
+// requires it. A `W` may also delay a rank that has waited less than others.
 #pragma once
 
 #include <vector>
@@ -11,7 +11,7 @@
 
 namespace pe {
 
-// The orders that end, of every way to fill; none unless each rank holds two stages in V shape.
+// The orders that end, with every rule for filling; none unless each rank holds two stages in V shape.
 std::vector<Tokens> orders_by_rounds(const Problem& problem);
 
 }  // namespace pe

@@ -11,14 +11,14 @@ constexpr double kUnknown = -1.0;
 
 Filler::Filler(const Problem& problem)
     : problem_(problem),
-      wires_(problem),
+      links_(problem),
       waits_(problem.num_ranks()),
       begin_(problem.num_ranks()),
       end_(problem.num_ranks()) {}
 
 std::optional<Score> Filler::run(const Sequence& sequence, Tokens* tokens) {
   const int stages = problem_.num_stages();
-  wires_.reset();
+  links_.reset();
   forward_arrival_.assign(at(stages, 0), kUnknown);
   input_arrival_.assign(at(stages, 0), kUnknown);
   std::fill_n(forward_arrival_.begin(), problem_.microbatches(), 0.0);
@@ -48,19 +48,19 @@ std::optional<Score> Filler::run(const Sequence& sequence, Tokens* tokens) {
   return problem_.score(begin_, end_);
 }
 
-// Runs the rank until what its next token needs is not known yet. False where that cannot be.
+// Runs the rank until the arrival of its next input is unknown. False if the sequence is not possible.
 bool Filler::advance(const Sequence& sequence, int rank, Tokens* tokens) {
   Rank& state = ranks_[rank];
   const std::vector<Token>& mine = sequence.tokens[rank];
   for (; state.next < mine.size(); ++state.next) {
-    const auto [stage, step] = mine[state.next];
-    if (step == Step::W) {
+    const auto [stage, pass] = mine[state.next];
+    if (pass == Pass::W) {
       if (pending_[stage] == 0) return false;
       waits_[rank][state.next] = 0;
       run_weight(rank, stage, tokens);
       continue;
     }
-    const bool forward = step == Step::F;
+    const bool forward = pass == Pass::F;
     const int m = forward ? forwards_[stage] : inputs_[stage];
     if (!forward && m >= forwards_[stage]) return false;
     const double arrival = (forward ? forward_arrival_ : input_arrival_)[at(stage, m)];
@@ -68,7 +68,7 @@ bool Filler::advance(const Sequence& sequence, int rank, Tokens* tokens) {
     while (!sequence.has_weights && state.num_pending > 0) {
       const int next = next_weight(rank);
       const double room = arrival - state.now;
-      const bool is_late = (1 - sequence.slack[rank]) * problem_.time(Step::W, next) > room;
+      const bool is_late = (1 - sequence.slack[rank]) * problem_.time(Pass::W, next) > room;
       if (is_late && !lacks_memory(rank, mine[state.next])) break;
       run_weight(rank, next, tokens);
     }
@@ -76,8 +76,8 @@ bool Filler::advance(const Sequence& sequence, int rank, Tokens* tokens) {
     const double begin = std::max(state.now, arrival);
     waits_[rank][state.next] = begin - state.now;
     if (state.begin < 0) state.begin = begin;
-    state.now = begin + problem_.time(step, stage);
-    if (tokens) (*tokens)[rank].push_back({stage, step});
+    state.now = begin + problem_.time(pass, stage);
+    if (tokens) (*tokens)[rank].push_back({stage, pass});
     if (forward) {
       ++forwards_[stage];
       state.memory += problem_.taken(stage);
@@ -98,10 +98,10 @@ bool Filler::advance(const Sequence& sequence, int rank, Tokens* tokens) {
 }
 
 bool Filler::lacks_memory(int rank, const Token& token) const {
-  return token.step == Step::F && !problem_.fits(rank, ranks_[rank].memory + problem_.taken(token.stage));
+  return token.pass == Pass::F && !problem_.fits(rank, ranks_[rank].memory + problem_.taken(token.stage));
 }
 
-// Of the latest stage that has any: what follows it in the backward is done first.
+// The rank's latest stage with a `W` to run: backwards reach later stages first.
 int Filler::next_weight(int rank) const {
   const auto& stages = problem_.stages_of(rank);
   return *std::find_if(stages.rbegin(), stages.rend(), [&](int s) { return pending_[s] > 0; });
@@ -111,13 +111,13 @@ void Filler::run_weight(int rank, int stage, Tokens* tokens) {
   Rank& state = ranks_[rank];
   --pending_[stage];
   --state.num_pending;
-  state.now += problem_.time(Step::W, stage);
+  state.now += problem_.time(Pass::W, stage);
   state.memory -= problem_.freed_by_weight(stage);
-  if (tokens) (*tokens)[rank].push_back({static_cast<std::int16_t>(stage), Step::W});
+  if (tokens) (*tokens)[rank].push_back({static_cast<std::int16_t>(stage), Pass::W});
 }
 
 void Filler::hand_over(int from, int to, std::vector<double>& arrivals, int m, double time) {
-  arrivals[at(to, m)] = wires_.arrival(from, to > from, time);
+  arrivals[at(to, m)] = links_.arrival(from, to > from, time);
   const int rank = problem_.rank_of(to);
   if (rank == problem_.rank_of(from) || ranks_[rank].is_listed) return;
   ranks_[rank].is_listed = true;

@@ -1,5 +1,5 @@
-// An order made from the sequences in which each rank takes its forwards and input gradients: the weight
-// gradients are put where the rank would wait, or where memory demands it; or they are part of the sequence.
+// Makes an order from each rank's sequence of `F` and `I`: inserts `W` where the rank would wait or memory
+// requires it, unless the sequence contains the `W` itself.
 #pragma once
 
 #include <optional>
@@ -11,21 +11,21 @@ namespace pe {
 
 struct Sequence {
   Tokens tokens;
-  bool has_weights = false;   // tokens of W too; none are put in
-  std::vector<double> slack;  // by rank: a W may make what follows late by so much of its own time
+  bool has_weights = false;   // the tokens contain `W`; none are inserted
+  std::vector<double> slack;  // by rank: how much a `W` may delay what follows, as a share of its own time
 };
 
 class Filler {
  public:
   explicit Filler(const Problem& problem);
 
-  // Nothing where the sequence cannot end, or does not fit the memory.
+  // Nothing if the sequence cannot end or does not fit the memory.
   std::optional<Score> run(const Sequence& sequence) { return run(sequence, nullptr); }
-  // The order too, with its W.
+  // Also returns the order, with its `W`.
   std::optional<Score> run(const Sequence& sequence, Tokens& tokens) { return run(sequence, &tokens); }
 
-  // Of the last run that ended: how long each rank waited for each of its tokens, and its share of the
-  // objective.
+  // Of the last run that ended: how long each rank waited for each of its tokens, and the rank with the largest
+  // share of the objective.
   const std::vector<std::vector<double>>& waits() const { return waits_; }
   int slowest_rank() const;
 
@@ -34,7 +34,7 @@ class Filler {
     std::size_t next;  // token
     double now, begin, memory;
     int num_pending;  // weight gradients
-    bool is_listed;   // among those that may go on
+    bool is_listed;   // in ready_
   };
 
   std::optional<Score> run(const Sequence& sequence, Tokens* tokens);
@@ -49,11 +49,11 @@ class Filler {
   }
 
   const Problem& problem_;
-  Wires wires_;
-  std::vector<double> forward_arrival_, input_arrival_;  // by stage and microbatch; negative: not known yet
+  Links links_;
+  std::vector<double> forward_arrival_, input_arrival_;  // by stage and microbatch; negative: unknown
   std::vector<int> forwards_, inputs_, pending_;         // by stage
   std::vector<Rank> ranks_;
-  std::vector<int> ready_;  // ranks that may go on
+  std::vector<int> ready_;  // ranks that may continue
   std::vector<std::vector<double>> waits_;
   std::vector<double> begin_, end_;
 };

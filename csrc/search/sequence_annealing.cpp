@@ -6,18 +6,18 @@
 namespace pe {
 namespace {
 
-constexpr double kWarmest = 3e-6;      // of the time
+constexpr double kWarmest = 3e-6;  // of the time
 constexpr double kShareOfMean = 0.3;
-constexpr int kFarthest = 6;           // that a token moves
+constexpr int kFarthest = 6;  // positions that a token moves
 
-// Most that can be won is where the pipeline fills and drains.
+// Prefers positions where the pipeline fills and drains: most time can be gained there.
 int random_position(int size, int ends_at, Random& random) {
   if (random.one_in(5)) return random.below(size);
   const int from_end = random.below(std::min(size, ends_at));
   return random.one_in(2) ? from_end : size - 1 - from_end;
 }
 
-// The first token from `position` on, round the end, that the rank waits for.
+// The first token from `position` on, wrapping around, that the rank waits for.
 int waited_for(const std::vector<double>& waits, int position) {
   const int size = static_cast<int>(waits.size());
   for (int i = 0; i < size; ++i) {
@@ -35,7 +35,7 @@ std::optional<Move> random_move(const std::vector<Token>& tokens, const std::vec
                                 Random& random) {
   const int size = static_cast<int>(tokens.size());
   Move move{};
-  if (random.below(5) < 3) {  // something later into the time waited
+  if (random.below(5) < 3) {  // a later token into the waiting time
     move.to = waited_for(waits, random_position(size, ends_at, random));
     move.from = move.to + 1 + random.below(kFarthest);
   } else {
@@ -44,7 +44,7 @@ std::optional<Move> random_move(const std::vector<Token>& tokens, const std::vec
     if (random.one_in(2)) std::swap(move.from, move.to);
   }
   if (std::max(move.from, move.to) >= size) return std::nullopt;
-  // Past a token like itself it would change nothing.
+  // Moving past an equal token changes nothing.
   const auto [low, high] = std::minmax(move.from, move.to);
   const auto begin = tokens.begin() + (move.from == low ? low + 1 : low);
   const auto end = tokens.begin() + (move.from == high ? high : high + 1);
@@ -75,7 +75,7 @@ std::optional<RatedSequence> sequence_of(const Problem& problem, const Tokens& t
   for (const auto& of_rank : tokens) {
     auto& kept = without.tokens.emplace_back();
     std::copy_if(of_rank.begin(), of_rank.end(), std::back_inserter(kept),
-                 [](const Token& token) { return token.step != Step::W; });
+                 [](const Token& token) { return token.pass != Pass::W; });
   }
   for (const double slack : {0.0, 0.25, 0.5, 0.75, 1.0}) {
     without.slack.assign(problem.num_ranks(), slack);

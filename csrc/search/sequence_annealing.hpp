@@ -1,4 +1,4 @@
-// Sequences of forwards and input gradients, varied token by token.
+// Annealing of sequences, token by token.
 #pragma once
 
 #include <functional>
@@ -14,11 +14,10 @@ struct RatedSequence {
   Score score;
 };
 
-// The better of `tokens` as they are, and their F and I with the slack that serves best; nothing if neither
-// ends.
+// The better of `tokens` unchanged, and their `F` and `I` with the best slack; nothing if neither ends.
 std::optional<RatedSequence> sequence_of(const Problem& problem, const Tokens& tokens);
 
-// From `start` on; ends early where `ends(best)` says so.
+// Varies `start`; stops early once `ends(best)` is true.
 RatedSequence anneal(const Problem& problem, RatedSequence start, long rounds, Random random,
                      const std::function<bool(const Score&)>& ends);
 

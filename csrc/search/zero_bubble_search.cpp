@@ -12,12 +12,12 @@
 namespace pe {
 namespace {
 
-constexpr int kPolicies = 4;    // that are varied
-constexpr int kShortStep = 4;   // microbatches a rank, of the step on which they are varied first
-constexpr int kTasted = 8;      // sequences that are varied for a while
-constexpr int kSequences = 2;   // that are varied for long
-constexpr long kFewest = 64;    // trials in a part of the search
-constexpr double kCheaper = 8;  // a trial of a sequence than one of a policy
+constexpr int kPolicies = 4;    // to vary
+constexpr int kShortStep = 4;   // microbatches per rank, of the step on which policies are varied first
+constexpr int kTasted = 8;      // sequences to vary briefly
+constexpr int kSequences = 2;   // sequences to vary for long
+constexpr long kFewest = 64;    // trials per part of the search
+constexpr double kCheaper = 8;  // how much cheaper a trial of a sequence is than one of a policy
 
 constexpr double kRounding = 1e-9;  // of sums of times
 constexpr Score kNothing{1e300, 0};
@@ -45,7 +45,7 @@ class Search {
   Search(const Problem& problem, const Effort& effort) : problem_(problem), effort_(effort) {}
 
   Found run(const std::vector<Order>& templates) {
-    // What is good for a short step is good, or nearly, for a long one.
+    // A policy that is good for a short step is nearly as good for a long one.
     const int few = std::min(problem_.microbatches(), kShortStep * problem_.num_ranks());
     const Problem small = problem_.with(few);
     std::vector<RatedPolicy> policies = draw(small);
@@ -57,13 +57,13 @@ class Search {
       }
       policies = std::move(longer);
     }
-    // With what is left of the work, where the short step has ended early.
+    // Uses the work that is left if the short step stopped early.
     const double used = static_cast<double>(trials_) * small.num_tasks() / static_cast<double>(effort_.work);
     vary(problem_, policies, trials(problem_, kDrawing + kShortAnnealing + kPolicyAnnealing - used, 1.0), 100);
     std::vector<Tokens> beginnings(policies.size());
     for (std::size_t i = 0; i < policies.size(); ++i) {
       Greedy(problem_).run(policies[i].policy, beginnings[i]);
-      // In its order, a rank need not wait for what was better at the time.
+      // With the order fixed, a rank no longer waits for better tasks.
       if (const auto score = Filler(problem_).run({beginnings[i], true, {}})) offer(*score, beginnings[i]);
     }
     for (const Order& order : templates) beginnings.push_back(problem_.to_tokens(order));
@@ -86,7 +86,7 @@ class Search {
     return Random(effort_.seed * 1000003u + static_cast<std::uint64_t>(part) + 1);
   }
 
-  // Asked before each trial.
+  // Called before each trial.
   bool is_over(const Score& score, const Problem& problem) {
     ++trials_;
     const bool is_stopped = effort_.stop && effort_.stop->load(std::memory_order_relaxed);
@@ -100,7 +100,7 @@ class Search {
     found_.tokens = tokens;
   }
 
-  // The best of some policies drawn at random, no two that come to the same.
+  // Draws policies at random; returns the best ones, no two of them with equal times.
   std::vector<RatedPolicy> draw(const Problem& problem) {
     const int n = static_cast<int>(std::min(trials(problem, kDrawing, 1.0), 3000L));
     std::vector<std::optional<RatedPolicy>> drawn(n);
@@ -135,31 +135,32 @@ class Search {
   }
 
   void vary(const std::vector<Tokens>& beginnings) {
-    std::vector<std::optional<RatedSequence>> sequences(beginnings.size());
+    std::vector<RatedSequence> sequences;
     const auto ends = [this](const Score& score) { return is_over(score); };
     const auto vary_each = [&](double share, int seed) {
       if (is_over(found_.tokens.empty() ? kNothing : found_.score)) return;
       const long rounds = trials(problem_, share, kCheaper) / static_cast<long>(sequences.size());
       for_each(static_cast<int>(sequences.size()), effort_.threads, [&](int i) {
-        sequences[i] = anneal(problem_, std::move(*sequences[i]), rounds, random(seed + i), ends);
+        sequences[i] = anneal(problem_, std::move(sequences[i]), rounds, random(seed + i), ends);
       });
     };
-    for (std::size_t i = 0; i < beginnings.size(); ++i) sequences[i] = sequence_of(problem_, beginnings[i]);
-    std::erase_if(sequences, [](const auto& sequence) { return !sequence.has_value(); });
+    for (const Tokens& beginning : beginnings) {
+      if (auto sequence = sequence_of(problem_, beginning)) sequences.push_back(std::move(*sequence));
+    }
     if (sequences.empty()) return;
     const auto best_first = [&](std::size_t kept) {
       std::stable_sort(sequences.begin(), sequences.end(),
-                       [](const auto& a, const auto& b) { return a->score.time < b->score.time; });
-      sequences.resize(std::min(sequences.size(), kept));
+                       [](const auto& a, const auto& b) { return a.score.time < b.score.time; });
+      if (sequences.size() > kept)
+        sequences.erase(sequences.begin() + static_cast<long>(kept), sequences.end());
     };
     best_first(kTasted);
     vary_each(kTastingSequences, 2000);
     best_first(kSequences);
     vary_each(kSequenceAnnealing, 3000);
-    for (const auto& sequence : sequences) {
+    for (const RatedSequence& rated : sequences) {
       Tokens tokens;
-      const auto score = Filler(problem_).run(sequence->sequence, tokens);
-      offer(*score, tokens);
+      if (const auto score = Filler(problem_).run(rated.sequence, tokens)) offer(*score, tokens);
     }
   }
 

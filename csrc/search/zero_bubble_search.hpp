@@ -1,9 +1,9 @@
-// The search for an order of F, I and W that ends soonest within the memory there is.
+// Searches for the order of `F`, `I` and `W` that ends soonest within the memory limits.
 //
-// First policies (greedy.hpp) are drawn at random and the best of them varied; then the sequences that they
-// and the published schedules give (sequence.hpp) are varied token by token. All by simulated annealing, on
-// several threads, with the same result for the same seed and work, whatever the threads. An order that no
-// other can beat (simulate/lower_bound.hpp) ends the search.
+// It draws policies (greedy.hpp) at random and varies the best ones; then it varies, token by token, the
+// sequences (sequence.hpp) of these policies and of the published schedules. Both use simulated annealing on
+// several threads. The result depends on the seed and the amount of work, not on the number of threads. The
+// search stops early at an order that reaches the lower bound (simulate/lower_bound.hpp).
 #pragma once
 
 #include <atomic>
@@ -15,10 +15,10 @@
 namespace pe {
 
 struct Effort {
-  long work = 60'000'000;  // about so many tasks are placed, on all threads together
+  long work = 60'000'000;  // about how many tasks to place, over all threads
   std::uint64_t seed = 0;
   int threads = 2;
-  const std::atomic<bool>* stop = nullptr;  // set from outside: end with the best so far
+  const std::atomic<bool>* stop = nullptr;  // set by the caller: stop with the best order so far
 };
 
 struct Found {
@@ -27,8 +27,8 @@ struct Found {
   long trials = 0;
 };
 
-// `templates` are orders to begin from as well. Throws PlanError if nothing that was tried ends within the
-// memory.
+// `templates`: further orders to start from. Throws PlanError if no order that was tried ends within the memory
+// limits.
 Found search_zero_bubble(const Problem& problem, const std::vector<Order>& templates, const Effort& effort);
 
 }  // namespace pe

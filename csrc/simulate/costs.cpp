@@ -31,12 +31,10 @@ void Costs::validate(int num_stages, int num_ranks) const {
     throw PlanError("pair is " + std::to_string(pair) + "; it is a factor above 0");
   }
   if (!std::isfinite(noise.cv) || noise.cv < 0) {
-    throw PlanError("noise is " + std::to_string(noise.cv) +
-                    "; it is a coefficient of variation, 0 or above");
+    throw PlanError("noise is " + std::to_string(noise.cv) + "; it is a coefficient of variation, 0 or above");
   }
   if (!std::isfinite(contention) || contention < 1.0) {
-    throw PlanError("contention is " + std::to_string(contention) +
-                    "; it is a factor of at least 1");
+    throw PlanError("contention is " + std::to_string(contention) + "; it is a factor of at least 1");
   }
 }
 

@@ -1,5 +1,5 @@
-// What the simulator charges for tasks and for results that travel between ranks. One unit of time
-// throughout, whichever the caller likes.
+// What the simulator charges for tasks and for messages between ranks. All times are in the same unit, which
+// the caller chooses.
 #pragma once
 
 #include <algorithm>
@@ -11,32 +11,32 @@
 namespace pe {
 
 struct Costs {
-  std::vector<double> forward;       // by stage
-  std::vector<double> backward;      // by stage, the full backward
-  std::vector<double> input_grad;    // by stage
-  std::vector<double> weight_grad;   // by stage
-  // Of messages to another rank, by boundary (stage s to s + 1), as in the LogGP model (Alexandrov et al.,
-  // SPAA 1995): the way of each; what its sender spends on it; how long each result in it occupies the link.
-  // A skip's are charged as what else its sender sends in that direction, and share the link with it.
+  std::vector<double> forward;      // by stage
+  std::vector<double> backward;     // by stage, the full backward
+  std::vector<double> input_grad;   // by stage
+  std::vector<double> weight_grad;  // by stage
+  // Messages to another rank, by boundary (stage s to s + 1), in the LogGP model (Alexandrov et al., SPAA
+  // 1995): the latency; the time that the sender spends on each; the time that each result in it occupies the
+  // link. Messages of a skip are charged like the sender's other messages in that direction, and share their
+  // link.
   std::vector<double> latency;
   std::vector<double> overhead;  // empty: none
   std::vector<double> transfer;  // empty: none
-  double contention = 1.0;           // how much longer a task takes beside one of its rank's other stream
-  double pair = 1.0;                 // time of an overlapped pair, as a share of its actions' one after another
-  // Memory of one microbatch, in one unit throughout; what neither I nor W has freed goes with the last of
-  // them.
-  std::vector<double> taken;         // by stage, by F; empty: 1
-  std::vector<double> freed_by_input_grad;  // by stage; empty: none, W frees it all
-  std::vector<double> memory_limit;  // by rank; empty: none
-  Noise noise{};  // of the times of tasks
+  double contention = 1.0;       // factor on a task's time while the rank's other stream is busy
+  double pair = 1.0;             // time of an overlapped pair, as a share of the sum of its parts
+  // Memory of one microbatch, all in the same unit. `W` frees what `I` has not freed.
+  std::vector<double> taken;                // by stage, at `F`; empty: 1
+  std::vector<double> freed_by_input_grad;  // by stage; empty: none, `W` frees it all
+  std::vector<double> memory_limit;         // by rank; empty: none
+  Noise noise{};                            // on the times of tasks
 
-  // F = 1 and B = 2 at every stage, I and W half of B, no latency.
+  // `F` = 1, `B` = 2, `I` = `W` = 1 at every stage, no latency.
   static Costs uniform(int num_stages);
 
   // Throws PlanError unless there is one finite, non-negative number for each stage, boundary and rank.
   void validate(int num_stages, int num_ranks) const;
 
-  // What microbatches take of ranks, of which they took 1 each where nothing is said.
+  // The memory costs; a microbatch takes 1 at each stage if none are given.
   Memory memory(int num_stages) const;
 
   double of(const Action& action) const {
@@ -54,7 +54,7 @@ struct Costs {
     }
   }
 
-  // How long `task` keeps its worker, with sending its results.
+  // How long `task` keeps its worker busy, sending its results included.
   double duration(const Plan& plan, TaskId task) const {
     const Action& action = plan.action(task);
     const double alone = noise.cv > 0 ? of(action) * noise.factor(action) : of(action);
@@ -62,7 +62,7 @@ struct Costs {
     return messages == 0 ? alone : alone + messages * overhead[boundary_sent_over(action)];
   }
 
-  // How long the cell that `task` begins keeps its rank, where that runs the parts of a pair as one.
+  // How long the cell that begins with `task` keeps its rank busy, if an overlapped pair runs as one task.
   double duration_of_cell(const Plan& plan, TaskId task) const {
     const TaskId end = plan.end_of_cell(task);
     double sum = duration(plan, task);
@@ -71,15 +71,15 @@ struct Costs {
     return pair * sum;
   }
 
-  // Each boundary has a link in each direction, and each copy of the stages has links of its own.
+  // Each boundary has a link in each direction. Each copy of the stages has its own links.
   int num_links(const Shape& shape) const { return 2 * static_cast<int>(latency.size()) * shape.num_copies(); }
   int link(const Shape& shape, const Action& action) const {
-    const int boundary = boundary_sent_over(action) +
-                         (shape.on_copy(action.microbatch) ? static_cast<int>(latency.size()) : 0);
+    const int boundary =
+        boundary_sent_over(action) + (shape.on_copy(action.microbatch) ? static_cast<int>(latency.size()) : 0);
     return 2 * boundary + static_cast<int>(stream_of(action.kind));
   }
 
-  // The boundary across which the results of `action` go to another stage.
+  // The boundary that the results of `action` are sent across.
   static int boundary_sent_over(const Action& action) {
     return action.kind == Kind::F || action.kind == Kind::SendF ? action.stage : action.stage - 1;
   }

@@ -20,7 +20,7 @@ class EventClock {
       : plan_(plan),
         costs_(costs),
         result_(result),
-        links_(plan.links()),
+        dependencies_(plan.dependencies()),
         scheduler_(plan, costs.memory(plan.num_stages())),
         workers_(plan.num_workers()),
         may_contend_(plan.options().overlap && costs.contention > 1.0),
@@ -35,7 +35,7 @@ class EventClock {
     dispatch();
     while (!events_.empty()) {
       now_ = events_.top().time;
-      // All that happens at one moment happens before anyone chooses.
+      // Handle all events of a moment before any worker chooses its next task.
       while (!events_.empty() && events_.top().time == now_) {
         const Event event = events_.top();
         events_.pop();
@@ -53,20 +53,19 @@ class EventClock {
     result_.peak_in_flight_of_stage = scheduler_.peak_by_stage();
     result_.peak_memory = scheduler_.peak_memory();
     result_.working_bytes = sizeof(double) * (result_.begin.size() + result_.stretched_end.size()) +
-                            scheduler_.nbytes() + events_.nbytes() +
-                            workers_.size() * sizeof(Worker);
+                            scheduler_.nbytes() + events_.nbytes() + workers_.size() * sizeof(Worker);
   }
 
  private:
   struct Worker {
-    TaskId task = kNoTask;         // running; of a pair that runs as one, its first part
-    std::uint32_t generation = 0;  // of its latest event; an earlier one's end is stale
-    double work_left = 0;          // at `since`; kept only where tasks may contend
+    TaskId task = kNoTask;         // running; for a pair that runs as one task, its first part
+    std::uint32_t generation = 0;  // of its latest event; earlier end events are stale
+    double work_left = 0;          // at `since`; used only if tasks may contend
     double since = 0;
     bool awake = false;
   };
 
-  // Until a task begins, its place in the result holds when the last of its inputs so far arrives.
+  // Until a task begins, result_.begin holds the latest arrival of its inputs so far.
   double& arrival(TaskId task) { return result_.begin[task]; }
 
   void push_end(int index, double time) {
@@ -98,7 +97,7 @@ class EventClock {
     const auto waker = [this](int idle) { wake(idle); };
     scheduler_.finish(task, waker);
     sent_.clear();
-    for (const TaskId after : links_.successors(task)) {
+    for (const TaskId after : dependencies_.successors(task)) {
       double here = now_;
       if (plan_.rank_of(after) != plan_.rank_of(task)) {
         if (sent_.empty()) send(task);
@@ -109,7 +108,7 @@ class EventClock {
     }
   }
 
-  // What a task that has ended sends to a stage of another rank.
+  // What the task that ended last sends to one stage on another rank.
   struct Sent {
     int stage = 0;
     int results = 0;
@@ -122,10 +121,10 @@ class EventClock {
     return found == sent_.end() ? sent_.emplace_back(Sent{stage}) : *found;
   }
 
-  // Sends the messages of `task`, which has ended, one after another; that to the next stage first.
+  // Sends the messages of `task`, which has ended, one after another, to the nearest stage first.
   void send(TaskId task) {
     const Action& action = plan_.action(task);
-    for (const TaskId after : links_.successors(task)) {
+    for (const TaskId after : dependencies_.successors(task)) {
       if (plan_.rank_of(after) != plan_.rank_of(task)) ++sent_to(plan_.action(after).stage).results;
     }
     std::sort(sent_.begin(), sent_.end(), [&](const Sent& a, const Sent& b) {
@@ -142,7 +141,7 @@ class EventClock {
   }
 
   void dispatch() {
-    // In any order: what one worker takes leaves the others' choice as it was.
+    // The order does not matter: what one worker takes does not change what others may take.
     for (const int index : awake_) {
       Worker& worker = workers_[index];
       worker.awake = false;
@@ -177,14 +176,15 @@ class EventClock {
     awake_.clear();
   }
 
-  // When all parts of the cell that `first` begins may begin: one that needs another runs behind it.
+  // When the whole cell that begins with `first` may begin. A part may need another part of the cell: it runs
+  // after it.
   double arrival_of_cell(TaskId first) {
     const TaskId end = plan_.end_of_cell(first);
     double last = arrival(first);
     for (TaskId part = first + 1; part < end; ++part) {
       int joined = 0;
       for (TaskId before = first; before < part; ++before) {
-        const auto after = links_.successors(before);
+        const auto after = dependencies_.successors(before);
         joined += static_cast<int>(std::count(after.begin(), after.end(), part));
       }
       if (scheduler_.missing(part) > joined) return kNever;
@@ -193,8 +193,8 @@ class EventClock {
     return last;
   }
 
-  // The rank's other stream has become busy or idle: what `index` runs, so far stretched by `pace`, ends
-  // at another time.
+  // The rank's other stream became busy or idle: computes the new end of what `index` runs, which was stretched
+  // by `pace` so far.
   void retime(int index, double pace) {
     Worker& worker = workers_[index];
     if (worker.task == kNoTask) return;
@@ -203,20 +203,18 @@ class EventClock {
     push_end(index, now_ + worker.work_left * stretch(index));
   }
 
-  double stretch(int index) const {
-    return workers_[index ^ 1].task != kNoTask ? costs_.contention : 1.0;
-  }
+  double stretch(int index) const { return workers_[index ^ 1].task != kNoTask ? costs_.contention : 1.0; }
 
   const Plan& plan_;
   const Costs& costs_;
   Simulation& result_;
-  const Links& links_;
+  const Dependencies& dependencies_;
   ListScheduler scheduler_;
   std::vector<Worker> workers_;
   EventHeap events_;
   std::vector<int> awake_;
   std::vector<double> link_free_;  // by Costs::link
-  std::vector<Sent> sent_;         // by the task that has ended last, a skip's with what else goes to the stage
+  std::vector<Sent> sent_;         // by the task that ended last; one entry per stage, skips included
   const bool may_contend_;
   const bool joins_pairs_;
   double now_ = 0;

@@ -1,4 +1,5 @@
-// Virtual time for any plan: the list scheduler, told by events when tasks end and results arrive.
+// Virtual time for any plan: drives the list scheduler with events, the ends of tasks and the arrivals of
+// results.
 #pragma once
 
 #include "plan/plan.hpp"
@@ -7,7 +8,7 @@
 
 namespace pe {
 
-// Fills all of `result` but what there is by rank of times. Throws PlanError if the plan cannot end.
+// Fills `result` except for `busy`, `first_start` and `finish`. Throws PlanError if the plan cannot end.
 void simulate_events(const Plan& plan, const Costs& costs, Simulation& result);
 
 }  // namespace pe

@@ -1,4 +1,4 @@
-// A priority queue of moments, earliest first. Four children a node: half as deep as a binary heap.
+// A priority queue of events, earliest first. A node has four children, so it is half as deep as a binary heap.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +45,7 @@ class EventHeap {
  private:
   static constexpr std::size_t kChildren = 4;
 
-  // Puts `event` at the top, whose place is free, and lets it sink.
+  // Puts `event` into the free top of the heap and moves it down.
   void sink(Event event) {
     const std::size_t size = events_.size();
     std::size_t at = 0;

@@ -23,8 +23,8 @@ double makespan(const Draft& draft, const Packs& packs, const std::vector<int>& 
   return ends(plan) ? simulate(plan, Costs::uniform(plan.num_stages())).makespan : kNever;
 }
 
-// How many stages, from the first, have a boundary behind them that packs, or lie before the end of a skip that
-// does: they wait for its groups.
+// How many stages, from the first, are upstream of a packed boundary or of the end of a packed skip: they wait
+// for its packs.
 int num_delayed(const Draft& draft, const Packs& packs) {
   const std::vector<int>& ranks = draft.shape.rank_of_stage;
   int delayed = 0;
@@ -39,8 +39,8 @@ int num_delayed(const Draft& draft, const Packs& packs) {
   return delayed;
 }
 
-// The draft's limits, those of the first `delayed` stages `times` over, within `most` and the microbatches
-// there are.
+// The draft's limits, multiplied by `times` for the first `delayed` stages; at most `most` and the number of
+// microbatches.
 std::vector<int> raised(const Draft& draft, int times, int delayed, const std::vector<int>& most) {
   std::vector<int> limits = draft.limits;
   for (int s = 0; s < draft.shape.num_stages; ++s) {
@@ -52,7 +52,8 @@ std::vector<int> raised(const Draft& draft, int times, int delayed, const std::v
   return limits;
 }
 
-// The smallest number from 1 to `last` for which `holds` does, if it holds for all larger ones.
+// The smallest number from 1 to `last` for which `holds` is true, given that it is then true for all larger
+// ones.
 template <class Holds>
 int smallest(int last, Holds&& holds) {
   int low = 1;
@@ -67,7 +68,7 @@ int smallest(int last, Holds&& holds) {
   return last;
 }
 
-// Where results leave together or tasks have moved, the parts of a pair might wait for one another.
+// With packs or a changed order, the parts of a pair might wait for one another.
 void take_pairs_apart(Order& order) {
   for (auto& actions : order) {
     for (Action& a : actions) a.joins_next = false;
@@ -79,7 +80,7 @@ void take_pairs_apart(Order& order) {
   const int needed = smallest(draft.shape.num_microbatches, [&](int limit) {
     return ends(plan_of(draft, packs, std::vector<int>(num_stages, limit)));
   });
-  // The stages that cannot do with theirs even where the others have what is needed.
+  // The stages whose limit is too small even if all others have what is needed.
   std::vector<int> limits(num_stages, needed);
   std::string tight;
   for (int s = 0; s < num_stages; ++s) {

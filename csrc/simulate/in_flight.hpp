@@ -1,6 +1,7 @@
-// How many microbatches each stage may hold, where results leave in groups or the caller sets a limit.
+// How many microbatches each stage may hold, if results are packed or the caller sets limits.
 //
-// A group's results wait for its last, so the stages upstream must hold more. By how much is simulated.
+// The results of a pack wait for its last one, so the stages upstream must hold more. How many is found by
+// simulation.
 #pragma once
 
 #include <vector>
@@ -9,30 +10,31 @@
 
 namespace pe {
 
-// A schedule on its ranks, before it is settled how many microbatches a stage may hold.
+// A placed schedule whose limits of microbatches in flight are not final.
 struct Draft {
   Order order;
   Shape shape;
-  std::vector<int> limits;       // slots by stage, where results leave one by one
-  std::vector<Kind> preference;  // of a rank among its ready tasks; empty: the order alone decides
+  std::vector<int> limits;       // slots by stage, without packing
+  std::vector<Kind> preference;  // among a rank's ready tasks; empty: the order decides
 };
 
-// What the caller says of them, by stage.
+// The caller's limits, by stage.
 struct Slots {
-  std::vector<int> most{};  // empty: as many as the schedule needs
-  std::vector<int> room{};  // at least so many, within `most`, though fewer would do; empty: none
+  std::vector<int> most{};  // at most this many; empty: as many as the schedule needs
+  std::vector<int> room{};  // at least this many, within `most`, even if fewer suffice; empty: none
 
   bool given() const { return !most.empty() || !room.empty(); }
 };
 
 struct Settled {
-  // As simulated with equal stages, a rank running one task at a time; pairs come apart where it changes.
+  // The order in a simulation with equal stages and one task at a time per rank. If it changed, it has no
+  // pairs.
   Order order;
   std::vector<int> limits;
 };
 
-// The smallest limits that `slots` allow with which packing costs no more time than it must. Throws PlanError,
-// naming the limit it would take, if with those of `slots.most` the step would never end.
+// Finds the smallest limits within `slots` that make the step no slower than the largest ones do. Throws
+// PlanError, which names the limit needed, if the step would never end within `slots.most`.
 Settled settle(Draft draft, const Packs& packs, const Slots& slots);
 
 }  // namespace pe

@@ -12,7 +12,7 @@ class InOrderClock {
   using Moment = double;
   static constexpr Moment kNever = -1;
 
-  // Fills the result's begins, and by rank when it starts and finishes and how long it is busy.
+  // Fills the begins of `result`, and its first_start, finish and busy.
   InOrderClock(const Plan& plan, const Costs& costs, Simulation& result);
 
   Moment run(int rank, TaskId first, TaskId end_of_cell, Moment arrived) {
@@ -36,7 +36,7 @@ class InOrderClock {
   std::size_t nbytes() const;
 
  private:
-  // What does not change from microbatch to microbatch.
+  // What is the same for all microbatches.
   struct Charge {
     double duration = 0;
     double transfer = 0;
@@ -77,8 +77,8 @@ InOrderClock::InOrderClock(const Plan& plan, const Costs& costs, Simulation& res
         Charge& charge = charges_.emplace_back();
         charge.duration = costs.of(a);
         const int after = plan.stage_after(a);
-        charge.crosses = after != kNoStage &&
-                         shape.rank_of(after, a.microbatch) != shape.rank_of(stage, a.microbatch);
+        charge.crosses =
+            after != kNoStage && shape.rank_of(after, a.microbatch) != shape.rank_of(stage, a.microbatch);
         if (!charge.crosses) continue;
         const int boundary = Costs::boundary_sent_over(a);
         if (!costs.overhead.empty()) charge.duration += costs.overhead[boundary];

@@ -1,4 +1,4 @@
-// Virtual time for ranks that run in order: begins, ends and arrivals as the event-driven clock would tell.
+// Virtual time for ranks that run in order. Gives the same times as the event-driven clock, faster.
 #pragma once
 
 #include "plan/plan.hpp"
@@ -7,7 +7,7 @@
 
 namespace pe {
 
-// Of a plan that runs_in_order(). Fills all of `result` but the memory; false if the plan cannot end.
+// For a plan that runs_in_order(). Fills `result` except for the memory; returns false if the plan cannot end.
 bool simulate_in_order(const Plan& plan, const Costs& costs, Simulation& result);
 
 }  // namespace pe

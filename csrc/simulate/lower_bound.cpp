@@ -5,13 +5,13 @@
 namespace pe {
 namespace {
 
-// What one microbatch takes at each stage at least, sending included; pairs may shorten all of it.
+// The least time of one microbatch at each stage, sending included. Overlapped pairs may shorten every time.
 struct TaskTimes {
   std::vector<double> forward;
-  std::vector<double> input_grad;  // until the gradient leaves: by I, or by B
-  std::vector<double> backward;    // all of it: B, or I and W
-  std::vector<double> way;         // of a message, by boundary
-  std::vector<double> most_forward, most_backward;  // the most that it takes
+  std::vector<double> input_grad;                   // until the gradient is sent: `I`, or `B`
+  std::vector<double> backward;                     // the full backward: `B`, or `I` and `W`
+  std::vector<double> transit;                      // of a message, by boundary: on the link and its latency
+  std::vector<double> most_forward, most_backward;  // the most time
 };
 
 TaskTimes times_of(const std::vector<int>& rank_of_stage, const Costs& costs) {
@@ -32,18 +32,18 @@ TaskTimes times_of(const std::vector<int>& rank_of_stage, const Costs& costs) {
     least.most_forward.push_back(stretched * (costs.forward[s] + sending(s)));
     least.most_backward.push_back(stretched * (std::max(whole, part + costs.weight_grad[s]) + sending(s - 1)));
     const double occupied = costs.transfer.empty() || !crosses(s) ? 0.0 : costs.transfer[s];
-    if (s + 1 < stages) least.way.push_back(crosses(s) ? costs.latency[s] + occupied : 0.0);
+    if (s + 1 < stages) least.transit.push_back(crosses(s) ? costs.latency[s] + occupied : 0.0);
   }
   return least;
 }
 
-// What one rank has to do, and one microbatch's way from its first stage and back.
+// One rank's work, and the times of one microbatch from the rank's first stage to the end and back.
 struct Part {
-  int first;          // stage; every microbatch passes it before the rank's others, and comes back to it last
+  int first;  // the rank's first stage: microbatches reach it first and return to it last
   double forwards = 0, gradients = 0, backwards = 0;
-  double wait = 0;    // from its first begin to the first gradient at its last stage
-  double alone = 0;   // one microbatch's whole way
-  double crowded = 0; // how long the rank idles for want of memory, at least
+  double wait = 0;     // from the rank's first begin to the first gradient at its last stage
+  double alone = 0;    // one microbatch, to the end and back
+  double crowded = 0;  // the least time that the rank idles for lack of memory
 };
 
 class Bounds {
@@ -55,15 +55,15 @@ class Bounds {
         times_(times_of(rank_of_stage, costs)),
         forward_(rank_of_stage.size(), 0.0),
         backward_(rank_of_stage.size(), 0.0),
-        way_back_(rank_of_stage.size(), 0.0) {
+        gradient_return_(rank_of_stage.size(), 0.0) {
     const int stages = static_cast<int>(rank_of_stage.size());
     for (int s = 1; s < stages; ++s) {
-      forward_[s] = forward_[s - 1] + times_.forward[s - 1] + times_.way[s - 1];
-      way_back_[s] = way_back_[s - 1] + times_.input_grad[s - 1] + times_.way[s - 1];
+      forward_[s] = forward_[s - 1] + times_.forward[s - 1] + times_.transit[s - 1];
+      gradient_return_[s] = gradient_return_[s - 1] + times_.input_grad[s - 1] + times_.transit[s - 1];
     }
     backward_[stages - 1] = forward_[stages - 1] + times_.forward[stages - 1];
     for (int s = stages - 2; s >= 0; --s) {
-      backward_[s] = backward_[s + 1] + times_.input_grad[s + 1] + times_.way[s];
+      backward_[s] = backward_[s + 1] + times_.input_grad[s + 1] + times_.transit[s];
     }
     for (int rank = 0; rank < num_ranks; ++rank) add_part(rank);
   }
@@ -72,12 +72,12 @@ class Bounds {
     LowerBound bound;
     bound.makespan = backward_[0] + times_.backward[0];
     for (const Part& mine : parts_) {
-      // No gradient comes before the first microbatch's; the W may all come when the last gradient has left.
-      double span = std::max({mine.forwards + mine.backwards + mine.crowded,
-                              mine.wait + mine.backwards, mine.alone});
-      for (const Part& other : parts_) span = std::max(span, by_way_of(other, mine.first));
+      // The first microbatch's gradient comes first; all `W` may run after the last gradient was sent.
+      double span =
+          std::max({mine.forwards + mine.backwards + mine.crowded, mine.wait + mine.backwards, mine.alone});
+      for (const Part& other : parts_) span = std::max(span, through(other, mine.first));
       bound.span = std::max(bound.span, span);
-      bound.makespan = std::max({bound.makespan, forward_[mine.first] + span, by_way_of(mine, 0)});
+      bound.makespan = std::max({bound.makespan, forward_[mine.first] + span, through(mine, 0)});
     }
     return bound;
   }
@@ -102,26 +102,27 @@ class Bounds {
     parts_.push_back(part);
   }
 
-  // From the begin at stage `from` until the last gradient that has passed `other` is through there, weights
-  // included.
-  double by_way_of(const Part& other, int from) const {
+  // From the begin at stage `from` until it has run the last backward whose gradient came through `other`,
+  // weight gradient included.
+  double through(const Part& other, int from) const {
     if (other.first < from) return 0.0;
     return forward_[other.first] - forward_[from] + std::max(other.forwards, other.wait) + other.gradients +
-           way_back_[other.first] - way_back_[from] + times_.backward[from] - times_.input_grad[from];
+           gradient_return_[other.first] - gradient_return_[from] + times_.backward[from] -
+           times_.input_grad[from];
   }
 
-  // Until its first gradient comes a rank has nothing to run but the F that fit its memory; and from when the
-  // last F of its first stage begins until that microbatch is back, only what those in its memory have left
-  // to do.
+  // Until its first gradient comes, a rank can only run the `F` that fit its memory. From the begin of the last
+  // `F` of its first stage until that microbatch returns, it can only run what is left of the microbatches in
+  // its memory.
   double crowded(int rank, const Part& part) const {
     if (costs_.memory_limit.empty()) return 0.0;
     const double limit = costs_.memory_limit[rank];
     const auto taken = [&](int s) { return costs_.taken.empty() ? 1.0 : costs_.taken[s]; };
-    // Otherwise the two times may be one.
+    // If all microbatches fit, the two periods may overlap.
     if (microbatches_ * taken(part.first) <= limit) return 0.0;
-    double fill = 0;   // time of F by memory, at most
-    double drain = 0;  // time of what is left by memory, at most
-    double rest = 0;   // of a microbatch in flight at the first stage alone
+    double fill = 0;   // most time of `F` per unit of memory
+    double drain = 0;  // most time of what is left per unit of memory
+    double rest = 0;   // time left of a microbatch that is in flight at the first stage only
     for (std::size_t s = 0; s < rank_of_stage_.size(); ++s) {
       if (rank_of_stage_[s] != rank) continue;
       const int stage = static_cast<int>(s);
@@ -140,10 +141,10 @@ class Bounds {
   const int microbatches_;
   const Costs& costs_;
   const TaskTimes times_;
-  // Of one microbatch alone: when its F, and its gradients, begin at each stage.
+  // For one microbatch alone: when its `F`, and its backward, begin at each stage.
   std::vector<double> forward_, backward_;
-  std::vector<double> way_back_;            // of a gradient that has left a stage, to the begin of the pipeline
-  std::vector<Part> parts_;                 // of the ranks that hold stages
+  std::vector<double> gradient_return_;  // from a stage's begin of backward to the first stage's
+  std::vector<Part> parts_;              // the ranks that hold stages
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What no order can beat: a bound from below on how long a step takes on given ranks.
+// A lower bound on the time of a training step on given ranks, whatever the order.
 #pragma once
 
 #include <vector>
@@ -9,10 +9,10 @@ namespace pe {
 
 struct LowerBound {
   double makespan = 0;
-  double span = 0;  // the largest over ranks of the time from a rank's own first start to its finish
+  double span = 0;  // the largest time, over ranks, from a rank's own first start to its finish
 };
 
-// Of a step with backwards, whole or split, on ranks that run one task at a time and send each result alone.
+// For a step with backwards, full or split, on ranks that run one task at a time and send each result alone.
 // Throws PlanError if the costs do not fit.
 LowerBound lower_bound(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches,
                        const Costs& costs);

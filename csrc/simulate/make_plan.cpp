@@ -90,13 +90,13 @@ bool sends_explicitly(const Order& order) {
   return false;
 }
 
-// The order may change, where results that leave together or the caller's limits demand it.
+// Changes the order if packs or the caller's limits require it.
 Plan settled_plan(const Order& order, const Shape& shape, const PlanOptions& options, const Slots& slots) {
   const Settled settled = settle(draft_of(order, shape), options.packs, slots);
   return Plan(settled.order, shape, options, settled.limits);
 }
 
-// Throws PlanError where `plan`, in the order given, holds more than `slots` allow or would never end.
+// Throws PlanError if `plan`, in the given order, holds more than `slots` allow or would never end.
 void check_kept(const Plan& plan, const Slots& slots) {
   for (std::size_t s = 0; s < slots.most.size(); ++s) {
     const int holds = plan.limits()[s];
@@ -108,9 +108,10 @@ void check_kept(const Plan& plan, const Slots& slots) {
   }
   if (plan.options().packs.any() && !ends(plan)) {
     check_ends(Plan(plan.order(), plan.shape(), {plan.options().overlap, plan.options().reactive}));
-    throw PlanError("in exactly the order given the step would never end, because results that leave together "
-                    "wait for one another; pack fewer, give another order, or let ranks change it with "
-                    "reactive=True");
+    throw PlanError(
+        "in exactly the order given the step would never end, because results that leave together "
+        "wait for one another; pack fewer, give another order, or let ranks change it with "
+        "reactive=True");
   }
   check_ends(plan);
 }
@@ -125,8 +126,8 @@ Placement place(const Schedule& schedule, int num_stages, int num_ranks) {
   }
 }
 
-Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int microbatches,
-               PlanOptions options, const Slots& slots) {
+Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int microbatches, PlanOptions options,
+               const Slots& slots) {
   const Placement placement = place(schedule, num_stages, num_ranks);
   const Shape shape = shape_of(placement, microbatches);
   check(options.packs, shape);
@@ -136,17 +137,17 @@ Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int micr
     const Draft draft = draft_of(*rule, placement, shape);
     Settled settled = settle(draft, options.packs, slots);
     for (int s = 0; options.overlap && s < num_stages; ++s) {
-      // One more, to run forward beside the one that runs backward.
+      // One more slot: a microbatch runs forward while another runs backward.
       const int most = slots.most.empty() ? microbatches : std::min(slots.most[s], microbatches);
       settled.limits[s] = std::min(settled.limits[s] + 1, std::max(most, settled.limits[s]));
     }
-    // From here on the order decides, also for ranks that react: preferring a kind whatever was planned costs
-    // 1F1B a tenth where times vary.
-    return Plan(settled.order, shape, options, settled.limits);
+    // From here on the planned order decides, also for reactive ranks: if they followed the preference instead,
+    // 1F1B would be a tenth slower when times vary.
+    return Plan(settled.order, shape, std::move(options), settled.limits);
   }
   const Order order = order_of(schedule, placement, microbatches);
   if (options.packs.any() || slots.given()) return settled_plan(order, shape, options, slots);
-  Plan plan(order, shape, options);
+  Plan plan(order, shape, std::move(options));
   check_ends(plan);
   return plan;
 }
@@ -157,19 +158,20 @@ Plan make_plan(const Order& order, PlanOptions options, const Slots& slots) {
   check(slots, shape);
   if (options.memory.limited()) options.memory.validate(shape.num_stages, static_cast<int>(order.size()));
   if (options.packs.any() && sends_explicitly(order)) {
-    throw PlanError("the schedule lists its sends, one for each result, so that none leave together; leave "
-                    "out SEND and RECV, or pack=1, of skips too");
+    throw PlanError(
+        "the schedule lists its sends, one for each result, so that none leave together; leave "
+        "out SEND and RECV, or pack=1, of skips too");
   }
   if (options.reactive && (options.packs.any() || slots.given())) {
     return settled_plan(order, shape, options, slots);
   }
-  Plan plan(order, shape, options);
+  Plan plan(order, shape, std::move(options));
   check_kept(plan, slots);
   return plan;
 }
 
-Plan make_forward_plan(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches,
-                       bool overlap, std::vector<Skip> skips, bool reactive) {
+Plan make_forward_plan(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, bool overlap,
+                       std::vector<Skip> skips, bool reactive) {
   const int num_stages = static_cast<int>(rank_of_stage.size());
   Order order(num_ranks);
   for (int m = 0; m < microbatches; ++m) {

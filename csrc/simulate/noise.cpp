@@ -24,9 +24,9 @@ double Noise::factor(const Action& action) const {
   for (const std::int32_t part : {action.stage, action.microbatch, static_cast<std::int32_t>(action.kind)}) {
     bits = mix(bits ^ static_cast<std::uint32_t>(part));
   }
-  // Box and Muller's normal number.
-  const double normal = std::sqrt(-2.0 * std::log(uniform(bits))) *
-                        std::cos(2.0 * std::numbers::pi * uniform(mix(bits)));
+  // A normal random number by Box and Muller's method.
+  const double normal =
+      std::sqrt(-2.0 * std::log(uniform(bits))) * std::cos(2.0 * std::numbers::pi * uniform(mix(bits)));
   const double variance = std::log1p(cv * cv);
   return std::exp(std::sqrt(variance) * normal - variance / 2);
 }

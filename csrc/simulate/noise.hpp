@@ -1,5 +1,5 @@
-// Times that vary: a factor for each action, which depends on nothing but the action and a seed, so that runs
-// of it in different modes can be compared in pairs.
+// Random times: a factor for each action that depends only on the action and a seed, so that different
+// schedules can be compared under the same noise.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct Noise {
   double cv = 0;  // coefficient of variation; 0: none
   std::uint64_t seed = 0;
 
-  // Log-normal, of mean 1.
+  // Log-normal with mean 1.
   double factor(const Action& action) const;
 };
 

@@ -11,7 +11,7 @@
 namespace pe {
 namespace {
 
-// Time in which at least one task of the rank runs.
+// The time in which at least one task of the rank runs.
 double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulation,
                  const std::vector<double>& ends, int rank) {
   const TaskId first = plan.first_of_rank(rank);
@@ -36,7 +36,7 @@ double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulat
   return busy;
 }
 
-// By rank, when it starts and finishes and how long it is busy.
+// Fills first_start, finish and busy.
 void note_ranks(const Plan& plan, const Costs& costs, Simulation& result) {
   const std::vector<double> ends = end_times(plan, costs, result);
   for (int rank = 0; rank < plan.num_ranks(); ++rank) {
@@ -111,9 +111,8 @@ Order order_of(const Plan& plan, const Simulation& simulation) {
   for (int rank = 0; rank < plan.num_ranks(); ++rank) {
     std::vector<TaskId> tasks(plan.end_of_rank(rank) - plan.first_of_rank(rank));
     std::iota(tasks.begin(), tasks.end(), plan.first_of_rank(rank));
-    std::stable_sort(tasks.begin(), tasks.end(), [&](TaskId a, TaskId b) {
-      return simulation.begin[a] < simulation.begin[b];
-    });
+    std::stable_sort(tasks.begin(), tasks.end(),
+                     [&](TaskId a, TaskId b) { return simulation.begin[a] < simulation.begin[b]; });
     auto& actions = order.emplace_back();
     for (const TaskId t : tasks) {
       actions.push_back(plan.action(t));

@@ -9,7 +9,7 @@ from . import doctor, plan, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status."""
+    """Runs a command and returns its exit status."""
     parser = argparse.ArgumentParser(prog="pipeline-ext", description="Pipeline-parallel training for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train.add_parser(commands)
@@ -22,4 +22,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pipeline-ext: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130  # as shells have it
+        return 130  # 128 + SIGINT, as shells report it

@@ -1,4 +1,4 @@
-"""What a person sees of a training run: on a terminal a live bar, elsewhere plain lines."""
+"""Shows a training run: a live bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import math
@@ -9,14 +9,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..lm.training import StepMetrics, Summary
+from ..lm.metrics import StepMetrics
+from ..lm.summary import Summary
 
 Show = Callable[[StepMetrics], None]
-_PLAIN_LINES = 20  # of a whole run, where there is no terminal
+_PLAIN_LINES = 20  # per run, without a terminal
 
 
 class Display:
-    """Shows one training run, or, ``quiet``, nothing of it."""
+    """Shows one training run; shows nothing if ``quiet``."""
 
     def __init__(self, summary: Summary, steps: int, quiet: bool = False) -> None:
         self._summary = summary
@@ -45,7 +46,7 @@ class Display:
         self._console.print(f"validation {when}: {bits_per_byte:.3f} bits per byte")
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """One line of text."""
         self._console.print(text, markup=False)
 
     def stopped(self) -> None:
@@ -54,7 +55,7 @@ class Display:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Show]:
-        """Yields a function to be called with the metrics of each step."""
+        """Yields a function that shows the metrics of a step."""
         if not self._console.is_terminal:
             yield self._plain_line
             return
@@ -78,7 +79,7 @@ class Display:
         self._console.print(f"step {m.step}/{self._steps}  {_figures(m)}  ETA {left:.0f} s")
 
     def closing_table(self, written: list[Path]) -> None:
-        """What the run came to, and the files it wrote."""
+        """The results of the run, and the files it wrote."""
         s = self._summary
         table = Table(show_header=False)
         for name, value in (

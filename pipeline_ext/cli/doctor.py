@@ -1,4 +1,4 @@
-"""``pipeline-ext doctor``: what is installed, what works here, and what to do about the rest."""
+"""``pipeline-ext doctor``: what is installed, what works here, and how to get the rest."""
 
 import argparse
 import copy
@@ -21,7 +21,7 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class Capability:
-    """Something to do with the engine: how it is available here, or why not and what to do."""
+    """A feature of the engine. ``note`` says how it is available here, or why not and what to do."""
 
     name: str
     available: bool
@@ -33,15 +33,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "doctor",
         help="show what is installed and what works here",
-        description="Shows versions, devices and settings, and what of the engine works here; runs a tiny "
-        "training step. Exit status 0 if training on the CPU works, 1 if not.",
+        description="Shows versions, devices and settings, and which features of the engine work here. Runs a "
+        "tiny training step on the CPU. Exit status 0 if that works, 1 if not.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="print the same as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     machine = describe()
     failure = self_test()
     capabilities = capabilities_of(machine, failure)
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def self_test() -> str | None:
-    """Trains one step of two stages and four microbatches; returns what is wrong with it, or None."""
+    """Trains one step with two stages and four microbatches; returns what went wrong, or None."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     plain = copy.deepcopy(model)
@@ -72,27 +72,30 @@ def self_test() -> str | None:
             pipe.step(x, target=y)
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
-    expected = dict(plain.named_parameters())
     wrong = [
         name
-        for name, parameter in model.named_parameters()
-        if parameter.grad is None or not torch.equal(parameter.grad, expected[name].grad)
+        for (name, parameter), expected in zip(model.named_parameters(), plain.parameters())
+        if parameter.grad is None or expected.grad is None or not torch.equal(parameter.grad, expected.grad)
     ]
     return f"gradients differ from plain autograd: {', '.join(wrong)}" if wrong else None
 
 
 def capabilities_of(machine: Machine, failure: str | None) -> list[Capability]:
-    """What this version of the engine can do on a machine, given what is wrong with a training step."""
+    """What the engine can do on a machine, given the ``failure`` of the training step."""
     plot, triton = machine.libraries["matplotlib"], machine.libraries["triton"]
     return [
         Capability(
             "CPU ranks",
             failure is None,
-            f"{machine.cores}, one a core, with torch.set_num_threads(1)"
+            f"{machine.cores}, one per core, with torch.set_num_threads(1)"
             if failure is None
-            else "the self-test failed; report it with what `pipeline-ext doctor --json` prints",
+            else "the self-test failed; report it with the output of `pipeline-ext doctor --json`",
         ),
-        Capability("GPU ranks", machine.gpu_problem is None, machine.gpu_problem or _gpus(machine)),
+        Capability(
+            "GPU ranks",
+            machine.gpu_problem is None,
+            machine.gpu_problem or f"{_gpus(machine)}; tested with a stand-in driver, not yet run on a GPU",
+        ),
         Capability(
             "pictures",
             plot.problem is None,
@@ -107,9 +110,8 @@ def capabilities_of(machine: Machine, failure: str | None) -> list[Capability]:
         ),
         Capability(
             "many processes",
-            False,
-            "not in this version; use ranks of one process (torch.distributed has "
-            f"{', '.join(machine.process_backends) or 'no backend'})",
+            machine.process_problem is None,
+            machine.process_problem or _many_processes(machine),
         ),
     ]
 
@@ -119,8 +121,13 @@ def _packing_on_a_gpu(machine: Machine) -> str:
     if triton.problem is not None:
         return f"triton {triton.problem}; pip install 'pipeline_ext[gpu]'"
     if not machine.gpus:
-        return f"torch sees no CUDA device; the CPU packs natively (triton {triton.version} imports)"
+        return f"torch sees no CUDA device; the CPU packs natively (triton {triton.version} is there)"
     return f"triton {triton.version}"
+
+
+def _many_processes(machine: Machine) -> str:
+    on_gpus = "; over NCCL with a GPU each, not yet run" if "nccl" in machine.process_backends else ""
+    return f"over gloo, one rank each, started by torchrun{on_gpus}"
 
 
 def _show(machine: Machine, capabilities: list[Capability], failure: str | None) -> None:
@@ -142,7 +149,7 @@ def _show(machine: Machine, capabilities: list[Capability], failure: str | None)
 
 def _facts(machine: Machine) -> list[tuple[str, str]]:
     versions = [
-        f"pipeline_ext {machine.pipeline_ext or 'is not installed, run from its sources'}",
+        f"pipeline_ext {machine.pipeline_ext or 'runs from its sources, not installed'}",
         f"Python {machine.python}",
         f"torch {machine.torch} "
         + (f"(CUDA {machine.torch_cuda} build)" if machine.torch_cuda else "(CPU build)"),
@@ -170,7 +177,7 @@ def _gpus(machine: Machine) -> str:
 
 def _malloc(machine: Machine) -> str:
     if machine.keeps_freed_memory:
-        return "keeps freed memory, as pipelines set it"
+        return "keeps freed memory; pipelines set it so"
     if machine.malloc_variables:
-        return f"left as your environment has it: {', '.join(machine.malloc_variables)}"
-    return "left as it is, for it is not glibc's"
+        return f"left as your environment sets it: {', '.join(machine.malloc_variables)}"
+    return "left as it is: it is not glibc's"

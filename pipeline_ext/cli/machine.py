@@ -1,4 +1,4 @@
-"""What is installed and what this machine has, as plain data."""
+"""What is installed, and what this machine has, as plain data."""
 
 import ctypes
 import importlib
@@ -6,11 +6,13 @@ import importlib.metadata
 import os
 import platform
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed
+import torch.distributed as dist
 
 from .. import _C
 from ..engines import devices
@@ -19,7 +21,7 @@ from ..errors import PipelineError
 
 @dataclass(frozen=True)
 class Library:
-    """A library that may be missing: its version, or else why it cannot be used."""
+    """An optional library: its version, or why it cannot be used."""
 
     version: str | None
     problem: str | None = None
@@ -38,18 +40,19 @@ class Machine:
     """Versions, devices and settings.
 
     Attributes:
-        pipeline_ext: version as installed; None: run from its sources.
-        torch_cuda: the CUDA version torch was built with; None: a CPU build.
-        libraries: those not every installation has, by name.
+        pipeline_ext: the installed version; None if it runs from its sources.
+        torch_cuda: the CUDA version that torch was built for; None for a CPU build.
+        libraries: optional libraries, by name.
         core: path of the native core.
-        compiler: what it was built with.
-        cores: that this process may use.
-        intra_op_threads: of torch, in this process.
-        process_backends: of torch.distributed.
-        cuda_library: where the CUDA driver is looked for.
-        gpu_problem: why ranks cannot run on GPUs; None: they can.
-        keeps_freed_memory: whether malloc could be told to keep freed memory, as pipelines want.
-        malloc_variables: settings of malloc in the environment; some keep pipelines from that.
+        compiler: the compiler that built it.
+        cores: number of cores that this process may use.
+        intra_op_threads: torch's intra-op threads in this process.
+        process_backends: backends of torch.distributed.
+        process_problem: why processes cannot share a pipeline; None if they can.
+        cuda_library: the CUDA driver's file.
+        gpu_problem: why ranks cannot run on GPUs; None if they can.
+        keeps_freed_memory: whether malloc keeps freed memory now, as pipelines want.
+        malloc_variables: malloc's settings in the environment; some prevent that.
     """
 
     pipeline_ext: str | None
@@ -63,6 +66,7 @@ class Machine:
     cores: int
     intra_op_threads: int
     process_backends: list[str]
+    process_problem: str | None
     gpus: list[Gpu]
     cuda_library: str
     cuda_driver: Library
@@ -72,7 +76,7 @@ class Machine:
 
 
 def describe() -> Machine:
-    """This machine. Imports what it reports on, and tells malloc to keep freed memory, as pipelines do."""
+    """Describes this machine. Imports the libraries, and tells malloc to keep freed memory, as pipelines do."""
     cuda_library = os.environ.get("PIPELINE_EXT_LIBCUDA") or "libcuda.so.1"
     return Machine(
         pipeline_ext=_own_version(),
@@ -86,6 +90,7 @@ def describe() -> Machine:
         cores=len(os.sched_getaffinity(0)),
         intra_op_threads=torch.get_num_threads(),
         process_backends=_process_backends(),
+        process_problem=_process_problem(),
         gpus=_gpus(),
         cuda_library=cuda_library,
         cuda_driver=cuda_driver(cuda_library),
@@ -98,7 +103,7 @@ def describe() -> Machine:
 
 
 def library(name: str) -> Library:
-    """An importable module: its version, or why it cannot be imported."""
+    """A module's version, or why it cannot be imported."""
     try:
         return Library(importlib.import_module(name).__version__)
     except ModuleNotFoundError as error:
@@ -110,7 +115,7 @@ def library(name: str) -> Library:
 
 
 def cuda_driver(path: str) -> Library:
-    """The CUDA driver: the newest CUDA version it serves, or why it cannot be used."""
+    """The newest CUDA version that the driver supports, or why the driver cannot be used."""
     version = ctypes.c_int()
     try:
         driver = ctypes.CDLL(path)
@@ -131,7 +136,7 @@ def processor() -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says, or its type where it says nothing."""
+    """The first line of an exception's message, or its type if the message is empty."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -143,9 +148,33 @@ def _own_version() -> str | None:
 
 
 def _process_backends() -> list[str]:
-    if not torch.distributed.is_available():
+    if not dist.is_available():
         return []
-    return [name for name in ("gloo", "nccl", "mpi") if torch.distributed.is_backend_available(name)]
+    return [name for name in ("gloo", "nccl", "mpi") if dist.is_backend_available(name)]
+
+
+def _process_problem() -> str | None:
+    """Why processes cannot share a pipeline: tries gloo between two threads, which add two numbers."""
+    if "gloo" not in _process_backends():
+        return "this torch is built without gloo, which connects processes"
+    from torch._C._distributed_c10d import HashStore  # which torch without torch.distributed lacks
+
+    patience = timedelta(seconds=10)
+    store = HashStore()
+    store.set_timeout(patience)
+
+    def add(rank: int) -> float:
+        number = torch.ones(())
+        group = dist.ProcessGroupGloo(store, rank, 2, patience)
+        group.allreduce(number).wait()  # type: ignore[attr-defined]  # torch's stubs leave it out
+        return number.item()
+
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            sums = list(threads.map(add, range(2)))
+    except Exception as error:  # gloo's own, torch's, or of the network
+        return f"gloo cannot connect processes: {first_line(error)}"
+    return None if sums == [2.0, 2.0] else f"gloo finds that 1 + 1 is {sums}"
 
 
 def _gpu_problem() -> str | None:
@@ -158,7 +187,7 @@ def _gpu_problem() -> str | None:
 
 def _gpus() -> list[Gpu]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about drivers, of which cuda_driver says more
+        warnings.simplefilter("ignore")  # about the driver; cuda_driver says more
         if not torch.cuda.is_available():
             return []
     properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))

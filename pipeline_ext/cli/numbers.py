@@ -1,4 +1,4 @@
-"""Numbers as options give them. Each function is a ``type=`` of argparse."""
+"""Parses the numbers of options. Each function is a ``type=`` of argparse."""
 
 import math
 import re
@@ -19,7 +19,7 @@ def count_or_zero(text: str) -> int:
 
 
 def counts(text: str) -> list[int]:
-    """A whole number of at least 1, or several with commas between them."""
+    """One or more whole numbers of at least 1, with commas between them."""
     return [count(part) for part in text.split(",")]
 
 
@@ -32,7 +32,7 @@ def positive(text: str) -> float:
 
 
 def seconds(text: str) -> float:
-    """A time such as 500ms, 5s or 1m; a number alone is seconds."""
+    """A time such as 500ms, 5s or 1m; a number without a unit is in seconds."""
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(ms|s|m|)", text)
     if not found or not float(found[1]):
         raise ArgumentTypeError(f"{text!r} is not a time; write it as in 500ms, 5s or 1m")
@@ -40,12 +40,12 @@ def seconds(text: str) -> float:
 
 
 def cost(text: str) -> float | list[float]:
-    """A finite number of at least 0, or several with commas between them."""
+    """One or more finite numbers of at least 0, with commas between them."""
     return _one_or_more(text, lambda number: 0 <= number < math.inf, "a number of at least 0")
 
 
 def speed(text: str) -> float | list[float]:
-    """A number above 0 or inf, or several with commas between them."""
+    """One or more numbers above 0, inf included, with commas between them."""
     return _one_or_more(text, lambda number: number > 0, "a number above 0")
 
 

@@ -1,4 +1,4 @@
-"""The options of a training run: defaults, arguments, and what a resumed run takes over."""
+"""The options of a training run: defaults, arguments, and what a resumed run takes from its checkpoint."""
 
 import argparse
 import os
@@ -17,16 +17,16 @@ from ..plan.build import AUTO, build_plan, schedule_names
 from .numbers import count, count_or_zero, positive
 from .presets import PRESETS
 
-_FIXED = ("preset", "batch", "context", "width", "layers", "heads", "seed")  # for all of a run
+_FIXED = ("preset", "batch", "context", "width", "layers", "heads", "seed")  # for the whole run
 WIRES = ("none", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 AUTOCASTS = ("none", "bfloat16")
-_NOT_SAVED = ("resume", "out", "json")  # a checkpoint does not say where to write
-_IF_BEGUN = "auto"  # in place of what --resume goes on from
+_NOT_SAVED = ("resume", "out", "json")  # a checkpoint does not decide where to write
+_IF_BEGUN = "auto"  # value of --resume: continue the run in --out, or start it
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose, with the defaults of a new run on the CPU."""
+    """The options, with the defaults of a new run on the CPU."""
 
     preset: str = "cpu"
     device: str = "auto"
@@ -56,7 +56,7 @@ class Options:
     json: str | None = None
 
     def engine(self, processes: int = 1) -> dict[str, Any]:
-        """Where and how the stages are to run, as ``Pipeline`` takes it; what it may choose is left out."""
+        """``Pipeline``'s arguments for where and how stages run; leaves out what ``Pipeline`` may choose."""
         settings: dict[str, Any] = {}
         if self.device not in ("auto", "cuda") and processes == 1:
             settings["devices"] = [self.device] * self._ranks()
@@ -72,7 +72,7 @@ class Options:
         return build_plan(self.schedule, num_stages=self.stages, microbatches=self.microbatches).num_ranks
 
     def messages(self) -> dict[str, Any]:
-        """How results are to leave the stages, as ``Pipeline`` takes it."""
+        """``Pipeline``'s arguments for messages between stages."""
 
         def pack(text: str) -> int | str:
             return text if text in ("all", "auto") else int(text)
@@ -85,7 +85,7 @@ class Options:
         }
 
     def to_save(self) -> dict:
-        """What a checkpoint keeps."""
+        """The options that a checkpoint keeps."""
         kept = {key: value for key, value in asdict(self).items() if key not in _NOT_SAVED}
         if self.data is not None:
             kept["data"] = os.path.abspath(self.data)
@@ -93,79 +93,88 @@ class Options:
 
 
 def dtype(name: str) -> torch.dtype | None:
-    """The type that an option names."""
+    """The type that an option names; None for "none"."""
     return None if name == "none" else getattr(torch, name)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds an argument for each option. One not given is left out of the parsed namespace."""
+    """Adds an argument for each option. The parsed namespace holds only the options that were given."""
     parser.add_argument(
         "--preset",
         choices=PRESETS,
         default=argparse.SUPPRESS,
-        help="defaults for a machine: cpu, as shown here; gpu-small for any GPU; gpu-medium for one of 24 GB; "
-        "h200 to fill an H200 (default: gpu-small on a GPU, else cpu)",
+        help="defaults for a machine: cpu, shown here; gpu-small for any GPU; gpu-medium for 24 GB of "
+        "memory; h200 to fill an H200 (default: gpu-small on a GPU, else cpu)",
     )
 
-    def add(flag: str, help: str, **settings) -> None:
+    def add(flag: str, help: str, **settings: Any) -> None:
         default = getattr(Options, flag[2:].replace("-", "_"))
         shown = "" if default is None or default is False else f" (default: {default})"
         parser.add_argument(flag, help=help + shown, default=argparse.SUPPRESS, **settings)
 
-    add("--data", "file or folder to learn; none: Python's standard library", metavar="PATH")
-    add("--steps", "training steps; the learning rate falls over all of them", type=count)
-    add("--batch", "rows of a batch", type=count)
-    add("--context", "bytes the model sees at once", type=count)
-    add("--stages", "stages to cut the model into", type=count)
-    add("--microbatches", "parts a batch is cut into", type=count)
-    add("--schedule", f"{', '.join(schedule_names())}, a CSV file, or {AUTO}: measured and chosen")
-    add("--device", "auto: all GPUs, else the CPU; cpu; cuda: all GPUs; cuda:0, cuda:1, ...: one", type=_device)
+    add("--data", "file or folder to train on; if not given, Python's standard library", metavar="PATH")
+    add("--steps", "training steps; the learning rate falls until the last one", type=count)
+    add("--batch", "rows per batch", type=count)
+    add("--context", "bytes per row", type=count)
+    add("--stages", "number of stages", type=count)
+    add("--microbatches", "number of microbatches in a batch", type=count)
+    add("--schedule", f"{', '.join(schedule_names())}, a CSV file, or {AUTO} to measure and choose")
+    add(
+        "--device",
+        "cpu; cuda for all GPUs; cuda:0, cuda:1, ... for one; auto for all GPUs, or the CPU if there is none "
+        "or under torchrun",
+        type=_device,
+    )
     add(
         "--overlap",
-        "let a rank run forward and backward at once; not given: on GPUs",
+        "run forward and backward of a rank at the same time; if not given, only on GPUs",
         action=argparse.BooleanOptionalAction,
     )
     add(
         "--graphs",
-        "on a GPU, capture the step in a CUDA graph and launch it as one",
+        "capture the step in a CUDA graph (GPUs only)",
         action=argparse.BooleanOptionalAction,
     )
-    add("--autocast", "type that matrix products are computed in", choices=AUTOCASTS)
+    add("--autocast", "type of matrix products", choices=AUTOCASTS)
     packs = "a number up to --microbatches, all, or auto"
-    add("--pack", f"how many microbatches' gradients leave in one message: {packs}", type=_pack, metavar="K")
+    add("--pack", f"microbatches whose gradients are sent in one message: {packs}", type=_pack, metavar="K")
     add("--pack-forward", "the same for activations", type=_pack, metavar="K")
-    add("--wire", "type that gradients travel as", choices=WIRES)
-    add("--wire-forward", "type that activations travel as", choices=WIRES)
+    add("--wire", "type in which gradients are sent", choices=WIRES)
+    add("--wire-forward", "type in which activations are sent", choices=WIRES)
     add("--width", "width of the model", type=count)
-    add("--layers", "blocks of the model", type=count)
+    add("--layers", "number of blocks", type=count)
     add("--heads", "attention heads; must divide the width", type=count)
-    add("--learning-rate", "the highest learning rate", type=positive)
-    add("--threads", "intra-op threads of each rank; none: cores / ranks", type=count)
-    add("--seed", "of the initial weights and the batches", type=count_or_zero)
+    add("--learning-rate", "peak learning rate", type=positive)
+    add("--threads", "intra-op threads of each rank; if not given, cores / ranks", type=count)
+    add("--seed", "seed of the initial weights and the batches", type=count_or_zero)
     add(
         "--checkpoint-every",
-        "steps between checkpoints; 0: only at the end and at Ctrl-C",
+        "steps between checkpoints; 0 for only at the end and at Ctrl-C",
         metavar="STEPS",
         type=count_or_zero,
     )
     add(
         "--resume",
-        "go on with the run in this folder, or of this checkpoint file, as if it had never stopped. Options "
-        "not given are the run's, --threads too. The data's bytes, "
-        f"{', '.join('--' + name for name in _FIXED)} stay as they are; with other --steps, "
-        "--learning-rate, --microbatches or --threads the losses differ from those of the run left alone. "
-        f"{_IF_BEGUN}: with the run in --out if it has a checkpoint there, or else begin one: so a command can "
-        "be given again as it is, as torchrun does",
+        "continue the run in this folder, or of this checkpoint file, as if it had never stopped. The run's "
+        "own options are the defaults, --threads included. The data's bytes, "
+        f"{', '.join('--' + name for name in _FIXED)} cannot change; another --steps, --learning-rate, "
+        "--microbatches or --threads changes the losses. "
+        f"{_IF_BEGUN}: continue the run in --out if it has a checkpoint, or start it; so the same command can "
+        "be repeated, as torchrun does",
         metavar="PATH",
     )
-    add("--out", "folder to write to; none: runs/DATE-TIME, or that of the resumed run", metavar="DIR")
-    add("--json", "also write the closing table there, as one JSON object", metavar="FILE")
+    add(
+        "--out",
+        "folder to write to; if not given, runs/DATE-TIME, or the folder of the resumed run",
+        metavar="DIR",
+    )
+    add("--json", "also write the closing table to this file, as one JSON object", metavar="FILE")
 
 
 def read_options(arguments: argparse.Namespace, processes: int = 1) -> tuple[Options, Checkpoint | None]:
-    """The options of a run of so many processes, and the checkpoint it goes on from.
+    """The options of a run in this many processes, and the checkpoint from which it continues.
 
-    Raises InvalidArgument for options that do not go together, or not with the checkpoint.
+    Raises InvalidArgument for options that contradict one another or the checkpoint.
     """
     names = {field.name for field in fields(Options)}
     given = {key: value for key, value in vars(arguments).items() if key in names}
@@ -199,7 +208,7 @@ def read_options(arguments: argparse.Namespace, processes: int = 1) -> tuple[Opt
     if resumed is not None and resumed.step >= options.steps and not if_begun:
         raise InvalidArgument(
             f"the checkpoint {options.resume!r} is of step {resumed.step}, so nothing is left to do for "
-            f"--steps {options.steps}; give more --steps to go on"
+            f"--steps {options.steps}; give more --steps to continue"
         )
     return options, resumed
 
@@ -209,10 +218,10 @@ def _on_gpu(device: str) -> bool:
 
 
 def _begun(out: str | None) -> str | None:
-    """The checkpoint of the run in this folder; None: there is none yet."""
+    """The checkpoint of the run in this folder; None if there is none yet."""
     if out is None:
         raise InvalidArgument(
-            f"--resume {_IF_BEGUN} goes on with the run in --out, which is not given; give --out DIR, too"
+            f"--resume {_IF_BEGUN} continues the run in --out, which is not given; give --out DIR, too"
         )
     path = Path(out) / checkpoint.NAME
     return str(path) if path.exists() else None
@@ -221,7 +230,7 @@ def _begun(out: str | None) -> str | None:
 def _check_device(options: Options, processes: int) -> None:
     if processes > 1 and options.device != "cpu":
         raise InvalidArgument(
-            f"--device is {options.device}, and {processes} processes can share a pipeline on CPUs so far; "
+            f"--device is {options.device}, and train runs the {processes} processes of torchrun on CPUs only; "
             "give --device cpu, or start the command without torchrun"
         )
     if options.device.startswith("cuda"):
@@ -229,7 +238,7 @@ def _check_device(options: Options, processes: int) -> None:
         if int(options.device.partition(":")[2] or 0) >= gpus:
             raise InvalidArgument(
                 f"--device is {options.device} and torch sees {gpus} GPUs; give another, or --device auto to "
-                "run on what there is"
+                "run on what this machine has"
             )
     if options.graphs and not _on_gpu(options.device):
         raise InvalidArgument("--graphs needs a GPU, and this run is on the CPU; give --no-graphs")
@@ -241,7 +250,7 @@ def _check_fixed(saved: Options, given: dict) -> None:
         now = given.get(name, was)
         if now != was:
             raise InvalidArgument(
-                f"--{name} is {was} in the checkpoint and {now} here, but a run keeps it to its end; "
+                f"--{name} is {was} in the checkpoint and {now} here, but it cannot change within a run; "
                 f"leave --{name} out, or start a new run without --resume"
             )
 

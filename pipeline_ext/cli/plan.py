@@ -1,4 +1,4 @@
-"""``pipeline-ext plan``: what schedules would take, and which is best."""
+"""``pipeline-ext plan``: simulates schedules, compares them, and searches for a better one."""
 
 import argparse
 import json
@@ -15,14 +15,14 @@ from ..plan import zero_bubble
 from ..plan.build import AUTO, check_size, schedule_names
 from ..plan.comparison import Planned, planned, rebatched, recut, searched, simulated, stages_of
 from ..plan.search import SearchResult, search
-from ..plan.simulation import Costs
+from ..plan.simulation import Costs, Simulation
 from ..report.page import save_page
 from ..report.panel import Panel, percent, simulated_panel
 from ..report.timeline import SUFFIXES, accepted_path, save_picture, unit_of
 from .plan_options import add_arguments, costs_of
-from .plan_table import show
+from .plan_table import feasible, show
 
-_SECONDS = 5.0  # for a search, where nothing else bounds it
+_SECONDS = 5.0  # for a search that nothing else bounds
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -30,15 +30,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "plan",
         help="simulate schedules, compare them, search for a better one",
-        description="Simulates schedules at given costs and shows what they would take. Exit status 0 if at "
-        "least one of them can be, 1 if none, 2 for options that cannot be used.",
+        description="Simulates schedules with given costs and shows their times and memory. Exit status 0 if "
+        "at least one of them is possible, 1 if none, 2 for options that cannot be used.",
     )
     parser.set_defaults(run=run)
     add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     names = options.schedule or ([] if options.from_csv else [AUTO])
     _check(options, names)
     results, found = _plan(options, names)
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace, names: Sequence[str]) -> None:
-    """Raises InvalidArgument for options that do not go together, before anything is planned."""
+    """Raises InvalidArgument for options that contradict one another, before anything is planned."""
     for name in names:
         if name not in (AUTO, *schedule_names()):
             raise InvalidArgument(
@@ -65,7 +65,7 @@ def _check(options: argparse.Namespace, names: Sequence[str]) -> None:
         accepted_path(options.png, SUFFIXES)
     if AUTO in names and options.overlap:
         raise InvalidArgument(
-            f"--overlap is of named schedules, and {AUTO} searches for ranks that run one task at a time; "
+            f"--overlap is for named schedules, and {AUTO} searches for ranks that run one task at a time; "
             "leave one of them out"
         )
     if AUTO not in names and len(options.microbatches or [1]) > 1:
@@ -78,7 +78,7 @@ def _check(options: argparse.Namespace, names: Sequence[str]) -> None:
 
 
 def _plan(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[Planned], SearchResult | None]:
-    """What each schedule would take, and what the search came to, where there is one."""
+    """Plans all schedules; returns them, and the result of the search if there is one."""
     read = [(str(path), _read(path, options.overlap)) for path in options.from_csv]
     plans = {file: plan for file, plan in read if isinstance(plan, _C.Plan)}
     broken = [
@@ -104,7 +104,7 @@ def _plan(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[Plann
 def _named(
     name: str, num_stages: int, options: argparse.Namespace, costs: Costs, stages_of_costs: int, ranks: int
 ) -> Planned:
-    """What a named schedule would take; of zb-auto without --chunks, the better of one stage a rank and two."""
+    """Plans a named schedule; for zb-auto without --chunks the better of one and two stages per rank."""
     size = {"num_ranks": ranks, "microbatches": options.microbatches[0], "overlap": options.overlap}
     if name != zero_bubble.NAME:
         return planned(name, num_stages=num_stages, costs=recut(costs, stages_of_costs, num_stages), **size)
@@ -127,12 +127,12 @@ def _named(
                 **size,
             )
         )
-    feasible = [result for result in found if result.simulation is not None]
-    return min(feasible, key=lambda result: result.simulation.bubble_from_first_start, default=found[0])
+    best, _ = min(feasible(found), key=lambda pair: pair[1].bubble_from_first_start, default=(found[0], None))
+    return best
 
 
 def _read(path: Path, overlap: bool) -> _C.Plan | str:
-    """The plan in a file, or why there is none."""
+    """The plan in a file, or why it is not possible."""
     text = path.read_text(errors="replace")
     try:
         return _C.plan_of_cells(_C.cells_of_csv(text), overlap=overlap)
@@ -141,23 +141,23 @@ def _read(path: Path, overlap: bool) -> _C.Plan | str:
 
 
 def _ranks(options: argparse.Namespace, plans: Iterable[_C.Plan]) -> int | None:
-    """Of all schedules; None if there is none. Raises InvalidArgument where they differ."""
+    """The ranks that all schedules have; None without a schedule. Raises InvalidArgument if they differ."""
     found = sorted({plan.num_ranks for plan in plans} | ({options.ranks} - {None}))
     if len(found) > 1:
         counts = " and ".join(map(str, found))
-        raise InvalidArgument(f"the schedules have {counts} ranks; compare those of one number")
+        raise InvalidArgument(f"the schedules have {counts} ranks; compare schedules of one number of ranks")
     return found[0] if found else None
 
 
 def _stages_of_costs(options: argparse.Namespace, ranks: int, counts: set[int]) -> int:
-    """How many stages the costs are of; ``counts`` are those that the schedules have."""
+    """How many stages the given costs describe; ``counts`` are the schedules' numbers of stages."""
     if options.chunks:
         return ranks * options.chunks
     return counts.pop() if len(counts) == 1 and AUTO not in (options.schedule or ()) else ranks
 
 
 def _search(options: argparse.Namespace, costs: Costs) -> tuple[Planned, SearchResult | None]:
-    """The best schedule; why there is none where all are refused."""
+    """The best schedule, or the reason why all are refused."""
     bounded = options.budget or options.trials
     try:
         found = search(
@@ -181,8 +181,8 @@ def _search(options: argparse.Namespace, costs: Costs) -> tuple[Planned, SearchR
 
 
 def _write(options: argparse.Namespace, results: Sequence[Planned]) -> None:
-    """Writes the files asked for; --json - to standard output."""
-    feasible = [result for result in results if result.simulation is not None]
+    """Writes the requested files; --json - to standard output."""
+    simulated = feasible(results)
     if options.json:
         values = [result.as_json() for result in results]
         text = json.dumps(values[0] if len(values) == 1 else values) + "\n"
@@ -190,21 +190,22 @@ def _write(options: argparse.Namespace, results: Sequence[Planned]) -> None:
             print(text, end="")
         else:
             _save(Path(options.json), text)
-    if not feasible:
+    if not simulated:
         return
+    first, simulation = simulated[0]
     if options.csv:
-        _save(options.csv, feasible[0].simulation.plan.to_csv())
-    unit = unit_of(feasible[0].costs)
+        _save(options.csv, simulation.plan.to_csv())
+    unit = unit_of(first.costs)
     if options.html:
         save_page(options.html, results, unit)
     if options.png:
-        save_picture(options.png, [_panel(result) for result in feasible], unit)
+        save_picture(options.png, [_panel(*pair) for pair in simulated], unit)
 
 
-def _panel(result: Planned) -> Panel:
-    memory = max(result.simulation.peak_memory)
+def _panel(result: Planned, simulation: Simulation) -> Panel:
+    memory = max(simulation.peak_memory)
     return simulated_panel(
-        f"{result.title}: bubble {percent(result.bubble)}, peak memory {memory:.6g}", result.simulation
+        f"{result.title}: bubble {percent(result.bubble)}, peak memory {memory:.6g}", simulation
     )
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a plan: figures of each schedule, and of each rank where there is one schedule."""
+"""The table of ``plan``: figures of each schedule; with a single schedule also of each rank."""
 
 import math
 from collections.abc import Sequence
@@ -9,35 +9,43 @@ from rich.table import Table
 
 from ..plan.comparison import Planned
 from ..plan.search import SearchResult
+from ..plan.simulation import Simulation
 from ..report.panel import percent
 
-_WIDTH = 112  # where there is no terminal
+_WIDTH = 112  # without a terminal
+
+
+Feasible = tuple[Planned, Simulation]
+
+
+def feasible(results: Sequence[Planned]) -> list[Feasible]:
+    """The plans that can run, each with its simulation."""
+    return [(result, result.simulation) for result in results if result.simulation is not None]
 
 
 def show(results: Sequence[Planned], found: SearchResult | None, console: Console) -> None:
-    """Prints the table, what the search came to, and why schedules cannot be."""
+    """Prints the table, the result of the search, and why schedules are refused."""
     if not console.is_terminal:
         console.width = _WIDTH
-    feasible = [result for result in results if result.simulation is not None]
-    if feasible:
-        console.print(_schedules(feasible))
-    if len(feasible) == len(results) == 1:
-        console.print(_ranks(feasible[0]))
+    simulated = feasible(results)
+    if simulated:
+        console.print(_schedules(simulated))
+    if len(simulated) == len(results) == 1:
+        console.print(_ranks(simulated[0][1]))
     if found is not None:
         console.print(_tried(found))
         console.print(_searched(found), markup=False, soft_wrap=True)
     for result in results:
         if result.reason is not None:
-            console.print(f"{result.title} cannot be: {result.reason}", markup=False, soft_wrap=True)
+            console.print(f"{result.title} is not possible: {result.reason}", markup=False, soft_wrap=True)
 
 
-def _schedules(results: Sequence[Planned]) -> Table:
+def _schedules(results: Sequence[Feasible]) -> Table:
     table = _table(
         "schedule", "chunks", "M", "makespan", "not below", "bubble", "from first start", "in flight", "memory",
         "messages",
     )  # fmt: skip
-    for result in results:
-        simulation = result.simulation
+    for result, simulation in results:
         table.add_row(
             escape(result.title),
             str(result.chunks),
@@ -53,9 +61,8 @@ def _schedules(results: Sequence[Planned]) -> Table:
     return table
 
 
-def _ranks(result: Planned) -> Table:
+def _ranks(simulation: Simulation) -> Table:
     table = _table("rank", "stages", "bubble", "in flight", "memory")
-    simulation = result.simulation
     plan = simulation.plan
     for rank in range(plan.num_ranks):
         stages = [s for of in (plan.rank_of_stage, plan.rank_of_copy) for s, r in enumerate(of) if r == rank]
@@ -78,7 +85,7 @@ def _table(first: str, *others: str) -> Table:
 
 
 def _tried(found: SearchResult) -> Table:
-    """The best of each kind of plan, from short to long."""
+    """The best plan of each kind, the shortest first."""
     best: dict[tuple[str, int, int], float] = {}
     for tried in found.tried:
         kind = tried.what, tried.chunks, tried.microbatches
@@ -86,7 +93,7 @@ def _tried(found: SearchResult) -> Table:
         best[kind] = min(time, best.get(kind, math.inf))
     table = _table("tried", "chunks", "M", "makespan")
     for kind, time in sorted(best.items(), key=lambda item: item[1]):
-        table.add_row(*map(str, kind), _figure(time) if time < math.inf else "cannot be")
+        table.add_row(*map(str, kind), _figure(time) if time < math.inf else "not possible")
     return table
 
 

@@ -1,17 +1,18 @@
-"""Presets of ``pipeline-ext train``: defaults that fit a machine. An option given wins over its preset's.
+"""Presets of ``pipeline-ext train``: defaults that fit a machine. A given option overrides its preset.
 
-What a preset takes of a GPU's memory, estimated from its shapes, with P parameters in float32 under autocast.
-Weights, gradients and AdamW's two moments: 16 bytes a parameter. What a block keeps for the backward of each
-microbatch in flight: about 40 bytes x width a token (inputs of the layer norms 2 x 4, of the matrix products
-2 + 2 + 2 + 8, of attention 6 + 2, of GELU 8, and some), and its weights cast to bfloat16, 2 bytes a parameter.
-With two stages of half the blocks each on one GPU, 1F1B with overlap has five halves of the model in flight.
+The comments estimate a preset's GPU memory from its shapes, with P float32 parameters under autocast. Weights,
+gradients and AdamW's two moments take 16 bytes per parameter. For the backward of each microbatch in flight a
+block keeps about 40 bytes x width per token (inputs of the layer norms 2 x 4, of the matrix products
+2 + 2 + 2 + 8, of attention 6 + 2, of GELU 8, and some), and its weights cast to bfloat16, 2 bytes per
+parameter. With two stages on one GPU, half of the blocks each, 1F1B with overlap has five halves of the model
+in flight.
 """
 
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {},
-    # P = 85 M: state 1.4 GB; a block and microbatch 0.14 GB, of those 30: 4.2 GB. Together 6 GB.
+    # P = 85 M: state 1.4 GB; 30 times 0.14 GB for a block and microbatch: 4.2 GB. Together 6 GB.
     "gpu-small": {
         "width": 768,
         "layers": 12,
@@ -23,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "autocast": "bfloat16",
         "checkpoint_every": 500,
     },
-    # P = 0.47 G: state 7.6 GB; a block and microbatch 0.25 GB, of those 60: 15 GB. Together 23 GB.
+    # P = 0.47 G: state 7.6 GB; 60 times 0.25 GB for a block and microbatch: 15 GB. Together 23 GB.
     "gpu-medium": {
         "width": 1280,
         "layers": 24,
@@ -35,8 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "autocast": "bfloat16",
         "checkpoint_every": 0,
     },
-    # P = 2.5 G: state 40 GB; a block and microbatch 0.75 GB, of those 80: 60 GB. Together 100 GB of an H200's
-    # 149; the rest is for what the allocator cannot fill. A checkpoint has 30 GB.
+    # P = 2.5 G: state 40 GB; 80 times 0.75 GB for a block and microbatch: 60 GB. Together 100 GB of an H200's
+    # 149 GB; the rest is for the allocator's fragmentation. A checkpoint has 30 GB.
     "h200": {
         "width": 2560,
         "layers": 32,

@@ -15,8 +15,9 @@ from ..errors import DeadPipeline, InvalidArgument, InvalidSchedule, PipelineErr
 from ..lm import checkpoint, interrupt
 from ..lm.corpus import Corpus
 from ..lm.gpt import count_parameters, gpt, loss_fn
+from ..lm.metrics import begin_log
 from ..lm.team import Team
-from ..lm.training import Training, begin_log
+from ..lm.training import Training
 from ..pipeline import Pipeline
 from ..plan.simulation import simulate
 from . import launch
@@ -30,14 +31,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "train",
         help="train a byte-level GPT on text",
         description="Trains a byte-level GPT through a pipeline. By default it learns the source files of "
-        "Python's standard library, in about two minutes on two cores or on a GPU.",
+        "Python's standard library, in about two minutes on two cores. Under torchrun each process is one "
+        "rank, on a CPU.",
     )
     parser.set_defaults(run=run)
     add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     options, resumed = read_options(arguments, launch.processes())
     out = _folder(options)
     if options.json:
@@ -49,8 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
     torch.manual_seed(options.seed)
     model = gpt(context=options.context, width=options.width, layers=options.layers, heads=options.heads)
     with launch.team() as team, _pipeline(model, options, team) as pipe:
-        options = replace(options, threads=options.threads or _threads(pipe, team))
-        torch.set_num_threads(options.threads)
+        threads = options.threads or _threads(pipe, team)
+        options = replace(options, threads=threads)
+        torch.set_num_threads(threads)
         training = Training(
             model,
             pipe,
@@ -66,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         if resumed is not None:
             training.resume(resumed)
         parameters = count_parameters(model)
-        del model  # of several processes each keeps its own stages
+        del model  # each of several processes keeps its own stages only
         team.check_agreement({"the training data": corpus.fingerprint, "the last step": training.step})
         display = Display(training.summary, steps=options.steps, quiet=not team.is_first)
         display.header(
@@ -80,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         log = out / "metrics.jsonl"
         if team.is_first:
             out.mkdir(parents=True, exist_ok=True)
-            begin_log(log, Path(options.resume).with_name(log.name) if resumed else log, training.step)
+            begin_log(log, Path(options.resume).with_name(log.name) if options.resume else log, training.step)
         with interrupt.noted(team.size > 1) as stops:
             _train(training, log, display, options, stops)
         written = [log, out / checkpoint.NAME, *_save_last_step(training, out, display)]
@@ -112,13 +115,13 @@ def _pipeline(model: nn.Module, options: Options, team: Team) -> Pipeline:
 
 
 def _threads(pipe: Pipeline, team: Team) -> int:
-    """Intra-op threads of a rank, so that those on this machine share its cores."""
+    """Intra-op threads of a rank, so that the ranks on this machine share its cores."""
     ranks_here = pipe.plan.num_ranks if team.size == 1 else launch.processes_here()
     return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
 def _devices(pipe: Pipeline, options: Options) -> str:
-    """Where the model is and how it computes, for people."""
+    """The model's devices and how it computes, for display."""
     names = sorted({str(parameter.device) for parameter in pipe.parameters()})
     if options.autocast != "none":
         names.append(f"{options.autocast} autocast")
@@ -126,7 +129,7 @@ def _devices(pipe: Pipeline, options: Options) -> str:
 
 
 def _save_last_step(training: Training, out: Path, display: Display) -> list[Path]:
-    """Writes what all processes did in the last step, and simulates it; returns the files."""
+    """Writes and simulates the last step of all processes; returns the written files."""
     written = [out / "trace.json", out / "timeline.png"]
     try:
         trace = training.pipe.gather_trace()
@@ -135,22 +138,24 @@ def _save_last_step(training: Training, out: Path, display: Display) -> list[Pat
         training.summary.bubble_simulated = simulate(trace.plan, trace.profile().costs(trace.plan)).bubble
         for path in written:
             trace.save(path)
-    except PipelineError as error:  # no step, no matplotlib, or no room
+    except PipelineError as error:  # no step was run, no matplotlib, or a full disk
         display.note(str(error))
     return [path for path in written if path.exists()]
 
 
 def _folder(options: Options) -> Path:
-    """Where the run writes. Raises InvalidArgument rather than write over another run's checkpoint."""
-    if options.out is None and options.resume is not None:
+    """The folder to write to. Raises InvalidArgument if another run has its checkpoint there."""
+    if options.out is not None:
+        out = Path(options.out)
+    elif options.resume is not None:
         out = Path(options.resume).parent
     else:
-        out = Path(options.out or time.strftime("runs/%Y%m%d-%H%M%S"))
+        out = Path(time.strftime("runs/%Y%m%d-%H%M%S"))
     file = out / checkpoint.NAME
     if file.exists() and not (options.resume and file.samefile(options.resume)):
         raise InvalidArgument(
-            f"there is a checkpoint {str(file)!r} already; go on with it by --resume {out}, or give "
-            "another folder with --out"
+            f"there is a checkpoint {str(file)!r} already; continue it by --resume {out}, or give another "
+            "folder with --out"
         )
     return out
 
@@ -158,9 +163,9 @@ def _folder(options: Options) -> Path:
 def _train(
     training: Training, log: Path, display: Display, options: Options, stops: Callable[[], bool]
 ) -> None:
-    """Validates, trains, validates; Ctrl-C ends the training, a second one the last validation too.
+    """Validates, trains, validates. Ctrl-C ends the training, a second one the last validation too.
 
-    So does ``stops()``, after the step in which it has been true in one of the processes.
+    The training also ends after the step in which ``stops()`` is true in one of the processes.
     """
     summary, team = training.summary, training.team
 
@@ -179,7 +184,7 @@ def _train(
                     save()
     except KeyboardInterrupt:
         if team.size > 1:
-            raise  # none of the others can go on without this one
+            raise  # the others cannot continue without this one
     try:
         save()
         if training.step < training.steps:
@@ -187,6 +192,6 @@ def _train(
         if summary.steps:
             summary.val_bpb_last = training.validate()
             display.validation("after", summary.val_bpb_last)
-    except (KeyboardInterrupt, DeadPipeline):  # dead: two Ctrl-C in one step
+    except (KeyboardInterrupt, DeadPipeline):  # the pipeline is dead after two Ctrl-C in one step
         if team.size > 1:
             raise

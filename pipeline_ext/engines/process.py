@@ -11,11 +11,12 @@ from ..processes.connections import Connections
 from ..processes.failure import GRACE, Failure
 from ..processes.group import Processes, seconds
 from ..transport.exchange import Exchange
-from ..transport.remote import Incoming, Outgoing, Receiver
+from ..transport.remote_receiver import Listener, RemoteReceiver
+from ..transport.remote_sender import RemoteSender
 from .host import HostEngine, HostRoute
 from .parts import EngineParts
-from .process_ends import ends_of
 from .protocol import Bodies
+from .remote_channels import remote_channels
 
 _FOREVER = 1e7  # seconds
 _CLOSE_WAIT = 10.0  # seconds that a pipeline, when closed, waits for others to receive what it sent
@@ -29,11 +30,11 @@ class ProcessEngine(HostEngine):
         self,
         parts: EngineParts,
         processes: Processes,
-        ends: tuple[Callable, Callable] = (Outgoing, Incoming),
+        channel_types: tuple[Callable, Callable] = (RemoteSender, RemoteReceiver),
     ) -> None:
-        """``ends`` make the sender's and the receiver's end of a connection; see ``ends_of``."""
+        """``channel_types`` make senders and receivers; see ``remote_channels``."""
         self._processes = processes
-        self._ends = ends
+        self._channel_types = channel_types
         self._failure = Failure(processes.notices(), processes.everyone)
         self._rank_of_first_stage = parts.plan.rank_of_stage[0]
         self._exchanges: list[Exchange] = []
@@ -50,7 +51,8 @@ class ProcessEngine(HostEngine):
         return super().dead or self._failure.is_known
 
     def route(self, plan: _C.Plan, bodies: Bodies) -> HostRoute:
-        exchange = self._exchange_of(plan, end_of=ends_of(plan, self._processes, *self._ends))
+        remote_channel_of = remote_channels(plan, self._processes, *self._channel_types)
+        exchange = self._exchange_of(plan, remote_channel_of=remote_channel_of)
         self._exchanges.append(exchange)
         return HostRoute(plan, _C.Program(plan, dict(bodies)), exchange)
 
@@ -63,7 +65,7 @@ class ProcessEngine(HostEngine):
         self._failure.finish(work, timeout, "the processes that share a parameter with it")
 
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
-        route.exchange.listen(Receiver(self._executor.deliver, self._failure.lost))
+        route.exchange.listen(Listener(self._executor.deliver, self._failure.lost))
         result = super().run(route, timeout=timeout, record=record)
         if result.outcome == "timed out":
             self._failure.seek()

@@ -1,1 +1,1 @@
-"""The main job on real input: a byte-level language model, trained through a pipeline."""
+"""The trainer of ``pipeline-ext train``: a byte-level language model, trained through a pipeline."""

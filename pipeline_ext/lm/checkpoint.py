@@ -1,14 +1,15 @@
-"""A checkpoint file: all that a training run needs to go on as if it had never stopped.
+"""The checkpoint file of ``pipeline-ext train``: all that a run needs to continue as if it had never stopped.
 
-Tensors, numbers and text in torch.save's format, read with ``weights_only``: reading never executes code.
-(torch.distributed.checkpoint keeps its metadata as a pickle, which can; hence it is not used here.)
+Holds tensors, numbers and text in torch.save's format. Reading checks every byte and never executes code. The
+folders of ``pipeline_ext.save_checkpoint`` cannot offer that, because torch.distributed.checkpoint keeps their
+metadata as a pickle and no checksums. So there are two formats; this one gathers the state in one process.
 """
 
 import pickle
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -24,38 +25,38 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run's state after a whole step."""
+    """A run's state after a completed step."""
 
     step: int
     model: dict  # the unsplit model's state, by name
-    optimizer: dict  # its state, by position among the unsplit model's parameters
+    optimizer: dict  # its state, by the parameter's position in the unsplit model
     batches: Tensor  # state of the generator that draws the batches
-    random: Tensor  # state of torch's own generator
+    random: Tensor  # state of torch's default generator
     data: str  # fingerprint of the training data
     options: dict  # of the run, by name
-    random_of_gpus: list  # states of the GPUs' generators, by number; empty: none was used
+    random_of_gpus: list  # states of the GPUs' generators, by index; empty if no GPU was used
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint in place of the one at ``path``; a crash at any moment leaves one of the two.
+    """Replaces the checkpoint at ``path``; a crash at any moment leaves the old one or the new one.
 
-    Raises PipelineError if it cannot be written; an earlier one is then unchanged.
+    Raises PipelineError if it cannot be written; the old one is then unchanged.
     """
     values = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
     try:
-        # Deferred: torch.save would turn a KeyboardInterrupt inside it into a RuntimeError.
+        # Ctrl-C has to wait: torch.save turns a KeyboardInterrupt into a RuntimeError.
         with interrupt.deferred(), whole_file(path) as file:
             torch.save({"format": _FORMAT, "version": _VERSION, **values}, file)
     except RuntimeError as error:
-        cause = error.__context__ or error  # what the disk said, which torch.save hides
+        cause = error.__context__ or error  # the system's error, which torch.save hides
         raise PipelineError(f"{str(path)!r} cannot be written: {cause}; what was there is unchanged") from error
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads a checkpoint file; no code in it is ever executed.
+    """Reads a checkpoint file without executing code.
 
-    Raises InvalidArgument if there is no such file, if it is no checkpoint or a damaged one, if it holds
-    anything but tensors, numbers and text, or if it is of a newer format.
+    Raises InvalidArgument if there is no such file, if it is damaged or no checkpoint, if it holds anything but
+    tensors, numbers and text, or if its format is newer.
     """
     name = repr(str(path))
     not_ours = f"{name} is not a checkpoint of pipeline-ext train, or it is damaged or cut short"
@@ -80,8 +81,8 @@ def read(path: Path) -> Checkpoint:
             f"the checkpoint {name} has format {version} and this pipeline_ext reads formats up to "
             f"{_VERSION}; install the newer one that wrote it"
         )
-    values = {"random_of_gpus": [], **values}  # those of earlier versions have none
-    types = {field.name: field.type for field in fields(Checkpoint)}
+    values = {"random_of_gpus": [], **values}  # earlier versions wrote none
+    types = get_type_hints(Checkpoint)
     if not all(isinstance(values.get(key), kind) for key, kind in types.items()):
         raise InvalidArgument(not_ours)
     return Checkpoint(**{key: values[key] for key in types})
@@ -89,6 +90,6 @@ def read(path: Path) -> Checkpoint:
 
 def _load(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
-        if archive.testzip() is not None:  # checksums, which torch.load does not look at
+        if archive.testzip() is not None:  # checksums, which torch.load does not check
             raise zipfile.BadZipFile
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Bytes to learn from: files of the user's, or the running Python's own standard library."""
+"""Training data: the bytes of the user's files, or of the running Python's standard library."""
 
 import hashlib
 import sysconfig
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import InvalidArgument
 
-_HELD_OUT = 20  # one part in this many is for validation
+_HELD_OUT = 20  # one part in 20 is for validation
 _MAX_BYTES = 64 << 20
 
 
@@ -18,10 +18,10 @@ class Corpus:
 
     Args:
         path: a file or a folder; None: the source files of Python's standard library.
-        context: bytes the model sees at once.
+        context: number of bytes in a row.
 
     Raises:
-        InvalidArgument: if there is nothing to read, or too little to fill one context.
+        InvalidArgument: if there is nothing to read, or too little to fill one row.
     """
 
     def __init__(self, path: str | None, context: int) -> None:
@@ -40,7 +40,7 @@ class Corpus:
                 f"with; each must be at least {need} (context + 1)"
             )
         self.name = "Python's standard library" if path is None else str(root)
-        self.fingerprint = hashlib.sha256(train).hexdigest()  # tells other training bytes
+        self.fingerprint = hashlib.sha256(train).hexdigest()  # identifies the training bytes
         self.train = torch.frombuffer(train, dtype=torch.uint8)
         self.held_out = torch.frombuffer(held_out, dtype=torch.uint8)
 
@@ -50,7 +50,7 @@ class Corpus:
         return _rows(self.train, starts, self.context)
 
     def validation(self, rows: int, batches: int) -> list[tuple[Tensor, Tensor]]:
-        """The same validation batches at every call, spread evenly over the held-out bytes."""
+        """Validation batches, spread evenly over the held-out bytes; the same at every call."""
         last = len(self.held_out) - self.context - 1
         starts = torch.linspace(0, last, rows * batches, dtype=torch.float64).long()
         return [_rows(self.held_out, part, self.context) for part in starts.split(rows)]
@@ -78,7 +78,7 @@ def _read_folder(root: Path, is_stdlib: bool) -> tuple[bytearray, bytearray]:
         into = held_out if index % _HELD_OUT == _HELD_OUT - 1 else train
         if len(into) < _MAX_BYTES:
             into += file.read_bytes()
-    if not held_out:  # a folder of few files
+    if not held_out:  # too few files
         cut = len(train) - len(train) // _HELD_OUT
         train, held_out = train[:cut], train[cut:]
     return train, held_out

@@ -1,4 +1,4 @@
-"""A small GPT over bytes: an embedding, blocks, a head. As an nn.Sequential it can be cut anywhere."""
+"""A small GPT over bytes: an embedding, blocks, a head. It is an nn.Sequential, so it can be cut anywhere."""
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer perceptron, each behind a layer norm and beside a residual path."""
+    """Attention, then a two-layer perceptron, each after a layer norm and with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Vectors to logits over bytes [batch, time, 256]."""
+    """Vectors [batch, time, width] to logits over bytes [batch, time, 256]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Head(nn.Module):
 
 
 def gpt(*, context: int, width: int, layers: int, heads: int) -> nn.Sequential:
-    """The model, with GPT-2's initialization: normal weights, the residual paths' scaled by depth."""
+    """The model with GPT-2's initialization: normal; at the end of residual branches scaled by depth."""
     model = nn.Sequential(
         Embedding(context, width),
         *(Block(width, heads) for _ in range(layers)),
@@ -82,12 +82,12 @@ def gpt(*, context: int, width: int, layers: int, heads: int) -> nn.Sequential:
 
 
 def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross entropy in nats per byte, in float32 also of coarser logits."""
+    """Mean cross entropy in nats per byte, computed in float32."""
     return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of scalars the model learns."""
+    """Number of the model's trainable scalars."""
     return sum(p.numel() for p in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment that suits."""
+"""Ctrl-C that waits for a safe moment."""
 
 import contextlib
 import signal
@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Ctrl-C during the block takes effect at its end; for what must not be left half done."""
-    if threading.current_thread() is not threading.main_thread():  # no other is ever interrupted
+    """Ctrl-C during the block takes effect at its end; for work that must not be left half done."""
+    if threading.current_thread() is not threading.main_thread():  # Python interrupts no other thread
         yield
         return
     pressed = []
@@ -24,9 +24,9 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def noted(active: bool) -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C has been pressed; only a second one interrupts the block.
+    """Yields a function that tells whether Ctrl-C was pressed; only a second press interrupts the block.
 
-    If not ``active`` the first does, as ever.
+    If not ``active``, the first press interrupts it as usual.
     """
     pressed = []
     before = signal.getsignal(signal.SIGINT)

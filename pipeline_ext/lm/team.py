@@ -10,16 +10,16 @@ from torch import Tensor
 from ..processes.agreement import check_agreement
 from ..processes.group import Processes
 
-_TIMEOUT = 1800.0  # seconds for all to come
+_TIMEOUT = 1800.0  # seconds to wait for the other processes
 
 
 class Team:
-    """Those of a group, or with None this process alone.
+    """The processes of a group, or with None this process alone.
 
     Attributes:
-        group: as given.
+        group: the group, or None.
         size: number of processes.
-        is_first: whether this is the one that shows and writes what there is of all.
+        is_first: whether this process shows and writes the results of all.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -28,12 +28,13 @@ class Team:
         self.is_first = group is None or group.rank() == 0
 
     def check_agreement(self, settings: Mapping[str, Any]) -> None:
-        """Raises InvalidArgument, in all processes, where two have other settings."""
-        if self.group is not None:
-            check_agreement(Processes.of(self.group), settings, _TIMEOUT)
+        """Raises InvalidArgument in all processes if two of them have different settings."""
+        processes = Processes.of(self.group)
+        if processes is not None:
+            check_agreement(processes, settings, _TIMEOUT)
 
     def all_of(self, values: Sequence[float]) -> Tensor:
-        """What all processes call it with, float64 [processes, values]."""
+        """The ``values`` of all processes, float64 [processes, values]."""
         mine = torch.tensor(values, dtype=torch.float64)
         found = [mine] * self.size
         if self.group is not None:
@@ -42,7 +43,7 @@ class Team:
         return torch.stack(found)
 
     def gather(self, part: Any) -> list[Any] | None:
-        """What all processes call it with, for the first; None for the others."""
+        """The ``part`` of each process, in the first; None in the others."""
         if self.group is None:
             return [part]
         parts = [None] * self.size if self.is_first else None

@@ -1,4 +1,4 @@
-"""The training loop, without a display: yields what happened step by step."""
+"""The training loop, without a display: yields the metrics of each step."""
 
 import functools
 import json
@@ -6,136 +6,33 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
 import torch
 from torch import Tensor, nn
 
-from ..base.files import whole_file
 from ..errors import InvalidArgument
 from ..pipeline import Pipeline
-from ..plan.schedule_choice import ScheduleChoice
 from . import interrupt
 from .checkpoint import Checkpoint
 from .corpus import Corpus
 from .gpt import bits, loss_fn
+from .metrics import StepMetrics
+from .summary import Summary
 from .team import Team
 from .unsplit_state import UnsplitState
 
 _VALIDATION_BATCHES = 12
-_TIMED_STEPS = 4  # of graphs: two warm it up, the third captures it
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """One line of metrics.jsonl."""
-
-    step: int
-    loss: float  # nats per byte
-    bits_per_byte: float
-    tokens_per_second: float
-    step_ms: float
-    bubble: float | None  # None of a step whose tasks were not timed
-    learning_rate: float
-
-
-@dataclass
-class Summary:
-    """What a training run came to; ``as_json`` is what ``--json`` writes.
-
-    Of a resumed run it covers what came after step ``resumed_after``: ``val_bpb_first`` is measured there,
-    ``loss_first`` is that of the next step, and times and bubbles are of the steps since.
-    """
-
-    schedule: str
-    stages: int
-    microbatches: int
-    bubble_predicted: float
-    messages_per_step: int
-    resumed_after: int = 0  # the last step done before; 0: a new run
-    val_bpb_first: float = math.nan
-    val_bpb_last: float = math.nan
-    steps: list[StepMetrics] = field(default_factory=list)
-    peak_in_flight: list[int] = field(default_factory=list)  # by rank
-    bubble_simulated: float = math.nan  # from the stage times measured in the last step
-    schedule_choice: ScheduleChoice | None = None  # of --schedule auto, once it is made
-    seconds_since_choice: list[float] = field(default_factory=list)  # of the pipeline's steps
-
-    def as_json(self) -> dict:
-        """Plain values, None for what was not measured."""
-        ms = [s.step_ms for s in self.steps]
-        values = {
-            "schedule": self.schedule,
-            "schedule_chosen": self.schedule_choice and self.schedule_choice.schedule,
-            "pipeline_ms_predicted": self.pipeline_ms_predicted,
-            "pipeline_ms_measured": self.pipeline_ms_measured,
-            "stages": self.stages,
-            "microbatches": self.microbatches,
-            "resumed_after": self.resumed_after,
-            "steps": len(self.steps),
-            "loss_first": self.steps[0].loss if ms else None,
-            "loss_last": self.steps[-1].loss if ms else None,
-            "val_bpb_first": self.val_bpb_first,
-            "val_bpb_last": self.val_bpb_last,
-            "tokens_per_second": self.tokens_per_second,
-            "step_ms": ({"min": min(ms), "median": statistics.median(ms), "max": max(ms)} if ms else None),
-            "bubble_predicted": self.bubble_predicted,
-            "bubble_simulated": self.bubble_simulated,
-            "bubble_measured": self.bubble_measured,
-            "messages_per_step": self.messages_per_step,
-            "peak_in_flight": self.peak_in_flight,
-        }
-        return {
-            key: None if isinstance(value, float) and math.isnan(value) else value
-            for key, value in values.items()
-        }
-
-    @property
-    def pipeline_ms_predicted(self) -> float:
-        """Of a step with the schedule chosen, as it was chosen."""
-        return math.nan if self.schedule_choice is None else self.schedule_choice.predicted * 1e3
-
-    @property
-    def pipeline_ms_measured(self) -> float:
-        """Median over the steps with the schedule chosen, without the optimizer's."""
-        return statistics.median(self.seconds_since_choice) * 1e3 if self.seconds_since_choice else math.nan
-
-    @property
-    def bubble_measured(self) -> float:
-        """Median over the steps of the mean over ranks of 1 - busy time / step time."""
-        measured = [s.bubble for s in self.steps if s.bubble is not None]
-        return statistics.median(measured) if measured else math.nan
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Over all steps, validation left out."""
-        if not self.steps:
-            return math.nan
-        tokens = sum(s.tokens_per_second * s.step_ms for s in self.steps)
-        return tokens / sum(s.step_ms for s in self.steps)
-
-
-def begin_log(log: Path, before: Path, step: int) -> None:
-    """Makes ``log`` the lines of ``before`` up to ``step``; a run that crashed may have added others."""
-    lines = before.read_bytes().splitlines(keepends=True) if before.exists() else []
-    with whole_file(log) as file:
-        file.writelines(line for line in lines if _step_of(line) <= step)
-
-
-def _step_of(line: bytes) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # cut short by a crash
+_TIMED_STEPS = 4  # with CUDA graphs: two warm the timed graph up, the third captures it
 
 
 class Training:
     """A model, its pipeline, its data and its optimizer.
 
-    ``step`` counts the whole steps done. All that a checkpoint holds changes at the end of a step, which
-    Ctrl-C cannot split: so ``checkpoint`` is right after a step that was stopped, too.
+    ``step`` counts completed steps. The state that a checkpoint holds changes only at the end of a step, which
+    Ctrl-C cannot interrupt. So ``checkpoint`` is consistent after an interrupted step too.
     """
 
     def __init__(
@@ -152,7 +49,7 @@ class Training:
         autocast: torch.dtype | None = None,
         team: Team | None = None,
     ) -> None:
-        """``team``: the processes that share ``pipe``; None: there is only this one."""
+        """``team`` are the processes that share ``pipe``; None: only this one."""
         self.pipe = pipe
         self.team = team or Team()
         self.steps = steps
@@ -172,7 +69,7 @@ class Training:
             lr=learning_rate,
             betas=(0.9, 0.95),
             weight_decay=0.1,
-            fused=True if device == "cuda" else None,  # without: copies as large as the model
+            fused=True if device == "cuda" else None,  # the default makes copies as large as the model
         )
         names = [name for name, _ in model.named_parameters()]
         self._state = UnsplitState(pipe, self._optimizer, names, self.team)
@@ -187,7 +84,7 @@ class Training:
         self._remember_random_state()
 
     def checkpoint(self, options: dict) -> Checkpoint | None:
-        """The state after the last whole step, in the first process; None in the others."""
+        """The state after the last completed step, in the first process; None in the others."""
         state = self._state.gather()
         if state is None:
             return None
@@ -204,15 +101,15 @@ class Training:
         )
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Takes over the state of ``checkpoint``; of a pipeline with any stages.
+        """Loads ``checkpoint``, which a pipeline with any number of stages has written.
 
-        Raises InvalidArgument if it is of other data, or does not fit the model.
+        Raises InvalidArgument if it was trained on other data, or does not fit the model.
         """
         if checkpoint.data != self._corpus.fingerprint:
             was = checkpoint.options.get("data") or "Python's standard library"
             raise InvalidArgument(
-                f"--data is {was} in the checkpoint, and {self._corpus.name} here holds other bytes than "
-                "that did; resume with the same data, or start a new run without --resume"
+                f"--data is {was} in the checkpoint, and {self._corpus.name} here holds other bytes; "
+                "resume with the same data, or start a new run without --resume"
             )
         try:
             self._state.load(checkpoint.model, checkpoint.optimizer)
@@ -235,7 +132,7 @@ class Training:
         for x, y in self._validation:
             with self._precision():
                 logits = self.pipe.eval(x)
-            if logits is not None:  # another process has the last stage
+            if logits is not None:  # this process has the last stage
                 losses.append(loss_fn(logits, y.to(logits.device)).item())
         self._set_mode(training=True)
         here = [statistics.fmean(losses)] if losses else [0.0]
@@ -246,9 +143,9 @@ class Training:
             stage.train(training)
 
     def run(self, log: Path, stops: Callable[[], bool] = lambda: False) -> Iterator[StepMetrics]:
-        """Trains and yields after each step; appends a line to ``log`` for each.
+        """Trains; yields the metrics of each step and appends them to ``log``.
 
-        All processes end after the step in which ``stops()`` has been true in one of them.
+        All processes end after the step in which ``stops()`` is true in one of them.
         """
         with log.open("a") as lines:
             while self.step < self.steps and not self._stopped:
@@ -264,11 +161,12 @@ class Training:
         self._optimizer.zero_grad()
         self.pipe.tracing = self._is_timed(step)
         with self._precision():
-            loss: Tensor = self.pipe.step(x, target=y)
+            loss = self.pipe.step(x, target=y)
+        assert isinstance(loss, Tensor)  # the outputs were not asked for
         self.pipe.clip_grad_norm_(1.0)
         with interrupt.deferred():
             self._optimizer.step()
-            nats = loss.item()  # waits for the GPU
+            nats = loss.item()  # synchronizes with the GPU
             seconds = time.perf_counter() - begin
             metrics = StepMetrics(
                 step=step,
@@ -276,7 +174,7 @@ class Training:
                 bits_per_byte=bits(nats),
                 tokens_per_second=x.numel() / seconds,
                 step_ms=seconds * 1e3,
-                bubble=self._hear_of_all(stops()),
+                bubble=self._gather_figures(stops()),
                 learning_rate=rate,
             )
             log.write(json.dumps(asdict(metrics)) + "\n")
@@ -286,8 +184,8 @@ class Training:
             self._add_to_summary(metrics)
         return metrics
 
-    def _hear_of_all(self, stops: bool) -> float | None:
-        """The step's bubble over all ranks, None if it was not timed. Notes what else they tell."""
+    def _gather_figures(self, stops: bool) -> float | None:
+        """Shares figures with the other processes; returns the bubble over all ranks, None if not timed."""
         trace = self.pipe.trace if self.pipe.tracing else None
         found = self.team.all_of([stops] if trace is None else [stops, trace.bubble, *trace.peak_in_flight])
         self._stopped = bool(found[:, 0].any())
@@ -298,7 +196,7 @@ class Training:
         return found[:, 1].mean().item()
 
     def _remember_random_state(self) -> None:
-        """That of the last whole step: one that is stopped has drawn its batch already."""
+        """Remembers it at the end of a step: a step that is interrupted has drawn its batch already."""
         self._batches = self._generator.get_state()
         self._random = torch.get_rng_state()
         self._random_of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -311,12 +209,12 @@ class Training:
             self.summary.seconds_since_choice.append(self.pipe.trace.step_time)
 
     def _is_timed(self, step: int) -> bool:
-        """A graph that takes times is another one, and slower: of graphs only the last are timed."""
+        """With CUDA graphs only the last steps: a timed step needs a graph of its own, a slower one."""
         replays = self.pipe.graph is not None and self.pipe.graph.fallback is None
         return not replays or step > self.steps - _TIMED_STEPS
 
     def _learning_rate(self, step: int) -> float:
-        """A linear rise over the first twentieth, then a cosine down to a tenth."""
+        """Rises linearly over the first twentieth of the steps, then falls along a cosine to a tenth."""
         warmup = max(1, self.steps // 20)
         if step <= warmup:
             return self._peak_rate * step / warmup

@@ -1,4 +1,4 @@
-"""Many tensors as one contiguous buffer, one message: its layout, and what fills and empties it."""
+"""Many tensors in one contiguous buffer: its layout, and the packers that write and read it."""
 
 from .arrays import as_tensors
 from .interface import Packer, packer

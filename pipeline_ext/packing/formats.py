@@ -1,6 +1,6 @@
-"""Number formats in Triton: what memory holds, and the float32 or float64 to calculate with.
+"""Number formats in Triton: from the bits in memory to float32 or float64, and back.
 
-bfloat16 and float8 are taken apart with integer arithmetic: Triton refuses float8_e4m3fn below sm_89, and its
+bfloat16 and float8 are converted with integer arithmetic: Triton refuses float8_e4m3fn below sm_89, and its
 interpreter rounds bfloat16 towards zero. So every device, and the interpreter, gives the same bits.
 """
 
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-# 2 ** 120: a float8_e4m3fn's exponent counts from 7, a float32's from 127.
+# 2 ** 120: the exponent bias of float8_e4m3fn is 7, that of float32 is 127.
 _E4M3_UNIT = tl.constexpr(2.0**120)
 
 
@@ -24,13 +24,13 @@ _BITS = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 
 
 def format_of(dtype: torch.dtype) -> tl.dtype:
-    """The format of a torch type; of integers and booleans only the size matters."""
+    """The format of a torch type; for integers and booleans only the size matters."""
     return _FLOATING.get(dtype) or _BITS[dtype.itemsize]
 
 
 @triton.constexpr_function
 def storage(FORMAT):
-    """The type to load and store a format as."""
+    """The type to load and store values of a format as."""
     if FORMAT == tl.bfloat16:
         return tl.uint16
     return tl.uint8 if FORMAT.is_fp8() else FORMAT
@@ -38,13 +38,13 @@ def storage(FORMAT):
 
 @triton.constexpr_function
 def arithmetic(FORMAT):
-    """The type to calculate with for tensors of a format."""
+    """The type to compute in for tensors of a format."""
     return tl.float64 if FORMAT == tl.float64 else tl.float32
 
 
 @triton.jit
 def decode(stored, FORMAT: tl.constexpr, TO: tl.constexpr):
-    """Numbers as memory holds them in FORMAT, as float32 or float64."""
+    """Bits in FORMAT as float32 or float64."""
     if FORMAT == tl.bfloat16:
         value = (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif FORMAT == tl.float8e5:  # the upper half of a float16
@@ -60,9 +60,9 @@ def decode(stored, FORMAT: tl.constexpr, TO: tl.constexpr):
 
 @triton.jit
 def encode(value, FORMAT: tl.constexpr):
-    """float32 or float64 numbers as memory holds them in FORMAT, as torch casts: rounded to nearest even.
+    """float32 or float64 numbers as bits in FORMAT, cast as torch does: rounded to nearest even.
 
-    What is too large becomes infinity, or in float8_e4m3fn, which has none, the largest number.
+    A number that is too large becomes infinity; float8_e4m3fn has none, so there it becomes the largest number.
     """
     if FORMAT == tl.float64:
         stored = value.to(tl.float64)
@@ -86,11 +86,11 @@ def _encode_bfloat16(value):
 
 @triton.jit
 def _encode_float8(value, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
-    """LARGEST is the largest number, or infinity as if it were a number."""
+    """LARGEST: the largest number, or the bits of infinity read as a number."""
     DROPPED: tl.constexpr = 23 - MANTISSA
     REBIAS: tl.constexpr = (127 - BIAS) << 23
     HALF: tl.constexpr = (1 << (DROPPED - 1)) - 1
-    # The power of two whose last bit counts as much as that of float8's subnormal numbers.
+    # The power of two whose last mantissa bit has the value of the last bit of a subnormal float8.
     MAGIC: tl.constexpr = 2.0 ** (24 - BIAS - MANTISSA)
     MAGIC_BITS: tl.constexpr = (127 + 24 - BIAS - MANTISSA) << 23
     SMALLEST_NORMAL: tl.constexpr = 2.0 ** (1 - BIAS)

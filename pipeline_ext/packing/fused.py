@@ -1,4 +1,4 @@
-"""The Triton packer: tensors of a CUDA device, moved by one kernel launch."""
+"""The Triton packer: packs the tensors of a CUDA device with one kernel launch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +17,9 @@ from .tables import chunk_table, kinds, room, slot_table
 class FusedPacker:
     """The ``Packer`` of tensors on one CUDA device.
 
-    Tables on the device say where the tensors lie, so that a launch allocates nothing, copies nothing from the
-    host and waits for nothing. It goes to the current stream, and may be captured in a CUDA graph once the same
-    call was made with ``launch=False``, which only compiles and loads the kernel: that is not to be captured.
+    Tables on the device hold the tensors' addresses. So a launch allocates nothing, copies nothing from the
+    host and waits for nothing. It goes to the current stream. A CUDA graph can capture it after the same call
+    with ``launch=False``, which only compiles and loads the kernel and must not be captured.
     """
 
     def __init__(self, layout: Layout, tensors: Sequence[Array]) -> None:
@@ -35,9 +35,9 @@ class FusedPacker:
         self.rebind(given)
 
     def rebind(self, tensors: Sequence[Array]) -> None:
-        """Moves other tensors from now on, by one copy to the device on the current stream.
+        """Binds other tensors, by one copy to the device on the current stream.
 
-        A graph that captured launches of this packer moves these tensors from then on. Not to be captured.
+        A graph that captured launches of this packer uses these tensors from then on. Must not be captured.
         """
         given = as_tensors(tensors)
         self._layout.check_tensors(given)
@@ -78,7 +78,7 @@ class FusedPacker:
         launch: bool = True,
     ) -> None:
         if accumulate and self._integer is not None:
-            found = describe(self._tensors[self._integer])
+            found = self._layout.slots[self._integer].describe()
             raise InvalidArgument(f"tensor {self._integer} is {found}; only floating-point types accumulate")
         if self._expanded is not None:
             raise InvalidArgument(
@@ -117,7 +117,7 @@ class FusedPacker:
             )
 
     def _row(self, name: str, value: Array | None, dtype: torch.dtype, count: int) -> Tensor | None:
-        """An optional argument as a tensor of so many elements."""
+        """An optional argument as a tensor of ``count`` elements."""
         if value is None:
             return None
         tensor = as_tensor(value, name)
@@ -139,5 +139,5 @@ class FusedPacker:
 
 
 def _is_expanded(tensor: Tensor) -> bool:
-    steps = zip(tensor.shape, tensor.stride())
-    return tensor.numel() > 0 and any(size > 1 and stride == 0 for size, stride in steps)
+    dimensions = zip(tensor.shape, tensor.stride())
+    return tensor.numel() > 0 and any(size > 1 and stride == 0 for size, stride in dimensions)

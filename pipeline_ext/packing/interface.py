@@ -1,4 +1,4 @@
-"""What fills a buffer and empties it: on the CPU the native core, on a CUDA device one kernel launch."""
+"""Packers: the native core on the CPU, one kernel launch on a CUDA device."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,22 +10,22 @@ from .layout import Layout
 
 
 class Packer(Protocol):
-    """Moves the tensors it is bound to into a buffer of its layout, and back; ``packer`` makes one.
+    """Copies the tensors it is bound to into a buffer of its layout, and back; ``packer`` makes one.
 
-    The arithmetic is float32, and float64 for a float64 tensor. Casts are torch's: to nearest even, and what is
-    too large becomes infinity, or in float8_e4m3fn, which has none, the largest number. Integers and booleans
-    are copied as they are, whatever the scale. Autograd sees none of it.
+    It computes in float32, or in float64 for a float64 tensor. Casts are torch's: they round to nearest even,
+    and a number that is too large becomes infinity, or the largest number in float8_e4m3fn, which has no
+    infinity. Integers and booleans are copied unchanged, whatever the scale. Autograd does not record it.
     """
 
     def rebind(self, tensors: Sequence[Array]) -> None:
-        """Moves other tensors from now on, one for each slot, of its shape and type, strided in any way.
+        """Binds other tensors: one for each slot, of its shape and type, with any strides.
 
-        They are kept alive. One that is given other memory, as by ``resize_`` or ``.data =``, is to be bound
-        again. Raises InvalidArgument, and changes nothing, for tensors that do not fit.
+        The packer keeps them alive. Bind a tensor again after its memory changed (``resize_``, ``.data =``).
+        Raises InvalidArgument, and changes nothing, for tensors that do not fit.
         """
 
     def release(self) -> None:
-        """Lets go of the tensors: others are to be bound before the next call."""
+        """Drops the tensors; bind others before the next call."""
 
     def pack(
         self,
@@ -38,15 +38,15 @@ class Packer(Protocol):
     ) -> None:
         """Writes every tensor times its scale into its slot, cast to the wire type.
 
-        Bytes between slots are left as they are.
+        Bytes between slots are not written.
 
         Args:
-            buffer: contiguous uint8 of at least ``layout.nbytes``, at an address that 16 divides.
-            scale: of every tensor.
+            buffer: contiguous uint8 of at least ``layout.nbytes``, at an address that is a multiple of 16.
+            scale: for every tensor.
             scales: float32, one for each slot; a tensor's scale is ``scale`` times its own.
-            amax: float32, one for each slot. A floating-point tensor raises its entry to its largest magnitude
-                before scaling, NaN being the largest of all; clear it before.
-            nonfinite: one int32, set to 1 if there is an infinity or NaN in a tensor; never cleared.
+            amax: float32, one for each slot. Raised to the largest magnitude of a floating-point tensor before
+                scaling; NaN counts as the largest. Clear it before.
+            nonfinite: one int32, set to 1 if a tensor holds an infinity or NaN; never cleared.
 
         Raises InvalidArgument, having written nothing, for arguments of another type, length or device.
         """
@@ -61,18 +61,19 @@ class Packer(Protocol):
     ) -> None:
         """Writes every slot times its scale into its tensor, cast back.
 
-        Arguments are those of ``pack``: to undo its scales, give their inverses. With ``accumulate`` that is
-        added to the tensor; the sum is rounded once.
+        Takes the arguments of ``pack``; to undo its scales give their inverses. With ``accumulate`` the result
+        is added to the tensor, and the sum is rounded once.
 
-        Raises InvalidArgument as ``pack`` does, for a tensor whose elements share memory, and for integers or
-        booleans with ``accumulate``.
+        Raises InvalidArgument as ``pack`` does, also for a tensor whose elements share memory, and for integers
+        or booleans with ``accumulate``.
         """
 
 
 def packer(layout: Layout, tensors: Sequence[Array]) -> Packer:
-    """A packer bound to these tensors: the native one, or for tensors on a CUDA device the Triton kernels'.
+    """A packer bound to these tensors: a native one, or a Triton one for tensors on a CUDA device.
 
-    Make it once for a layout and a device, and rebind it. For no tensors it is the native one.
+    Make it once for a layout and a device, then rebind it. Without tensors it is a native one.
+
     Raises InvalidArgument for tensors that do not fit the layout, PipelineError on CUDA without triton.
     """
     on_cuda = any(tensor.is_cuda for tensor in as_tensors(tensors[:1]))

@@ -1,8 +1,8 @@
-"""The Triton kernels: one launch moves every tensor of a layout into its buffer, or back out.
+"""The Triton kernels: one launch copies every tensor of a layout into its buffer, or back.
 
-A program moves one chunk of one slot; two tables on the device say which, and where it lies (``tables``). What
-numbers to convert is known when a kernel is compiled: KINDS lists the pairs (the tensor's format, the format it
-travels in) that a layout holds, and a program takes the branch of its slot's pair.
+A program copies one chunk of one slot; two tables on the device say which chunk, and where it lies
+(``tables``). The conversions are known when a kernel is compiled: KINDS lists the pairs (the tensor's format,
+the slot's format) of a layout, and a program takes the branch of its slot's pair.
 """
 
 from typing import Any
@@ -22,23 +22,23 @@ WIDE = tl.constexpr(tables.WIDE)
 RANK = tl.constexpr(tables.RANK)
 DIMENSIONS = tl.constexpr(tables.DIMENSIONS)
 CHUNK = tl.constexpr(tables.CHUNK)
-STEP = tl.constexpr(tables.CHUNK // 4)  # at a time, where 128-bit accesses cannot go; saves registers
+BLOCK = tl.constexpr(tables.CHUNK // 4)  # elements at once without 128-bit accesses; saves registers
 
 
 def constants(kinds: list[tuple[torch.dtype, torch.dtype]], room: int, largest: int) -> dict[str, Any]:
-    """What a kernel is compiled for, and how.
+    """The compile-time arguments of a kernel.
 
     Args:
-        kinds: pairs (type of a tensor, type it travels as).
+        kinds: pairs (type of a tensor, type of its slot).
         room: dimensions that a row of the table of slots has room for.
-        largest: most elements of a tensor.
+        largest: number of elements of the largest tensor.
     """
     return {
         "KINDS": tuple((format_of(tensor), format_of(wire)) for tensor, wire in kinds),
         "ROOM": room,
         "INDEX": tl.uint32 if largest < 2**32 - tables.CHUNK else tl.int64,  # 64-bit division is slow
         "num_warps": 8,
-        "enable_fp_fusion": False,  # the same bits as elsewhere
+        "enable_fp_fusion": False,  # for the same bits as on the CPU
     }
 
 
@@ -56,7 +56,7 @@ def pack(
     INDEX: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Slot = tensor * scale, in the format that travels."""
+    """Slot = tensor * scale, in the slot's format."""
     slot, row, first, left = _chunk(chunks, slots, ROOM)
     kind = tl.load(row + KIND)
     for k in tl.static_range(len(KINDS)):
@@ -64,17 +64,17 @@ def pack(
             FROM: tl.constexpr = KINDS[k][0]
             WIRE: tl.constexpr = KINDS[k][1]
             factor = _factor(scale, scales, slot, FROM)
-            tensor, wire = _places(row, buffer, first, FROM, WIRE)
+            tensor, wire = _pointers(row, buffer, first, FROM, WIRE)
             if first < tl.load(row + WIDE):
-                lane = tl.arange(0, CHUNK)
-                stored = tl.load(tl.multiple_of(tensor + first, 16) + lane)
-                _pack(stored, wire + lane, None, slot, factor, amax, nonfinite, FROM, WIRE, SCALED)
+                element = tl.arange(0, CHUNK)
+                stored = tl.load(tl.multiple_of(tensor + first, 16) + element)
+                _pack(stored, wire + element, None, slot, factor, amax, nonfinite, FROM, WIRE, SCALED)
             else:
-                for begin in range(0, CHUNK, STEP):
-                    lane = begin + tl.arange(0, STEP)
-                    inside = lane < left
-                    stored = tl.load(tensor + _strided(row, first + lane, INDEX), inside, 0)
-                    _pack(stored, wire + lane, inside, slot, factor, amax, nonfinite, FROM, WIRE, SCALED)
+                for begin in range(0, CHUNK, BLOCK):
+                    element = begin + tl.arange(0, BLOCK)
+                    inside = element < left
+                    stored = tl.load(tensor + _strided(row, first + element, INDEX), inside, 0)
+                    _pack(stored, wire + element, inside, slot, factor, amax, nonfinite, FROM, WIRE, SCALED)
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def unpack(
     SCALED: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """Tensor = slot * scale, or that added to it."""
+    """Tensor = slot * scale, or tensor += slot * scale."""
     slot, row, first, left = _chunk(chunks, slots, ROOM)
     kind = tl.load(row + KIND)
     for k in tl.static_range(len(KINDS)):
@@ -98,18 +98,18 @@ def unpack(
             TO: tl.constexpr = KINDS[k][0]
             WIRE: tl.constexpr = KINDS[k][1]
             factor = _factor(scale, scales, slot, TO)
-            tensor, wire = _places(row, buffer, first, TO, WIRE)
+            tensor, wire = _pointers(row, buffer, first, TO, WIRE)
             if first < tl.load(row + WIDE):
-                lane = tl.arange(0, CHUNK)
-                stored = tl.load(wire + lane)
-                target = tl.multiple_of(tensor + first, 16) + lane
+                element = tl.arange(0, CHUNK)
+                stored = tl.load(wire + element)
+                target = tl.multiple_of(tensor + first, 16) + element
                 _unpack(stored, target, None, factor, WIRE, TO, SCALED, ACCUMULATE)
             else:
-                for begin in range(0, CHUNK, STEP):
-                    lane = begin + tl.arange(0, STEP)
-                    inside = lane < left
-                    stored = tl.load(wire + lane, inside)
-                    target = tensor + _strided(row, first + lane, INDEX)
+                for begin in range(0, CHUNK, BLOCK):
+                    element = begin + tl.arange(0, BLOCK)
+                    inside = element < left
+                    stored = tl.load(wire + element, inside)
+                    target = tensor + _strided(row, first + element, INDEX)
                     _unpack(stored, target, inside, factor, WIRE, TO, SCALED, ACCUMULATE)
 
 
@@ -158,7 +158,7 @@ def _unpack(
 
 @triton.jit
 def _chunk(chunks, slots, ROOM: tl.constexpr):
-    """This program's slot, its row in the table, its first element, and how many are left from there."""
+    """The slot of this program, its row in the table, the chunk's first element, and how many follow."""
     chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
     slot = tl.load(chunk)
     first = tl.load(chunk + 1).to(tl.int64) * CHUNK
@@ -167,8 +167,8 @@ def _chunk(chunks, slots, ROOM: tl.constexpr):
 
 
 @triton.jit
-def _places(row, buffer, first, FORMAT: tl.constexpr, WIRE: tl.constexpr):
-    """Where the tensor begins, and where this chunk of its slot does."""
+def _pointers(row, buffer, first, FORMAT: tl.constexpr, WIRE: tl.constexpr):
+    """Pointers to the tensor, and to this chunk of its slot."""
     tensor = tl.load(row + ADDRESS).to(tl.pointer_type(storage(FORMAT)))
     offset = tl.multiple_of(tl.load(row + OFFSET), 16)
     wire = (buffer + offset).to(tl.pointer_type(storage(WIRE)), bitcast=True)
@@ -177,17 +177,17 @@ def _places(row, buffer, first, FORMAT: tl.constexpr, WIRE: tl.constexpr):
 
 @triton.jit
 def _strided(row, index, INDEX: tl.constexpr):
-    """How far the elements of these indices lie from the first one, in elements."""
+    """Offsets of the elements of these indices from the first one, in elements."""
     index = index.to(INDEX)
-    place = tl.zeros_like(index).to(tl.int64)
+    offset = tl.zeros_like(index).to(tl.int64)
     outermost = tl.load(row + RANK) - 1
     d = 0
-    while d < outermost:  # the interpreter of triton 3.6 takes no range(outermost)
+    while d < outermost:  # the interpreter of triton 3.6 does not accept range(outermost)
         size = tl.load(row + DIMENSIONS + 2 * d).to(INDEX)
-        place += (index % size).to(tl.int64) * tl.load(row + DIMENSIONS + 2 * d + 1)
+        offset += (index % size).to(tl.int64) * tl.load(row + DIMENSIONS + 2 * d + 1)
         index = index // size
         d += 1
-    return place + index.to(tl.int64) * tl.load(row + DIMENSIONS + 2 * outermost + 1)
+    return offset + index.to(tl.int64) * tl.load(row + DIMENSIONS + 2 * outermost + 1)
 
 
 @triton.jit
@@ -200,8 +200,8 @@ def _factor(scale, scales, slot, FORMAT: tl.constexpr):
 
 @triton.jit
 def _observe(value, slot, amax, nonfinite):
-    """Raises the slot's entry of amax to the largest magnitude here; sets the flag if that is not finite."""
-    # As integers, magnitudes are in order: numbers, infinity, NaN.
+    """Raises the slot's entry of amax to the largest magnitude; sets nonfinite if that is not finite."""
+    # As integers, magnitudes keep their order: numbers, infinity, NaN.
     BITS: tl.constexpr = tl.int64 if value.dtype == tl.float64 else tl.int32
     largest = tl.max(tl.abs(value).to(BITS, bitcast=True)).to(value.dtype, bitcast=True)
     if amax is not None:

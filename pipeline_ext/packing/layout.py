@@ -1,4 +1,4 @@
-"""Where each tensor lies in a packed buffer. Sender, receiver and both packers read this."""
+"""Where each tensor lies in a packed buffer; sender, receiver and both packers use it."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,11 +15,11 @@ ALIGNMENT = 256  # bytes; every slot begins at a multiple
 
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-PACKABLE = (*FLOATING, *SIGNED, *UNSIGNED)  # what may travel
+PACKABLE = (*FLOATING, *SIGNED, *UNSIGNED)
 
 
 def aligned(nbytes: int) -> int:
-    """The least multiple of ``ALIGNMENT`` that is no less."""
+    """``nbytes`` rounded up to a multiple of ``ALIGNMENT``."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -29,10 +29,10 @@ class Slot:
 
     Attributes:
         offset: of its first byte in the buffer, a multiple of ``ALIGNMENT``.
-        nbytes: it takes, in the type it travels as; 0 for a tensor without elements.
-        shape: of the tensor; its elements lie row-major.
+        nbytes: of the slot, in the wire type; 0 for a tensor without elements.
+        shape: of the tensor; the slot holds its elements row-major.
         dtype: of the tensor.
-        wire: the type it travels as.
+        wire: type of the slot.
     """
 
     offset: int
@@ -43,8 +43,12 @@ class Slot:
 
     @property
     def count(self) -> int:
-        """Elements of the tensor."""
+        """Number of elements."""
         return math.prod(self.shape)
+
+    def describe(self) -> str:
+        """Its tensor's type and shape, for error messages."""
+        return describe(torch.empty(self.shape, dtype=self.dtype, device="meta"))
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ class Layout:
         """The layout for tensors of these shapes and types.
 
         Args:
-            wire: floating-point type that float64, float32, float16 and bfloat16 tensors travel as; None: all
-                travel as they are, as float8 tensors, integers and booleans always do.
+            wire: floating-point type to which float64, float32, float16 and bfloat16 tensors are cast; None: no
+                casts. float8 tensors, integers and booleans are never cast.
 
         Raises InvalidArgument for types that cannot be packed.
         """
@@ -71,15 +75,15 @@ class Layout:
         for i, tensor in enumerate(as_tensors(tensors)):
             if tensor.dtype not in PACKABLE:
                 raise InvalidArgument(f"tensor {i} is {describe(tensor)}; packed are {_names(PACKABLE)}")
-            travels = wire if wire is not None and tensor.dtype in REPLACEABLE else tensor.dtype
+            slot_type = wire if wire is not None and tensor.dtype in REPLACEABLE else tensor.dtype
             offset = aligned(end)
-            nbytes = tensor.numel() * travels.itemsize
-            slots.append(Slot(offset, nbytes, tuple(tensor.shape), tensor.dtype, travels))
+            nbytes = tensor.numel() * slot_type.itemsize
+            slots.append(Slot(offset, nbytes, tuple(tensor.shape), tensor.dtype, slot_type))
             end = offset + nbytes
         return cls(tuple(slots), end)
 
     def views(self, buffer: Array) -> list[Tensor]:
-        """Each slot of ``buffer`` as a tensor of its shape and wire type; nothing is copied.
+        """Each slot of ``buffer`` as a view of its shape and wire type.
 
         Raises InvalidArgument for a buffer that ``check_buffer`` refuses.
         """
@@ -90,9 +94,9 @@ class Layout:
         ]
 
     def check_buffer(self, given: Array) -> Tensor:
-        """Raises InvalidArgument unless the buffer is contiguous, one-dimensional uint8, large and aligned.
+        """The buffer as a tensor.
 
-        Returns it as a tensor.
+        Raises InvalidArgument unless it is contiguous, one-dimensional uint8, large enough and aligned.
         """
         buffer = as_tensor(given, "the buffer")
         if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():
@@ -104,13 +108,12 @@ class Layout:
         return buffer
 
     def check_tensors(self, tensors: Sequence[Tensor]) -> None:
-        """Raises InvalidArgument unless there is a tensor of the slot's shape and type for each slot."""
+        """Raises InvalidArgument unless the tensors have the slots' shapes and types, one for each slot."""
         if len(tensors) != len(self.slots):
             raise InvalidArgument(f"{len(tensors)} tensors; the layout has {len(self.slots)} slots")
         for i, (tensor, slot) in enumerate(zip(tensors, self.slots)):
             if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
-                expected = describe(torch.empty(slot.shape, dtype=slot.dtype, device="meta"))
-                raise InvalidArgument(f"tensor {i} is {describe(tensor)}; its slot is for {expected}")
+                raise InvalidArgument(f"tensor {i} is {describe(tensor)}; its slot is for {slot.describe()}")
             if tensor.layout is not torch.strided:
                 raise InvalidArgument(f"tensor {i} is not dense; give tensor.to_dense()")
             if tensor.is_neg():

@@ -1,7 +1,7 @@
-"""What the kernels read on the device to know where everything lies: two tables.
+"""The two tables on the device that tell the kernels where everything lies.
 
-The chunks: for each program a row (slot, which chunk of the slot), int32. The slots: for each a row of the
-columns below, then (size, stride) of each dimension to step through, innermost first, all int64.
+Chunks: a row (slot, number of the chunk in the slot) for each program, int32. Slots: a row for each slot with
+the columns below, then (size, stride) of each dimension to iterate over, innermost first, all int64.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from .layout import Layout
 
-CHUNK = 4096  # elements; 8 warps store 16 bytes a thread even where an element takes one byte
+CHUNK = 4096  # elements; with 8 warps each thread stores 16 bytes even if an element takes one byte
 
 # Columns of the table of slots
 ADDRESS = 0  # of the tensor
 OFFSET = 1  # of the slot in the buffer, bytes
 COUNT = 2  # elements
 KIND = 3  # index in kinds(layout)
-WIDE = 4  # elements, in whole chunks, that 128-bit accesses reach
-RANK = 5  # dimensions to step through, at least 1
+WIDE = 4  # elements, in whole chunks, that 128-bit accesses can move
+RANK = 5  # dimensions to iterate over, at least 1
 DIMENSIONS = 6  # size and stride of the innermost one, and so on
 
 
 def kinds(layout: Layout) -> list[tuple[torch.dtype, torch.dtype]]:
-    """The different pairs (type of a tensor, type it travels as)."""
+    """The distinct pairs (type of a tensor, type of its slot)."""
     return sorted({(slot.dtype, slot.wire) for slot in layout.slots}, key=str)
 
 
@@ -37,7 +37,7 @@ def chunk_table(layout: Layout) -> Tensor:
 
 
 def room(layout: Layout) -> int:
-    """Most dimensions to step through in tensors of a layout, whatever their strides; at least 1."""
+    """Most dimensions to iterate over in tensors of a layout, whatever their strides; at least 1."""
     return max((sum(size != 1 for size in slot.shape) for slot in layout.slots), default=0) or 1
 
 
@@ -57,7 +57,7 @@ def slot_table(layout: Layout, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def collapse(tensor: Tensor) -> list[tuple[int, int]]:
-    """(size, stride) of the fewest dimensions that reach the elements in row-major order, innermost first."""
+    """(size, stride) of the fewest dimensions that visit the elements in row-major order, innermost first."""
     dimensions: list[tuple[int, int]] = []
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
         if size == 1:

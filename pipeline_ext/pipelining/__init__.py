@@ -1,6 +1,6 @@
-"""torch.distributed.pipelining on this engine: the same names, and the same module names below.
+"""torch.distributed.pipelining on this engine, with the same names and sub-modules.
 
-A script changes its imports. What is not replaced here is torch's own: stages, tracing, chunking.
+A script only changes its imports. Schedules are this package's; stages, tracing and chunking are torch's own.
 """
 
 import importlib
@@ -42,8 +42,8 @@ __all__ = [
     "stage",
 ]
 
-for _, _name, _ in pkgutil.iter_modules(_torch.__path__):
-    if _name not in globals():
-        globals()[_name] = sys.modules[f"{__name__}.{_name}"] = importlib.import_module(
-            f"{_torch.__name__}.{_name}"
+for _module in pkgutil.iter_modules(_torch.__path__):
+    if _module.name not in globals():
+        globals()[_module.name] = sys.modules[f"{__name__}.{_module.name}"] = importlib.import_module(
+            f"{_torch.__name__}.{_module.name}"
         )

@@ -1,4 +1,4 @@
-"""The engine for the stages of a torch schedule, in the process or processes of their group."""
+"""Makes the engine of a torch schedule, in the one or more processes of its stages' group."""
 
 import functools
 from typing import Any
@@ -14,17 +14,17 @@ from ..processes.group import Processes
 from ..stages.shared_parameters import SharedParameters
 from ..stages.wrapped import WrappedStages
 from ..transport.exchange import Exchange
-from ..transport.staged import StagedIncoming, StagedOutgoing
+from ..transport.staged import StagedReceiver, StagedSender
 
 _TIMEOUT = 1800.0  # seconds, in one process
 
 
 def make_engine(plan: _C.Plan, schedule: Any, stage: Any) -> HostEngine:
-    """All processes of the group of ``stage``, one of the schedule's, make theirs together.
+    """All processes of the group call it together; ``stage`` is any stage of the schedule.
 
-    Raises InvalidArgument where the schedules of several processes differ.
+    Raises InvalidArgument if the schedules of several processes differ.
     """
-    # A parameter of several local stages needs no care: one thread runs them all.
+    # Parameters shared by stages of this process need no locks: one thread runs them all.
     parts = EngineParts(
         plan=plan,
         devices=(),
@@ -36,6 +36,7 @@ def make_engine(plan: _C.Plan, schedule: Any, stage: Any) -> HostEngine:
     if stage.group_size == 1:
         return HostEngine(parts)
     processes = Processes.of(_group(stage))
+    assert processes is not None
     settings = {
         "n_microbatches": plan.num_microbatches,
         "scale_grads": schedule.scale_grads,
@@ -44,17 +45,19 @@ def make_engine(plan: _C.Plan, schedule: Any, stage: Any) -> HostEngine:
     check_agreement(processes, settings, timeout_of(stage))
     if stage.device.type == "cpu":
         return ProcessEngine(parts, processes)
-    ends = StagedOutgoing, functools.partial(StagedIncoming, device=stage.device)
-    return ProcessEngine(parts, processes, ends)
+    channel_types = StagedSender, functools.partial(StagedReceiver, device=stage.device)
+    return ProcessEngine(parts, processes, channel_types)
 
 
 def timeout_of(stage: Any) -> float:
-    """Seconds without progress after which a step is given up: those of the stage's process group."""
+    """Seconds without progress after which a step fails: the timeout of the stage's process group."""
     if stage.group_size == 1:
         return _TIMEOUT
-    backend = _group(stage)._get_backend(stage.device)  # torch has no public name for it
+    backend = _group(stage)._get_backend(stage.device)  # torch has no public way to its timeout
     return backend.options._timeout.total_seconds()
 
 
 def _group(stage: Any) -> dist.ProcessGroup:
-    return dist.group.WORLD if stage.group is None else stage.group
+    group = dist.group.WORLD if stage.group is None else stage.group
+    assert group is not None  # torch makes no stage without one
+    return group

@@ -1,4 +1,4 @@
-"""A schedule's order as this engine plans it, and what is listed around its tasks."""
+"""The order in which a torch schedule runs its actions, as this engine plans it."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,12 +15,14 @@ _MESSAGES = {
     _ComputationType.RECV_B,
 }
 
+Order = dict[int, list[_Action | None]]  # by rank, as in torch; None where the rank waits
+
 
 class Cell(NamedTuple):
-    """An action that computes, or a pair of them."""
+    """An action that computes, or an overlapped pair of them, with the actions for FSDP listed around it."""
 
     action: _Action
-    before: list[_Action]  # gathering, letting go, reducing
+    before: list[_Action]
     after: list[_Action]
 
     @property
@@ -29,9 +31,9 @@ class Cell(NamedTuple):
 
 
 def order_of(schedule: Any) -> dict[int, list[Cell]] | None:
-    """By rank; None for a schedule that has no order, and runs forward alone.
+    """The cells of each rank; None if the schedule has no order and only runs forward.
 
-    Messages are left out: they go when they are ready, and hold nothing up.
+    Leaves sends and receives out: the engine sends a result as soon as it is ready.
     """
     rows = getattr(schedule, "pipeline_order_with_comms", None) or schedule.pipeline_order
     if rows is None:
@@ -45,19 +47,19 @@ def order_of(schedule: Any) -> dict[int, list[Cell]] | None:
     return {rank: _cells(row) for rank, row in rows.items()}
 
 
-def named_order(name: str, num_stages: int, microbatches: int) -> dict[int, list[_Action]]:
-    """That of one of this package's schedules, a stage on each rank."""
+def named_order(name: str, num_stages: int, microbatches: int) -> Order:
+    """The order of a schedule of this package, with one stage on each rank."""
     plan = _C.make_plan(name, num_stages, num_stages, microbatches)
     return {rank: [_Action.from_str(cell) for cell in row] for rank, row in plan.order().items()}
 
 
-def texts(order: dict[int, list[Cell]]) -> list[list[str]]:
-    """What computes, by rank."""
+def action_texts(order: dict[int, list[Cell]]) -> list[list[str]]:
+    """The actions that compute as text, by rank."""
     return [[str(cell.action) for cell in order[rank]] for rank in sorted(order)]
 
 
 def _cells(row: list[_Action]) -> list[Cell]:
-    """What is listed after an action belongs to it: it does not wait for the next one's input."""
+    """Puts what is listed after an action into its cell, so that it does not wait for the next one's input."""
     cells: list[Cell] = []
     before: list[_Action] = []
     for action in row:

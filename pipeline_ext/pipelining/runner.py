@@ -1,4 +1,4 @@
-"""What runs the steps of one schedule object."""
+"""Runs the steps of one schedule object."""
 
 import contextlib
 from typing import Any
@@ -12,28 +12,29 @@ from ..errors import PipelineError
 from ..stages.context import CallerContext
 from ..stages.wrapped import WrappedStages
 from ..step.run import run_step
-from .custom import calls_in_place
+from .custom_functions import replaced_methods
+from .losses import Losses
 from .make_engine import make_engine, timeout_of
-from .order import order_of, texts
-from .step import TorchStep
+from .order import action_texts, order_of
 from .tasks import Tasks
 from .torch_stage import TorchStage
+from .torch_step import TorchStep
 
 
 class Runner:
-    """Stages, plan and engine of a schedule, for as long as it keeps its order.
+    """The stages, plan and engine of a schedule, as long as it keeps its order.
 
-    Tasks run in exactly the order in which torch runs them: stages may hold collective operations of other
-    groups (tensor parallelism, FSDP), which have to meet those of other processes.
+    Tasks run in exactly torch's order: stages may run collectives of other groups (tensor parallelism, FSDP),
+    whose order must be the same in all processes.
     """
 
     def __init__(self, schedule: Any, stages: list[Any]) -> None:
-        """``schedule`` and ``stages`` are torch's; the latter those of this process.
+        """``schedule`` and ``stages`` are torch's; ``stages`` are those of this process.
 
-        Raises InvalidArgument where the schedules of several processes differ.
+        Raises InvalidArgument if the schedules of several processes differ.
         """
         self._schedule = schedule
-        self._losses = _Losses()
+        self._losses = Losses()
         self._stages = {stage.stage_index: TorchStage(stage, self._losses) for stage in stages}
         first, count = stages[0], schedule._n_microbatches
         self._wrapped = WrappedStages(list(self._stages.values()), count)
@@ -43,7 +44,7 @@ class Runner:
             plan = _C.make_forward_plan(homes, first.group_size, count, reactive=False)
             self._tasks = Tasks(schedule, self._stages, [])
         else:
-            plan = _C.plan_of_cells(texts(order))
+            plan = _C.plan_of_cells(action_texts(order))
             self._tasks = Tasks(schedule, self._stages, order[first.group_rank])
         self._timeout = timeout_of(first)
         self._engine = make_engine(plan, schedule, first)
@@ -66,24 +67,24 @@ class Runner:
         weights: list[float],
         keep_outputs: bool,
     ) -> None:
-        """Runs one step, or without a backward one evaluation; everything is by microbatch.
+        """Runs one step, or an evaluation if the schedule has no backward. All arguments are by microbatch.
 
-        The outputs go to the last stage's ``output_chunks``. Raises as ``Pipeline.step`` does.
+        The last stage's ``output_chunks`` get the outputs. Raises as ``Pipeline.step`` does.
         """
         self._lifetime.check()
         trains = self._schedule._has_backward and self._train is not None
-        route = self._train if trains else self._eval
+        route = self._train if trains and self._train is not None else self._eval
         caller = CallerContext.of_this_thread()
         arg_mbs, kwarg_mbs = (list(column) for column in zip(*inputs))
         context = _PipelineContext(self._schedule, arg_mbs, kwarg_mbs, targets, losses)
-        with self._lifetime.one_at_a_time("step was called"), calls_in_place(self._stages, trains):
+        with self._lifetime.one_at_a_time("step was called"), replaced_methods(self._stages, trains):
             step = TorchStep(route.exchange, caller, inputs, weights, keep_outputs)
             self._tasks.begin(context, caller)
             self._losses.begin(self._schedule, targets, loss_kwargs)
             try:
                 with self._wrapped.accumulating() if trains else contextlib.nullcontext():
                     run_step(self._engine, route, list(self._stages.values()), step, timeout=self._timeout)
-                self._engine.settle(route)  # the script may end its process group now, or the process
+                self._engine.settle(route)  # the script may now destroy its process group, or exit
             finally:
                 self._tasks.end()
                 self._losses.end()
@@ -97,23 +98,3 @@ class Runner:
                 )
         if trains:
             step.backward_into_inputs()
-
-
-class _Losses:
-    """The schedule's own losses; see ``torch_stage.Losses``."""
-
-    def begin(self, schedule: Any, targets: list[Any] | None, loss_kwargs: dict[str, Any] | None) -> None:
-        """Prepares for a step."""
-        self._schedule = schedule
-        self._targets = targets
-        self._loss_kwargs = loss_kwargs
-
-    def end(self) -> None:
-        """Lets go of everything that belongs to the step."""
-        del self._schedule, self._targets, self._loss_kwargs
-
-    def compute(self, stage: Any, m: int, output: Any) -> None:
-        self._schedule._maybe_compute_loss(stage, output, self._targets, m, self._loss_kwargs)
-
-    def of(self, stage: Any, m: int) -> Tensor | None:
-        return self._schedule._maybe_get_loss(stage, m)

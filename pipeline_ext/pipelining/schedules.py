@@ -1,19 +1,20 @@
-"""torch.distributed.pipelining.schedules: its schedules, run by this engine.
+"""The schedules of torch.distributed.pipelining, run by this engine.
 
-A schedule keeps torch's constructor, order and CSV files, by inheritance, and is an instance of its class.
-What is replaced is how a step runs. All other names of the module are torch's own.
+A schedule inherits from torch's class of the same name, with its constructor, order and CSV files. Only the way
+a step runs is replaced. All other names of the module are torch's own.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.pipelining import schedules as _torch
+from torch.distributed.pipelining.stage import _PipelineStageBase
 
-from .batch import split_target, weights
-from .order import named_order
+from .order import Order, named_order
 from .runner import Runner
+from .targets import loss_weights, split_target
 
 __all__ = [
     "PipelineScheduleMulti",
@@ -33,14 +34,18 @@ def __getattr__(name: str) -> Any:
     return getattr(_torch, name)
 
 
-class _OnEngine:
-    """How a schedule of torch's runs here.
+class _OnEngine(_torch._PipelineSchedule):
+    """Runs the steps of a torch schedule.
 
-    Where a loss is a mean over its microbatch (``scale_grads``), it enters the total by its share of the rows;
-    nothing is divided after the step, so gradients of earlier steps stay as they are.
+    With ``scale_grads`` a loss is the mean over its microbatch, and is weighted by its microbatch's share of
+    the rows. Nothing is divided after the step, so gradients of earlier steps stay as they are.
     """
 
     _runner: Runner | None = None
+
+    def _local_stages(self) -> list[_PipelineStageBase]:
+        """The stages of this process."""
+        raise NotImplementedError
 
     def step(
         self,
@@ -54,15 +59,20 @@ class _OnEngine:
         """Runs one batch forward and backward; adds the gradients to the parameters' ``.grad``.
 
         Args:
-            args, kwargs: the whole batch, cut along dimension 0, or as the chunk specs say. Positional ones are
-                for the process of the first stage; keywords go to the stages of the process that gives them.
-            target: any pytree of tensors, cut along dimension 0; needed where the last stage is.
-            losses: emptied and filled with each microbatch's loss, where the last stage is.
-            return_outputs: return the outputs there.
-            loss_kwargs: for the loss function.
+            args, kwargs: the whole batch, cut along dimension 0, or as the chunk specs say. The process of the
+                first stage gives the positional arguments; keyword arguments go to the stages of the process
+                that gives them.
+            target: any pytree of tensors, cut along dimension 0; needed in the process of the last stage.
+            losses: emptied and filled with each microbatch's loss, in the process of the last stage.
+            return_outputs: whether that process returns the outputs.
+            loss_kwargs: keyword arguments of the loss function.
 
-        Returns the merged outputs in the last stage's process, None elsewhere. Raises RuntimeError under
-        ``torch.no_grad()``, and else as ``Pipeline.step`` does.
+        Returns:
+            The merged outputs in the process of the last stage, None elsewhere.
+
+        Raises:
+            RuntimeError: under ``torch.no_grad()``.
+            PipelineError: as ``Pipeline.step`` does.
         """
         needs_autograd = getattr(self, "_backward_requires_autograd", True)
         if self._has_backward and needs_autograd and not torch.is_grad_enabled():
@@ -70,7 +80,7 @@ class _OnEngine:
         arg_mbs, kwarg_mbs = self._split_inputs(args, kwargs)
         target_mbs = None if target is None else split_target(target, self._n_microbatches)
         self._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, losses, return_outputs, loss_kwargs)
-        for stage in self._stages:
+        for stage in self._local_stages():
             if stage.is_last and return_outputs:
                 return self._merge_outputs(stage.output_chunks)
         return None
@@ -84,20 +94,20 @@ class _OnEngine:
         return_outputs: bool = True,
         loss_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """As ``step``, of a batch that is cut already."""
+        """As ``step``, for a batch that is already cut into microbatches."""
         arg_mbs, kwarg_mbs = self._check_inputs(arg_mbs, kwarg_mbs, target_mbs, losses)
         self._internal_losses.clear()
         if self._runner is None:
-            self._runner = Runner(self, self._stages)
+            self._runner = Runner(self, self._local_stages())
         self._runner.run(
             list(zip(arg_mbs, kwarg_mbs)),
             target_mbs,
             losses,
             loss_kwargs,
-            weights=weights(target_mbs, self._n_microbatches, self.scale_grads),
+            weights=loss_weights(target_mbs, self._n_microbatches, self.scale_grads),
             keep_outputs=return_outputs,
         )
-        self._update_losses(self._stages, losses)
+        self._update_losses(self._local_stages(), losses)
 
     def _maybe_compute_loss(
         self,
@@ -107,82 +117,88 @@ class _OnEngine:
         mb_index: int,
         loss_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Keeps the loss of a microbatch under its own index, in whatever order they come."""
+        """Stores a microbatch's loss under its index, in any order of microbatches."""
         if not stage.is_last or self._loss_fn is None or (target_mbs is None and not self._has_backward):
             return
         target = None if target_mbs is None else target_mbs[mb_index]
         missing = mb_index + 1 - len(self._internal_losses)
-        self._internal_losses.extend([None] * missing)
+        self._internal_losses.extend([None] * missing)  # type: ignore[list-item]  # until they are computed
         self._internal_losses[mb_index] = self._compute_loss(output, target, loss_kwargs)
 
 
 class PipelineScheduleSingle(_OnEngine, _torch.PipelineScheduleSingle):
-    """Base of schedules with one stage in a process."""
+    """Base of the schedules with one stage per process."""
 
-    @property
-    def _stages(self) -> list[Any]:
+    def _local_stages(self) -> list[_PipelineStageBase]:
         return [self._stage]
 
 
 class _ScheduleForwardOnly(PipelineScheduleSingle, _torch._ScheduleForwardOnly):
-    """Forward alone."""
+    """Runs forward only."""
 
 
 class ScheduleGPipe(PipelineScheduleSingle, _torch.ScheduleGPipe):
     """All microbatches forward, then all backward."""
 
-    def _get_pipeline_order(self) -> dict[int, list[_torch._Action]]:
+    def _get_pipeline_order(self) -> Order:
         return named_order("gpipe", self._num_stages, self._n_microbatches)
 
 
 class Schedule1F1B(PipelineScheduleSingle, _torch.Schedule1F1B):
-    """One forward, one backward; also on fewer microbatches than stages."""
+    """One forward, one backward; also with fewer microbatches than stages."""
 
-    @functools.wraps(_torch.Schedule1F1B.__init__)
+    @functools.wraps(_torch.Schedule1F1B.__init__)  # type: ignore[misc]  # mypy knows no decorated constructor
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super(_torch.Schedule1F1B, self).__init__(*args, **kwargs)  # past its own, which refuses so few
+        super(_torch.Schedule1F1B, self).__init__(*args, **kwargs)  # skips the check that refuses so few
 
-    def _get_pipeline_order(self) -> dict[int, list[_torch._Action]]:
-        # Torch 2.13 lists one here that leaves out the last stage's first forward, and runs another.
+    def _get_pipeline_order(self) -> Order:
+        # The order that torch 2.13 returns here lacks the last stage's first forward; torch runs another.
         return named_order("1f1b", self._num_stages, self._n_microbatches)
 
 
 class PipelineScheduleMulti(_OnEngine, _torch.PipelineScheduleMulti):
-    """Base of schedules with several stages in a process; runs the order of ``_load_csv``."""
+    """Base of the schedules with several stages per process; ``_load_csv`` sets another order."""
+
+    def _local_stages(self) -> list[_PipelineStageBase]:
+        return self._stages
 
     def _validate_and_set_stage_mapping(self, actions: dict[int, list]) -> None:
         super()._validate_and_set_stage_mapping(actions)
-        if self._runner is not None:  # it runs another order
+        if self._runner is not None:  # it runs the order of before
             self._runner.close()
             self._runner = None
 
 
 class _PipelineScheduleRuntime(PipelineScheduleMulti, _torch._PipelineScheduleRuntime):
-    """Runs any order, messages listed or not, and custom functions in place of its actions."""
+    """Runs any order, with or without its sends and receives, and custom functions in place of actions."""
 
-    def _load_actions(self, actions: dict[int, list], format: str = "compute_only") -> None:
-        """What torch 2.13 calls ``_prepare_schedule_with_comms``."""
+    def _load_actions(
+        self,
+        actions: dict[int, list],
+        format: Literal["compute_only", "compute_comms"] = "compute_only",
+    ) -> None:
+        """Torch 2.13 calls it ``_prepare_schedule_with_comms``."""
         self._prepare_schedule_with_comms(actions, format)
 
 
 class ScheduleLoopedBFS(_PipelineScheduleRuntime, _torch.ScheduleLoopedBFS):
-    """Breadth first: all microbatches at one stage, then at the next."""
+    """Breadth first: all microbatches at one stage, then all at the next."""
 
 
 class ScheduleInterleaved1F1B(_PipelineScheduleRuntime, _torch.ScheduleInterleaved1F1B):
-    """1F1B with several stages in a process."""
+    """1F1B with several stages per process."""
 
 
 class ScheduleInterleavedZeroBubble(_PipelineScheduleRuntime, _torch.ScheduleInterleavedZeroBubble):
-    """Interleaved, with weight gradients where a process would wait."""
+    """Interleaved 1F1B that computes weight gradients where a process would wait."""
 
 
 class ScheduleZBVZeroBubble(_PipelineScheduleRuntime, _torch.ScheduleZBVZeroBubble):
-    """Zero bubble with two stages in a process, in V shape."""
+    """Zero bubble, with two stages per process in V shape."""
 
 
 class ScheduleDualPipeV(_PipelineScheduleRuntime, _torch.ScheduleDualPipeV):
-    """Forward and backward of different microbatches in pairs, in V shape."""
+    """Pairs of a forward and a backward of different microbatches, in V shape."""
 
 
 _SCHEDULES: dict[str, type] = {
@@ -199,7 +215,7 @@ _SCHEDULES: dict[str, type] = {
 
 
 def get_schedule_class(schedule_name: str) -> type:
-    """The class with this name, upper or lower case; raises ValueError."""
+    """The class with this name, in upper or lower case. Raises ValueError if there is none."""
     for name, schedule in _SCHEDULES.items():
         if name.lower() == schedule_name.lower():
             return schedule

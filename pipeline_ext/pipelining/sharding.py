@@ -1,4 +1,4 @@
-"""What a schedule lists beside its tasks for stages in FSDP2: gathering, letting go, reducing."""
+"""The actions of a schedule for stages in FSDP2: UNSHARD, RESHARD and REDUCE_GRAD."""
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, UnshardHandle
@@ -8,18 +8,19 @@ from ..stages.wrapped import layers_of, reduce_sharded
 
 
 def unshard(module: nn.Module) -> list[UnshardHandle]:
-    """Begins to gather the parameters; returns what to wait for."""
-    return [layer.unshard(async_op=True) for layer in _sharded(module)]
+    """Starts to gather the parameters; returns the handles to wait for."""
+    handles = [layer.unshard(async_op=True) for layer in _sharded(module)]
+    return [handle for handle in handles if handle is not None]
 
 
 def reshard(module: nn.Module) -> None:
-    """Lets go of the gathered parameters."""
+    """Frees the gathered parameters."""
     for layer in _sharded(module):
         layer.reshard()
 
 
 def reduce(stage: Stage) -> None:
-    """Reduces the gradients, and lets go of all that was gathered."""
+    """Reduces the gradients and frees the gathered parameters."""
     layers = layers_of(FSDPModule, stage)
     reduce_sharded(layers)
     for layer in layers:
@@ -27,7 +28,7 @@ def reduce(stage: Stage) -> None:
 
 
 def _sharded(module: nn.Module) -> list[FSDPModule]:
-    """As in torch, none of a module that is not sharded itself: they gather in their forwards."""
+    """As in torch none if the module itself is not sharded: its layers gather in their forwards."""
     if not isinstance(module, FSDPModule):
         return []
     return [layer for layer in module.modules() if isinstance(layer, FSDPModule)]

@@ -1,4 +1,4 @@
-"""torch.distributed.pipelining.stage: all of it is torch's own."""
+"""torch.distributed.pipelining.stage, unchanged."""
 
 from typing import Any
 

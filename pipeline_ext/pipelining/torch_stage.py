@@ -1,10 +1,10 @@
 """A stage of torch.distributed.pipelining as a stage of this engine."""
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -12,36 +12,28 @@ from ..base.tensors import describe, detach, differentiable
 from ..stages import boundary
 from ..stages.abandoned import this_thread
 from ..stages.split_backward import find_input_gradients, run_backward
-from ..stages.stage import Stage, _InFlight
+from ..stages.stage import InFlight, Stage
 from ..stages.step import Step
 from ..stages.wrapped import layers_of, reduce_ddp
-from .links import link_of
-
-
-class Losses(Protocol):
-    """Where the last stage's losses come from."""
-
-    def compute(self, stage: _PipelineStageBase, m: int, output: Any) -> None:
-        """Computes that of microbatch ``m``, where there is one to compute."""
-
-    def of(self, stage: _PipelineStageBase, m: int) -> Tensor | None:
-        """That of microbatch ``m``; None but for the last stage."""
+from .dataflow import dataflow_of
+from .losses import Losses
+from .torch_step import TorchStep
 
 
 class TorchStage(Stage):
-    """Runs the module of a torch stage, whose own methods and buffers for messages it does without.
+    """Runs the module of a torch stage; does not use that stage's own methods and message buffers.
 
-    The tasks consist of parts that a custom function can call one by one: ``compute``, ``send_value``,
-    ``differentiate``, ``send_gradients``, ``finish``.
+    Each task is a sequence of calls that a custom function can make one by one: ``compute``, ``send_value``,
+    ``differentiate`` or ``differentiate_inputs``, ``take_gradients``, ``send_gradients``, ``finish``.
 
     Attributes:
-        torch_stage: the stage of torch's.
+        torch_stage: the torch stage.
     """
 
     def __init__(self, stage: _PipelineStageBase, losses: Losses) -> None:
         super().__init__(stage.stage_index, stage.submod, is_last=stage.is_last)
         self.torch_stage = stage
-        self._link = link_of(stage)
+        self._dataflow = dataflow_of(stage)
         self._losses = losses
 
     def begin(self, step: Step) -> None:
@@ -53,15 +45,15 @@ class TorchStage(Stage):
         self._forget()
 
     def _forget(self) -> None:
-        self._came: dict[int, Any] = {}  # by microbatch: what crossed the boundary before
-        self._grads: dict[int, list[Tensor | None]] = {}  # for the stage before
-        self._delayed: dict[int, Callable[[], None]] = {}  # what dw_builder has made of an I
+        self._received: dict[int, Any] = {}  # by microbatch: what crossed the previous boundary
+        self._grads: dict[int, list[Tensor | None]] = {}  # for the previous stage
+        self._delayed: dict[
+            int, Callable[[], None]
+        ] = {}  # the weight gradients that dw_builder returned at `I`
         self._finished = 0
 
-    # -- tasks
-
     def forward(self, m: int) -> None:
-        step = self._step
+        step = self._current_step()
         output = self.compute(m, *step.inputs[m])
         if self.torch_stage.is_last:
             with step.context.forward():
@@ -74,13 +66,14 @@ class TorchStage(Stage):
         self.send_gradients(m, self.take_gradients(m))
         self.finish(m)
 
-    def input_gradient(self, m: int) -> None:
+    def input_gradient(self, m: int, tied: Callable[[], Collection[nn.Parameter]] = tuple) -> None:
+        """As ``Stage.input_gradient``; ignores ``tied``, because one thread runs all local stages."""
         self.differentiate_inputs(m, self._losses.of(self.torch_stage, m))
         self.send_gradients(m, self.take_gradients(m))
 
     def weight_gradient(self, m: int) -> None:
         self.thread = this_thread()
-        self._step.context.apply()
+        self._current_step().context.apply()
         if m in self._delayed:
             self._delayed.pop(m)()
         elif m in self._weight_grads:
@@ -88,53 +81,51 @@ class TorchStage(Stage):
         self.thread = None
         self.finish(m)
 
-    # -- their parts
-
     def compute(self, m: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Runs the module and returns what it returned. ``args`` are the first stage's."""
-        step = self._step
+        """Runs the module and returns its output. ``args`` are used by the first stage only."""
+        step = self._current_step()
         step.context.apply()
+        value = None
         try:
             with step.context.forward():
                 if self.index == 0:
-                    came = None
                     (args, kwargs), received = self._entrance.receive((args, kwargs), own=True)
                 else:
                     value = step.exchange.receive_value(self.index, m, self._meshes)
-                    came, received = self._entrance.receive(value)
-                output = self._call(came, args, kwargs)
+                    value, received = self._entrance.receive(value)
+                output = self._call(value, args, kwargs)
             boundary.check_aliases(received)
         except Exception:
             self._entrance.failed()
             raise
-        self._in_flight[m] = _InFlight(received, [], [], [], [])
+        self._in_flight[m] = InFlight(received, [], [], [], [])
         if not self.torch_stage.is_last:
-            self._came[m] = came
+            self._received[m] = value
         elif step.keep_outputs:
             step.outputs[m] = detach(output)
         return output
 
     def send_value(self, m: int, output: Any) -> None:
-        """Sends what ``compute`` returned on to the next stage."""
-        value = self._link.value(output, self._came.pop(m))
+        """Sends the output that ``compute`` returned to the next stage."""
+        value = self._dataflow.sent(output, self._received.pop(m))
         sent = differentiable(value)
         self._meshes.learn(sent)
         self._in_flight[m].sent.extend(sent)
-        self._step.exchange.send_value(self.index, m, value)
+        self._current_step().exchange.send_value(self.index, m, value)
 
     def differentiate(self, m: int, loss: Tensor | None) -> None:
-        """Runs the whole backward. ``loss`` is the last stage's."""
-        outputs, grads, received = self._begin(m, loss)
+        """Runs the full backward. ``loss`` is used by the last stage only."""
+        outputs, grads, received = self._start_backward(m, loss)
         if outputs:
             run_backward(outputs, grads)
         if self.torch_stage.dw_builder is not None:
             self.torch_stage.dw_builder()()
-        self._end(m, received)
+        self._end_backward(m, received)
 
     def differentiate_inputs(self, m: int, loss: Tensor | None) -> None:
-        """Runs what leads to the inputs, or all but what ``dw_builder`` delays."""
-        outputs, grads, received = self._begin(m, loss)
-        step = self._step
+        """Runs the input gradients, or with a ``dw_builder`` all that it does not delay."""
+        outputs, grads, received = self._start_backward(m, loss)
+        step = self._current_step()
         if self.torch_stage.dw_builder is not None:
             if outputs:
                 run_backward(outputs, grads)
@@ -147,40 +138,49 @@ class TorchStage(Stage):
                 weights=self.parameters,
                 check=lambda: self._check_current(step),
             )
-        self._end(m, received)
+        self._end_backward(m, received)
 
     def take_gradients(self, m: int) -> list[Tensor | None]:
-        """Those of what came from the stage before, tensor by tensor, as the backward found them."""
+        """The gradients of what the previous stage sent, tensor by tensor; once only."""
         return self._grads.pop(m)
 
     def send_gradients(self, m: int, gradients: list[Tensor | None]) -> None:
-        """Sends them there; of the first stage they are the inputs'."""
+        """Sends the gradients to the previous stage; those of the first stage are the inputs'."""
+        step = self._current_step()
         if self.index == 0:
-            self._step.input_grads[m] = gradients
+            step.input_grads[m] = gradients
         else:
-            self._step.exchange.send_gradients(self.index, m, gradients)
+            step.exchange.send_gradients(self.index, m, gradients)
 
     def finish(self, m: int) -> None:
-        """Microbatch ``m`` needs nothing any more. After the last of the step DDP reduces the gradients."""
+        """Ends the backward of microbatch ``m``. After the last one of a step DDP reduces the gradients."""
         self.release(m)
         self._finished += 1
-        if self._finished == len(self._step.inputs):
+        if self._finished == len(self._current_step().inputs):
             for module in layers_of(DistributedDataParallel, self):
                 reduce_ddp(module)
 
     def release(self, m: int) -> None:
-        """What has come for microbatch ``m`` is needed no more."""
-        self._step.exchange.release(self.index, m)
+        """Frees what this stage received for microbatch ``m``."""
+        self._current_step().exchange.release(self.index, m)
 
-    def _begin(self, m: int, loss: Tensor | None) -> tuple:
+    def _current_step(self) -> TorchStep:
+        assert isinstance(self._step, TorchStep)
+        return self._step
+
+    def _start_backward(
+        self, m: int, loss: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], list[boundary.Received]]:
+        """Where autograd starts, with which gradients, and the tensors whose gradients it finds."""
         self.thread = this_thread()
-        self._step.context.apply()
+        step = self._current_step()
+        step.context.apply()
         if loss is not None:
-            self._in_flight[m].losses.append(loss.reshape(()))  # of one element
-        outputs, grads, in_flight = self._begin_backward(self._step, m)
+            self._in_flight[m].losses.append(loss.reshape(()))  # it may have one dimension, of size 1
+        outputs, grads, in_flight = self._begin_backward(step, m)
         return outputs, grads, in_flight.received
 
-    def _end(self, m: int, received: list[boundary.Received]) -> None:
+    def _end_backward(self, m: int, received: list[boundary.Received]) -> None:
         self._entrance.returned(received)
         self._grads[m] = [tensor.gradient() for tensor in received]
         self.thread = None
@@ -189,9 +189,9 @@ class TorchStage(Stage):
         with torch.no_grad():
             self.forward(m)
 
-    def _call(self, came: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _call(self, value: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.index > 0:
-            args, kwargs = self._link.arguments(came, kwargs)
+            args, kwargs = self._dataflow.arguments(value, kwargs)
         try:
             return self.torch_stage.forward_maybe_with_nosync(*args, **kwargs)
         except Exception as error:

@@ -107,7 +107,7 @@ class Planned:
 
     def _feasible(self) -> Simulation:
         if self.simulation is None:
-            raise InvalidSchedule(f"{self.title} cannot be: {self.reason}")
+            raise InvalidSchedule(f"{self.title} is not possible: {self.reason}")
         return self.simulation
 
 

@@ -1,6 +1,5 @@
 """Checks, before anything runs, that the processes of a pipeline were given the same arguments."""
 
-import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from torch.distributed import DistError
 from ..base.tensors import describe
 from ..errors import InvalidArgument, PeerError
 from ..model.skips import DeclaredSkips
+from .differences import digest, first_difference
 from .group import Processes, seconds
 
 
@@ -29,13 +29,13 @@ def check_agreement(
         if isinstance(module, nn.Module):
             settings[name] = _describe_module(module)
     _tell(processes, "lines", settings)
-    _tell(processes, "digests", {name: _digest(lines) for name, lines in settings.items()})
+    _tell(processes, "digests", {name: digest(lines) for name, lines in settings.items()})
     digests = _hear(processes, "digests", processes.everyone, timeout)
     seen: dict[str, tuple[int, str]] = {}
     for process, of_process in digests.items():
-        for name, digest in of_process.items():
-            first, expected = seen.setdefault(name, (process, digest))
-            if digest != expected:
+        for name, found in of_process.items():
+            first, expected = seen.setdefault(name, (process, found))
+            if found != expected:
                 lines = _hear(processes, "lines", (first, process), timeout)
                 _refuse(name, first, process, lines[first][name], lines[process][name])
 
@@ -88,17 +88,11 @@ def _code(found: type[nn.Module]) -> str:
     if code is None:
         return "of its own"
     plain = [value for value in code.co_consts if isinstance(value, (int, float, str, type(None)))]
-    return _digest([code.co_code.hex(), repr(plain), repr(code.co_names)])
-
-
-def _digest(lines: list[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    return digest([code.co_code.hex(), repr(plain), repr(code.co_names)])[:12]
 
 
 def _refuse(name: str, first: int, other: int, expected: list[str], found: list[str]) -> NoReturn:
-    nothing = ["nothing more"]
-    pairs = zip([*expected, *nothing * len(found)], [*found, *nothing * len(expected)])
-    one, another = next(pair for pair in pairs if pair[0] != pair[1])
+    one, another = first_difference(expected, found)
     raise InvalidArgument(
         f"the processes of the mesh were given different pipelines: {name} is {another} in process {other} and "
         f"{one} in process {first}; give all of them the same"

@@ -1,4 +1,4 @@
-"""How replicas of a pipeline average their parameters' gradients."""
+"""Averages the gradients of parameters over replicas of a pipeline."""
 
 from .gradient_reduction import GradientReduction
 from .local_group import LocalGroup

@@ -1,4 +1,4 @@
-"""Flat buffers in which the gradients of parameters live and travel."""
+"""Flat buffers that hold the gradients of parameters and are reduced as a whole."""
 
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -12,21 +12,23 @@ from .member import Member, Work
 
 
 class Bucket:
-    """Parameters of one type, and the buffer that holds and carries their gradients.
+    """Parameters of one type, and the flat buffer of their gradients.
 
-    A parameter without ``.grad`` is given a zeroed view of the buffer when a step begins, and keeps it from
-    then on: nothing is packed. Any other ``.grad``, set by the user, is packed into the buffer before that goes
-    out and unpacked after. With a wire type another buffer travels, into which all are packed.
+    When a step begins, a parameter without ``.grad`` is given a zeroed view of the buffer and keeps it from
+    then on, so that nothing is packed. Any other ``.grad``, set by the user, is packed into the buffer before
+    the reduction and unpacked after it. With a wire type all gradients are packed into a second buffer, which
+    is reduced instead.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], wire: torch.dtype | None) -> None:
         self.parameters = parameters
         dtype, device = parameters[0].dtype, parameters[0].device
-        # Beside the gradients travels a number for each: 1 where there is one, 0 where there is none.
+        # After the gradients a flag for each: 1 if this replica has a gradient, 0 if not.
         tensors = [*parameters, torch.empty(len(parameters), dtype=dtype, device=device)]
         self._layout = Layout.of(tensors)
         self._buffer = torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=device)
-        # Views share one version. What .data returns has its own, which tells whether anything was added to it.
+        # Views share one version counter. The tensor from .data has its own, which shows whether it was
+        # changed.
         views = map(_strided_like, self._layout.views(self._buffer), tensors)
         self._views = [view.data for view in views]
         self._addresses = [view.data_ptr() for view in self._views]
@@ -36,30 +38,31 @@ class Bucket:
             self._buffer = torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=device)
             self._cast = packer(self._layout, self._views)
         self._packer: Packer | None = None  # of the step
-        self._zeroed: dict[int, int] = {}  # parameters that had no gradient, and the version of their views
-        self._absent: list[int] = []  # parameters without gradient when the buffer went out
-        self._sent: list[tuple[int, int] | None] = []  # what went out
+        self._zeroed: dict[int, int] = {}  # version of the view, by parameter without gradient
+        self._absent: list[int] = []  # parameters without gradient at the reduction
+        self._sent: list[tuple[int, int] | None] = []  # the gradients that are reduced
         self._work: Work | None = None
         self._began = 0
 
     @property
     def times(self) -> tuple[int, int]:
         """When the last reduction began and ended, in nanoseconds of time.monotonic_ns."""
+        assert self._work is not None
         return self._began, self._work.ended
 
     @property
     def buffer(self) -> Tensor:
-        """What travels."""
+        """The tensor that is reduced."""
         return self._buffer.view(self._layout.slots[0].wire)
 
     @property
     def nbytes(self) -> int:
-        """Size of what travels."""
+        """Bytes that are reduced."""
         return self._layout.nbytes
 
     @property
     def memory(self) -> int:
-        """Address of the buffer whose views the gradients are."""
+        """Address of the buffer that the gradients are views of."""
         return self._views[-1].untyped_storage().data_ptr()
 
     def check(self) -> None:
@@ -72,14 +75,14 @@ class Bucket:
                 )
 
     def clone_misplaced(self, buffers: Collection[int]) -> None:
-        """Clones gradients that lie in ``buffers`` at another's place, where both would be written."""
+        """Clones gradients that lie in ``buffers`` where another parameter's gradient belongs."""
         for i, parameter in enumerate(self.parameters):
             grad = parameter.grad
             if grad is not None and self._is_foreign(i, grad) and grad.untyped_storage().data_ptr() in buffers:
                 parameter.grad = grad.clone()
 
     def bind(self) -> None:
-        """Gives each parameter that has no gradient a zeroed view of the buffer, to be added to."""
+        """Gives each parameter without gradient a zeroed view of the buffer to accumulate into."""
         empty = [i for i, parameter in enumerate(self.parameters) if parameter.grad is None]
         if empty:
             torch._foreach_zero_([self._views[i] for i in empty])
@@ -87,8 +90,8 @@ class Bucket:
             self.parameters[i].grad = self._views[i]
         self._zeroed = {i: self._views[i]._version for i in empty}
 
-    def send(self, member: Member) -> None:
-        """Begins the reduction of the gradients as they are now."""
+    def launch(self, member: Member) -> None:
+        """Begins to reduce the gradients as they are now."""
         foreign: dict[int, Tensor] = {}
         self._absent = []
         for i, parameter in enumerate(self.parameters):
@@ -110,7 +113,8 @@ class Bucket:
         self._work = member.all_reduce(self.buffer)
 
     def finish(self, timeout: float) -> None:
-        """Waits for the reduction; then each ``.grad`` is the mean, or None where no replica has one."""
+        """Waits for the reduction; then each ``.grad`` is the mean, or None if no replica has one."""
+        assert self._work is not None
         self._work.wait(timeout)
         if self._stamps() != self._sent:
             raise PipelineError(
@@ -123,29 +127,29 @@ class Bucket:
         for i in self._absent:
             self.parameters[i].grad = self._views[i] if present[i] else None
 
-    def keep(self) -> None:
-        """Ends a step that reduces nothing: what had no gradient, and was added none, has none."""
+    def finish_unreduced(self) -> None:
+        """Ends a step that reduces nothing: parameters that no backward reached have no gradient again."""
         for i in self._zeroed:
             if self._is_untouched(i):
                 self.parameters[i].grad = None
 
     def clear(self) -> None:
-        """Takes all gradients away."""
+        """Sets every gradient to None."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def _is_untouched(self, i: int) -> bool:
         """Whether the gradient of parameter ``i`` is the zeroed view that the step began with."""
         grad, view = self.parameters[i].grad, self._views[i]
-        # What is written through .data leaves the version as it is.
+        # A write through .data does not change the version.
         return grad is view and grad._version == self._zeroed.get(i) and not view.any()
 
     def _is_foreign(self, i: int, grad: Tensor) -> bool:
-        """Whether the gradient of parameter ``i`` lies elsewhere than its view does."""
+        """Whether the gradient of parameter ``i`` is not in its place in the buffer."""
         return grad.data_ptr() != self._addresses[i] or grad.stride() != self._views[i].stride()
 
     def _packer_for(self, foreign: dict[int, Tensor]) -> Packer | None:
-        """What packs the gradients of the step; None where they lie in the buffer that travels."""
+        """Packs the gradients of the step; None if they all lie in the buffer that is reduced."""
         if not foreign:
             return self._cast
         tensors = foreign if self._cast is None else dict(enumerate(self._views)) | foreign
@@ -153,13 +157,13 @@ class Bucket:
         return packer(Layout(slots, self._layout.nbytes), list(tensors.values()))
 
     def _stamps(self) -> list[tuple[int, int] | None]:
-        """What tells whether a gradient was replaced or changed."""
+        """Identity and version of each gradient, to notice that one was replaced or changed."""
         grads = (parameter.grad for parameter in self.parameters)
         return [None if grad is None else (id(grad), grad._version) for grad in grads]
 
 
 def _strided_like(view: Tensor, parameter: Tensor) -> Tensor:
-    """The same memory with the strides of ``parameter``, if it is dense: autograd wants its gradient so."""
+    """The same memory with the strides of ``parameter`` if it is dense, as autograd expects of its gradient."""
     dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
     return view.as_strided(parameter.shape, parameter.stride()) if dense else view
 
@@ -167,7 +171,7 @@ def _strided_like(view: Tensor, parameter: Tensor) -> Tensor:
 def fill_buckets(
     parameters: Iterable[nn.Parameter], bucket_bytes: int, wire: torch.dtype | None
 ) -> list[Bucket]:
-    """The parameters in buckets of one type each and at most ``bucket_bytes``; a larger one gets its own."""
+    """Buckets of one type each and at most ``bucket_bytes``; a larger parameter gets a bucket of its own."""
     groups: list[list[nn.Parameter]] = []
     filling: dict[torch.dtype, tuple[list[nn.Parameter], int]] = {}
     for parameter in parameters:

@@ -1,4 +1,4 @@
-"""Gradients of the parameters, averaged between replicas of a pipeline while they still compute."""
+"""Averages the gradients of a pipeline's replicas while they still compute."""
 
 import contextlib
 import itertools
@@ -19,12 +19,12 @@ from ..stages.shared_parameters import SharedParameters
 from ..stages.stage import Stage
 from ..stages.wrapped import reduced_in
 from .buckets import Bucket, fill_buckets
-from .departures import Departures
-from .member import Member
+from .launcher import BucketLauncher
+from .member import ENDED, Member
 
 _REDUCIBLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-_SHARED = -1  # stands for the stages of parameters that several hold
+_SHARED = -1  # in place of a stage: parameters that several stages hold
 
 _in_use: weakref.WeakSet[Member] = weakref.WeakSet()  # members that have a pipeline
 _attaching = threading.Lock()
@@ -33,20 +33,22 @@ _attaching = threading.Lock()
 class GradientReduction:
     """Gives every replica the mean of the replicas' gradients; for ``Pipeline(reduction=...)``.
 
-    In a stage's last backward, and once those of the stages after it have ended, its gradients leave in flat
-    buffers as these fill up; ``step`` returns when all hold the mean. ``.grad`` is a view of such a
-    buffer from step to step: clone what is to be kept. Example, for one of several processes::
+    A stage's gradients are reduced in flat buffers during its last backward, each buffer as soon as it is full
+    and the last backwards of later stages have ended. ``step`` returns when all replicas hold the mean.
+    ``.grad`` is a view of such a buffer from step to step: clone a gradient to keep it. Example, for one of
+    several processes::
 
         member = pe.ProcessGroupMember(torch.distributed.group.WORLD)
         pipe = pe.Pipeline(model, 2, 8, loss_fn=loss_fn, reduction=pe.GradientReduction(member))
 
     Args:
-        member: the replica's place in its group: a ``ProcessGroupMember``, or among threads of one process
-            what ``LocalGroup.member`` gives. It has one pipeline, until that is closed.
-        bucket_bytes: most bytes in a buffer; a parameter larger than that gets a buffer of its own.
-        wire: floating-point type that the gradients travel as and are rounded to; None: their own.
+        member: the replica's place in its group: a ``ProcessGroupMember``, or for threads of one process the
+            result of ``LocalGroup.member``. It serves one pipeline until that is closed.
+        bucket_bytes: most bytes in a buffer; a larger parameter gets a buffer of its own.
+        wire: floating-point type that the gradients are rounded to and sent as; None: their own.
 
-    Raises InvalidArgument for anything else.
+    Raises:
+        InvalidArgument: for anything else.
     """
 
     def __init__(
@@ -65,18 +67,18 @@ class GradientReduction:
         self._stages: Sequence[Stage] | None = None
         self._shared: SharedParameters | None = None
         self._microbatches = 0
-        self._departures = Departures(lambda bucket: bucket.send(member))
-        self._built_for: list[list[tuple]] | None = None
-        self._buckets: dict[int, list[Bucket]] = {}  # by stage; last, of what several stages hold
+        self._launcher = BucketLauncher(lambda bucket: bucket.launch(member))
+        self._built_for: list[list[tuple[int, torch.dtype, torch.Size]]] | None = None
+        self._buckets: dict[int, list[Bucket]] = {}  # by stage; those of shared parameters last
         self._steps = 0
-        self._sends = False  # whether this step does
+        self._reduces = False  # whether this step does
         self._in_step = False
 
     def attach(self, stages: Sequence[Stage], shared: SharedParameters, microbatches: int) -> None:
         """Called by the one pipeline whose gradients it reduces.
 
-        Raises InvalidArgument if it or its member has one already, and for parameters whose gradients cannot be
-        reduced; then it may still be attached to another.
+        Raises InvalidArgument if it or its member has a pipeline already, and for parameters whose gradients
+        cannot be reduced; then another pipeline may still attach it.
         """
         if self._stages is not None:
             raise InvalidArgument("this GradientReduction has a pipeline already; give each its own")
@@ -87,7 +89,7 @@ class GradientReduction:
                     f"{layer} makes a sparse gradient, and replicas reduce dense ones only; make it with "
                     "sparse=False"
                 )
-        self._build(stages, shared)
+        self._make_buckets(stages, shared)
         with _attaching:
             if self._member in _in_use:
                 raise InvalidArgument(
@@ -97,21 +99,22 @@ class GradientReduction:
         self._stages, self._shared, self._microbatches = stages, shared, microbatches
 
     def watch(self, stage: int, backward: Body) -> Body:
-        """``backward`` of a stage, B or W; in the last one of a step the stage's gradients leave."""
-        return self._departures.watch(stage, backward)
+        """``backward`` of a stage, `B` or `W`; a step's last one launches the reduction of its gradients."""
+        return self._launcher.watch(stage, backward)
 
     @contextlib.contextmanager
-    def step(self, timeout: float, sends: bool = True) -> Iterator[None]:
-        """Within it a step runs. If that fails, every gradient is None and the group of replicas ends.
+    def step(self, timeout: float, reduces: bool = True) -> Iterator[None]:
+        """A step runs within it. If the step fails, every gradient is None and the group of replicas ends.
 
-        Unless it ``sends`` its gradients stay as they are, for later steps to add to. ``timeout`` is that of
+        A step that does not reduce leaves its gradients for later steps to add to. ``timeout`` is that of
         ``Member.begin``.
 
-        Raises InvalidArgument for gradients that cannot be reduced, ReductionError where a replica has failed
-        before; nothing has changed.
+        Raises InvalidArgument for gradients that cannot be reduced, ReductionError if a replica failed before;
+        then nothing has changed.
         """
         self._member.check()
-        self._build(self._stages, self._shared)
+        assert self._stages is not None and self._shared is not None
+        self._make_buckets(self._stages, self._shared)
         for bucket in self._all():
             bucket.check()
         buffers = {bucket.memory for bucket in self._all()}
@@ -120,38 +123,37 @@ class GradientReduction:
         for bucket in self._all():
             bucket.bind()
         self._steps += 1
-        self._sends = sends
+        self._reduces = reduces
         self._in_step = True
         try:
-            if sends:
+            if reduces:
                 of_stages = {stage: found for stage, found in self._buckets.items() if stage != _SHARED}
-                self._departures.begin(of_stages, self._microbatches)
+                self._launcher.begin(of_stages, self._microbatches)
                 self._member.begin(self._plan(), timeout)
             else:
-                self._departures.pause()
+                self._launcher.pause()
             yield
         except BaseException as error:
             self._member.abort(error)
             for bucket in self._all():
                 bucket.clear()
-            error.add_note("the group of replicas has ended: make a new one, and new pipelines")
+            error.add_note(ENDED)
             raise
         finally:
             self._in_step = False
 
     def finish(self, timeout: float) -> list[ReductionTimes]:
-        """Sends what several stages hold, and waits until every gradient is the mean of all replicas'.
+        """Reduces the parameters that several stages hold, and waits until every gradient is the mean.
 
-        Returns what it reduced: nothing in a step that does not send.
-
+        Returns a record of each reduction: none in a step that does not reduce.
         Raises ReductionError and StepTimeout as ``Work.wait`` does.
         """
-        if not self._sends:
+        if not self._reduces:
             for bucket in self._all():
-                bucket.keep()
+                bucket.finish_unreduced()
             return []
         for bucket in self._buckets[_SHARED]:
-            bucket.send(self._member)
+            bucket.launch(self._member)
         for bucket in self._all():
             bucket.finish(timeout)
         return [
@@ -170,7 +172,7 @@ class GradientReduction:
         return itertools.chain.from_iterable(self._buckets.values())
 
     def _plan(self) -> list[str]:
-        """What this step reduces, in words."""
+        """A description of what this step reduces."""
         buffers = [
             f"{describe(bucket.buffer)} of {'several stages' if stage == _SHARED else f'stage {stage}'}"
             for stage, found in self._buckets.items()
@@ -178,8 +180,8 @@ class GradientReduction:
         ]
         return [f"what step {self._steps} ends with", *buffers]
 
-    def _build(self, stages: Sequence[Stage], shared: SharedParameters) -> None:
-        """Makes the buckets, and makes them anew when parameters were frozen, thawed, replaced or cast."""
+    def _make_buckets(self, stages: Sequence[Stage], shared: SharedParameters) -> None:
+        """Makes the buckets, and again when parameters were frozen, unfrozen, replaced or cast."""
         tied = shared.parameters()
         others = {*tied, *reduced_in(module for stage in stages for module in stage.modules())}
         trained = {

@@ -1,4 +1,4 @@
-"""Replicas in one process, each stepped by a thread of its own."""
+"""Replicas in one process, each in a thread of its own."""
 
 import threading
 import time
@@ -13,19 +13,20 @@ from torch import Tensor
 from ..base import arguments
 from ..base.tensors import describe
 from ..errors import InvalidArgument, ReductionError, StepTimeout
+from .member import ENDED, UNEQUAL
 
-_CHUNK = 2**15  # elements added up at a time: they stay in the cache, and torch starts no threads for so few
+_CHUNK = 2**15  # elements summed at a time: they fit in the cache, and torch starts no threads for so few
 
-Ready = list[tuple[Tensor, Future[int]]]  # a call that all have made, by rank
+Ready = list[tuple[Tensor, Future[int]]]  # a call that all members have made, by rank
 Queue = SimpleQueue[Ready | None]
 
 
 class LocalGroup:
     """Replicas 0..size-1 of one process.
 
-    A mean is the sum in the order of the replicas, in float32 (float64 for float64), divided by their number:
-    the same in every run. A thread of the group computes it, and ends with the group. After ``abort`` or any
-    failure the group is of no more use.
+    A mean is the sum in the order of the replicas, in float32 (float64 for float64), divided by their number,
+    so every run gives the same bits. A thread of the group computes it, and ends with the group. After
+    ``abort`` or any failure the group cannot be used any more.
     """
 
     def __init__(self, size: int) -> None:
@@ -33,7 +34,7 @@ class LocalGroup:
         self.size = arguments.count("size", size)
         self._lock = threading.Lock()
         self._calls = [0] * self.size  # by rank
-        self._open: dict[int, dict[int, LocalWork]] = {}  # by call and rank, until all have come
+        self._open: dict[int, dict[int, LocalWork]] = {}  # by call and rank, until all ranks have called
         self._failure: str | None = None
         self._ready: Queue = SimpleQueue()
         thread = threading.Thread(target=_serve, args=(self._ready,), name="pe reduction", daemon=True)
@@ -41,7 +42,7 @@ class LocalGroup:
         weakref.finalize(self, _end, self._ready, thread)
 
     def member(self, rank: int) -> "LocalMember":
-        """Replica ``rank``'s place. Raises InvalidArgument where there is none."""
+        """Replica ``rank``'s place. Raises InvalidArgument for a rank outside the group."""
         if rank not in range(self.size):
             raise InvalidArgument(f"rank is {rank!r}; this group's ranks are 0 to {self.size - 1}")
         return LocalMember(self, rank)
@@ -52,10 +53,10 @@ class LocalGroup:
             raise ReductionError(self._failure)
 
     def fail(self, reason: str) -> None:
-        """Ends the group, and every reduction that waits for members."""
+        """Ends the group: every reduction that waits for members fails."""
         with self._lock:
             if self._failure is None:
-                self._failure = f"{reason}; the group of replicas has ended: make a new one, and new pipelines"
+                self._failure = f"{reason}; {ENDED}"
             waiting = [work for call in self._open.values() for work in call.values()]
             self._open.clear()
         for work in waiting:
@@ -79,7 +80,7 @@ class LocalGroup:
         return work
 
     def absent(self, number: int) -> list[int]:
-        """The replicas that have not made call ``number``, while others wait in it."""
+        """The replicas that have not made call ``number``, for which others wait."""
         with self._lock:
             call = self._open.get(number)
             return [] if call is None else [rank for rank in range(self.size) if rank not in call]
@@ -94,7 +95,7 @@ class LocalMember:
         self._group = group
 
     def begin(self, plan: Sequence[str], timeout: float) -> None:
-        """Does nothing: what does not match is found when all have called."""
+        """Does nothing: ``all_reduce`` compares the tensors when all members have called it."""
 
     def all_reduce(self, tensor: Tensor) -> "LocalWork":
         """Begins to replace ``tensor`` by the mean of all members' tensors, and returns at once."""
@@ -110,7 +111,7 @@ class LocalMember:
         self._group.check()
 
     def abort(self, error: BaseException) -> None:
-        """Ends the group: whatever is not yet reduced fails for all members, with ``error`` as the reason."""
+        """Ends the group: unfinished reductions fail for all members, with ``error`` as the reason."""
         self._group.fail(f"replica {self.rank} failed with {type(error).__name__}: {error}")
 
     def __eq__(self, other: object) -> bool:
@@ -124,7 +125,7 @@ class LocalMember:
 
 
 class LocalWork:
-    """A reduction under way in a LocalGroup; see ``Work``."""
+    """A reduction in a LocalGroup; see ``Work``."""
 
     def __init__(self, group: LocalGroup, rank: int, number: int, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -144,13 +145,13 @@ class LocalWork:
             self.future.result(timeout)
         except TimeoutError:
             absent = self._group.absent(self._number)
-            if not absent:  # the group's thread has it in hand
+            if not absent:  # the group's thread computes it
                 self.future.result()
                 return
             names = ", ".join(map(str, absent))
             reason = f"replica {self.rank} waited {timeout:g} seconds for replica {names}"
             self._group.fail(reason)
-            raise StepTimeout(f"{reason}; do all step, each in a thread of its own?") from None
+            raise StepTimeout(f"{reason}; does each replica step, in a thread of its own?") from None
 
 
 def _mismatch(first: LocalWork, *others: LocalWork) -> str | None:
@@ -158,7 +159,7 @@ def _mismatch(first: LocalWork, *others: LocalWork) -> str | None:
         if (first.tensor.numel(), first.tensor.dtype) != (other.tensor.numel(), other.tensor.dtype):
             return (
                 f"replica {first.rank} reduces {describe(first.tensor)} where replica {other.rank} reduces "
-                f"{describe(other.tensor)}; replicas need equal models, frozen alike, in equal pipelines"
+                f"{describe(other.tensor)}; {UNEQUAL}"
             )
     return None
 
@@ -167,12 +168,12 @@ def _serve(queue: Queue) -> None:
     sums: dict[torch.dtype, Tensor] = {}
     for call in iter(queue.get, None):
         _reduce(call, sums)
-        del call  # or it would keep the tensors alive
+        del call  # which keeps the tensors alive
 
 
 def _end(queue: Queue, thread: threading.Thread) -> None:
     queue.put(None)
-    if thread is not threading.current_thread():  # in which the group may be garbage-collected
+    if thread is not threading.current_thread():  # the group may be garbage-collected in it
         thread.join()
 
 

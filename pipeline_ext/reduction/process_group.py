@@ -1,7 +1,5 @@
 """Replicas in processes of their own, over torch.distributed."""
 
-import hashlib
-import itertools
 import threading
 import time
 import weakref
@@ -18,30 +16,32 @@ from ..base import arguments
 from ..base.tensors import describe
 from ..errors import InvalidArgument, ReductionError, StepTimeout
 from ..processes.connections import Connections
+from ..processes.differences import digest, first_difference
 from ..processes.notices import Notices
+from .member import ENDED, UNEQUAL
 
-_made: Counter[str] = Counter()  # members, by the processes of their group
+_made: Counter[str] = Counter()  # members that were made, by the processes of their group
 
-_GRACE = 4.0  # seconds that a process has to answer, and to say for whom it waits itself
+_GRACE = 4.0  # seconds for a process to answer, and to report whom it waits for itself
 
 
 class ProcessGroupMember:
-    """This process's place among replicas that are the processes of a torch.distributed group, on CPUs.
+    """This process's place among replicas, one for each process of a torch.distributed group, on CPUs.
 
-    The processes of the group make theirs together: each opens connections (gloo) of its own, so that nothing
+    All processes of the group make one at the same time. Each opens its own gloo connections, so that nothing
     else that uses the group gets between its reductions. A mean is the sum divided by the number of replicas,
-    the same bits in each; both are rounded to the tensors' own type, and float16 is divided first, lest a sum
-    overflow.
+    the same bits in each; both are rounded to the tensors' own type. float16 is divided before it is summed, to
+    avoid overflow.
 
-    As a step begins the replicas compare what they are about to reduce. None waits for that: the first buffers
-    are held back until it is known to be the same. After ``abort`` or any failure the other processes are told,
-    and the member is of no more use.
+    When a step begins the replicas compare what they are about to reduce. They do not wait for the result: the
+    first buffers are held back until the comparison succeeds. After ``abort`` or any failure the other
+    processes are told, and the member cannot be used any more.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, timeout: float = 300.0) -> None:
         """Returns when all processes of ``group`` have called it, within ``timeout`` seconds.
 
-        Raises InvalidArgument for anything but a process group, dist.DistError if some have not come.
+        Raises InvalidArgument for anything but a process group, dist.DistError if a process does not call it.
         """
         arguments.check_type("group", group, dist.ProcessGroup)
         self._timeout = timedelta(seconds=timeout)
@@ -50,14 +50,14 @@ class ProcessGroupMember:
         self.size = len(self._processes)
         name = "-".join(map(str, self._processes))
         store = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"pipeline_ext/replicas/{name}/{_made[name]}", store)
+        self._store = dist.distributed_c10d.PrefixStore(f"pipeline_ext/replicas/{name}/{_made[name]}", store)
         _made[name] += 1
         self._connections = Connections(self._store, self._processes, self._timeout)
         self._lock = threading.RLock()
-        self._calls = 0  # made so far, of begin and all_reduce
-        self._agreed = False  # that all reduce the same in this step
-        self._broken: Exception | None = None  # why they could not be compared
-        self._held: list[ProcessWork] = []  # until they have been
+        self._calls = 0  # of begin and all_reduce
+        self._agreed = False  # whether all replicas are known to reduce the same in this step
+        self._broken: Exception | None = None  # why the comparison failed
+        self._held: list[ProcessWork] = []  # until the comparison succeeds
         self._open: set[ProcessWork] = set()
         self._failure: str | None = None
         self._has_failed = threading.Event()
@@ -68,12 +68,12 @@ class ProcessGroupMember:
         self._notices = notices
 
     def begin(self, plan: Sequence[str], timeout: float) -> None:
-        """Begins to compare ``plan`` with the other members'; see ``Member``."""
+        """Begins to compare ``plan`` with the other members' plans; see ``Member``."""
         self._timeout = timedelta(seconds=timeout)
         with self._lock:
             self._calls += 1
             self._agreed = False
-        mine = torch.frombuffer(bytearray(_digest(plan)), dtype=torch.uint8)
+        mine = torch.frombuffer(bytearray(digest(plan).encode()), dtype=torch.uint8)
         found = [torch.empty_like(mine) for _ in range(self.size)]
         work = self._connections.all_gather(found, mine, self._timeout)
         work.get_future().add_done_callback(lambda future: self._compare(future, plan, mine, found))
@@ -106,26 +106,26 @@ class ProcessGroupMember:
             raise ReductionError(self._failure)
 
     def abort(self, error: BaseException) -> None:
-        """Ends the group: whatever is not yet reduced fails for all members, with ``error`` as the reason."""
+        """Ends the group: unfinished reductions fail for all members, with ``error`` as the reason."""
         self._end(f"{self._name()} failed with {type(error).__name__}: {error}")
 
     def close(self, idle: bool = True) -> None:
-        """Ends its connections, unless somebody may wait in them: it is not ``idle``, or has failed."""
+        """Closes its connections if they are ``idle``; after a failure somebody may still wait in them."""
         self._notices.close()
         self._connections.close(idle and self._failure is None)
 
     def fail(self, reason: str) -> None:
-        """Ends every reduction that is not over, in this process."""
+        """Ends every unfinished reduction in this process."""
         with self._lock:
             if self._failure is None:
-                self._failure = f"{reason}; the group of replicas has ended: make a new one, and new pipelines"
+                self._failure = f"{reason}; {ENDED}"
             failed, self._open, self._held = self._open, set(), []
         self._has_failed.set()
         for work in failed:
             work.future.set_exception(ReductionError(self._failure))
 
-    def settle(self, work: "ProcessWork", error: Exception | None) -> None:
-        """Ends one reduction, unless ``fail`` has."""
+    def complete(self, work: "ProcessWork", error: Exception | None) -> None:
+        """Ends one reduction, unless ``fail`` did."""
         with self._lock:
             if work not in self._open:
                 return
@@ -135,15 +135,15 @@ class ProcessGroupMember:
         else:
             work.future.set_exception(error)
 
-    def lost(self, number: int, error: Exception, timeout: float | None) -> Exception:
-        """Call ``number`` failed here with ``error``, or for want of others within ``timeout`` seconds.
+    def diagnose(self, number: int, error: Exception, timeout: float | None) -> Exception:
+        """The error to raise where call ``number`` failed with ``error``, or after ``timeout`` seconds.
 
-        Finds out who is to blame, and tells all others.
+        Finds out which replicas did not make the call, and tells all others.
         """
         calls = self._notices.ask(_GRACE)
         others = (rank for rank in range(self.size) if rank != self.rank)
         absent = [rank for rank in others if int(calls.get(rank, 0)) < number]
-        # Who answers and has not come waits for somebody too, and is about to say for whom.
+        # A replica that answers and is absent waits for somebody too, and is about to report for whom.
         if self._has_failed.wait(_GRACE if absent and calls.keys() >= set(absent) else 0):
             return ReductionError(self._failure)
         names = " and ".join(map(self._name, absent)) or "the other replicas"
@@ -158,7 +158,7 @@ class ProcessGroupMember:
         return f"<replica {self.rank} of {self.size}, each a process>"
 
     def _name(self, rank: int | None = None) -> str:
-        """A replica, for people; with no ``rank`` this one."""
+        """A replica, for error messages; without ``rank`` this one."""
         rank = self.rank if rank is None else rank
         return f"replica {rank} (process {self._processes[rank]})"
 
@@ -171,17 +171,17 @@ class ProcessGroupMember:
     def _compare(
         self, future: torch.futures.Future, plan: Sequence[str], mine: Tensor, found: Sequence[Tensor]
     ) -> None:
-        """Sends what was held back, where all plans are the same."""
+        """Launches the reductions that were held back, if all plans are the same."""
         try:
             future.value()
         except RuntimeError as error:
             with self._lock:
                 self._broken = error
                 for work in self._held:
-                    self.settle(work, error)
+                    self.complete(work, error)
                 self._held = []
             return
-        others = [rank for rank, digest in enumerate(found) if not torch.equal(digest, mine)]
+        others = [rank for rank, theirs in enumerate(found) if not torch.equal(theirs, mine)]
         if others:
             self.fail(self._difference(plan, others[0]))
             return
@@ -192,23 +192,19 @@ class ProcessGroupMember:
             self._held = []
 
     def _difference(self, plan: Sequence[str], other: int) -> str:
-        """Where it differs from another replica's, which finds that out too."""
+        """Where ``plan`` differs from another replica's; that replica calls this too."""
         self._store.set(f"plan {self.rank}", "\n".join(plan))
         try:
             self._store.wait([f"plan {other}"], timedelta(seconds=_GRACE))
         except dist.DistError:
             return f"{self._name()} and {self._name(other)} do not reduce the same"
         theirs = self._store.get(f"plan {other}").decode().splitlines()
-        pairs = itertools.zip_longest(plan, theirs, fillvalue="nothing more")
-        ours, its = next(pair for pair in pairs if pair[0] != pair[1])
-        return (
-            f"{self._name()} reduces {ours} where {self._name(other)} reduces {its}; replicas need equal "
-            "models, frozen alike, in equal pipelines"
-        )
+        ours, its = first_difference(plan, theirs)
+        return f"{self._name()} reduces {ours} where {self._name(other)} reduces {its}; {UNEQUAL}"
 
 
 class ProcessWork:
-    """A reduction under way between processes; see ``Work``."""
+    """A reduction between processes; see ``Work``."""
 
     def __init__(self, member: ProcessGroupMember, number: int, tensor: Tensor) -> None:
         self.future: Future[int] = Future()
@@ -224,14 +220,14 @@ class ProcessWork:
         return self.future.result()
 
     def start(self, connections: Connections, timeout: timedelta) -> None:
-        """Hands the tensor to ``connections``; a thread of theirs ends the reduction."""
+        """Hands the tensor to ``connections``; gloo's thread ends the reduction."""
         if self._tensor.dtype == torch.float16:
             self._tensor.div_(self._member.size)
         try:
-            # With a timeout, or the process could not exit while another is stopped.
+            # Without a timeout this process could not exit while another is stopped.
             self._work = connections.all_reduce(self._tensor, timeout)
         except RuntimeError as error:
-            self._member.settle(self, error)
+            self._member.complete(self, error)
             return
         self._work.get_future().add_done_callback(self._end)
 
@@ -243,22 +239,18 @@ class ProcessWork:
             raise
         except (TimeoutError, RuntimeError) as error:
             is_late = isinstance(error, TimeoutError) or time.monotonic() - self._began >= timeout
-            raise self._member.lost(self._number, error, timeout if is_late else None) from error
+            raise self._member.diagnose(self._number, error, timeout if is_late else None) from error
 
     def _end(self, future: torch.futures.Future) -> None:
-        self._work = None  # which keeps the connections
+        self._work = None  # it keeps the connections alive
         try:
             future.value()
         except RuntimeError as error:
-            self._member.settle(self, error)
+            self._member.complete(self, error)
             return
         if self._tensor.dtype != torch.float16:
             self._tensor.div_(self._member.size)
-        self._member.settle(self, None)
-
-
-def _digest(plan: Sequence[str]) -> bytes:
-    return hashlib.sha256("\n".join(plan).encode()).digest()
+        self._member.complete(self, None)
 
 
 def _fail(member: weakref.ref[ProcessGroupMember], reason: str) -> None:
@@ -267,6 +259,6 @@ def _fail(member: weakref.ref[ProcessGroupMember], reason: str) -> None:
 
 
 def _status(member: weakref.ref[ProcessGroupMember]) -> str:
-    """How many calls it has made, for others who miss one."""
+    """How many calls it has made, for others that miss one."""
     found = member()
     return "0" if found is None else str(found._calls)

@@ -14,7 +14,12 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def draw_plan(plan: _C.Plan, path: str | os.PathLike, costs: Costs | None = None) -> None:
-    """``Plan.draw``."""
+    """Draws the plan's simulated timeline; the path ends in .png, .svg or .pdf.
+
+    ``costs`` are pipeline_ext.Costs, by default F = 1 and B = 2 at every stage. Makes the folders that the path
+    needs. Raises InvalidArgument for another suffix, InvalidSchedule for costs that do not fit, and PipelineError
+    without matplotlib or if the file cannot be written.
+    """
     path = accepted_path(path, SUFFIXES)
     costs = Costs() if costs is None else costs
     if not isinstance(costs, Costs):

@@ -33,7 +33,7 @@ class WithLoss:
     loss: Tensor
 
 
-class _InFlight(NamedTuple):
+class InFlight(NamedTuple):
     """What a microbatch's backward needs."""
 
     received: list[boundary.Received]
@@ -80,8 +80,8 @@ class Stage:
         self._step: Step | None = None
         self._entrance = boundary.Entrance()
         self._skips = StageSkips(index, skips)
-        self._in_flight: dict[int, _InFlight] = {}
-        self._weight_grads: dict[int, WeightGradients] = {}  # between a microbatch's I and its W
+        self._in_flight: dict[int, InFlight] = {}
+        self._weight_grads: dict[int, WeightGradients] = {}  # between a microbatch's ``I`` and its ``W``
 
     def modules(self) -> list[nn.Module]:
         """The stage's module, and its loss function if that is a module."""
@@ -141,7 +141,7 @@ class Stage:
             self._meshes.learn(sent)
             step.exchange.send_value(self.index, m, value)
         stashed = self._skips.send(step.exchange, m, scope)
-        self._in_flight[m] = _InFlight(received, popped, sent, stashed, losses)
+        self._in_flight[m] = InFlight(received, popped, sent, stashed, losses)
 
     def backward(self, m: int) -> None:
         """Runs microbatch ``m`` backward; sends its input's gradients back, adds the others to ``.grad``."""
@@ -197,8 +197,8 @@ class Stage:
             run_backward(outputs, grads)
         self._send_back(step, m, in_flight)
 
-    def _begin_backward(self, step: Step, m: int) -> tuple[list[Tensor], list[Tensor], _InFlight]:
-        """Where microbatch ``m``'s backward begins, with which gradients, and what was kept for it."""
+    def _begin_backward(self, step: Step, m: int) -> tuple[list[Tensor], list[Tensor], InFlight]:
+        """Microbatch ``m``'s outputs that its backward begins at, their gradients, and what was kept for it."""
         in_flight = self._in_flight.pop(m)
         outputs = [loss for loss in in_flight.losses if loss.requires_grad]
         grads_out = [step.weight_like(loss, m) for loss in outputs]
@@ -215,7 +215,7 @@ class Stage:
             step.has_trained = True
         return outputs, grads_out, in_flight
 
-    def _send_back(self, step: Step, m: int, in_flight: _InFlight) -> None:
+    def _send_back(self, step: Step, m: int, in_flight: InFlight) -> None:
         self._entrance.returned(in_flight.received)
         grads_in = [tensor.gradient() for tensor in in_flight.received]
         if self.index == 0:

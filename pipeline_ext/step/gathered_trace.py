@@ -3,12 +3,12 @@
 import torch
 
 from ..errors import PeerError
+from ..processes import clocks
 from ..processes.group import Processes, seconds
+from ..processes.peer import Peer
 from ..processes.values import as_bytes, as_tensor
 from ..report.merged import Part, merged
 from ..report.trace import Trace
-from ..transport import clocks
-from ..transport.remote import Line
 
 _TAG = 1 << 20  # no message between stages has it
 
@@ -33,27 +33,27 @@ class TraceGathering:
         return merged(trace.plan, [part, *map(self._take, range(1, self._processes.size))])
 
     def _give(self, part: Part) -> None:
-        line = self._line(0)
+        peer = self._peer(0)
         encoded = as_tensor(part.encode())
         try:
-            clocks.answer(line, self._timeout)
-            line.send(torch.tensor([len(encoded)])).wait(self._timeout)
-            line.send(encoded).wait(self._timeout)
+            clocks.answer(peer, self._timeout)
+            peer.send(torch.tensor([len(encoded)])).wait(self._timeout)
+            peer.send(encoded).wait(self._timeout)
         except RuntimeError as error:
-            raise PeerError(f"{line.name} has not taken this process's trace: {error}") from error
+            raise PeerError(f"{peer.name} has not taken this process's trace: {error}") from error
 
     def _take(self, rank: int) -> Part:
-        """What another rank has recorded, in this one's clock."""
-        line = self._line(rank)
+        """What another rank recorded, in this rank's clock."""
+        peer = self._peer(rank)
         try:
-            ahead = clocks.ask(line, self._timeout)
+            ahead = clocks.ask(peer, self._timeout)
             size = torch.zeros(1, dtype=torch.int64)
-            line.receive(size).wait(self._timeout)
+            peer.recv(size).wait(self._timeout)
             encoded = torch.empty(int(size), dtype=torch.uint8)
-            line.receive(encoded).wait(self._timeout)
+            peer.recv(encoded).wait(self._timeout)
         except RuntimeError as error:
-            raise PeerError(f"{line.name} has not given its trace: {error}") from error
+            raise PeerError(f"{peer.name} has not given its trace: {error}") from error
         return Part.decode(as_bytes(encoded)).earlier(ahead)
 
-    def _line(self, rank: int) -> Line:
-        return Line(self._processes.messages, rank, _TAG, self._processes.describe(rank))
+    def _peer(self, rank: int) -> Peer:
+        return Peer(self._processes.messages, rank, _TAG, self._processes.describe(rank))

@@ -1,1 +1,1 @@
-"""How results get from one stage to the next: channels, messages, and the memory they lie in."""
+"""How results get from stage to stage: channels, messages, and the buffers that hold them."""

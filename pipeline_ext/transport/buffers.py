@@ -1,4 +1,4 @@
-"""Memory for messages, used again and again."""
+"""Receive buffers that are used again."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,14 @@ from ..packing import aligned
 
 
 class Buffers:
-    """Equal buffers of one channel: as many as it needs at once, all made when the first is."""
+    """Buffers of equal size for one channel: as many as it needs at once, all allocated with the first."""
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._free: list[Tensor] = []
 
     def take(self, nbytes: int, device: torch.device) -> Tensor:
-        """A uint8 buffer of at least ``nbytes``, a multiple of every element's size."""
+        """A uint8 buffer of at least ``nbytes``, rounded up to a multiple of every element's size."""
         while self._free:
             buffer = self._free.pop()
             if buffer.numel() >= nbytes and buffer.device == device and not is_shared(buffer):
@@ -26,5 +26,5 @@ class Buffers:
         return buffers[0]
 
     def give_back(self, buffer: Tensor) -> None:
-        """The channel needs it no more; whoever still looks at a part of it keeps that."""
+        """Frees ``buffer`` for reuse. If somebody still holds a view of it, it is left to them."""
         self._free.append(buffer)

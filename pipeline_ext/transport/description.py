@@ -1,71 +1,65 @@
-"""The contents of a message as bytes, for a receiver that has not seen one like it: JSON, and no pickle."""
+"""What a message holds besides the values of its tensors."""
 
-import json
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from ..base.memory import Look
-from ..errors import PipelineError
-from .format import AsIs, Cast
-from .message import Contents, Part
+from .. import _C
+from .format import Format
 
-_PLAIN = (bool, int, float, str, type(None))
+Leaves = Sequence[Any]  # of a microbatch's result: tensors, and values that are sent as they are
 
 
-def encode(contents: Contents, wire: torch.dtype | None) -> Tensor:
-    """As uint8. Raises PipelineError for what lies between the tensors and cannot be told in JSON."""
-    format = contents.format
-    described = {
-        "wire": _name(wire) if isinstance(format, Cast) else None,
-        "looks": [[_name(look.dtype), *look[1:]] for look in format.looks],
-        "regions": format.region_sizes if isinstance(format, AsIs) else [],
-        "requires_grad": contents.requires_grad,
-        "parts": [[[_leaf(leaf) for leaf in part.rest], part.numbers] for part in contents.parts],
-    }
-    return torch.frombuffer(bytearray(json.dumps(described).encode()), dtype=torch.uint8)
+class Part(NamedTuple):
+    """One microbatch's result without its tensors."""
+
+    rest: list[Any]  # its leaves; None in place of a tensor
+    numbers: list[tuple[int, int]]  # of each tensor: among the leaves, and among the message's tensors
+
+    def leaves(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """The result; ``tensors`` are the message's."""
+        leaves = list(self.rest)
+        for i, number in self.numbers:
+            leaves[i] = tensors[number]
+        return leaves
 
 
-def decode(data: Tensor) -> Contents:
-    """What ``encode`` has made into bytes."""
-    described = json.loads(data.numpy().tobytes())
-    looks = [
-        Look(getattr(torch, dtype), torch.Size(shape), tuple(stride), *rest)
-        for dtype, shape, stride, *rest in described["looks"]
-    ]
-    if described["wire"] is None:
-        format = AsIs(looks, described["regions"])
-    else:
-        like = [torch.empty(look.shape, dtype=look.dtype) for look in looks]
-        format = Cast(like, looks, getattr(torch, described["wire"]))
-    parts = [
-        Part([_read(leaf) for leaf in rest], [tuple(pair) for pair in numbers])
-        for rest, numbers in described["parts"]
-    ]
-    return Contents(format, described["requires_grad"], parts)
+@dataclass(frozen=True)
+class Description:
+    """Everything about a message but the values of its tensors."""
+
+    format: Format
+    requires_grad: list[bool]  # by tensor
+    parts: list[Part]  # by microbatch, in the group's order
+
+    def pack(self, results: Sequence[Leaves], buffer: Tensor) -> bool:
+        """Packs results that match this description, in one native call.
+
+        Returns False, having written nothing, where they do not match or only the general ``prepare`` can tell.
+        """
+        return self._template is not None and self._template.pack(results, buffer)
+
+    @cached_property
+    def _template(self) -> _C.MessageTemplate | None:
+        return self.format.template(self.requires_grad, self.parts)
+
+    def equals(self, other: "Description | None") -> bool:
+        """Whether both describe the same: a receiver that knows one needs not be sent the other."""
+        return (
+            other is not None
+            and self.format is other.format
+            and self.requires_grad == other.requires_grad
+            and len(self.parts) == len(other.parts)
+            and all(map(_equal_parts, self.parts, other.parts))
+        )
 
 
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _leaf(leaf: Any) -> Any:
-    if type(leaf) in _PLAIN:
-        return {"value": leaf}
-    if isinstance(leaf, pytree.TreeSpec):
-        try:
-            return {"spec": pytree.treespec_dumps(leaf)}
-        except Exception as error:
-            why = f"its structure {leaf} has no text form: {error}"
-    else:
-        why = f"a {type(leaf).__name__} is neither a tensor nor a number, text, boolean or None"
-    raise PipelineError(
-        f"what a stage hands to another process cannot be described there: {why}; between processes pass "
-        "tensors and plain values in tuples, lists and dicts"
+def _equal_parts(a: Part, b: Part) -> bool:
+    return (
+        a.numbers == b.numbers
+        and len(a.rest) == len(b.rest)
+        and all(type(x) is type(y) and x == y for x, y in zip(a.rest, b.rest))
     )
-
-
-def _read(leaf: dict[str, Any]) -> Any:
-    return leaf["value"] if "value" in leaf else pytree.treespec_loads(leaf["spec"])

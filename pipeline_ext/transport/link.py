@@ -1,29 +1,22 @@
-"""What a message passes through between two ranks of one process."""
+"""The network that messages between ranks of one process can imitate, for benchmarks and tests."""
 
-import math
+import contextlib
 import time
+from collections.abc import Iterator
+from typing import NamedTuple
 
-from ..errors import InvalidArgument
 
-
-class LocalLink:
+class LocalLink(NamedTuple):
     """Hands messages over by reference.
 
-    Args:
-        overhead: seconds that the sender spends on each message beside packing it; to try on one machine
-            what a network would cost.
-
-    Raises:
-        InvalidArgument: for an overhead that is no time.
+    Attributes:
+        overhead: seconds that the sender spends on each message besides packing it.
     """
 
-    def __init__(self, overhead: float = 0.0) -> None:
-        if not (isinstance(overhead, (int, float)) and 0 <= overhead < math.inf):
-            raise InvalidArgument(f"overhead is {overhead!r}; give seconds, 0 or more")
-        self.overhead = float(overhead)
+    overhead: float = 0.0
 
     def send(self) -> float:
-        """Called by the sender for each message; returns the seconds that took."""
+        """Called by the sender for each message; returns the seconds it took."""
         if not self.overhead:
             return 0.0
         begin = time.perf_counter()
@@ -32,3 +25,21 @@ class LocalLink:
 
 
 FREE_LINK = LocalLink()
+
+_imitated = FREE_LINK
+
+
+def current_link() -> LocalLink:
+    """The link for a pipeline that is made now."""
+    return _imitated
+
+
+@contextlib.contextmanager
+def imitated_link(link: LocalLink) -> Iterator[None]:
+    """Pipelines made within it send their messages through ``link``."""
+    global _imitated
+    before, _imitated = _imitated, link
+    try:
+        yield
+    finally:
+        _imitated = before

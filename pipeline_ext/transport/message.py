@@ -1,19 +1,16 @@
-"""What a message of several microbatches' results holds, and the results as its receiver sees them."""
+"""A message of several microbatches' results, as its sender prepares it and as its receiver reads it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .. import _C
-from ..base.memory import Region
-from .format import Format, message_of
-
-Leaves = Sequence[Any]  # tensors, and what goes along as it is
+from ..base.memory import Region, find_regions
+from .cast import Cast, is_cast
+from .description import Description, Leaves, Part
+from .format import AsIs, Format
 
 
 def nbytes_of(result: Any) -> int:
@@ -22,76 +19,27 @@ def nbytes_of(result: Any) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
-class Part(NamedTuple):
-    """One microbatch's result without its tensors."""
+class Prepared(NamedTuple):
+    """A message that is ready to be packed."""
 
-    rest: list[Any]  # its leaves; None in place of a tensor
-    numbers: list[tuple[int, int]]  # of each tensor among the leaves and in the message
-
-    def leaves(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """The result; ``tensors`` are the message's."""
-        leaves = list(self.rest)
-        for i, number in self.numbers:
-            leaves[i] = tensors[number]
-        return leaves
-
-
-@dataclass(frozen=True)
-class Contents:
-    """All there is to know of a message but the values of its tensors."""
-
-    format: Format
-    requires_grad: list[bool]  # by tensor
-    parts: list[Part]  # by microbatch, in the group's order
-
-    def pack(self, results: Sequence[Leaves], buffer: Tensor) -> bool:
-        """Packs results that look as these; False where they do not, or only ``fill`` can tell."""
-        return self._template is not None and self._template.pack(results, buffer)
-
-    @cached_property
-    def _template(self) -> _C.MessageTemplate | None:
-        return self.format.template(self.requires_grad, self.parts)
-
-    def equals(self, other: "Contents | None") -> bool:
-        """Whether whoever knows one knows the other."""
-        return (
-            other is not None
-            and self.format is other.format
-            and self.requires_grad == other.requires_grad
-            and len(self.parts) == len(other.parts)
-            and all(map(_equal_parts, self.parts, other.parts))
-        )
-
-
-def _equal_parts(a: Part, b: Part) -> bool:
-    return (
-        a.numbers == b.numbers
-        and len(a.rest) == len(b.rest)
-        and all(type(x) is type(y) and x == y for x, y in zip(a.rest, b.rest))
-    )
-
-
-class Filling(NamedTuple):
-    """What is to be packed into a message."""
-
-    contents: Contents
+    description: Description
     tensors: list[Tensor]
     regions: list[Region]
 
     def pack(self, buffer: Tensor) -> None:
         """Writes the message."""
-        self.contents.format.pack(self.tensors, self.regions, buffer)
+        self.description.format.pack(self.tensors, self.regions, buffer)
 
 
-def fill(results: Sequence[Leaves], wire: torch.dtype | None, known: Format | None) -> Filling:
-    """A message with these results; its format is ``known`` itself, where that fits.
+def prepare(results: Sequence[Leaves], wire: torch.dtype | None, known: Format | None) -> Prepared:
+    """A message with these results; its format is ``known`` itself if that fits.
 
     Raises PipelineError for tensors that cannot be packed.
     """
-    apart = {id(leaf): leaf for leaves in results for leaf in leaves if isinstance(leaf, Tensor)}
-    number_of = {key: number for number, key in enumerate(apart)}
-    tensors = list(apart.values())
-    format, regions = message_of(tensors, wire, known)
+    distinct = {id(leaf): leaf for leaves in results for leaf in leaves if isinstance(leaf, Tensor)}
+    number_of = {key: number for number, key in enumerate(distinct)}
+    tensors = list(distinct.values())
+    format, regions = choose_format(tensors, wire, known)
     parts = [
         Part(
             [None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
@@ -99,37 +47,53 @@ def fill(results: Sequence[Leaves], wire: torch.dtype | None, known: Format | No
         )
         for leaves in results
     ]
-    contents = Contents(format, [tensor.requires_grad for tensor in tensors], parts)
-    return Filling(contents, tensors, regions)
+    description = Description(format, [tensor.requires_grad for tensor in tensors], parts)
+    return Prepared(description, tensors, regions)
+
+
+def choose_format(
+    tensors: Sequence[Tensor], wire: torch.dtype | None, known: Format | None
+) -> tuple[Format, list[Region]]:
+    """The format of a message with these tensors, ``known`` if that fits, and the memory they lie in.
+
+    Raises PipelineError for tensors that cannot be packed.
+    """
+    looks, regions = find_regions(tensors)
+    if known is not None and known.looks == looks:
+        return known, regions
+    if wire is not None and any(is_cast(tensor.dtype, wire) for tensor in tensors):
+        return Cast(tensors, looks, wire), regions
+    return AsIs(looks, [region.end - region.begin for region in regions]), regions
 
 
 class Message:
-    """The results of a group of microbatches in one buffer, at the receiver's."""
+    """A received message: the results of a group of microbatches in one buffer."""
 
-    def __init__(self, contents: Contents, buffer: Tensor) -> None:
-        self.contents = contents
+    def __init__(self, description: Description, buffer: Tensor) -> None:
+        self.description = description
         self.buffer = buffer
-        self._unread = len(contents.parts)  # results that are still needed
+        self._in_use = len(description.parts)  # results
         self._tensors: list[Tensor] | None = None
 
     def tensors(self) -> list[Tensor]:
+        """All tensors of the message, views of its buffer."""
         if self._tensors is None:
-            self._tensors = self.contents.format.open(self.buffer)
-            for tensor, needed in zip(self._tensors, self.contents.requires_grad):
+            self._tensors = self.description.format.open(self.buffer)
+            for tensor, needed in zip(self._tensors, self.description.requires_grad):
                 tensor.requires_grad_(needed)
         return self._tensors
 
-    def read(self) -> bool:
-        """One more result is needed no more; returns whether that was the last: the buffer is free."""
-        self._unread -= 1
-        if self._unread > 0:
+    def release(self) -> bool:
+        """Marks one result consumed; True once the buffer is free."""
+        self._in_use -= 1
+        if self._in_use > 0:
             return False
-        self._tensors = None  # first the views: who takes the buffer next looks whether there are any
+        self._tensors = None  # the buffer's next user checks that no view of it is left
         return True
 
 
 class Result(NamedTuple):
-    """One microbatch's part of a message."""
+    """One microbatch's part of a received message."""
 
     message: Message
     part: Part

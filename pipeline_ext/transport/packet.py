@@ -1,4 +1,4 @@
-"""The memory of messages between processes: a header, and what is packed."""
+"""Buffers for messages between processes: a header, and the packed tensors."""
 
 import ctypes
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from ..base.memory import uses_of
 from ..packing import aligned
 
-_HEADER = 256  # bytes; what follows is aligned
+_HEADER = 256  # bytes; keeps what follows aligned
 
 
 class Packet:
-    """Room for one message, and the header it begins with.
+    """A buffer for one message and its header.
 
     Attributes:
         body: uint8, where the message's tensors are packed.
@@ -28,40 +28,40 @@ class Packet:
 
     @property
     def nbytes(self) -> int:
-        """Of the largest message that it has room for."""
+        """Of the largest message that fits."""
         return self.body.numel()
 
     def part(self, nbytes: int) -> Tensor:
-        """What travels of it: the header and the first ``nbytes`` of the body."""
+        """The bytes to send or receive: the header and the first ``nbytes`` of the body."""
         if self._part.numel() != _HEADER + nbytes:
             self._part = self._whole[: _HEADER + nbytes]
         return self._part
 
     def write_header(self, kind: int, index: int, nbytes: int = 0) -> None:
-        self._header[:] = kind, index, nbytes
+        self._header[:] = [kind, index, nbytes]
 
     def read_header(self) -> list[int]:
         return self._header[:]
 
-    def is_read(self) -> bool:
-        """Whether a tensor of another holder still looks into its memory."""
+    def is_viewed(self) -> bool:
+        """Whether somebody still holds a view of its memory."""
         return uses_of(self._whole) > self._uses
 
 
 class Packets:
-    """Packets that are used again and again."""
+    """Packets that are used again."""
 
     def __init__(self) -> None:
         self._free: list[Packet] = []
 
     def take(self, nbytes: int) -> Packet:
-        """One for messages of so many bytes, which nobody looks into."""
+        """A packet for messages of ``nbytes``, of which nobody holds a view."""
         while self._free:
             packet = self._free.pop()
-            if packet.nbytes >= nbytes and not packet.is_read():
+            if packet.nbytes >= nbytes and not packet.is_viewed():
                 return packet
         return Packet(nbytes)
 
     def give_back(self, packet: Packet) -> None:
-        """It is needed no more; whoever still looks at a part of it keeps that."""
+        """Frees ``packet`` for reuse. If somebody still holds a view of it, it is left to them."""
         self._free.append(packet)

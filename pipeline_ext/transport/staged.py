@@ -1,4 +1,4 @@
-"""The two ends of a way between processes for results on a GPU: messages pass through the host's memory."""
+"""Sender and receiver for results on a GPU whose messages are staged through the host's memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,25 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .message import Leaves
-from .remote import Incoming, Line, Outgoing, Way
+from ..processes.peer import Peer
+from .description import Leaves
+from .flow import Flow
+from .remote_receiver import RemoteReceiver
+from .remote_sender import RemoteSender
 
 _HOST = torch.device("cpu")
 
 
-class StagedOutgoing(Outgoing):
-    """The sender's end. To copy a result to the host waits for what computes it."""
+class StagedSender(RemoteSender):
+    """Copies each result to the host first, which waits for the kernels that compute it."""
 
     def send(self, m: int, leaves: Leaves) -> None:
         super().send(m, [_on(leaf, _HOST) for leaf in leaves])
 
 
-class StagedIncoming(Incoming):
-    """The receiver's end."""
+class StagedReceiver(RemoteReceiver):
+    """Copies each result to ``device``."""
 
-    def __init__(self, line: Line, way: Way, tasks: Sequence[int], device: torch.device) -> None:
-        """``device``: where the results are wanted."""
-        super().__init__(line, way, tasks)
+    def __init__(self, peer: Peer, flow: Flow, tasks: Sequence[int], device: torch.device) -> None:
+        super().__init__(peer, flow, tasks)
         self._device = device
 
     def receive(self, m: int) -> Leaves:

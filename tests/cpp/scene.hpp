@@ -1,4 +1,4 @@
-// A program on the stand-in driver: each task is a host function that says when it runs.
+// A program on the stand-in driver, in which each task is a host function that records when it runs.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +34,7 @@ inline SharedStreamPlan on_streams(Plan made, std::vector<int> device_of_rank) {
   return std::make_shared<const StreamPlan>(plan, times, std::move(device_of_rank));
 }
 
-// As torch holds them.
+// Owners of graphs, like torch's.
 struct Destroy {
   void operator()(cuda::GraphHandle graph) const { standin::controls().destroy_graph(graph); }
   void operator()(standin::ExecHandle exec) const { standin::controls().destroy_exec(exec); }
@@ -42,7 +42,7 @@ struct Destroy {
 using Graph = std::unique_ptr<std::remove_pointer_t<cuda::GraphHandle>, Destroy>;
 using Exec = std::unique_ptr<std::remove_pointer_t<standin::ExecHandle>, Destroy>;
 
-// When a host function ran: places among all begins and ends, from 1; 0 if it did not.
+// When a host function ran: positions among all begins and ends, from 1; 0 if it did not run.
 struct Ran {
   int begin = 0;
   int end = 0;
@@ -54,17 +54,16 @@ class HostFunctions {
   void enqueue(cuda::StreamHandle stream, const std::string& name, std::function<void()> work) {
     Function& function = functions_.emplace_back(Function{*this, name, std::move(work)});
     const auto run = [](void* data) { static_cast<Function*>(data)->run(); };
-    cuda::Driver::get().check(standin::controls().launch_host(stream, run, &function),
-                              "cuLaunchHostFunc");
+    cuda::Driver::get().check(standin::controls().launch_host(stream, run, &function), "cuLaunchHostFunc");
   }
 
-  // For work that needs another to run beside it.
+  // Lets work check that other work runs at the same time.
   bool wait_until_begun(const std::string& name) {
     std::unique_lock lock(mutex_);
     return begun_.wait_for(lock, std::chrono::seconds(30), [&] { return ran_[name].begin > 0; });
   }
 
-  // What has run since the last call; of what ran twice, when it did last.
+  // What has run since the last call; the last time, if it ran twice.
   std::map<std::string, Ran> take() {
     const std::lock_guard lock(mutex_);
     now_ = 0;
@@ -96,14 +95,14 @@ class HostFunctions {
   int now_ = 0;
 };
 
-// The stand-in driver, newly loaded, with an executor, a program laid out on it and a stream of the caller's on
-// each device. At the end nothing is alive but what the driver refused to destroy.
+// A freshly reset stand-in driver, an executor, a program laid out on it, and a caller's stream on each device.
+// The destructor checks that nothing is alive except what the driver refused to destroy.
 class Scene {
  public:
   explicit Scene(SharedStreamPlan laid_plan) : plan(std::move(laid_plan)) {
     standin::controls().reset(2);
-    for (std::uint32_t i = 0; i < plan->steps().size(); ++i) {
-      number_of_[to_text(plan->steps()[i].action)] = i;
+    for (std::uint32_t i = 0; i < plan->ops().size(); ++i) {
+      number_of_[to_text(plan->ops()[i].action)] = i;
     }
     const auto program = std::make_shared<Program>(plan->shared_plan());
     for (int stage = 0; stage < plan->plan().num_stages(); ++stage) {
@@ -140,12 +139,12 @@ class Scene {
     standin::controls().discard();
   }
 
-  // Makes what there is not yet.
+  // Creates what does not exist yet.
   void make() {
     if (!executor) executor.emplace(plan->device_of_rank());
     if (!laid) laid = executor->lay_out(program_, plan);
   }
-  // Lets what is enqueued run, and lets go of what was made.
+  // Lets enqueued work run, and releases what was created.
   void release() {
     standin::controls().pause(0);
     standin::controls().drain();
@@ -155,7 +154,7 @@ class Scene {
   }
 
   DeviceStepResult run(bool record = false) { return executor->run(*laid, {callers, record, false}); }
-  // As torch does: captures a step from the first caller, and none where the step did not come to be.
+  // Captures a step from the first caller's stream, like torch; no graph if the step failed.
   std::pair<DeviceStepResult, Exec> capture(bool record = false) {
     const cuda::Driver& driver = cuda::Driver::get();
     const cuda::CurrentContext current(*contexts_[0]);
@@ -178,7 +177,7 @@ class Scene {
     cuda::Driver::get().check(standin::controls().launch(exec.get(), callers[0]), "cuGraphLaunch");
   }
 
-  // A host function of the caller's own, on each device: "NAME 0", "NAME 1".
+  // Enqueues a host function on each caller's stream: "NAME 0", "NAME 1".
   void enqueue_on_callers(const std::string& name) {
     for (std::size_t i = 0; i < callers.size(); ++i) {
       const cuda::CurrentContext current(*contexts_[i]);
@@ -186,47 +185,46 @@ class Scene {
     }
   }
 
-  // What has run by the time that all streams are idle.
+  // Waits until all streams are idle; returns what has run.
   std::map<std::string, Ran> ran() {
     standin::controls().drain();
     return functions.take();
   }
-  // Checks that all of the step so named ran, each after what it needs, between two of `enqueue_on_callers`.
+  // Checks that all ops of the step with this label ran, each after its dependencies, and between the functions
+  // `before` and `after` of enqueue_on_callers().
   void check_step(std::map<std::string, Ran>& ran, const std::string& label, const std::string& before = "",
                   const std::string& after = "") const {
-    const auto of = [&](std::uint32_t number) {
-      return ran[label + to_text(plan->steps()[number].action)];
-    };
+    const auto of = [&](std::uint32_t number) { return ran[label + to_text(plan->ops()[number].action)]; };
     const Plan& tasks = plan->plan();
     for (TaskId t = 0; t < tasks.size(); ++t) {
-      const std::uint32_t own = plan->step_of(t), sent = plan->sent_by(t);
+      const std::uint32_t own = plan->op_of(t), sent = plan->sent_by(t);
       CHECK(own == sent || of(own).end < of(sent).begin);
       for (const TaskId next : tasks.successors(t)) {
         const auto device = [&](TaskId task) { return plan->device_of_rank()[tasks.rank_of(task)]; };
-        CHECK(of(device(t) == device(next) ? own : sent).end < of(plan->step_of(next)).begin);
+        CHECK(of(device(t) == device(next) ? own : sent).end < of(plan->op_of(next)).begin);
       }
     }
     std::vector<int> worker_free(tasks.num_workers(), 0);
-    for (std::uint32_t i = 0; i < plan->steps().size(); ++i) {
-      const Enqueued& step = plan->steps()[i];
+    for (std::uint32_t i = 0; i < plan->ops().size(); ++i) {
+      const StreamOp& op = plan->ops()[i];
       CHECK(0 < of(i).begin && of(i).begin < of(i).end);
       for (std::size_t d = 0; d < callers.size(); ++d) {
         const std::string device = " " + std::to_string(d);
         if (!before.empty()) CHECK(0 < ran[before + device].end);
-        if (!before.empty() && plan->streams()[step.stream].device == executor->devices()[d]) {
+        if (!before.empty() && plan->streams()[op.stream].device == executor->devices()[d]) {
           CHECK(ran[before + device].end < of(i).begin);
         }
         if (!after.empty()) CHECK(of(i).end < ran[after + device].begin);
       }
-      if (step.is_copy) continue;
-      CHECK(worker_free[tasks.worker_of(step.task)] < of(i).begin);
-      worker_free[tasks.worker_of(step.task)] = of(i).end;
+      if (op.is_copy) continue;
+      CHECK(worker_free[tasks.worker_of(op.task)] < of(i).begin);
+      worker_free[tasks.worker_of(op.task)] = of(i).end;
     }
   }
 
   cuda::StreamHandle stream_of(const Action& action) const {
-    const Enqueued& step = plan->steps()[number_of_.at(to_text(action))];
-    return StreamExecutor::streams_of(*laid)[step.stream];
+    const StreamOp& op = plan->ops()[number_of_.at(to_text(action))];
+    return StreamExecutor::streams_of(*laid)[op.stream];
   }
 
   const SharedStreamPlan plan;
@@ -234,9 +232,9 @@ class Scene {
   std::shared_ptr<StreamExecutor::Laid> laid;
   std::vector<cuda::StreamHandle> callers;  // by device
   HostFunctions functions;
-  std::string label;                             // stands before the names of a step's functions
-  std::function<void(const Action&)> in_body;    // while a task is enqueued
-  std::function<void(const Action&)> on_device;  // while it runs
+  std::string label;                             // prefix of the names of a step's functions
+  std::function<void(const Action&)> in_body;    // called while a task is enqueued
+  std::function<void(const Action&)> on_device;  // called while it runs
   bool leaves_things_behind = false;             // as on a device that has failed
 
  private:
@@ -249,7 +247,7 @@ class Scene {
     });
   }
 
-  std::map<std::string, std::uint32_t> number_of_;  // of steps, by the text of their action
+  std::map<std::string, std::uint32_t> number_of_;  // of ops, by the text of their action
   std::shared_ptr<const Program> program_;
   std::vector<std::shared_ptr<cuda::PrimaryContext>> contexts_;
   std::vector<cuda::Stream> streams_;

@@ -1,4 +1,4 @@
-// Sizes that a schedule takes, for tests that run them all.
+// Valid sizes for each schedule, for tests that run all of them.
 #pragma once
 
 #include "schedule/schedule.hpp"
@@ -8,7 +8,7 @@ struct Size {
   int ranks;
 };
 
-// The size of a schedule on `ranks` ranks with `chunks` stages on each, or what is nearest to that.
+// The size of a schedule on `ranks` ranks with `chunks` stages each, or the nearest valid size.
 inline Size size_of(const pe::Schedule& schedule, int ranks, int chunks) {
   switch (schedule.layout) {
     case pe::Layout::Linear:

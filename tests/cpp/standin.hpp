@@ -1,5 +1,5 @@
-// The stand-in driver as tests of the core script it, and the functions of the driver that torch would call.
-// What each one does: tests/standin/driver.cpp.
+// Access to the stand-in driver for tests of the core: its controls, and the driver's functions that torch
+// would call. tests/standin/driver.cpp documents each one.
 #pragma once
 
 #include <dlfcn.h>

@@ -1,4 +1,4 @@
-// Every error of the driver at every call of two steps: one clear error, nothing left behind, never a hang.
+// Makes every driver call of two steps fail in turn: expects one clear error, no leaks, and no hang.
 #include <functional>
 #include <set>
 #include <stdexcept>
@@ -14,7 +14,7 @@ namespace {
 constexpr int kOutOfMemory = 2, kLaunchFailure = 719;
 const std::string kReleasing = "releasing";
 
-// What a test does with a scene; does again what has failed, and throws what the driver says.
+// What a test does with a scene. Throws the driver's error; called again, it retries what failed.
 using Act = std::function<void(Scene&)>;
 
 void two_steps(Scene& scene) {
@@ -43,7 +43,7 @@ void two_launches(Scene& scene) {
   result.times->read();
 }
 
-// What the driver says while `act` runs; empty if nothing.
+// The driver's error while `act` runs; empty if there is none.
 std::string error_of(const Act& act, Scene& scene) {
   try {
     act(scene);
@@ -53,7 +53,7 @@ std::string error_of(const Act& act, Scene& scene) {
   return "";
 }
 
-// The functions that a scene in which nothing fails calls; a note stands where it begins to let go.
+// The driver functions that a scene without failures calls; kReleasing marks where the release begins.
 std::vector<std::string> calls_of(const Act& act, const SharedStreamPlan& plan) {
   Scene scene(plan);
   const long first = controls().num_calls();
@@ -66,11 +66,11 @@ std::vector<std::string> calls_of(const Act& act, const SharedStreamPlan& plan) 
   return names;
 }
 
-// Runs `check` with a fresh scene for each call. `loud` says whether an error of this call has someone to be
-// told to.
+// Runs `check` with a fresh scene for each call. `loud`: whether an error of this call can be reported to a
+// caller.
 void at_each_call(const Act& act, const SharedStreamPlan& plan,
                   const std::function<void(Scene&, long call, const std::string& name, bool loud)>& check) {
-  // Calls of torch, after whose failure it is torch that has to clean up.
+  // torch makes these calls, and cleans up after their failure.
   const std::set<std::string> of_torch = {"cuStreamEndCapture", "cuGraphDestroy", "cuGraphExecDestroy"};
   long number = 0;
   bool releasing = false;
@@ -87,7 +87,7 @@ void at_each_call(const Act& act, const SharedStreamPlan& plan,
   }
 }
 
-// One call fails, and the next one would not.
+// One call fails; a retry succeeds.
 void fail_once_at_each_call(const Act& act, const SharedStreamPlan& plan) {
   at_each_call(act, plan, [&](Scene& scene, long call, const std::string& name, bool loud) {
     controls().fail_at(call, kOutOfMemory);
@@ -110,7 +110,7 @@ void fail_once_at_each_call(const Act& act, const SharedStreamPlan& plan) {
   });
 }
 
-// A device faults: every call from one on fails.
+// A device faults: from one call on, every call fails.
 void fail_from_each_call_on(const Act& act, const SharedStreamPlan& plan) {
   at_each_call(act, plan, [&](Scene& scene, long call, const std::string&, bool loud) {
     scene.leaves_things_behind = true;
@@ -119,7 +119,7 @@ void fail_from_each_call_on(const Act& act, const SharedStreamPlan& plan) {
     if (loud) CHECK(error.find(" failed: CUDA_ERROR_LAUNCH_FAILED (719), ") != std::string::npos);
     if (error.empty() || !scene.executor) return;
     try {
-      CHECK(error_of(act, scene) != "");
+      CHECK(!error_of(act, scene).empty());
     } catch (const std::logic_error& refused) {
       CHECK(scene.executor->dead());
     }

@@ -15,7 +15,8 @@ namespace {
 
 const char* const kKinds[] = {"stream", "event", "graph", "graph_exec", "context"};
 
-// Streams, events and work on device 0, whose context is current; at the end nothing is left alive.
+// Streams, events and work on device 0, whose context is current. The destructor checks that nothing is left
+// alive.
 struct Bench {
   Bench() {
     controls().reset(2);
@@ -44,10 +45,8 @@ struct Bench {
   void record(EventHandle event, StreamHandle stream, unsigned flags = kEventRecordDefault) {
     PE_CUDA(driver, cuEventRecordWithFlags, event, stream, flags);
   }
-  void wait(StreamHandle stream, EventHandle event) {
-    PE_CUDA(driver, cuStreamWaitEvent, stream, event, 0);
-  }
-  // The stream will append this letter.
+  void wait(StreamHandle stream, EventHandle event) { PE_CUDA(driver, cuStreamWaitEvent, stream, event, 0); }
+  // Enqueues work that appends this letter to `done`.
   void work(StreamHandle stream, char letter) {
     Work& next = *works.emplace_back(std::make_unique<Work>(Work{this, letter}));
     const auto append = [](void* data) {
@@ -189,9 +188,7 @@ TEST(an_event_belongs_to_the_context_it_was_made_in) {
   PE_CUDA(bench.driver, cuDevicePrimaryCtxRelease, 1);
   int least = 0, greatest = 0;
   Result elsewhere = kSuccess;
-  std::thread([&] {
-    elsewhere = bench.driver.cuCtxGetStreamPriorityRange(&least, &greatest);
-  }).join();
+  std::thread([&] { elsewhere = bench.driver.cuCtxGetStreamPriorityRange(&least, &greatest); }).join();
   CHECK_EQ(elsewhere, 201);  // no context is current in another thread
 }
 
@@ -207,17 +204,15 @@ TEST(bytes_are_copied_between_devices_in_stream_order) {
   const std::string from = "what is copied";
   std::string between(from.size(), ' '), to(from.size(), ' ');
   const auto copy = [&](std::string& target, const std::string& source, int device) {
-    PE_CUDA(bench.driver, cuMemcpyPeerAsync, reinterpret_cast<Address>(target.data()),
-            contexts[device], reinterpret_cast<Address>(source.data()), contexts[1 - device],
-            source.size(), stream);
+    PE_CUDA(bench.driver, cuMemcpyPeerAsync, reinterpret_cast<Address>(target.data()), contexts[device],
+            reinterpret_cast<Address>(source.data()), contexts[1 - device], source.size(), stream);
   };
   copy(between, from, 1);
   copy(to, between, 0);
   controls().drain();
   CHECK_EQ(to, from);
-  CHECK_EQ(controls().lines().back(), "cuMemcpyPeerAsync stream=" +
-                                          std::to_string(controls().number(stream)) +
-                                          " nbytes=14 to=0 from=1");
+  CHECK_EQ(controls().lines().back(),
+           "cuMemcpyPeerAsync stream=" + std::to_string(controls().number(stream)) + " nbytes=14 to=0 from=1");
   for (const int device : {0, 1}) PE_CUDA(bench.driver, cuDevicePrimaryCtxRelease, device);
 }
 
@@ -255,8 +250,7 @@ TEST(a_captured_graph_runs_as_its_streams_would_have) {
     int type = -1;
     PE_CUDA(bench.driver, cuGraphNodeGetType, node, &type);
     types += std::to_string(type);
-    const Result result =
-        bench.driver.cuGraphKernelNodeSetAttribute(node, kAttributePriority, &priority);
+    const Result result = bench.driver.cuGraphKernelNodeSetAttribute(node, kAttributePriority, &priority);
     CHECK_EQ(result, type == kNodeTypeKernel ? kSuccess : 400);
   }
   CHECK_EQ(types, "000070");

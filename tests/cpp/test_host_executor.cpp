@@ -16,11 +16,9 @@ using namespace std::chrono_literals;
 
 namespace {
 
-std::shared_ptr<const Plan> shared_plan(Plan plan) {
-  return std::make_shared<const Plan>(std::move(plan));
-}
+std::shared_ptr<const Plan> shared_plan(Plan plan) { return std::make_shared<const Plan>(std::move(plan)); }
 
-std::shared_ptr<Program> program_of(std::shared_ptr<const Plan> plan, const Body& body) {
+std::shared_ptr<Program> program_of(const std::shared_ptr<const Plan>& plan, const Body& body) {
   auto program = std::make_shared<Program>(plan);
   for (int stage = 0; stage < plan->num_stages(); ++stage) {
     for (const Kind kind : {Kind::F, Kind::B, Kind::I, Kind::W}) program->set_body(stage, kind, body);
@@ -29,8 +27,7 @@ std::shared_ptr<Program> program_of(std::shared_ptr<const Plan> plan, const Body
 }
 
 struct Pool : HostExecutor {
-  explicit Pool(int workers)
-      : HostExecutor(workers, std::vector<std::string>(workers, "test"), {}) {}
+  explicit Pool(int workers) : HostExecutor(workers, std::vector<std::string>(workers, "test"), {}) {}
 };
 
 RunOptions with_timeout(double seconds) {
@@ -60,15 +57,15 @@ TEST(a_static_plan_runs_in_its_order_on_every_rank) {
   }
 }
 
-// Every mode, with tasks of random length: all run once, after what they depend on, within the limits.
+// In every mode, with tasks of random length: each task runs once, after its dependencies, within the limits.
 TEST(random_steps_keep_the_rules) {
   std::mt19937 random(3);
   for (int round = 0; round < 60; ++round) {
     const Schedule& schedule = schedules()[random() % schedules().size()];
     const auto [stages, ranks] = size_of(schedule, 1 + static_cast<int>(random() % 4), 2);
     const PlanOptions options{random() % 2 == 0, random() % 2 == 0};
-    const auto plan = shared_plan(
-        make_plan(schedule, stages, ranks, 1 + static_cast<int>(random() % 9), options));
+    const auto plan =
+        shared_plan(make_plan(schedule, stages, ranks, 1 + static_cast<int>(random() % 9), options));
     std::atomic<int> count{0};
     std::atomic<unsigned> noise{static_cast<unsigned>(random())};
     Pool pool(plan->num_workers());
@@ -98,7 +95,7 @@ TEST(a_reactive_step_keeps_its_limit_of_memory) {
   Costs costs = Costs::uniform(6);
   costs.forward.assign(6, 0.2);
   const std::vector<double> planned = simulate(make_plan(schedule, 6, 3, 8, {}), costs).peak_memory;
-  // With F so short, ranks that may take more do.
+  // With such short `F`, ranks without a limit take more.
   CHECK(simulate(make_plan(schedule, 6, 3, 8, options), costs).peak_memory > planned);
   options.memory = {std::vector<double>(6, 1.0), {}, planned};
   const auto plan = shared_plan(make_plan(schedule, 6, 3, 8, options));
@@ -257,8 +254,8 @@ TEST(closing_from_inside_a_step_stops_it) {
 }
 
 TEST(a_body_may_be_missing) {
-  const auto plan = shared_plan(
-      make_plan(order_from_csv("0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0,1SEND_B0\n"), {}));
+  const auto plan =
+      shared_plan(make_plan(order_from_csv("0F0,0SEND_F0,0RECV_B0,0B0\n1RECV_F0,1F0,1B0,1SEND_B0\n"), {}));
   Pool pool(2);
   CHECK(pool.run(std::make_shared<Program>(plan), {}).outcome == Outcome::Done);
 }

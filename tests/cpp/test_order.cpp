@@ -24,15 +24,11 @@ TEST(an_unreadable_cell_is_named) {
 TEST(the_offending_cell_is_named_and_marked) {
   CHECK_THROWS(validate(order({{"0F0", "0B0", "1F0"}, {"1F0", "1B0"}})), PlanError,
                "rank 1, cell 0 '1F0': stage 1 is already on rank 0");
-  CHECK_THROWS(validate(order({{"0F0", "0F0", "0B0"}})), PlanError,
-               "rank 0, cell 1 '0F0': already listed");
+  CHECK_THROWS(validate(order({{"0F0", "0F0", "0B0"}})), PlanError, "rank 0, cell 1 '0F0': already listed");
   CHECK_THROWS(validate(order({{"0B0", "0F0"}})), PlanError, "rank 0, cell 0 '0B0': needs 0F0");
-  CHECK_THROWS(validate(order({{"0F0", "0B0", "0F1"}})), PlanError,
-               "stage 0 has no B for microbatch 1");
-  CHECK_THROWS(validate(order({{"0F0", "0B0", "0B1"}})), PlanError,
-               "stage 0 has no F for microbatch 1");
-  CHECK_THROWS(validate(order({{"0F0", "0B0"}, {"2F0", "2B0"}})), PlanError,
-               "stage 1 appears nowhere");
+  CHECK_THROWS(validate(order({{"0F0", "0B0", "0F1"}})), PlanError, "stage 0 has no B for microbatch 1");
+  CHECK_THROWS(validate(order({{"0F0", "0B0", "0B1"}})), PlanError, "stage 0 has no F for microbatch 1");
+  CHECK_THROWS(validate(order({{"0F0", "0B0"}, {"2F0", "2B0"}})), PlanError, "stage 1 appears nowhere");
   CHECK_THROWS(validate(order({{"0F0", "0I0"}})), PlanError, "has no W for microbatch 0");
   CHECK_THROWS(validate(order({{"0F0", "0I0", "0W0", "0B0"}})), PlanError, "use B, or I and W");
   CHECK_THROWS(validate(order({{"0F0", "0SEND_F0", "0B0"}, {"1F0", "1B0"}})), PlanError,
@@ -53,8 +49,8 @@ TEST(a_stage_lives_on_one_rank_or_all_on_two_that_share_the_microbatches) {
   CHECK((shape.rank_of_copy == std::vector<int>{1, 0}));
   CHECK_EQ(shape.first_of_copy, 1);
   CHECK_EQ(make_plan(both, {}).rank_of(1), 0);
-  CHECK_THROWS(validate(order({{"0F0", "1F1", "1B1", "0B0", "0F2"}, {"0F1", "1F0", "1B0", "0B1"}})),
-               PlanError, "rank 0, cell 4 '0F2': it belongs on rank 1");
+  CHECK_THROWS(validate(order({{"0F0", "1F1", "1B1", "0B0", "0F2"}, {"0F1", "1F0", "1B0", "0B1"}})), PlanError,
+               "rank 0, cell 4 '0F2': it belongs on rank 1");
   // Only one stage is shared.
   CHECK_THROWS(validate(order({{"0F0", "0F1", "1F1", "1B1", "0B0", "0B1"}, {"1F0", "1B0"}})), PlanError,
                "stage 1 is already on rank 1");
@@ -69,7 +65,7 @@ TEST(a_deadlock_over_slots_names_what_would_free_one) {
 }
 
 TEST(a_deadlock_is_found_and_explained) {
-  // Rank 0 wants the backward of microbatch 0 before it gives rank 1 what rank 1 wants first.
+  // Rank 0 waits for the backward of microbatch 0 before it runs the forward that rank 1 waits for.
   const Order bad = order({{"0F0", "0B0", "0F1", "0B1"}, {"1F0", "1F1", "1B0", "1B1"}});
   CHECK_THROWS(make_plan(bad, {}), PlanError, "rank 0: 0B0 waits for 1B0 on rank 1");
   CHECK_THROWS(make_plan(bad, {}), PlanError, "rank 1: 1F1 waits for 0F1 on rank 0");
@@ -78,7 +74,7 @@ TEST(a_deadlock_is_found_and_explained) {
                "  rank 1, cell 2 '1B0' stands behind rank 1, cell 1 '1F1'\n"
                "  rank 1, cell 1 '1F1' waits for rank 0, cell 2 '0F1'\n"
                "  rank 0, cell 2 '0F1' stands behind rank 0, cell 1 '0B0'\n");
-  // Where a rank need not stand behind the task it waits for, it ends.
+  // It ends if a rank may run other tasks first.
   CHECK_EQ(make_plan(bad, {.overlap = true}).size(), 8u);
   CHECK_EQ(make_plan(bad, {.reactive = true}).size(), 8u);
 }

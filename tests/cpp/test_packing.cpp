@@ -18,7 +18,7 @@ constexpr std::byte kPoison{0xA5};
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-// A tensor over memory of its own, of random strides, some of them negative.
+// A tensor that owns its memory, with random strides, some of them negative.
 struct Tensor {
   std::vector<std::byte> memory;
   std::vector<std::int64_t> shape, strides;
@@ -30,16 +30,16 @@ struct Tensor {
     std::vector<std::size_t> order(shape.size());
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), random);
-    std::int64_t step = 1;
+    std::int64_t stride = 1;
     for (const std::size_t d : order) {
-      strides[d] = step * (1 + static_cast<std::int64_t>(random() % 2));
-      step = strides[d] * std::max<std::int64_t>(shape[d], 1);
+      strides[d] = stride * (1 + static_cast<std::int64_t>(random() % 2));
+      stride = strides[d] * std::max<std::int64_t>(shape[d], 1);
       if (random() % 3 == 0 && shape[d] > 0) {
         first += strides[d] * (shape[d] - 1);
         strides[d] = -strides[d];
       }
     }
-    memory.resize(step * dtype.size());
+    memory.resize(stride * dtype.size());
     for (std::byte& byte : memory) byte = static_cast<std::byte>(random());
   }
 
@@ -89,6 +89,7 @@ Packer packer_of(std::vector<Tensor>& tensors, DType wire = {}) {
 
 std::vector<Strided> strided(std::vector<Tensor>& tensors) {
   std::vector<Strided> all;
+  all.reserve(tensors.size());
   for (Tensor& tensor : tensors) all.push_back(tensor.strided());
   return all;
 }
@@ -115,8 +116,8 @@ float cast(float value, DType to) {
 TEST(any_strides_are_packed_row_by_row_and_unpacked) {
   std::mt19937 random(1);
   for (int round = 0; round < 300; ++round) {
-    std::vector<Tensor> tensors = random_tensors(
-        random, {kUint8, kFloat16, kInt32, kFloat32, dtype_of("int64")});
+    std::vector<Tensor> tensors =
+        random_tensors(random, {kUint8, kFloat16, kInt32, kFloat32, dtype_of("int64")});
     const Packer packer = packer_of(tensors);
     Buffer buffer(packer.nbytes() + 64);
     packer.pack(strided(tensors), buffer.strided(), {}, {});
@@ -132,10 +133,9 @@ TEST(any_strides_are_packed_row_by_row_and_unpacked) {
     CHECK(std::equal(expected.begin(), expected.end(), buffer.data()));
 
     const std::vector<Tensor> before = tensors;
-    for (std::size_t t = 0; t < tensors.size(); ++t) {
-      const std::size_t element = tensors[t].dtype.size();
-      for (std::int64_t i = 0; i < tensors[t].strided().size(); ++i) {
-        std::memset(tensors[t].at(i), 0, element);
+    for (Tensor& tensor : tensors) {
+      for (std::int64_t i = 0; i < tensor.strided().size(); ++i) {
+        std::memset(tensor.at(i), 0, tensor.dtype.size());
       }
     }
     packer.unpack(strided(tensors), buffer.strided(), {}, false);
@@ -162,7 +162,8 @@ TEST(every_number_of_a_small_type_is_kept) {
 
 TEST(halfway_goes_to_the_even_number_and_a_little_more_upward) {
   for (const DType dtype : {kFloat16, kBfloat16, kFloat8E4m3fn, kFloat8E5m2}) {
-    const std::uint32_t numbers = dtype == kFloat8E4m3fn ? 0x7e : dtype == kFloat8E5m2 ? 0x7b
+    const std::uint32_t numbers = dtype == kFloat8E4m3fn ? 0x7e
+                                  : dtype == kFloat8E5m2 ? 0x7b
                                   : dtype == kFloat16    ? 0x7bff
                                                          : 0x7f7f;
     for (std::uint32_t bits = 0; bits < numbers; ++bits) {

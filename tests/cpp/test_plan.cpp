@@ -20,7 +20,7 @@ TaskId task_of(const Plan& plan, const std::string& text) {
 
 std::set<std::string> dependencies(const Plan& plan, const std::string& text) {
   std::set<std::string> found;
-  for (const TaskId t : plan.dependencies(task_of(plan, text))) {
+  for (const TaskId t : plan.dependencies_of(task_of(plan, text))) {
     found.insert(to_text(plan.action(t)));
   }
   return found;
@@ -30,7 +30,7 @@ std::set<std::string> dependencies(const Plan& plan, const std::string& text) {
 
 TEST(a_task_depends_on_what_it_computes_from) {
   const Plan plan = make_plan(find_schedule("1f1b"), 3, 3, 4, {});
-  CHECK((dependencies(plan, "0F2") == std::set<std::string>{}));
+  CHECK(dependencies(plan, "0F2").empty());
   CHECK((dependencies(plan, "1F2") == std::set<std::string>{"0F2"}));
   CHECK((dependencies(plan, "2B1") == std::set<std::string>{"2F1"}));
   CHECK((dependencies(plan, "0B1") == std::set<std::string>{"0F1", "1B1"}));
@@ -38,8 +38,8 @@ TEST(a_task_depends_on_what_it_computes_from) {
 }
 
 TEST(messages_stand_between_where_they_are_listed) {
-  const Plan plan = make_plan(
-      order_from_csv("0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1I0,1SEND_B0,1W0\n"), {});
+  const Plan plan =
+      make_plan(order_from_csv("0F0,0SEND_F0,0RECV_B0,0B0,0REDUCE_GRAD\n1RECV_F0,1F0,1I0,1SEND_B0,1W0\n"), {});
   CHECK((dependencies(plan, "1F0") == std::set<std::string>{"1RECV_F0"}));
   CHECK((dependencies(plan, "1RECV_F0") == std::set<std::string>{"0SEND_F0"}));
   CHECK((dependencies(plan, "0B0") == std::set<std::string>{"0F0", "0RECV_B0"}));
@@ -59,8 +59,7 @@ TEST(limits_of_an_order_are_what_it_has_in_flight) {
 TEST(every_task_stands_in_one_queue_of_its_worker) {
   for (const bool overlap : {false, true}) {
     for (const bool reactive : {false, true}) {
-      const Plan plan =
-          make_plan(find_schedule("interleaved-1f1b"), 6, 3, 6, {overlap, reactive});
+      const Plan plan = make_plan(find_schedule("interleaved-1f1b"), 6, 3, 6, {overlap, reactive});
       std::vector<int> seen(plan.size(), 0);
       for (int worker = 0; worker < plan.num_workers(); ++worker) {
         for (const Queue& queue : plan.queues_of(worker)) {
@@ -108,7 +107,7 @@ TEST(packing_raises_the_limits_by_what_it_needs) {
   PlanOptions options;
   options.packs.backward = {2, 2, 2};
   const Plan plan = make_plan(find_schedule("1f1b"), 4, 4, 64, options);
-  // A round trip takes two microbatches' time more at each of three boundaries, and nothing else waits.
+  // A round trip takes two units longer at each of the three boundaries; nothing else waits.
   CHECK_EQ(simulate(plan, Costs::uniform(4)).makespan, 3.0 * (64 + 3) + 3 * 2.0);
   CHECK((plan.limits() == std::vector<int>{8, 6, 4, 1}));
   CHECK_THROWS(make_plan(find_schedule("1f1b"), 4, 4, 64, options, {{1, 1, 1, 1}}), PlanError,
@@ -125,7 +124,7 @@ TEST(a_pack_raises_the_limits_of_the_stages_it_delays_alone) {
   options.packs.forward = {1, 2, 1};
   const Plan forward = make_plan(find_schedule("1f1b"), 4, 4, 64, options);
   CHECK_EQ(forward.limit(2), 2);
-  // Between stages of one rank nothing is packed.
+  // Between stages on one rank nothing is packed.
   options.packs.forward = {2, 2, 2};
   CHECK((make_plan(find_schedule("interleaved-1f1b"), 4, 1, 8, options).limits() ==
          make_plan(find_schedule("interleaved-1f1b"), 4, 1, 8, {}).limits()));

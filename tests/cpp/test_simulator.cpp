@@ -37,7 +37,7 @@ TEST(a_skip_is_charged_as_a_message_behind_that_to_the_next_stage) {
   const TaskId f0 = plan.first_of_rank(0), f1 = plan.first_of_rank(1), f2 = plan.first_of_rank(2);
   CHECK_EQ(end[f0], 1.0 + 2 * 0.5);
   CHECK_EQ(s.begin[f1], end[f0] + 4.0);
-  CHECK_EQ(s.begin[f2], end[f0] + 2 * 4.0);  // what stage 1 sends is there before
+  CHECK_EQ(s.begin[f2], end[f0] + 2 * 4.0);  // the message of stage 1 arrives earlier
   CHECK_EQ(end[f2 + 1], end[f2] + 2.0 + 2 * 0.125);
   CHECK_EQ(s.begin[f1 + 1], end[f2 + 1] + 0.25);
 }
@@ -73,7 +73,7 @@ TEST(an_overlapped_pair_runs_as_one_task_where_a_rank_runs_one_at_a_time) {
   CHECK_EQ(s.begin[6], 5.5);
   CHECK_EQ(s.busy[0], 1.0 + 1.5 + 2.0);
   CHECK_EQ(s.peak_in_flight_of_stage[0], 2);
-  // Elsewhere its parts are tasks like others.
+  // In other modes its parts are ordinary tasks.
   CHECK_EQ(simulate(make_plan(order, {.reactive = true}), costs).begin[1], 1.0);
   CHECK_EQ(simulate(make_plan(order, {.overlap = true}), costs).begin[1], 1.0);
 }
@@ -158,8 +158,7 @@ TEST(random_simulations_keep_the_rules) {
     const Schedule& schedule = schedules()[random() % schedules().size()];
     const auto [stages, ranks] = size_of(schedule, 1 + static_cast<int>(random() % 4), 1 + random() % 3);
     const PlanOptions options{random() % 2 == 0, random() % 2 == 0};
-    const Plan plan =
-        make_plan(schedule, stages, ranks, 1 + static_cast<int>(random() % 9), options);
+    const Plan plan = make_plan(schedule, stages, ranks, 1 + static_cast<int>(random() % 9), options);
     Costs costs = Costs::uniform(stages);
     for (auto* values : {&costs.forward, &costs.backward, &costs.latency}) {
       for (double& value : *values) value = random() % 5 == 0 ? 0.0 : cost(random);

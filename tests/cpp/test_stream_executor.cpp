@@ -52,7 +52,7 @@ std::string text_of(const std::exception_ptr& error) {
   return "";
 }
 
-// The names of the driver's functions called since the last reset, from a line of the log on.
+// The names of the driver functions in the log, from one line on.
 std::set<std::string> called(std::size_t from_line) {
   std::set<std::string> names;
   const auto lines = controls().lines();
@@ -123,7 +123,7 @@ TEST(a_step_calls_nothing_but_what_enqueues_and_makes_nothing_twice) {
   const long streams = controls().live("stream"), contexts = controls().live("context");
   scene.laid.reset();
   scene.make();
-  CHECK_EQ(controls().live("stream"), streams);  // a program laid out anew takes the streams there are
+  CHECK_EQ(controls().live("stream"), streams);  // a program that is laid out again reuses the streams
   CHECK_EQ(controls().live("context"), contexts);
 }
 
@@ -142,8 +142,9 @@ TEST(two_executors_reach_the_same_peers) {
   CHECK((another.devices() == std::vector{0, 1}));
   CHECK(controls().lines().back().starts_with("cuCtxPopCurrent"));
   const auto lines = controls().lines();
-  CHECK_EQ(std::count_if(lines.begin(), lines.end(),
-                         [](const auto& line) { return line.ends_with("result=704"); }), 2);
+  CHECK_EQ(
+      std::count_if(lines.begin(), lines.end(), [](const auto& line) { return line.ends_with("result=704"); }),
+      2);
 }
 
 TEST(the_host_is_at_most_two_steps_ahead) {
@@ -196,17 +197,15 @@ TEST(a_recorded_step_tells_when_its_tasks_ran) {
       CHECK(recorded->done());
       const MeasuredTimes times = recorded->read();
       const Plan& tasks = plan->plan();
-      CHECK_EQ(times.begin.size(), plan->steps().size());
-      CHECK_EQ(times.end.size(), plan->steps().size());
+      CHECK_EQ(times.begin.size(), plan->ops().size());
+      CHECK_EQ(times.end.size(), plan->ops().size());
       for (std::size_t i = 0; i < times.begin.size(); ++i) {
         CHECK(0 <= times.begin[i] && times.begin[i] <= times.end[i] && times.end[i] <= times.step);
       }
       for (TaskId t = 0; t < tasks.size(); ++t) {
         for (const TaskId after : tasks.successors(t)) {
-          const std::uint32_t a = plan->step_of(t), b = plan->step_of(after);
-          const auto device = [&](std::uint32_t step) {
-            return plan->streams()[plan->steps()[step].stream].device;
-          };
+          const std::uint32_t a = plan->op_of(t), b = plan->op_of(after);
+          const auto device = [&](std::uint32_t op) { return plan->streams()[plan->ops()[op].stream].device; };
           if (device(a) == device(b)) CHECK(times.end[a] <= times.begin[b]);
         }
       }
@@ -329,16 +328,16 @@ TEST(a_body_that_throws_ends_the_step_and_the_next_one_runs) {
   for (const SharedStreamPlan& plan : {on_two_devices(), overlapping()}) {
     Scene scene(plan);
     scene.make();
-    for (std::size_t bad = 0; bad < plan->steps().size(); ++bad) {
-      const Enqueued& step = plan->steps()[bad];
+    for (std::size_t bad = 0; bad < plan->ops().size(); ++bad) {
+      const StreamOp& op = plan->ops()[bad];
       scene.label = "failing ";
       scene.in_body = [&](const Action& action) {
-        if (action == step.action) throw std::runtime_error("stage broke");
+        if (action == op.action) throw std::runtime_error("stage broke");
       };
       const DeviceStepResult failed = scene.run(true);
       scene.enqueue_on_callers("after");
       CHECK(failed.outcome == Outcome::Failed);
-      CHECK_EQ(failed.failed_task, step.task);
+      CHECK_EQ(failed.failed_task, op.task);
       CHECK_EQ(text_of(failed.error), "stage broke");
       CHECK(!scene.executor->dead());
       scene.label = "";
@@ -346,8 +345,8 @@ TEST(a_body_that_throws_ends_the_step_and_the_next_one_runs) {
       CHECK(scene.run(true).outcome == Outcome::Done);
       auto ran = scene.ran();
       scene.check_step(ran, "", "after");
-      for (std::size_t i = 0; i < plan->steps().size(); ++i) {
-        const Ran& early = ran["failing " + to_text(plan->steps()[i].action)];
+      for (std::size_t i = 0; i < plan->ops().size(); ++i) {
+        const Ran& early = ran["failing " + to_text(plan->ops()[i].action)];
         CHECK_EQ(early.end > 0, i < bad);
         for (std::size_t d = 0; d < scene.callers.size(); ++d) {
           CHECK(early.end < ran["after " + std::to_string(d)].begin);
@@ -411,8 +410,7 @@ TEST(closed_while_a_result_is_being_sent_it_still_sends_it) {
     if (action.kind != Kind::SendF) return;
     scene.executor->close();
     scene.executor->copy(reinterpret_cast<cuda::Address>(to.data()), 1,
-                         reinterpret_cast<cuda::Address>(from.data()), 0, from.size(),
-                         scene.stream_of(action));
+                         reinterpret_cast<cuda::Address>(from.data()), 0, from.size(), scene.stream_of(action));
   };
   CHECK(scene.run().outcome == Outcome::Closed);
   scene.ran();
@@ -445,7 +443,7 @@ TEST(closed_while_it_waits_for_room_it_stops_waiting) {
     cuda::empty_stream_pool();
     CHECK_EQ(controls().live("stream"), 2);
     controls().pause(0);
-    CHECK_EQ(scene.ran().size(), scene.plan->steps().size());  // what is enqueued still runs
+    CHECK_EQ(scene.ran().size(), scene.plan->ops().size());  // what is enqueued still runs
   }
 }
 

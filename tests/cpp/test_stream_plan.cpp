@@ -9,8 +9,8 @@
 #include <string>
 
 #include "check.hpp"
-#include "sizes.hpp"
 #include "simulate/make_plan.hpp"
+#include "sizes.hpp"
 #include "times.hpp"
 
 using namespace pe;
@@ -18,12 +18,12 @@ using namespace pe;
 namespace {
 
 using Random = std::mt19937;
-using Steps = std::bitset<1024>;      // more than any plan here has
-using Passage = std::pair<int, int>;  // stage and microbatch
+using Ops = std::bitset<1024>;        // more than any plan here has
+using AtStage = std::pair<int, int>;  // stage and microbatch
 
-Passage passage_of(const Action& action) { return {action.stage, action.microbatch}; }
+AtStage at_stage(const Action& action) { return {action.stage, action.microbatch}; }
 
-// A plan, when the simulation runs its tasks, and how they lie on streams.
+// A plan, its simulated times, and its layout on streams.
 struct Case {
   Case(const Plan& made, const Costs& costs, std::vector<int> device_of_rank)
       : Case(std::make_shared<const Plan>(made), times_of(made, costs), std::move(device_of_rank)) {}
@@ -33,18 +33,18 @@ struct Case {
       : plan(std::move(of_plan)),
         times(std::move(simulated)),
         laid(plan, times, std::move(device_of_rank), rank) {
-    before.resize(laid.steps().size());
+    before.resize(laid.ops().size());
     std::vector<std::vector<std::uint32_t>> on_stream(laid.streams().size());
     for (std::uint32_t i = 0; i < before.size(); ++i) {
-      const Enqueued& step = laid.steps()[i];
-      auto& own = on_stream[step.stream];
+      const StreamOp& op = laid.ops()[i];
+      auto& own = on_stream[op.stream];
       if (!own.empty()) follow(before[i], own.back());
-      for (const std::uint32_t other : laid.waits(step)) follow(before[i], other);
+      for (const std::uint32_t other : laid.waits(op)) follow(before[i], other);
       own.push_back(i);
     }
   }
 
-  void follow(Steps& steps, std::uint32_t other) const { steps |= Steps(before[other]).set(other); }
+  void follow(Ops& ops, std::uint32_t other) const { ops |= Ops(before[other]).set(other); }
 
   int device_of(TaskId task) const { return laid.device_of_rank()[plan->rank_of(task)]; }
 
@@ -53,10 +53,10 @@ struct Case {
     return times.begin[a] < times.end[b] && times.begin[b] < times.end[a];
   }
 
-  bool any_run_together(const Passage& a, const Passage& b) const {
+  bool any_run_together(const AtStage& a, const AtStage& b) const {
     for (TaskId t = 0; t < plan->size(); ++t) {
       for (TaskId u = 0; u < plan->size(); ++u) {
-        if (passage_of(plan->action(t)) != a || passage_of(plan->action(u)) != b) continue;
+        if (at_stage(plan->action(t)) != a || at_stage(plan->action(u)) != b) continue;
         if (run_together(t, u)) return true;
       }
     }
@@ -66,7 +66,7 @@ struct Case {
   std::shared_ptr<const Plan> plan;
   TaskTimes times;
   StreamPlan laid;
-  std::vector<Steps> before;  // by step: those that have ended when it begins, as streams and waits alone say
+  std::vector<Ops> before;  // by op: the ops that must have ended when it begins, by streams and waits
 };
 
 Costs random_costs(int stages, Random& random) {
@@ -84,14 +84,14 @@ Costs random_costs(int stages, Random& random) {
 // All ranks on device 0, each on its own, or any.
 std::vector<int> random_devices(int ranks, Random& random) {
   std::vector<int> devices(ranks, 0);
-  const int way = random() % 3;
-  if (way == 1) std::iota(devices.begin(), devices.end(), 0);
-  if (way == 2) std::generate(devices.begin(), devices.end(), [&] { return random() % 3; });
+  const int choice = random() % 3;
+  if (choice == 1) std::iota(devices.begin(), devices.end(), 0);
+  if (choice == 2) std::generate(devices.begin(), devices.end(), [&] { return random() % 3; });
   return devices;
 }
 
-// The same order with every message between ranks listed, each stage's gradients reduced at its end, and where
-// `split` each backward in its two parts.
+// The same order, with every message between ranks listed, each stage's gradients reduced at the end, and, if
+// `split`, each `B` replaced by `I` and `W`.
 Order spelt_out(const Plan& plan, bool split) {
   const auto leaves = [&](int stage, int to) {
     return to >= 0 && to < plan.num_stages() && plan.rank_of_stage(stage) != plan.rank_of_stage(to);
@@ -151,7 +151,7 @@ const std::vector<Case>& cases() {
         for (int round = 0; round < 60; ++round) made.push_back(random_case(schedule, overlap, random));
       }
     }
-    // With times in whole numbers many tasks begin as others end, and messages between take no time.
+    // With integer times many tasks begin exactly when others end, and messages take no time.
     for (const double backward : {1.0, 2.0, 3.0}) {
       const Plan plan = make_plan(find_schedule("gpipe"), 2, 2, 6, {});
       Costs costs = Costs::uniform(2);
@@ -168,14 +168,14 @@ const std::vector<Case>& cases() {
 TEST(each_task_is_enqueued_once_and_so_is_each_copy_to_another_device) {
   for (const Case& c : cases()) {
     std::vector<int> tasks(c.plan->size(), 0), copies(c.plan->size(), 0);
-    for (const Enqueued& step : c.laid.steps()) {
-      const bool own = step.action == c.plan->action(step.task);
-      ++(own ? tasks : copies)[step.task];
+    for (const StreamOp& op : c.laid.ops()) {
+      const bool own = op.action == c.plan->action(op.task);
+      ++(own ? tasks : copies)[op.task];
       if (own) continue;
-      const Action& sent = c.plan->action(step.task);
+      const Action& sent = c.plan->action(op.task);
       const Kind send = stream_of(sent.kind) == Stream::Forward ? Kind::SendF : Kind::SendB;
-      CHECK((step.action == Action{sent.stage, sent.microbatch, send}));
-      CHECK(step.is_copy);
+      CHECK((op.action == Action{sent.stage, sent.microbatch, send}));
+      CHECK(op.is_copy);
     }
     for (TaskId t = 0; t < c.plan->size(); ++t) {
       std::set<int> elsewhere;
@@ -185,16 +185,16 @@ TEST(each_task_is_enqueued_once_and_so_is_each_copy_to_another_device) {
       const bool is_send = kind == Kind::SendF || kind == Kind::SendB;
       CHECK_EQ(tasks[t], 1);
       CHECK_EQ(copies[t], !elsewhere.empty() && !is_send ? 1 : 0);
-      const Enqueued& own = c.laid.steps()[c.laid.step_of(t)];
-      const Enqueued& copy = c.laid.steps()[c.laid.sent_by(t)];
+      const StreamOp& own = c.laid.ops()[c.laid.op_of(t)];
+      const StreamOp& copy = c.laid.ops()[c.laid.sent_by(t)];
       CHECK(own.action == c.plan->action(t) && copy.task == t);
       CHECK_EQ(own.is_copy, is_send && !elsewhere.empty());
       CHECK_EQ(copy.is_copy, !elsewhere.empty());
       CHECK(elsewhere.empty() || elsewhere == std::set<int>{c.laid.streams()[copy.stream].device});
       CHECK(own.is_copy || c.laid.streams()[own.stream].device == c.device_of(t));
     }
-    for (const Enqueued& step : c.laid.steps()) {
-      CHECK_EQ(step.is_copy, c.laid.streams()[step.stream].copies);
+    for (const StreamOp& op : c.laid.ops()) {
+      CHECK_EQ(op.is_copy, c.laid.streams()[op.stream].copies);
     }
   }
 }
@@ -202,11 +202,11 @@ TEST(each_task_is_enqueued_once_and_so_is_each_copy_to_another_device) {
 TEST(what_a_task_needs_has_ended_when_it_begins) {
   for (const Case& c : cases()) {
     for (TaskId t = 0; t < c.plan->size(); ++t) {
-      const std::uint32_t own = c.laid.step_of(t), sent = c.laid.sent_by(t);
+      const std::uint32_t own = c.laid.op_of(t), sent = c.laid.sent_by(t);
       CHECK(sent == own || c.before[sent][own]);
       for (const TaskId after : c.plan->successors(t)) {
         const bool elsewhere = c.device_of(after) != c.device_of(t);
-        CHECK(c.before[c.laid.step_of(after)][elsewhere ? sent : own]);
+        CHECK(c.before[c.laid.op_of(after)][elsewhere ? sent : own]);
       }
     }
   }
@@ -217,17 +217,17 @@ TEST(a_worker_runs_one_task_after_another_in_the_simulated_order) {
     std::vector<std::int64_t> last(c.plan->num_workers(), -1);
     std::map<std::pair<int, Kind>, TaskId> latest;  // by stage and kind
     for (std::uint32_t i = 0; i < c.before.size(); ++i) {
-      const Enqueued& step = c.laid.steps()[i];
-      if (step.is_copy) continue;
-      std::int64_t& previous = last[c.plan->worker_of(step.task)];
+      const StreamOp& op = c.laid.ops()[i];
+      if (op.is_copy) continue;
+      std::int64_t& previous = last[c.plan->worker_of(op.task)];
       if (previous >= 0) {
         CHECK(c.before[i][previous]);
-        CHECK(c.times.begin[c.laid.steps()[previous].task] <= c.times.begin[step.task]);
+        CHECK(c.times.begin[c.laid.ops()[previous].task] <= c.times.begin[op.task]);
       }
       previous = i;
-      const auto [of_kind, first] = latest.try_emplace({step.action.stage, step.action.kind}, step.task);
-      CHECK(first || of_kind->second < step.task);  // the microbatches keep their declared order
-      of_kind->second = step.task;
+      const auto [of_kind, first] = latest.try_emplace({op.action.stage, op.action.kind}, op.task);
+      CHECK(first || of_kind->second < op.task);  // the microbatches keep their declared order
+      of_kind->second = op.task;
     }
   }
 }
@@ -238,10 +238,10 @@ TEST(what_the_simulation_runs_at_the_same_time_may_run_at_the_same_time) {
     for (TaskId t = 0; t < c.plan->size(); ++t) {
       for (TaskId u = 0; u < t; ++u) {
         if (c.plan->rank_of(t) != c.plan->rank_of(u) || !c.run_together(t, u)) continue;
-        // Joined in the simulation alone: whoever executes a pair on one stream runs its parts in turn.
+        // Pairs are joined in the simulation only; on one stream their parts run one after the other.
         if (c.plan->joins_pairs() && c.plan->end_of_cell(u) > t) continue;
         ++together;
-        const std::uint32_t a = c.laid.step_of(t), b = c.laid.step_of(u);
+        const std::uint32_t a = c.laid.op_of(t), b = c.laid.op_of(u);
         CHECK(c.laid.stream_of(t) != c.laid.stream_of(u));
         CHECK(!c.before[a][b] && !c.before[b][a]);
       }
@@ -252,11 +252,11 @@ TEST(what_the_simulation_runs_at_the_same_time_may_run_at_the_same_time) {
 
 TEST(a_microbatch_keeps_its_lane_at_a_stage) {
   for (const Case& c : cases()) {
-    std::map<Passage, int> lane;
-    for (const Enqueued& step : c.laid.steps()) {
-      if (step.is_copy || step.action.microbatch == kNoMicrobatch) continue;
-      const auto known = lane.try_emplace(passage_of(step.action), step.stream).first;
-      CHECK_EQ(known->second, step.stream);
+    std::map<AtStage, int> lane;
+    for (const StreamOp& op : c.laid.ops()) {
+      if (op.is_copy || op.action.microbatch == kNoMicrobatch) continue;
+      const auto known = lane.try_emplace(at_stage(op.action), op.stream).first;
+      CHECK_EQ(known->second, op.stream);
     }
   }
 }
@@ -264,32 +264,35 @@ TEST(a_microbatch_keeps_its_lane_at_a_stage) {
 TEST(a_stream_waits_for_nothing_that_has_ended_anyway) {
   for (const Case& c : cases()) {
     std::vector<bool> awaited(c.before.size(), false);
-    std::vector<Steps> known(c.laid.streams().size());  // by stream: what has ended so far, and its own steps
+    std::vector<Ops> known(c.laid.streams().size());  // by stream: what has ended so far, and its own ops
     for (std::uint32_t i = 0; i < c.before.size(); ++i) {
-      const Enqueued& step = c.laid.steps()[i];
-      const auto waits = c.laid.waits(step);
+      const StreamOp& op = c.laid.ops()[i];
+      const auto waits = c.laid.waits(op);
       for (const std::uint32_t other : waits) {
         awaited[other] = true;
-        CHECK(c.laid.steps()[other].stream != step.stream);
-        Steps without = known[step.stream];
+        CHECK(c.laid.ops()[other].stream != op.stream);
+        Ops without = known[op.stream];
         for (const std::uint32_t another : waits) {
           if (another != other) c.follow(without, another);
         }
         CHECK(!without[other]);
       }
-      known[step.stream] = Steps(c.before[i]).set(i);
+      known[op.stream] = Ops(c.before[i]).set(i);
     }
-    for (std::uint32_t i = 0; i < c.before.size(); ++i) CHECK_EQ(c.laid.steps()[i].awaited, awaited[i]);
+    for (std::uint32_t i = 0; i < c.before.size(); ++i) CHECK_EQ(c.laid.ops()[i].awaited, awaited[i]);
   }
 }
 
-TEST(first_after_is_the_first_step_of_a_stream_that_comes_after) {
+TEST(first_after_is_the_first_op_of_a_stream_that_comes_after) {
   for (const Case& c : cases()) {
     const std::uint32_t end = static_cast<std::uint32_t>(c.before.size());
     for (int stream = 0; stream < static_cast<int>(c.laid.streams().size()); ++stream) {
       for (std::uint32_t i = 0; i < end; ++i) {
+        const auto comes_after = [&](std::uint32_t op) {
+          return c.laid.ops()[op].stream == stream && c.before[op][i];
+        };
         std::uint32_t first = 0;
-        while (first < end && !(c.laid.steps()[first].stream == stream && c.before[first][i])) ++first;
+        while (first < end && !comes_after(first)) ++first;
         CHECK_EQ(c.laid.first_after(i, stream), first);
       }
     }
@@ -299,20 +302,20 @@ TEST(first_after_is_the_first_step_of_a_stream_that_comes_after) {
 TEST(a_rank_has_one_lane_or_with_overlap_as_few_as_do) {
   std::size_t most = 0;
   for (const Case& c : cases()) {
-    std::map<Passage, int> lane;
+    std::map<AtStage, int> lane;
     std::vector<std::set<int>> lanes(c.plan->num_ranks());
-    for (const Enqueued& step : c.laid.steps()) {
-      if (step.is_copy) continue;
-      const int rank = c.plan->rank_of(step.task);
-      lane.try_emplace(passage_of(step.action), step.stream);
-      if (lanes[rank].contains(step.stream)) continue;
-      // Beyond four there is a new one only for a microbatch that runs beside one on each of the others.
+    for (const StreamOp& op : c.laid.ops()) {
+      if (op.is_copy) continue;
+      const int rank = c.plan->rank_of(op.task);
+      lane.try_emplace(at_stage(op.action), op.stream);
+      if (lanes[rank].contains(op.stream)) continue;
+      // From the fifth lane on, a new one is for a microbatch that runs beside one on each other lane.
       for (const int other : lanes[rank].size() < 4 ? std::set<int>{} : lanes[rank]) {
         CHECK(std::any_of(lane.begin(), lane.end(), [&](const auto& known) {
-          return known.second == other && c.any_run_together(known.first, passage_of(step.action));
+          return known.second == other && c.any_run_together(known.first, at_stage(op.action));
         }));
       }
-      lanes[rank].insert(step.stream);
+      lanes[rank].insert(op.stream);
     }
     for (const auto& of_rank : lanes) {
       most = std::max(most, of_rank.size());
@@ -328,22 +331,22 @@ TEST(processes_enqueue_what_they_run_send_and_receive_in_the_one_order_of_all_ta
       const Case own(c.plan, c.times, std::vector<int>(c.plan->num_ranks(), 0), rank);
       for (TaskId t = 0; t < c.plan->size(); ++t) {
         const bool is_here = c.plan->rank_of(t) == rank;
-        CHECK_EQ(is_here, own.laid.step_of(t) != kNoStep);
+        CHECK_EQ(is_here, own.laid.op_of(t) != kNoOp);
         for (const TaskId after : c.plan->successors(t)) {
           const bool goes_here = c.plan->rank_of(after) == rank;
           if (!is_here && !goes_here) continue;
           const bool crosses = is_here != goes_here;
-          const std::uint32_t made = crosses ? own.laid.sent_by(t) : own.laid.step_of(t);
-          CHECK(!crosses || own.laid.steps()[made].is_copy);
-          CHECK(!goes_here || own.before[own.laid.step_of(after)][made]);
+          const std::uint32_t made = crosses ? own.laid.sent_by(t) : own.laid.op_of(t);
+          CHECK(!crosses || own.laid.ops()[made].is_copy);
+          CHECK(!goes_here || own.before[own.laid.op_of(after)][made]);
         }
       }
       std::uint32_t last = 0;
-      for (const Enqueued& step : own.laid.steps()) {
-        CHECK(step.is_copy || c.plan->rank_of(step.task) == rank);
-        CHECK_EQ(step.is_copy, own.laid.streams()[step.stream].copies);
-        CHECK(last <= c.laid.step_of(step.task));
-        last = c.laid.step_of(step.task);
+      for (const StreamOp& op : own.laid.ops()) {
+        CHECK(op.is_copy || c.plan->rank_of(op.task) == rank);
+        CHECK_EQ(op.is_copy, own.laid.streams()[op.stream].copies);
+        CHECK(last <= c.laid.op_of(op.task));
+        last = c.laid.op_of(op.task);
       }
     }
   }
@@ -357,7 +360,7 @@ TEST(a_stage_keeps_the_order_of_its_microbatches_where_tasks_take_no_time) {
   Costs costs = Costs::uniform(2);
   costs.backward = {0.0, 0.0};
   const StreamPlan laid(plan, times_of(*plan, costs), {0, 0});
-  CHECK(laid.step_of(6) < laid.step_of(7));  // 0B0 and 0B1
+  CHECK(laid.op_of(6) < laid.op_of(7));  // 0B0 and 0B1
 }
 
 TEST(a_stream_plan_refuses_what_is_of_another_plan) {

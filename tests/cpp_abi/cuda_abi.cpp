@@ -1,4 +1,4 @@
-// Holds what csrc/cuda/abi.hpp says of NVIDIA's driver against a real cuda.h. Only ever compiled.
+// Checks csrc/cuda/abi.hpp against a real cuda.h, at compile time only.
 // cuda.h maps a function's name to its newest version; cudaTypedefs.h has the types of all versions.
 #include <cuda.h>
 #include <cudaTypedefs.h>
@@ -11,12 +11,12 @@
 namespace pe::cuda {
 namespace {
 
-// Whether a caller that passes an A does so as one that passes a B.
+// Whether A and B are passed to a function in the same way.
 template <class A, class B>
 constexpr bool same_to_call = sizeof(A) == sizeof(B) && std::is_pointer_v<A> == std::is_pointer_v<B> &&
                               std::is_floating_point_v<A> == std::is_floating_point_v<B>;
 
-// Where both are pointers to something complete, that has to have the same size too.
+// If both point to complete types, these must have the same size too.
 template <class A, class B>
 constexpr bool same_behind = true;
 template <class A, class B>
@@ -35,7 +35,7 @@ static_assert(!same_function<int (*)(float*), CUresult (*)(float*, CUdevice)>);
 static_assert(!same_function<int (*)(float*), CUresult (*)(double*)>);
 static_assert(!same_function<int (*)(std::size_t), CUresult (*)(CUstream)>);
 
-#define SAME_FUNCTION(name, version, parameters)                               \
+#define SAME_FUNCTION(name, version, parameters)                              \
   static_assert(same_function<Result(*) parameters, PFN_##name##_v##version>, \
                 #name " of version " #version " has other parameters");
 PE_CUDA_FUNCTIONS(SAME_FUNCTION)
@@ -44,8 +44,7 @@ static_assert(same_function<GetProcAddress, PFN_cuGetProcAddress_v12000>);
 
 static_assert(sizeof(AttributeValue) == sizeof(CUlaunchAttributeValue));
 static_assert(offsetof(AttributeValue, priority) == offsetof(CUlaunchAttributeValue, priority));
-static_assert(same_to_call<decltype(AttributeValue::priority),
-                           decltype(CUlaunchAttributeValue::priority)>);
+static_assert(same_to_call<decltype(AttributeValue::priority), decltype(CUlaunchAttributeValue::priority)>);
 
 #define SAME_VALUE(ours, theirs) \
   static_assert(static_cast<long>(ours) == static_cast<long>(theirs), #ours " is not " #theirs)
@@ -61,7 +60,7 @@ SAME_VALUE(kNodeTypeKernel, CU_GRAPH_NODE_TYPE_KERNEL);
 SAME_VALUE(kAttributePriority, CU_LAUNCH_ATTRIBUTE_PRIORITY);
 SAME_VALUE(kCaptureActive, CU_STREAM_CAPTURE_STATUS_ACTIVE);
 
-// The stand-in driver's own.
+// The constants of the stand-in driver.
 SAME_VALUE(standin::kInvalidValue, CUDA_ERROR_INVALID_VALUE);
 SAME_VALUE(standin::kNoDevice, CUDA_ERROR_NO_DEVICE);
 SAME_VALUE(standin::kInvalidDevice, CUDA_ERROR_INVALID_DEVICE);

@@ -16,7 +16,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.functional import mse_loss
 
 import pipeline_ext as pe
-from pipeline_ext.transport.remote import Incoming
 
 torch_pipelining = pytest.importorskip("torch.distributed.pipelining")
 torch_schedules = torch_pipelining.schedules
@@ -123,7 +122,8 @@ def train_staged(name):
 
     move, staged._on = staged._on, on
     engine.ProcessEngine = functools.partial(
-        engine.ProcessEngine, ends=(staged.StagedOutgoing, functools.partial(staged.StagedIncoming, device=CPU))
+        engine.ProcessEngine,
+        channel_types=(staged.StagedSender, functools.partial(staged.StagedReceiver, device=CPU)),
     )
     train(name, 13, 4)
     return bool(moved)
@@ -440,8 +440,7 @@ def hold_few_messages(name, microbatches):
     x, y = batch(2 * microbatches)
     for _ in range(2):
         step(schedule, modules, count, x, y)
-    incoming = [c for c in schedule._runner._train.exchange._remote if isinstance(c, Incoming)]
-    return [len(channel._packets._free) for channel in incoming]
+    return [len(receiver._packets._free) for receiver in schedule._runner._train.exchange._receivers]
 
 
 def test_memory_for_receives_does_not_grow_with_the_microbatches():

@@ -12,7 +12,7 @@ from processes import Failed, Gone, die, freeze, outcomes, run
 from torch import nn
 
 import pipeline_ext as pe
-from pipeline_ext.transport import clocks
+from pipeline_ext.processes import clocks
 
 MICROBATCHES = 4
 NAP = 0.02  # seconds; much more than clocks can seem apart that are compared over loopback

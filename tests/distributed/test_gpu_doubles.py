@@ -262,20 +262,20 @@ def nothing_stops_the_host(library):
         layout, plan = pipe._routes.train.layout, pipe.plan
         streams = layout.streams
         assert order.calls <= WITHIN_A_STEP
-        assert order.at_end == frozenset(range(len(streams.steps)))
+        assert order.at_end == frozenset(range(len(streams.ops)))
         for task in range(len(plan)):
             for after in plan.successors(task):
                 if plan.describe(after)[3] == dist.get_rank():
                     crosses = plan.describe(task)[3] != dist.get_rank()
-                    before = streams.sent_by(task) if crosses else streams.step_of(task)
-                    assert before in order.before[streams.step_of(after)]
+                    before = streams.sent_by(task) if crosses else streams.op_of(task)
+                    assert before in order.before[streams.op_of(after)]
         ran = [task.task for task in pipe.trace.tasks]
         assert sorted(ran) == [t for t in range(len(plan)) if plan.describe(t)[3] == dist.get_rank()]
         keepalive = pipe._routes.train.keepalive
         keep = keepalive.keep
 
         def noted(value, made, used):
-            kept.append(streams.first_after(used.number, made.stream) < len(streams.steps))
+            kept.append(streams.first_after(used.op, made.stream) < len(streams.ops))
             keep(value, made, used)
 
         keepalive.keep = noted

@@ -190,7 +190,7 @@ def hand_on_from_elsewhere():
 def test_a_dtensor_on_a_mesh_that_the_next_stage_does_not_know_is_refused():
     first, second = outcomes(2, hand_on_from_elsewhere)
     assert first.kind is pe.PeerError and second.kind is pe.StageError
-    assert "on a mesh with dimensions named elsewhere, and knows none such" in second.message
+    assert "on a mesh with dimensions named elsewhere, and has no such mesh" in second.message
 
 
 def refuse():

@@ -129,7 +129,7 @@ def test_ctrl_c_ends_all_processes_after_the_same_step(tmp_path, text):
     "args, message",
     [
         (["--stages", "3"], "got 3 stages on 2 ranks (torchrun has started 2 processes, a rank each)"),
-        (["--device", "cuda"], "--device is cuda, and 2 processes can share a pipeline on CPUs so far"),
+        (["--device", "cuda"], "--device is cuda, and train runs the 2 processes of torchrun on CPUs only"),
     ],
 )
 def test_what_does_not_suit_the_processes_is_refused_in_a_sentence(tmp_path, text, args, message):

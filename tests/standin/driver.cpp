@@ -1,8 +1,8 @@
-// A test double of NVIDIA's CUDA driver: what the CUDA runtime is tested against where there is no GPU.
-// Device memory is host memory, a stream is a thread. Every call is numbered and logged, and can be made to
-// fail. As in CUDA, functions are handed out by cuGetProcAddress_v2, for the version asked for.
-// Not modelled: that the legacy default stream waits for blocking streams and they for it; child graphs; and
-// the calls that CUDA forbids while some capture in its global mode goes on (cuEventQuery is one).
+// A test double of NVIDIA's CUDA driver, to test the CUDA runtime without a GPU. Device memory is host memory,
+// and a stream is a thread. Every call is numbered and logged, and can be made to fail. As in CUDA,
+// cuGetProcAddress_v2 hands out functions for the requested version. Not modelled: the synchronization between
+// the legacy default stream and blocking streams; child graphs; the calls that CUDA forbids during a capture in
+// global mode, like cuEventQuery.
 #include <climits>
 #include <cstring>
 #include <initializer_list>
@@ -17,7 +17,7 @@ namespace {
 
 Machine& machine = Machine::get();
 
-// What the tests script and see; guarded by the machine's mutex.
+// What tests can script and inspect; guarded by the machine's mutex.
 struct Script {
   long num_calls = 0;
   std::map<long, Result> failures;
@@ -26,9 +26,9 @@ struct Script {
   int version = 13000;
   std::set<std::string, std::less<>> hidden;
   std::string log;
-  std::string shown;  // what standin_log gave out
+  std::string shown;  // what standin_log returned
 };
-Script& script = *new Script;  // never destroyed, as the machine
+Script& script = *new Script;  // never destroyed, like the machine
 
 Result scripted_failure(long call) {
   if (call >= script.sticky_from) return script.sticky;
@@ -40,9 +40,9 @@ struct Field {
   const char* name;
   long value;
 };
-constexpr long kGivenOut = LONG_MIN;  // stands for the number of the handle that the call gives out
+constexpr long kGivenOut = LONG_MIN;  // stands for the number of the handle that the call returns
 
-// One call of the driver: counts it, runs the body unless the call is to fail, and logs it.
+// One call to the driver: counts it, runs the body unless a failure is scripted, and logs it.
 template <class Body>
 Result call(const char* name, std::initializer_list<Field> fields, Body body) {
   const std::lock_guard lock(machine.mutex);
@@ -98,9 +98,7 @@ Result cuDeviceGetCount(int* count) {
   return call("cuDeviceGetCount", {}, [&] { *count = machine.num_devices; });
 }
 
-void need_device(Device device) {
-  need(device >= 0 && device < machine.num_devices, kInvalidDevice);
-}
+void need_device(Device device) { need(device >= 0 && device < machine.num_devices, kInvalidDevice); }
 
 Result cuDeviceGet(Device* device, int ordinal) {
   return call("cuDeviceGet", {{"ordinal", ordinal}}, [&] {
@@ -122,13 +120,12 @@ Result cuDevicePrimaryCtxRelease(Device device) {
     need(machine.retained.contains(device), kInvalidContext);
     if (--machine.retained[device] > 0) return;
     machine.retained.erase(device);
-    std::erase_if(machine.peers, [&](const auto& pair) {
-      return pair.first == device || pair.second == device;
-    });
+    std::erase_if(machine.peers,
+                  [&](const auto& pair) { return pair.first == device || pair.second == device; });
   });
 }
 
-// The device of a context that is alive.
+// The device of a live context.
 int device_of(Context context) {
   const int device = number(context);
   need(context == as_context(device) && machine.retained.contains(device), kInvalidContext);
@@ -187,7 +184,7 @@ Result cuStreamCreateWithPriority(StreamHandle* stream, unsigned flags, int prio
 Result cuStreamDestroy(StreamHandle stream) {
   return call("cuStreamDestroy", {{"stream", number(stream)}}, [&] {
     need(stream != nullptr, kInvalidHandle);
-    machine.stream(stream).destroyed = true;  // its thread does what is pending, and ends
+    machine.stream(stream).destroyed = true;  // its thread finishes the pending work and ends
     machine.streams.erase(stream);
     machine.changed.notify_all();
   });
@@ -196,7 +193,7 @@ Result cuStreamDestroy(StreamHandle stream) {
 Result cuStreamQuery(StreamHandle stream) {
   return call("cuStreamQuery", {{"stream", number(stream)}}, [&] {
     const Stream& asked = machine.stream(stream);
-    need(!asked.place.capture, kCaptureUnsupported);
+    need(!asked.point.capture, kCaptureUnsupported);
     need(asked.queue.empty() && !asked.busy, kNotReady);
   });
 }
@@ -224,10 +221,10 @@ Result cuStreamGetCaptureInfo(StreamHandle stream, int* status, std::uint64_t* i
                               const NodeHandle** dependencies, std::size_t* num_dependencies) {
   return call("cuStreamGetCaptureInfo", {{"stream", number(stream)}}, [&] {
     Stream& asked = machine.stream(stream);
-    const auto capture = asked.place.capture;
+    const auto capture = asked.point.capture;
     *status = !capture ? 0 : capture->invalid ? 2 : kCaptureActive;
     if (*status != kCaptureActive) return;
-    asked.shown.assign(asked.place.nodes.begin(), asked.place.nodes.end());
+    asked.shown.assign(asked.point.nodes.begin(), asked.point.nodes.end());
     if (id != nullptr) *id = static_cast<std::uint64_t>(capture->graph);
     if (graph != nullptr) *graph = as_handle<GraphHandle>(capture->graph);
     if (dependencies != nullptr) *dependencies = asked.shown.data();
@@ -261,7 +258,7 @@ Result cuEventRecordWithFlags(EventHandle event, StreamHandle stream, unsigned f
 Result cuEventQuery(EventHandle event) {
   return call("cuEventQuery", {{"event", number(event)}}, [&] {
     const Event& asked = *machine.event(event);
-    need(!asked.place.capture, kCapturedEvent);
+    need(!asked.point.capture, kCapturedEvent);
     need(!asked.latest || asked.latest->done, kNotReady);
   });
 }
@@ -273,7 +270,7 @@ Result cuEventElapsedTime(float* milliseconds, EventHandle begin, EventHandle en
     const Event& last = *machine.event(end);
     for (const Event* event : {&first, &last}) {
       need(!(event->flags & kEventDisableTiming) && event->latest, kInvalidHandle);
-      need(!event->place.capture, kCapturedEvent);
+      need(!event->point.capture, kCapturedEvent);
     }
     need(first.device == last.device, kInvalidHandle);
     need(first.latest->done && last.latest->done, kNotReady);
@@ -282,8 +279,8 @@ Result cuEventElapsedTime(float* milliseconds, EventHandle begin, EventHandle en
   });
 }
 
-Result cuMemcpyPeerAsync(Address to, Context to_context, Address from, Context from_context,
-                         std::size_t nbytes, StreamHandle stream) {
+Result cuMemcpyPeerAsync(Address to, Context to_context, Address from, Context from_context, std::size_t nbytes,
+                         StreamHandle stream) {
   const auto fields = {Field{"stream", number(stream)},
                        {"nbytes", static_cast<long>(nbytes)},
                        {"to", number(to_context)},
@@ -297,11 +294,10 @@ Result cuMemcpyPeerAsync(Address to, Context to_context, Address from, Context f
   });
 }
 
-// The only work with code of its own; as a node it says to be a kernel, so that it can have a priority.
+// The only work that runs code of a test. As a node it claims to be a kernel, so that it can have a priority.
 Result cuLaunchHostFunc(StreamHandle stream, HostFunction function, void* data) {
-  return call("cuLaunchHostFunc", {{"stream", number(stream)}}, [&] {
-    machine.submit(machine.stream(stream), kNodeTypeKernel, [=] { function(data); });
-  });
+  return call("cuLaunchHostFunc", {{"stream", number(stream)}},
+              [&] { machine.submit(machine.stream(stream), kNodeTypeKernel, [=] { function(data); }); });
 }
 
 Result cuGraphGetNodes(GraphHandle graph, NodeHandle* nodes, std::size_t* count) {
@@ -320,15 +316,13 @@ Result cuGraphGetNodes(GraphHandle graph, NodeHandle* nodes, std::size_t* count)
 }
 
 Result cuGraphNodeGetType(NodeHandle node, int* type) {
-  return call("cuGraphNodeGetType", {{"node", number(node)}},
-              [&] { *type = machine.node(node).type; });
+  return call("cuGraphNodeGetType", {{"node", number(node)}}, [&] { *type = machine.node(node).type; });
 }
 
 Result cuGraphKernelNodeSetAttribute(NodeHandle node, int attribute, const AttributeValue* value) {
   const bool is_priority = attribute == kAttributePriority;
-  const auto fields = {Field{"node", number(node)},
-                       {"attribute", attribute},
-                       {"priority", is_priority ? value->priority : 0}};
+  const auto fields = {
+      Field{"node", number(node)}, {"attribute", attribute}, {"priority", is_priority ? value->priority : 0}};
   return call("cuGraphKernelNodeSetAttribute", fields, [&] {
     need(machine.node(node).type == kNodeTypeKernel, kInvalidHandle);
     need(is_priority, kInvalidValue);
@@ -336,9 +330,8 @@ Result cuGraphKernelNodeSetAttribute(NodeHandle node, int attribute, const Attri
 }
 
 Result cuGraphInstantiateWithFlags(ExecHandle* exec, GraphHandle graph, std::uint64_t flags) {
-  const auto fields = {Field{"graph_exec", kGivenOut},
-                       {"graph", number(graph)},
-                       {"flags", static_cast<long>(flags)}};
+  const auto fields = {
+      Field{"graph_exec", kGivenOut}, {"graph", number(graph)}, {"flags", static_cast<long>(flags)}};
   return call("cuGraphInstantiateWithFlags", fields, [&] {
     auto order = launch_order(machine.graph(graph));
     *exec = as_handle<ExecHandle>(machine.new_number());
@@ -356,8 +349,7 @@ Result cuGraphDestroy(GraphHandle graph) {
 }
 
 Result cuGraphExecDestroy(ExecHandle exec) {
-  return call("cuGraphExecDestroy", {{"graph_exec", number(exec)}},
-              [&] { erase(machine.execs, exec); });
+  return call("cuGraphExecDestroy", {{"graph_exec", number(exec)}}, [&] { erase(machine.execs, exec); });
 }
 
 struct Function {
@@ -366,9 +358,10 @@ struct Function {
   void* address;
 };
 
-// What the CUDA runtime calls, and what tests call in torch's place.
+// The functions that the CUDA runtime calls, and those that tests call in place of torch.
 #define FUNCTION(name, version, parameters) \
   {#name, version, reinterpret_cast<void*>(static_cast<Result(*) parameters>(name))},
+// clang-format off
 const Function kFunctions[] = {
     PE_CUDA_FUNCTIONS(FUNCTION)
     FUNCTION(cuStreamQuery, 2000, (StreamHandle))
@@ -380,6 +373,7 @@ const Function kFunctions[] = {
     FUNCTION(cuGraphDestroy, 10000, (GraphHandle))
     FUNCTION(cuGraphExecDestroy, 10000, (ExecHandle))
 };
+// clang-format on
 #undef FUNCTION
 
 }  // namespace
@@ -399,7 +393,8 @@ Result cuGetProcAddress_v2(const char* symbol, void** address, int version, std:
   return *address ? kSuccess : kNotFound;
 }
 
-// As newly loaded with so many devices; only what is alive stays as it is, and handles stay unique.
+// Back to the state after loading, with this number of devices. What is alive stays alive, and handles stay
+// unique.
 void standin_reset(int num_devices) {
   const std::lock_guard lock(machine.mutex);
   script = {};
@@ -408,13 +403,14 @@ void standin_reset(int num_devices) {
   machine.changed.notify_all();
 }
 
-// The call with this number, counted from 0 since the last reset, does nothing but fail with this code.
+// Makes the call with this number, counted from 0 since the last reset, fail with this code and do nothing
+// else.
 void standin_fail_at(long call, int code) {
   const std::lock_guard lock(machine.mutex);
   script.failures[call] = code;
 }
 
-// So do all calls from this one on, as on a device that has faulted.
+// The same for all calls from this one on, as on a device that has faulted.
 void standin_fail_sticky(long call, int code) {
   const std::lock_guard lock(machine.mutex);
   script.sticky_from = call;
@@ -426,37 +422,39 @@ long standin_num_calls() {
   return script.num_calls;
 }
 
-// A line for each call, "name key=value ...", and " result=CODE" where it did not succeed; stays until the
-// next call of this function or of standin_reset.
+// One line per call, "name key=value ...", with " result=CODE" if it failed. Valid until the next call of this
+// function or of standin_reset.
 const char* standin_log() {
   const std::lock_guard lock(machine.mutex);
   script.shown = script.log;
   return script.shown.c_str();
 }
 
-// Adds a line of the test's own to the log.
+// Adds a line of the test to the log.
 void standin_note(const char* text) {
   const std::lock_guard lock(machine.mutex);
   script.log += std::string(text) + "\n";
 }
 
-// How many of a kind are alive: stream, event, graph, graph_exec; context counts retains not yet released.
-// -1 for an unknown kind.
+// How many of a kind are alive: stream, event, graph, graph_exec; or context, the retains that are not
+// released. -1 for an unknown kind.
 long standin_live(const char* kind) {
   const std::lock_guard lock(machine.mutex);
   long retains = 0;
   for (const auto& [_, count] : machine.retained) retains += count;
   const std::map<std::string_view, long> counts = {
-      {"stream", machine.streams.size()}, {"event", machine.events.size()},
-      {"graph", machine.graphs.size()},   {"graph_exec", machine.execs.size()},
+      {"stream", machine.streams.size()},
+      {"event", machine.events.size()},
+      {"graph", machine.graphs.size()},
+      {"graph_exec", machine.execs.size()},
       {"context", retains},
   };
   const auto found = counts.find(kind);
   return found == counts.end() ? -1 : found->second;
 }
 
-// Lets go of all that is alive, and of the calling thread's contexts, as the end of a process does: what is
-// left where destroying was made to fail.
+// Destroys all that is alive, and the calling thread's context stack, like the end of a process: cleans up
+// after scripted failures to destroy.
 void standin_discard() {
   const std::lock_guard lock(machine.mutex);
   for (const auto& [_, stream] : machine.streams) stream->destroyed = true;
@@ -473,26 +471,26 @@ void standin_discard() {
 // A handle's number in the log.
 int standin_number(void* handle) { return number(handle); }
 
-// What cuDriverGetVersion answers; 13000 at first.
+// Sets what cuDriverGetVersion returns; initially 13000.
 void standin_set_version(int version) {
   const std::lock_guard lock(machine.mutex);
   script.version = version;
 }
 
-// From now on cuGetProcAddress does not find this function, as in a driver that is too old.
+// Makes cuGetProcAddress not find this function, as in a driver that is too old.
 void standin_hide(const char* function) {
   const std::lock_guard lock(machine.mutex);
   script.hidden.insert(function);
 }
 
-// While paused, streams begin nothing new.
+// While paused, streams begin no new work.
 void standin_pause(int paused) {
   const std::lock_guard lock(machine.mutex);
   machine.paused = paused != 0;
   machine.changed.notify_all();
 }
 
-// Waits until all streams are idle, which they never are while paused.
+// Waits until all streams are idle; never returns while work is pending and streams are paused.
 void standin_drain() {
   std::unique_lock lock(machine.mutex);
   machine.changed.wait(lock, [] { return machine.num_pending == 0; });

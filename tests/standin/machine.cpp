@@ -46,9 +46,7 @@ Stream& Machine::stream(StreamHandle handle) {
   return *stream;
 }
 
-const std::shared_ptr<Event>& Machine::event(EventHandle handle) const {
-  return find(events, handle);
-}
+const std::shared_ptr<Event>& Machine::event(EventHandle handle) const { return find(events, handle); }
 
 Graph& Machine::graph(GraphHandle handle) { return find(graphs, handle); }
 
@@ -101,16 +99,16 @@ void Machine::enqueue(Stream& stream, Operation operation) {
 }
 
 void Machine::capture_node(Stream& stream, Node node) {
-  Place& place = stream.place;
-  if (place.capture->invalid) throw Failed{kCaptureInvalidated};
+  CapturePoint& point = stream.point;
+  if (point.capture->invalid) throw Failed{kCaptureInvalidated};
   const auto handle = as_handle<NodeHandle>(new_number());
-  node.after = std::exchange(place.nodes, {handle});
-  place.seen[stream.number] = ++place.capture->progress[stream.number];
-  graph(as_handle<GraphHandle>(place.capture->graph)).emplace(handle, std::move(node));
+  node.after = std::exchange(point.nodes, {handle});
+  point.seen[stream.number] = ++point.capture->progress[stream.number];
+  graph(as_handle<GraphHandle>(point.capture->graph)).emplace(handle, std::move(node));
 }
 
 void Machine::submit(Stream& stream, int type, std::function<void()> body) {
-  if (stream.place.capture) {
+  if (stream.point.capture) {
     capture_node(stream, {type, std::move(body), nullptr});
   } else {
     enqueue(stream, {nullptr, std::move(body), nullptr});
@@ -119,57 +117,57 @@ void Machine::submit(Stream& stream, int type, std::function<void()> body) {
 
 void Machine::record(Stream& stream, const std::shared_ptr<Event>& event, bool external) {
   if (event->device != stream.device) throw Failed{kInvalidHandle};
-  if (external && !stream.place.capture) throw Failed{kInvalidValue};
+  if (external && !stream.point.capture) throw Failed{kInvalidValue};
   if (external) {
     capture_node(stream, {kNodeTypeEventRecord, nullptr, event});
-  } else if (stream.place.capture) {
-    event->place = stream.place;
+  } else if (stream.point.capture) {
+    event->point = stream.point;
   } else {
-    event->place = {};
+    event->point = {};
     event->latest = std::make_shared<Record>();
     enqueue(stream, {nullptr, nullptr, event->latest});
   }
 }
 
 void Machine::wait(Stream& stream, const Event& event) {
-  const Place& from = event.place;
-  Place& place = stream.place;
+  const CapturePoint& from = event.point;
+  CapturePoint& point = stream.point;
   if (!from.capture) {
     if (!event.latest) return;
-    if (!place.capture) return enqueue(stream, {event.latest, nullptr, nullptr});
-    place.capture->invalid = true;
+    if (!point.capture) return enqueue(stream, {event.latest, nullptr, nullptr});
+    point.capture->invalid = true;
     throw Failed{kCaptureIsolation};
   }
   if (from.capture->ended) throw Failed{kCapturedEvent};
   if (stream.number == 0) throw Failed{kCaptureImplicit};
-  if (!place.capture) {
-    place.capture = from.capture;
-    place.seen[stream.number] = ++place.capture->progress[stream.number];
-  } else if (place.capture != from.capture) {
+  if (!point.capture) {
+    point.capture = from.capture;
+    point.seen[stream.number] = ++point.capture->progress[stream.number];
+  } else if (point.capture != from.capture) {
     throw Failed{kCaptureMerge};
   }
-  place.nodes.insert(from.nodes.begin(), from.nodes.end());
+  point.nodes.insert(from.nodes.begin(), from.nodes.end());
   for (const auto& [other, progress] : from.seen) {
-    place.seen[other] = std::max(place.seen[other], progress);
+    point.seen[other] = std::max(point.seen[other], progress);
   }
 }
 
 void Machine::begin_capture(Stream& stream) {
   if (stream.number == 0) throw Failed{kCaptureUnsupported};
-  if (stream.place.capture) throw Failed{kIllegalState};
+  if (stream.point.capture) throw Failed{kIllegalState};
   const int graph = new_number();
   graphs[as_handle<GraphHandle>(graph)];
-  stream.place.capture = std::make_shared<Capture>(Capture{graph, stream.number});
+  stream.point.capture = std::make_shared<Capture>(Capture{graph, stream.number});
 }
 
 int Machine::end_capture(Stream& stream) {
-  const auto capture = stream.place.capture;
+  const auto capture = stream.point.capture;
   if (!capture) throw Failed{kIllegalState};
   if (capture->origin != stream.number) throw Failed{kCaptureUnmatched};
-  const bool joined = stream.place.seen == capture->progress;
+  const bool joined = stream.point.seen == capture->progress;
   capture->ended = true;
   for (const auto& [_, other] : streams) {
-    if (other->place.capture == capture) other->place = {};
+    if (other->point.capture == capture) other->point = {};
   }
   if (joined && !capture->invalid) return given_out = capture->graph;
   graphs.erase(as_handle<GraphHandle>(capture->graph));
@@ -177,7 +175,7 @@ int Machine::end_capture(Stream& stream) {
 }
 
 void Machine::launch(Stream& stream, const std::vector<Node>& nodes) {
-  if (stream.place.capture) throw Failed{kCaptureUnsupported};  // would be a child graph
+  if (stream.point.capture) throw Failed{kCaptureUnsupported};  // would be a child graph
   for (const Node& node : nodes) {
     if (node.event) {
       record(stream, node.event, false);

@@ -1,5 +1,5 @@
-// What the stand-in driver is made of: streams as host threads, events, contexts, captures and graphs.
-// Everything is guarded by one mutex; only the bodies of operations run outside it.
+// The state of the stand-in driver: streams as host threads, events, contexts, captures and graphs. One mutex
+// guards everything; only the bodies of operations run without it.
 #pragma once
 
 #include <chrono>
@@ -27,8 +27,8 @@ inline constexpr int kNodeTypeEventRecord = 7;
 inline constexpr int kLeastPriority = 0;
 inline constexpr int kGreatestPriority = -5;
 
-// A handle is a number cast to a pointer, so a destroyed one is never mistaken for another. 1 and 2 are
-// CUDA's own names for default streams. The number of a context is its device's, far from all others.
+// A handle is a number cast to a pointer and is never reused, so a destroyed handle is always recognized. CUDA
+// itself uses 1 and 2 for default streams. A context has the number of its device, with a large offset.
 inline constexpr int kFirstHandle = 3;
 inline constexpr int kFirstContext = 1'000'000'000;
 
@@ -61,11 +61,12 @@ struct Capture {
   int origin;
   bool invalid = false;
   bool ended = false;
-  std::map<int, long> progress = {};  // per stream: 1 for being brought in, and 1 for each node
+  std::map<int, long> progress = {};  // per stream: 1 for joining the capture, and 1 for each node
 };
 
-// A point in a capture: what comes next depends on the nodes, and has seen this progress of each stream.
-struct Place {
+// A point in a capture: the next node depends on `nodes`, and `seen` is the progress of each stream it
+// includes.
+struct CapturePoint {
   std::shared_ptr<Capture> capture;
   std::set<NodeHandle> nodes;
   std::map<int, long> seen;
@@ -75,7 +76,7 @@ struct Event {
   unsigned flags;
   int device;
   std::shared_ptr<Record> latest = nullptr;
-  Place place = {};
+  CapturePoint point = {};
 };
 
 struct Stream {
@@ -84,8 +85,8 @@ struct Stream {
   std::deque<Operation> queue = {};
   bool busy = false;
   bool destroyed = false;
-  Place place = {};
-  std::vector<NodeHandle> shown = {};  // place.nodes as cuStreamGetCaptureInfo gave them out
+  CapturePoint point = {};
+  std::vector<NodeHandle> shown = {};  // point.nodes as cuStreamGetCaptureInfo returned them
 };
 
 struct Node {
@@ -99,13 +100,13 @@ using Graph = std::map<NodeHandle, Node>;
 
 class Machine {
  public:
-  // Stays to the end of the process: threads of streams may use it while statics are destroyed.
+  // Never destroyed: threads of streams may use it while statics are destroyed.
   static Machine& get();
 
-  // Ends all threads; what they have not begun never runs.
+  // Ends all threads; work that has not begun never runs.
   void end();
 
-  // These throw Failed. The default stream of the current context is made when it is first used.
+  // These throw Failed. The default stream of the current context is created on first use.
   int current_context() const;
   Stream& stream(StreamHandle handle);
   const std::shared_ptr<Event>& event(EventHandle handle) const;
@@ -117,7 +118,7 @@ class Machine {
   std::shared_ptr<Stream> new_stream(int number, int device);
 
   void enqueue(Stream& stream, Operation operation);
-  // Enqueues, or captures as a node.
+  // Enqueues the body, or captures it as a node.
   void submit(Stream& stream, int type, std::function<void()> body);
   void record(Stream& stream, const std::shared_ptr<Event>& event, bool external);
   void wait(Stream& stream, const Event& event);
@@ -135,8 +136,8 @@ class Machine {
   int num_devices = 2;
   int next_number = kFirstHandle;
   int given_out = 0;
-  std::map<int, int> retained;            // contexts: device -> how often
-  std::set<std::pair<int, int>> peers;    // (device, peer) with access enabled
+  std::map<int, int> retained;                             // contexts: device -> number of retains
+  std::set<std::pair<int, int>> peers;                     // (device, peer) with access enabled
   std::map<int, std::shared_ptr<Stream>> default_streams;  // by device
   std::map<StreamHandle, std::shared_ptr<Stream>> streams;
   std::map<EventHandle, std::shared_ptr<Event>> events;
@@ -151,8 +152,8 @@ class Machine {
 // The contexts this thread has pushed, by device.
 inline thread_local std::vector<int> context_stack;
 
-// The nodes in an order in which a graph may run: late ones first where dependencies leave a choice, so that
-// a missing dependency shows.
+// The nodes in an order in which a graph may run. Where dependencies leave a choice, later nodes come first, to
+// reveal missing dependencies.
 std::vector<Node> launch_order(const Graph& graph);
 
 }  // namespace standin

@@ -1,4 +1,4 @@
-"""How results cross a boundary to another process, which has a GPU of its own."""
+"""Moves results across a boundary between processes that have a GPU each."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ class Crossing(DeviceCopy):
         self._pair = pair
 
     def send(self, m: int, results: Sequence[int], buffer: Tensor, nbytes: int) -> None:
-        """As ``transport.stream_ends.Crossing``; the current stream is that of the copy, as below."""
+        """As ``transport.stream_remote.StreamConnection``; the current stream is that of the copy, as below."""
         if nbytes:
             self._pair.send(buffer[:nbytes])
         packed = max(self._position(self._made, m) for m in results)

@@ -52,8 +52,8 @@ class DeviceCopy:
         if self.stays:
             self._keepalive.keep(buffer, packs, self._last_use(results))
 
-    def carry(self, results: Sequence[int], buffer: Tensor, nbytes: int) -> Tensor:
-        """A copy of ``buffer`` on the receiver's device; the current stream is that of the copy."""
+    def copy(self, results: Sequence[int], buffer: Tensor, nbytes: int) -> Tensor:
+        """As ``transport.channel.StreamMemory``; the current stream is that of the copy."""
         packed = max(self._position(self._made, m) for m in results)
         sent = max(self._layout.position(*self._sent, m) for m in results if self._layout.has(*self._sent, m))
         copied = torch_side.empty(buffer.numel(), self._to)

@@ -12,7 +12,8 @@ from ... import _C
 from ...processes.connections import Connections
 from ...stages.recomputation import RecomputationGuard
 from ...stages.stage import Stage
-from ...transport.exchange import EndOf, Exchange
+from ...transport.exchange import Exchange
+from ...transport.make_channels import RemoteChannelOf
 from ..parts import EngineParts
 from ..protocol import Bodies, Body
 from . import torch_side
@@ -81,8 +82,8 @@ class DeviceEngine:
         exchange = self._exchange(layout, keepalive)
         carrying: dict[tuple[int, str], Body] = {}
         for stage in range(plan.num_stages):
-            carrying[stage, "SEND_F"] = functools.partial(exchange.carry_value, stage)
-            carrying[stage, "SEND_B"] = functools.partial(exchange.carry_gradients, stage)
+            carrying[stage, "SEND_F"] = functools.partial(exchange.transfer_value, stage)
+            carrying[stage, "SEND_B"] = functools.partial(exchange.transfer_gradients, stage)
         streams: list[Any] = []
         enqueued = {
             (stage, kind): self._enqueueing(layout, keepalive, streams, stage, kind, body)
@@ -160,10 +161,14 @@ class DeviceEngine:
     def give_up(self, stages: list[Stage]) -> None:
         pass  # no thread of ours is left in a stage
 
-    def _exchange(self, layout: StreamLayout, keepalive: KeepAlive, end_of: EndOf | None = None) -> Exchange:
-        """Between the stages of a plan."""
-        passage_of = functools.partial(DeviceCopy, layout, keepalive, self._executor, self._of_stage)
-        return self._exchange_of(layout.plan, passage_of=passage_of, end_of=end_of)
+    def _exchange(
+        self, layout: StreamLayout, keepalive: KeepAlive, remote_channel_of: RemoteChannelOf | None = None
+    ) -> Exchange:
+        """The channels between the stages of a plan."""
+        stream_memory_of = functools.partial(DeviceCopy, layout, keepalive, self._executor, self._of_stage)
+        return self._exchange_of(
+            layout.plan, stream_memory_of=stream_memory_of, remote_channel_of=remote_channel_of
+        )
 
     def _enqueueing(
         self,
@@ -179,15 +184,15 @@ class DeviceEngine:
         adds = kind in ("B", "W")
 
         def run(m: int) -> None:
-            number, stream = layout.position(kind, stage, m)
+            op, stream = layout.position(kind, stage, m)
             torch_side.use(streams[stream])
-            keepalive.release(number)
+            keepalive.release(op)
             body(m)
 
         def train(m: int) -> None:
-            number, lane = layout.position(kind, stage, m)
+            op, lane = layout.position(kind, stage, m)
             torch_side.use(streams[lane])
-            keepalive.release(number)
+            keepalive.release(op)
             parameters.enter(stage, lane)
             try:
                 if adds:

@@ -79,9 +79,9 @@ class DeviceStep:
     def task_end(self) -> Sequence[int]:
         return self._by_task(self._read[2])
 
-    def _by_task(self, by_number: list[float]) -> list[int]:
-        numbers = map(self._layout.streams.step_of, range(len(self._layout.plan)))
-        return [0 if number is None else _nanoseconds(by_number[number]) for number in numbers]
+    def _by_task(self, by_op: list[float]) -> list[int]:
+        ops = map(self._layout.streams.op_of, range(len(self._layout.plan)))
+        return [0 if op is None else _nanoseconds(by_op[op]) for op in ops]
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -16,16 +16,16 @@ class KeepAlive:
 
     def __init__(self, layout: StreamLayout) -> None:
         self._layout = layout
-        self._held: dict[int, list[Any]] = {}  # by the number of the task before which they are dropped
+        self._held: dict[int, list[Any]] = {}  # by the op before which they are dropped
 
     def keep(self, value: Any, made: Position, used: Position) -> None:
-        """Keeps ``value``, allocated at ``made``, until a task of that stream that runs after ``used``."""
-        until = self._layout.streams.first_after(used.number, made.stream)
+        """Keeps ``value``, allocated at ``made``, until an op of that stream that runs after ``used``."""
+        until = self._layout.streams.first_after(used.op, made.stream)
         self._held.setdefault(until, []).append(value)
 
-    def release(self, number: int) -> None:
-        """Drops what was kept until the task of this number, which is about to be enqueued."""
-        self._held.pop(number, None)
+    def release(self, op: int) -> None:
+        """Drops what was kept until the op of this number, which is about to be enqueued."""
+        self._held.pop(op, None)
 
     def end(self) -> None:
         """Drops everything: the caller's streams wait for all others, and the next step waits for them."""

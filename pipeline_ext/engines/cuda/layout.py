@@ -12,7 +12,7 @@ Action = tuple[str, int, int]  # kind, stage, microbatch
 class Position(NamedTuple):
     """Where an action is enqueued."""
 
-    number: int  # in the order of enqueueing
+    op: int  # its number in the order of enqueueing
     stream: int
 
 
@@ -37,7 +37,7 @@ class StreamLayout:
         self.peak_in_flight: list[int] = simulated.peak_in_flight
         self.peak_in_flight_of_stage: list[int] = simulated.peak_in_flight_of_stage
         self._positions = {
-            action: Position(index, stream) for index, (action, stream, _) in enumerate(self.streams.steps)
+            action: Position(op, stream) for op, (action, stream, _) in enumerate(self.streams.ops)
         }
 
     def position(self, kind: str, stage: int, m: int) -> Position:

@@ -12,11 +12,12 @@ from ...processes.connections import Connections
 from ...processes.failure import GRACE, Failure
 from ...processes.group import Processes, seconds
 from ...stages.step import Step
-from ...transport.exchange import EndOf, Exchange
-from ...transport.remote import Way
-from ...transport.stream_ends import StreamIncoming, StreamOutgoing
+from ...transport.exchange import Exchange
+from ...transport.flow import Flow
+from ...transport.make_channels import RemoteChannelOf
+from ...transport.stream_remote import StreamReceiver, StreamSender
 from ..parts import EngineParts
-from ..process_ends import ends_of
+from ..remote_channels import remote_channels
 from .crossing import Crossing
 from .descriptions import Descriptions
 from .device_engine import DeviceEngine, DeviceRoute
@@ -98,24 +99,26 @@ class DeviceProcessEngine(DeviceEngine):
         self._failure.tell(reason)
         self._waits.fail()
 
-    def _exchange(self, layout: StreamLayout, keepalive: KeepAlive, end_of: EndOf | None = None) -> Exchange:
-        def crossing(way: Way) -> tuple[Crossing, str]:
-            letter = "F" if way.what == "activations" else "B"
-            boundary = way.receiver - 1 if letter == "F" else way.receiver
+    def _exchange(
+        self, layout: StreamLayout, keepalive: KeepAlive, remote_channel_of: RemoteChannelOf | None = None
+    ) -> Exchange:
+        def crossing(flow: Flow) -> tuple[Crossing, str]:
+            letter = "F" if flow.what == "activations" else "B"
+            boundary = flow.receiver - 1 if letter == "F" else flow.receiver
             pair = self._pairs[boundary, letter]
             parts = (layout, keepalive, self._executor, self._of_stage, boundary, letter, pair)
             return Crossing(*parts), f"{boundary}{letter}"
 
-        def outgoing(line: object, way: Way) -> StreamOutgoing:
-            ours, name = crossing(way)
-            return StreamOutgoing(way, ours, self._signatures.of_way(way, name), self.devices[0])
+        def sender(peer: object, flow: Flow) -> StreamSender:
+            ours, name = crossing(flow)
+            return StreamSender(flow, ours, self._signatures.of_flow(flow, name), self.devices[0])
 
-        def incoming(line: object, way: Way, tasks: object) -> StreamIncoming:
-            ours, name = crossing(way)
-            return StreamIncoming(way, ours, self._signatures.of_way(way, name))
+        def receiver(peer: object, flow: Flow, tasks: object) -> StreamReceiver:
+            ours, name = crossing(flow)
+            return StreamReceiver(flow, ours, self._signatures.of_flow(flow, name))
 
-        end_of = ends_of(layout.plan, self._processes, outgoing, incoming)
-        return super()._exchange(layout, keepalive, end_of)
+        remote_channel_of = remote_channels(layout.plan, self._processes, sender, receiver)
+        return super()._exchange(layout, keepalive, remote_channel_of)
 
 
 class _Waits(NamedTuple):

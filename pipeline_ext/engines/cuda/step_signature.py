@@ -16,9 +16,9 @@ from ...processes.failure import GRACE, Failure
 from ...processes.group import Processes, seconds
 from ...stages.stage import Stage
 from ...stages.step import Step
-from ...transport.description import decode, encode
-from ...transport.message import Contents
-from ...transport.remote import Way
+from ...transport.description import Description
+from ...transport.encoding import decode, encode
+from ...transport.flow import Flow
 from .descriptions import Descriptions
 
 _MOST = 64  # signatures that are remembered
@@ -45,10 +45,10 @@ class StepSignatures:
         self._descriptions = descriptions
         self._count = 0
         self._numbers: OrderedDict[Hashable, int] = OrderedDict()  # of signatures as this process sees them
-        self._met: OrderedDict[str, dict[str, Contents]] = OrderedDict()  # signatures, with messages by name
+        self._met: OrderedDict[str, dict[str, Description]] = OrderedDict()  # signatures, with messages by name
         self._now = ""
         self._is_new = False
-        self._contents: dict[str, Contents] = {}
+        self._described: dict[str, Description] = {}
 
     def begin(self, plan: _C.Plan, step: Step, timeout: float) -> None:
         """Begins a step. All processes call it together.
@@ -59,7 +59,7 @@ class StepSignatures:
         assert agreed is not None  # no process has none here
         self._now = agreed
         self._is_new = self._now not in self._met
-        self._contents = _latest(self._met, self._now, {})
+        self._described = _latest(self._met, self._now, {})
         self._descriptions.timeout = timeout
 
     def agree(self, key: Hashable | None, timeout: float) -> str | None:
@@ -74,31 +74,31 @@ class StepSignatures:
         self._failure.finish(work, timeout, "all processes to begin a step")
         return "-".join(str(int(number)) for number in found) if all(found) else None
 
-    def of_way(self, way: Way, name: str) -> "FormatsOfWay":
-        """The ``Catalogue`` of a way, whose name no other has."""
-        return FormatsOfWay(self, way, name)
+    def of_flow(self, flow: Flow, name: str) -> "FormatsOfFlow":
+        """The ``KnownMessages`` of a flow; no other flow has this name."""
+        return FormatsOfFlow(self, flow, name)
 
-    def known(self, message: str) -> Contents | None:
-        """What is in a message of this step, by name, where that has been told."""
-        return self._contents.get(message)
+    def known(self, message: str) -> Description | None:
+        """The description of a message of this step, by name; None if it is not known yet."""
+        return self._described.get(message)
 
-    def tell(self, message: str, way: Way, index: int, contents: Contents) -> None:
-        """As ``Catalogue``."""
+    def tell(self, message: str, flow: Flow, index: int, description: Description) -> None:
+        """As ``KnownMessages``."""
         if not self._is_new:
             raise PipelineError(
-                f"{way.describe(index)} differ in shape, or in a value that is no tensor, from those of an "
-                "earlier step with inputs alike, for which the process that receives them has made ready; "
+                f"{flow.describe(index)} differ in shape, or in a value that is not a tensor, from those of an "
+                "earlier step with the same kinds of inputs, which the receiving process expects; "
                 "between processes with GPUs shapes may depend on the shapes of inputs, not on their values"
             )
-        self._descriptions.tell(f"{self._now}/{message}", encode(contents, way.wire))
-        self._contents[message] = contents
+        self._descriptions.tell(f"{self._now}/{message}", encode(description, flow.wire))
+        self._described[message] = description
 
-    def ask(self, message: str, way: Way, index: int) -> Contents:
-        """As ``Catalogue``."""
-        if message not in self._contents:
-            told = self._descriptions.hear(f"{self._now}/{message}", f"what {way.describe(index)} are")
-            self._contents[message] = decode(told)
-        return self._contents[message]
+    def ask(self, message: str, flow: Flow, index: int) -> Description:
+        """As ``KnownMessages``."""
+        if message not in self._described:
+            told = self._descriptions.hear(f"{self._now}/{message}", f"what {flow.describe(index)} are")
+            self._described[message] = decode(told)
+        return self._described[message]
 
     def _signature_of(self, plan: _C.Plan, step: Step) -> Hashable:
         if self._holdings.look():
@@ -113,21 +113,21 @@ class StepSignatures:
         )
 
 
-class FormatsOfWay(NamedTuple):
-    """The ``Catalogue`` of one way."""
+class FormatsOfFlow(NamedTuple):
+    """The ``KnownMessages`` of one flow."""
 
     signatures: StepSignatures
-    way: Way
+    flow: Flow
     name: str
 
-    def known(self, index: int) -> Contents | None:
+    def known(self, index: int) -> Description | None:
         return self.signatures.known(f"{self.name}/{index}")
 
-    def tell(self, index: int, contents: Contents) -> None:
-        self.signatures.tell(f"{self.name}/{index}", self.way, index, contents)
+    def tell(self, index: int, description: Description) -> None:
+        self.signatures.tell(f"{self.name}/{index}", self.flow, index, description)
 
-    def ask(self, index: int) -> Contents:
-        return self.signatures.ask(f"{self.name}/{index}", self.way, index)
+    def ask(self, index: int) -> Description:
+        return self.signatures.ask(f"{self.name}/{index}", self.flow, index)
 
 
 def _look(leaf: Any) -> Hashable:

@@ -1,4 +1,4 @@
-"""Targets by microbatch, and what each microbatch's loss counts."""
+"""Targets cut into microbatches, and the weight of each microbatch's loss."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +13,10 @@ _ROWS = TensorChunkSpec(0)
 
 
 def split_target(target: Any, microbatches: int) -> list[Any]:
-    """A pytree cut leaf by leaf along dimension 0; what has none goes to every microbatch as it is.
+    """Cuts each tensor of a pytree along dimension 0.
 
-    Raises InvalidArgument where a tensor has fewer rows than there are microbatches.
+    Scalars, and leaves that are no tensors, go to every microbatch unchanged. Raises InvalidArgument if a
+    tensor has fewer rows than there are microbatches.
     """
 
     def cut(leaf: Any) -> Sequence[Any]:
@@ -32,12 +33,12 @@ def split_target(target: Any, microbatches: int) -> list[Any]:
     return [pytree.tree_unflatten([column[m] for column in columns], spec) for m in range(microbatches)]
 
 
-def weights(target_mbs: list[Any] | None, microbatches: int, means: bool) -> list[float]:
-    """By microbatch: with ``means`` its share of the target's rows, and otherwise 1."""
-    if not means:
+def loss_weights(target_mbs: list[Any] | None, microbatches: int, scale_grads: bool) -> list[float]:
+    """By microbatch: its share of the target's rows, or 1 without ``scale_grads``."""
+    if not scale_grads:
         return [1] * microbatches
-    rows = [_rows(target) for target in target_mbs or ()]
-    if not rows or None in rows or len(set(rows)) == 1:
+    rows = [n for target in target_mbs or () if (n := _rows(target)) is not None]
+    if len(rows) < microbatches or len(set(rows)) == 1:
         return [1 / microbatches] * microbatches
     return [n / sum(rows) for n in rows]
 

@@ -1,4 +1,4 @@
-// What each task of a plan waits for, and what waits for it.
+// Which tasks of a plan each task waits for, and which wait for it.
 #pragma once
 
 #include <cstddef>
@@ -15,21 +15,20 @@ using TaskId = std::uint32_t;
 inline constexpr TaskId kNoTask = ~TaskId{0};
 inline constexpr int kMaxDependencies = 65534;  // of one task
 
-// What skips send to other ranks when a task ends.
+// What a task sends to other ranks over skips when it ends.
 struct SkipsSent {
   int messages = 0;
-  int results = 0;  // in them
+  int results = 0;  // in all these messages
 };
 
-class Links {
+class Dependencies {
  public:
-  // Throws PlanError where a task waits for more than kMaxDependencies.
-  Links(const std::vector<Action>& actions, const Shape& shape, const Packs& packs);
+  // Throws PlanError if a task waits for more than kMaxDependencies tasks.
+  Dependencies(const std::vector<Action>& actions, const Shape& shape, const Packs& packs);
 
   std::uint16_t num_dependencies(TaskId task) const { return num_dependencies_[task]; }
   std::span<const TaskId> successors(TaskId task) const {
-    return {successors_.data() + successors_begin_[task],
-            successors_.data() + successors_begin_[task + 1]};
+    return {successors_.data() + successors_begin_[task], successors_.data() + successors_begin_[task + 1]};
   }
   SkipsSent skips_sent(TaskId task) const { return skips_sent_.empty() ? SkipsSent{} : skips_sent_[task]; }
   std::size_t nbytes() const;
@@ -38,7 +37,7 @@ class Links {
   std::vector<TaskId> successors_begin_;
   std::vector<TaskId> successors_;
   std::vector<std::uint16_t> num_dependencies_;
-  std::vector<SkipsSent> skips_sent_;  // by task; empty where there are no skips
+  std::vector<SkipsSent> skips_sent_;  // by task; empty without skips
 };
 
 }  // namespace pe

@@ -1,4 +1,4 @@
-"""How far two processes' clocks are apart, found out as the Network Time Protocol does."""
+"""The difference between the clocks of two processes, measured as the Network Time Protocol does."""
 
 import time
 from collections.abc import Sequence
@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 import torch
 
-from .remote import Line
+from .peer import Peer
 
 _ROUNDS = 12
 
 
 class RoundTrip(NamedTuple):
-    """A question and its answer; nanoseconds."""
+    """A question and its answer; times in nanoseconds."""
 
     asked: int
-    answer: int  # what the other clock showed between
+    answer: int  # the other clock, in between
     answered: int
 
 
@@ -26,27 +26,27 @@ def ahead(round_trips: Sequence[RoundTrip]) -> int:
     return best.answer - (best.asked + best.answered) // 2
 
 
-def ask(line: Line, timeout: timedelta) -> int:
-    """By how much the clock of the process at the other end is ahead, which calls ``answer`` meanwhile.
+def ask(peer: Peer, timeout: timedelta) -> int:
+    """Nanoseconds by which the peer's clock is ahead; the peer calls ``answer`` at the same time.
 
-    Raises RuntimeError where it is gone, or does not come in time.
+    Raises RuntimeError if the peer is gone or does not answer in time.
     """
     round_trips = []
     for _ in range(_ROUNDS):
         shown = torch.zeros(1, dtype=torch.int64)
         asked = now()
-        sent, received = line.send(shown.clone()), line.receive(shown)
+        sent, received = peer.send(shown.clone()), peer.recv(shown)
         sent.wait(timeout)
         received.wait(timeout)
-        round_trips.append(RoundTrip(asked, shown.item(), now()))
+        round_trips.append(RoundTrip(asked, int(shown), now()))
     return ahead(round_trips)
 
 
-def answer(line: Line, timeout: timedelta) -> None:
-    """The other end of ``ask``."""
+def answer(peer: Peer, timeout: timedelta) -> None:
+    """The other side of ``ask``."""
     for _ in range(_ROUNDS):
-        line.receive(torch.zeros(1, dtype=torch.int64)).wait(timeout)
-        line.send(torch.tensor([now()])).wait(timeout)
+        peer.recv(torch.zeros(1, dtype=torch.int64)).wait(timeout)
+        peer.send(torch.tensor([now()])).wait(timeout)
 
 
 def now() -> int:

@@ -1,4 +1,4 @@
-#include "plan/links.hpp"
+#include "plan/dependencies.hpp"
 
 #include <algorithm>
 #include <array>
@@ -8,19 +8,18 @@
 namespace pe {
 namespace {
 
-// One direction of a skip.
-struct Way {
+// One direction of a skip: its tensors, or their gradients.
+struct SkipDirection {
   int from;
   int to;
-  Kind kind;                     // F, or B for gradients, which come of B or I
-  std::vector<TaskId> senders;   // by microbatch, the task whose end lets it go; or kNoTask
+  Kind kind;                    // F; or B for gradients, which `B` or `I` computes
+  std::vector<TaskId> senders;  // by microbatch, the task whose end sends it; or kNoTask
 };
 
 // Finds the task of (stage, kind, microbatch); whole-stage actions are found at microbatch 0.
 class TaskIndex {
  public:
-  TaskIndex(const std::vector<Action>& actions, const Shape& shape, const Packs& packs)
-      : shape_(shape) {
+  TaskIndex(const std::vector<Action>& actions, const Shape& shape, const Packs& packs) : shape_(shape) {
     first_row_.fill(-1);
     int rows = 0;
     for (const Action& a : actions) {
@@ -31,8 +30,8 @@ class TaskIndex {
     for (TaskId t = 0; t < actions.size(); ++t) tasks_[slot(actions[t])] = t;
     if (packs.any()) find_last_of_groups(packs);
     for (const Skip& skip : packs.skips) {
-      add_way(skip.source, skip.target, Kind::F, skip.forward);
-      add_way(skip.target, skip.source, Kind::B, skip.backward);
+      add_skip_direction(skip.source, skip.target, Kind::F, skip.forward);
+      add_skip_direction(skip.target, skip.source, Kind::B, skip.backward);
     }
   }
 
@@ -42,16 +41,16 @@ class TaskIndex {
     return tasks_[slot({stage, microbatch, kind})];
   }
 
-  // The task whose end lets the result of (stage, kind, microbatch) go to a neighbouring stage.
+  // The task whose end sends the result of (stage, kind, microbatch) to the neighbouring stage.
   TaskId find_sender(int stage, Kind kind, int microbatch) const {
     const TaskId task = find(stage, kind, microbatch);
     return task == kNoTask || senders_.empty() ? task : senders_[slot({stage, microbatch, kind})];
   }
 
-  const std::vector<Way>& ways() const { return ways_; }
+  const std::vector<SkipDirection>& skip_directions() const { return skip_directions_; }
 
  private:
-  // A group's results leave with the one its stage runs last; of one stage, later tasks have higher numbers.
+  // A pack is sent when the last of its microbatches ends. Tasks of a stage are numbered in the order they run.
   void find_last_of_groups(const Packs& packs) {
     senders_ = tasks_;
     for (const Kind kind : {Kind::F, Kind::B, Kind::I}) {
@@ -61,21 +60,21 @@ class TaskIndex {
         if (next < 0 || next == shape_.num_stages) continue;
         for_each_group(stage, next, packs.of(kind, std::min(stage, next)), [&](int first, int end) {
           const TaskId last = find_last(stage, kind, first, end);
-          if (last != kNoTask) std::fill_n(senders_.begin() + slot({stage, first, kind}), end - first, last);
+          if (last != kNoTask) std::fill_n(&senders_[slot({stage, first, kind})], end - first, last);
         });
       }
     }
   }
 
-  void add_way(int from, int to, Kind kind, int k) {
-    Way& way = ways_.emplace_back(Way{from, to, kind, {}});
+  void add_skip_direction(int from, int to, Kind kind, int k) {
+    SkipDirection& direction = skip_directions_.emplace_back(SkipDirection{from, to, kind, {}});
     for_each_group(from, to, k, [&](int first, int end) {
-      way.senders.insert(way.senders.end(), end - first, find_last(from, kind, first, end));
+      direction.senders.insert(direction.senders.end(), end - first, find_last(from, kind, first, end));
     });
   }
 
-  // Calls emit(first, end) for the microbatches of each message from `stage` to `next`; on one rank each goes
-  // alone.
+  // Calls emit(first, end) for the microbatches of each message from `stage` to `next`. If both stages are on
+  // one rank, every microbatch is handed over alone.
   template <class Emit>
   void for_each_group(int stage, int next, int k, Emit&& emit) const {
     for (int first = 0, end; first < shape_.num_microbatches; first = end) {
@@ -86,7 +85,7 @@ class TaskIndex {
     }
   }
 
-  // Of the tasks that send gradients, or activations, of these microbatches; none if one does not.
+  // The last task that computes these microbatches' results; kNoTask if one of them has no such task.
   TaskId find_last(int stage, Kind kind, int first, int end) const {
     const Kind other = kind == Kind::F ? Kind::F : kind == Kind::B ? Kind::I : Kind::B;
     TaskId last = 0;
@@ -108,25 +107,23 @@ class TaskIndex {
   std::array<int, kNumKinds> first_row_;
   std::vector<TaskId> tasks_;
   std::vector<TaskId> senders_;  // empty where nothing is packed
-  std::vector<Way> ways_;
+  std::vector<SkipDirection> skip_directions_;
 };
 
-// Calls emit(task) for each task that must be done before `a` may start.
+// Calls emit(task) for each task that must end before `a` may start.
 template <class Emit>
 void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& shape, Emit&& emit) {
   const auto add_task = [&](TaskId task) {
     if (task != kNoTask) emit(task);
     return task != kNoTask;
   };
-  const auto add = [&](int stage, Kind kind) {
-    return add_task(index.find(stage, kind, a.microbatch));
-  };
+  const auto add = [&](int stage, Kind kind) { return add_task(index.find(stage, kind, a.microbatch)); };
   const auto add_sender = [&](int stage, Kind kind) {
     return add_task(index.find_sender(stage, kind, a.microbatch));
   };
   const auto add_skips = [&](Kind kind) {
-    for (const Way& way : index.ways()) {
-      if (way.to == a.stage && way.kind == kind) add_task(way.senders[a.microbatch]);
+    for (const SkipDirection& direction : index.skip_directions()) {
+      if (direction.to == a.stage && direction.kind == kind) add_task(direction.senders[a.microbatch]);
     }
   };
   switch (a.kind) {
@@ -172,12 +169,12 @@ void for_each_dependency(const Action& a, const TaskIndex& index, const Shape& s
 }
 
 std::vector<SkipsSent> find_skips_sent(const TaskIndex& index, const Shape& shape, TaskId num_tasks) {
-  std::vector<SkipsSent> sent(index.ways().empty() ? 0 : num_tasks);
-  for (const Way& way : index.ways()) {
+  std::vector<SkipsSent> sent(index.skip_directions().empty() ? 0 : num_tasks);
+  for (const SkipDirection& direction : index.skip_directions()) {
     TaskId last = kNoTask;
     for (int m = 0; m < shape.num_microbatches; ++m) {
-      const TaskId sender = way.senders[m];
-      if (sender == kNoTask || shape.rank_of(way.from, m) == shape.rank_of(way.to, m)) continue;
+      const TaskId sender = direction.senders[m];
+      if (sender == kNoTask || shape.rank_of(direction.from, m) == shape.rank_of(direction.to, m)) continue;
       sent[sender].messages += sender != std::exchange(last, sender);
       ++sent[sender].results;
     }
@@ -187,7 +184,7 @@ std::vector<SkipsSent> find_skips_sent(const TaskIndex& index, const Shape& shap
 
 }  // namespace
 
-Links::Links(const std::vector<Action>& actions, const Shape& shape, const Packs& packs)
+Dependencies::Dependencies(const std::vector<Action>& actions, const Shape& shape, const Packs& packs)
     : successors_begin_(actions.size() + 1, 0), num_dependencies_(actions.size(), 0) {
   const TaskIndex index(actions, shape, packs);
   const TaskId size = static_cast<TaskId>(actions.size());
@@ -198,8 +195,8 @@ Links::Links(const std::vector<Action>& actions, const Shape& shape, const Packs
       ++successors_begin_[before + 1];
     });
     if (count > kMaxDependencies) {
-      throw PlanError(to_text(actions[t]) + " waits for more than " +
-                      std::to_string(kMaxDependencies) + " tasks");
+      throw PlanError(to_text(actions[t]) + " waits for more than " + std::to_string(kMaxDependencies) +
+                      " tasks");
     }
     num_dependencies_[t] = static_cast<std::uint16_t>(count);
   }
@@ -207,13 +204,12 @@ Links::Links(const std::vector<Action>& actions, const Shape& shape, const Packs
   successors_.resize(successors_begin_.back());
   std::vector<TaskId> next(successors_begin_.begin(), successors_begin_.end() - 1);
   for (TaskId t = 0; t < size; ++t) {
-    for_each_dependency(actions[t], index, shape,
-                        [&](TaskId before) { successors_[next[before]++] = t; });
+    for_each_dependency(actions[t], index, shape, [&](TaskId before) { successors_[next[before]++] = t; });
   }
   skips_sent_ = find_skips_sent(index, shape, size);
 }
 
-std::size_t Links::nbytes() const {
+std::size_t Dependencies::nbytes() const {
   return sizeof(TaskId) * (successors_begin_.size() + successors_.size()) +
          sizeof(std::uint16_t) * num_dependencies_.size() + sizeof(SkipsSent) * skips_sent_.size();
 }

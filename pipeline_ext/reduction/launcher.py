@@ -1,4 +1,4 @@
-"""When the buffers of a step's gradients leave: as soon as they are final, in one order for all replicas."""
+"""Launches the reduction of buckets as soon as they are full, in one order for all replicas."""
 
 import contextlib
 import threading
@@ -11,40 +11,41 @@ from ..stages.last_backward import Body
 from .buckets import Bucket
 
 
-class Departures:
-    """Sends buckets: those of later stages first, of each stage in the order in which backward fills them.
+class BucketLauncher:
+    """Launches the buckets of later stages first, and those of a stage in the order in which backward fills
+    them.
 
-    In a stage's last backward a bucket is full once each of its parameters was added to as often as in the last
-    backward of the step before. What is not full when that backward ends leaves then.
+    In a stage's last backward a bucket is full once each of its parameters was accumulated into as often as in
+    the last backward of the step before. When that backward ends, all buckets of the stage are full.
     """
 
-    def __init__(self, send: Callable[[Bucket], None]) -> None:
-        self._send = send
-        self._added_to: dict[int, Counter[nn.Parameter]] = {}  # by stage, in its last backward
+    def __init__(self, launch: Callable[[Bucket], None]) -> None:
+        self._launch = launch
+        self._counts: dict[int, Counter[nn.Parameter]] = {}  # accumulations by stage, in its last backward
         self._buckets: Mapping[int, Sequence[Bucket]] = {}
         self._left: dict[int, int] = {}  # backwards, by stage
         self._due: deque[Bucket] = deque()
         self._full: set[Bucket] = set()
-        self._sending = threading.Lock()
+        self._launching = threading.Lock()
 
     def begin(self, buckets: Mapping[int, Sequence[Bucket]], microbatches: int) -> None:
-        """Begins a step that reduces ``buckets``, by stage, each of which runs so many backwards."""
+        """Begins a step that reduces ``buckets``, by stage; each stage runs ``microbatches`` backwards."""
         self._buckets = buckets
         self._left = dict.fromkeys(buckets, microbatches)
         self._due = deque(bucket for stage in sorted(buckets, reverse=True) for bucket in buckets[stage])
         self._full = set()
 
     def pause(self) -> None:
-        """Begins a step in which nothing leaves."""
+        """Begins a step in which nothing is launched."""
         self._left = {}
 
     def watch(self, stage: int, backward: Body) -> Body:
-        """``backward`` of a stage: B, or W where that is split."""
+        """``backward`` of a stage: `B`, or `W` if the backward is split."""
 
         def watched(m: int) -> None:
             left = self._left.get(stage)
             if left == 1:
-                with self._filling(stage):
+                with self._counting(stage):
                     backward(m)
                 self._fill(self._buckets[stage])
                 return
@@ -55,22 +56,24 @@ class Departures:
         return watched
 
     @contextlib.contextmanager
-    def _filling(self, stage: int) -> Iterator[None]:
-        """Around the last backward of a stage."""
-        before = self._added_to.get(stage, Counter())
-        added_to = self._added_to[stage] = Counter()
+    def _counting(self, stage: int) -> Iterator[None]:
+        """Launches buckets that become full during the last backward of a stage."""
+        before = self._counts.get(stage, Counter())
+        counts = self._counts[stage] = Counter()
         handles = []
         for bucket in self._buckets[stage]:
             missing = {parameter: before[parameter] for parameter in bucket.parameters}
 
-            def added(parameter: nn.Parameter, bucket: Bucket = bucket, missing: dict = missing) -> None:
-                added_to[parameter] += 1
-                if added_to[parameter] == missing.get(parameter):
+            def accumulated(
+                parameter: nn.Parameter, bucket: Bucket = bucket, missing: dict[nn.Parameter, int] = missing
+            ) -> None:
+                counts[parameter] += 1
+                if counts[parameter] == missing.get(parameter):
                     del missing[parameter]
                     if not missing:
                         self._fill([bucket])
 
-            handles += [p.register_post_accumulate_grad_hook(added) for p in bucket.parameters]
+            handles += [p.register_post_accumulate_grad_hook(accumulated) for p in bucket.parameters]
         try:
             yield
         finally:
@@ -78,7 +81,7 @@ class Departures:
                 handle.remove()
 
     def _fill(self, buckets: Sequence[Bucket]) -> None:
-        with self._sending:
+        with self._launching:
             self._full.update(buckets)
             while self._due and self._due[0] in self._full:
-                self._send(self._due.popleft())
+                self._launch(self._due.popleft())

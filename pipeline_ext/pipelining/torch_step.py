@@ -1,4 +1,4 @@
-"""What the tasks of one step of a torch schedule read and write."""
+"""The inputs and results of one step of a torch schedule."""
 
 from typing import Any
 
@@ -8,7 +8,9 @@ from ..transport.exchange import Exchange
 
 
 class TorchStep(Step):
-    """A step whose microbatches were cut before, in each process those it was given."""
+    """A step whose batch is already cut into microbatches; each process has those that it was given."""
+
+    inputs: list[tuple[tuple, dict[str, Any]]]
 
     def __init__(
         self,
@@ -18,7 +20,7 @@ class TorchStep(Step):
         weights: list[float],
         keep_outputs: bool,
     ) -> None:
-        """``weights``: of each microbatch's loss, where the last stage is."""
+        """``weights`` scale each microbatch's loss, in the process of the last stage."""
         super().__init__(
             exchange=exchange,
             microbatches=len(inputs),
@@ -37,7 +39,7 @@ class TorchStep(Step):
         return []
 
     def take_in(self, stage: int, m: int, known: list[Any]) -> None:
-        """Nothing has come along."""
+        """Ignores ``known``, which is empty."""
 
     def known_loss(self) -> None:
-        """Losses stay where the last stage is."""
+        """None: losses stay in the process of the last stage."""

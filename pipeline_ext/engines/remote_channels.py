@@ -1,4 +1,4 @@
-"""Where a plan's results go to, and come from, other processes."""
+"""The channels between a plan's stages in different processes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,28 +7,32 @@ import torch
 
 from .. import _C
 from ..processes.group import Processes
-from ..transport.exchange import EndOf
-from ..transport.remote import Incoming, Line, Outgoing, Way
+from ..processes.peer import Peer
+from ..transport.flow import Flow
+from ..transport.make_channels import RemoteChannelOf
+from ..transport.remote_receiver import RemoteReceiver
+from ..transport.remote_sender import RemoteSender
 
 
-def ends_of(
+def remote_channels(
     plan: _C.Plan,
     processes: Processes,
-    outgoing: Callable[..., Any] = Outgoing,
-    incoming: Callable[..., Any] = Incoming,
-) -> EndOf:
-    """What makes this process's end of a way between two stages of different ranks, if it has one.
+    make_sender: Callable[..., Any] = RemoteSender,
+    make_receiver: Callable[..., Any] = RemoteReceiver,
+) -> RemoteChannelOf:
+    """Makes the function that makes this process's end of a channel between two stages of different ranks.
 
-    It takes the stage that sends, the one that receives, K, the wire type, and the name of a skip or None.
-    ``outgoing`` and ``incoming`` make the ends.
+    That end is a sender, a receiver, or None if neither stage is here.
     """
     tasks: dict[tuple[int, str], list[tuple[int, int]]] = {}
     for task in range(len(plan)):
         kind, stage, m, *_ = plan.describe(task)
         tasks.setdefault((stage, kind), []).append((task, m))
-    skips: list[str] = []  # those met so far: each takes numbers of its own
+    skips: list[str] = []  # in the order of the calls: each takes tags of its own
 
-    def end_of(sender: int, receiver: int, pack: int, wire: torch.dtype | None, skip: str | None) -> Any:
+    def remote_channel_of(
+        sender: int, receiver: int, pack: int, wire: torch.dtype | None, skip: str | None
+    ) -> Any:
         forward = sender < receiver
         first = min(sender, receiver)
         if skip is not None and skip not in skips:
@@ -43,15 +47,15 @@ def ends_of(
             groups.setdefault(m // pack, []).append(m)
             last[m // pack] = task
         order = sorted(groups, key=last.__getitem__)
-        peer = receives if processes.rank == sends else sends
+        rank = receives if processes.rank == sends else sends
         number = first if skip is None else plan.num_stages + skips.index(skip)
-        line = Line(
+        peer = Peer(
             processes.messages,
-            peer,
+            rank,
             2 * (2 * number + forward),
-            processes.describe(peer),
+            processes.describe(rank),
         )
-        way = Way(
+        flow = Flow(
             f"across boundary {first}" if skip is None else f"of skip {skip!r} of stage {first}",
             "activations" if forward else "gradients",
             receiver,
@@ -60,9 +64,9 @@ def ends_of(
             plan.limits[first],
         )
         if processes.rank == sends:
-            return outgoing(line, way)
-        # Where the plan lists its sends they, and not what computes, are waited for.
+            return make_sender(peer, flow)
+        # If the plan lists its sends, receives wait for those and not for the tasks that compute.
         said = {m: task for task, m in tasks.get((sender, "SEND_F" if forward else "SEND_B"), [])}
-        return incoming(line, way, [said.get(groups[g][-1], last[g]) for g in order])
+        return make_receiver(peer, flow, [said.get(groups[g][-1], last[g]) for g in order])
 
-    return end_of
+    return remote_channel_of
