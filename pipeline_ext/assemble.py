@@ -1,4 +1,4 @@
-"""From settings to the parts of a pipeline, wired to one another."""
+"""Builds the parts of a pipeline from its settings, and connects them."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -40,12 +40,12 @@ class Assembly:
     """The parts of a pipeline.
 
     Attributes:
-        num_stages: of the whole pipeline.
-        stages: those of this process.
-        local: what this process holds of the unsplit model.
-        sharing: which processes hold the pipeline.
-        devices: of each rank.
-        first_steps: chooses what is "auto".
+        num_stages: the number of stages of the whole pipeline.
+        stages: the stages of this process.
+        local: this process's part of the unsplit model.
+        sharing: how processes share the pipeline.
+        devices: one for each rank.
+        first_steps: resolves every "auto".
         graphs: captures whole steps; None without ``graphs=True``.
     """
 
@@ -83,7 +83,7 @@ def assemble(settings: Settings) -> Assembly:
     plan = first_steps.plan
     check_trainable(plan)
     if settings.costs is not None:
-        simulate(plan, settings.costs)  # it refuses costs that do not fit
+        simulate(plan, settings.costs)  # refuses costs that do not fit
     local = local_stages(modules, plan.rank_of_stage, sharing.holds)
     declared = declared_skips(local)
     sharing.check_agreement(
@@ -108,7 +108,9 @@ def assemble(settings: Settings) -> Assembly:
     stages = _stages(settings, len(modules), local, skips)
     local_model = LocalModel(settings.model, modules, local, repeated, settings.loss_fn)
     if settings.scaler is not None:
-        settings.scaler.scale(torch.ones((), device=devices[-1]))  # the first call makes what steps read
+        settings.scaler.scale(
+            torch.ones((), device=devices[-1])
+        )  # the first call makes the tensors that steps read
     parts = EngineParts(
         plan=plan,
         devices=devices,
@@ -208,7 +210,7 @@ def _stages(
 
 
 def _agreed(settings: Settings, ordering: Ordering, plan: _C.Plan, device: str) -> dict[str, Any]:
-    """What all processes must be given the same, by name."""
+    """The settings that must be the same in all processes, by name."""
     return {
         "devices": device,
         "microbatches": settings.microbatches,

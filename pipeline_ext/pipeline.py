@@ -43,79 +43,82 @@ class Pipeline(UnsplitModel):
 
     Model and cut:
         model: an ``nn.Sequential``; a module whose children run in order, with ``cuts``; or a list of stage
-            modules, each of which takes the result of the one before as its one argument. The list may hold
-            functions without arguments that make the modules: each process of a ``mesh`` then calls those of
-            its own stages alone, and parameters tied between processes are not recognised. To tie parameters
-            across processes give modules, on the meta device if they are large.
-        num_stages: into how many stages to cut. Optional if ``model`` or ``cuts`` say it.
+            modules. Each stage module takes the result of the previous one as its one argument. The list may
+            hold functions without arguments that make the modules. Each process of a ``mesh`` then calls only
+            those of its own stages, and parameters tied between processes are not recognised. To tie
+            parameters across processes, give modules, on the meta device if they are large.
+        num_stages: the number of stages. Optional if ``model`` or ``cuts`` say it.
         cuts, balance, sample: where to cut; see ``pipeline_ext.partition.cut``.
 
     Schedule:
-        microbatches: M, into how many parts ``step`` cuts a batch along dimension 0.
+        microbatches: M, the number of parts into which ``step`` cuts a batch along dimension 0.
         schedule: a name from ``schedule_names()``; the path of a CSV file in the action text of
             torch.distributed.pipelining; or each rank's actions as text, by rank. ``"auto"`` measures the first
             three steps. When the fourth begins it simulates and searches for two seconds, follows the best
             order, and prints it. It considers orders that keep stages on their ranks and hold no more
-            microbatches than ``in_flight`` allows, or without it than a rank holds in the first steps.
-        overlap: run a rank's forward and backward tasks at the same time: on the CPU on a thread each, on a GPU
-            on streams of their own. A module may then run forward twice at once if it is recomputed. None: on
-            GPUs, and not on the CPU.
-        reactive: let a rank whose next planned task is not ready run another that is. The microbatches of
-            one stage and kind keep their order, and the limit of microbatches in flight holds, so the
-            gradients are the same. False: exactly the planned order; a ``schedule`` that lists the order is
-            refused if ``pack`` or ``in_flight`` would change it. Always False if ``mesh`` has dimensions beside
-            "pp" and "dp": their processes must communicate in one order (tensor parallelism).
-        in_flight: the most microbatches that a stage may hold at once, or a list of that by stage. None: as
-            many as the schedule takes. A schedule that would never end within it is refused.
-        costs: the costs for which ``"zb-auto"`` is searched, within their ``memory_limit`` or else
-            ``in_flight``. None: F = I = W = 1 at each stage. Every schedule keeps the ``memory_limit``: an order
-            that exceeds it is refused, and reactive ranks begin an ``F`` only if it fits.
+            microbatches than ``in_flight`` allows. Without ``in_flight``, a rank may hold as many as in the
+            first steps.
+        overlap: run a rank's forward and backward tasks at the same time: on the CPU in two threads, on a GPU
+            on separate streams. A recomputed module may then run two forwards at once. None: True on GPUs,
+            False on the CPU.
+        reactive: let a rank whose next planned task is not ready run another task that is. The microbatches
+            of one stage and kind keep their order, and the limit of microbatches in flight holds, so the
+            gradients are the same. False: follow the planned order exactly. A ``schedule`` that lists its order
+            is then refused if ``pack`` or ``in_flight`` would change it. Always False if ``mesh`` has
+            dimensions other than "pp" and "dp": their processes must communicate in one order (tensor
+            parallelism).
+        in_flight: the most microbatches that a stage may hold at once: a number, or a list by stage. None: as
+            many as the schedule takes. A schedule that could never finish within the limit is refused.
+        costs: the costs for which ``"zb-auto"`` searches an order, within their ``memory_limit`` or else
+            ``in_flight``. None: ``F`` = ``I`` = ``W`` = 1 at each stage. The ``memory_limit`` applies to every
+            schedule: an order that exceeds it is refused, and reactive ranks begin an ``F`` only if it fits.
 
     Devices and processes:
-        devices: one entry for each rank, CPUs or CUDA devices; several ranks may share one. None: as many ranks
-            as stages, or half as many for a schedule that holds several stages on a rank, spread over all GPUs
-            that torch sees; without GPUs, on the CPU. Stages are moved to their devices, in place. With ``mesh``
-            this process's one device alone, as in ``["cuda:0"]``; None: the GPU of torchrun's LOCAL_RANK if mesh
-            is of "cuda" or a group with NCCL, otherwise the CPU.
-        mesh: the processes that share the pipeline, one for each rank. All make it, with the same arguments.
-            A ``DeviceMesh``: stages lie along its dimension "pp"; gradients are averaged over its dimension
-            "dp", if there is one; other dimensions are left to the stages. Or a process group. Rank 0 resolves
-            every ``"auto"`` for all processes. None: this process has all ranks.
-        reduction: gives each of several replicas of the pipeline the mean of their gradients. None: one is made
-            for the replicas of ``mesh``, if it has any.
-        graphs: on one GPU, capture a whole step in a CUDA graph once two like it have run, and launch that.
-            Steps that cannot be captured run without a graph, and the reason is printed. The parameters'
-            ``.grad`` are then the graph's own memory, which the next step overwrites.
+        devices: one CPU or CUDA device for each rank; several ranks may share one. None: as many ranks as
+            stages, or half as many for a schedule that holds several stages on a rank. They are spread over
+            all GPUs that torch sees, or run on the CPU if there are none. Stages are moved to their devices in
+            place. With ``mesh``, give only this process's device, as in ``["cuda:0"]``. None is then the GPU of
+            torchrun's LOCAL_RANK if ``mesh`` is of "cuda" or a group with NCCL, otherwise the CPU.
+        mesh: the processes that share the pipeline, one for each rank. All of them make the pipeline, with the
+            same arguments. Give a process group, or a ``DeviceMesh``: stages lie along its dimension "pp";
+            gradients are averaged over its dimension "dp", if there is one; other dimensions are left to the
+            stages. Rank 0 resolves every ``"auto"`` for all processes. None: this process has all ranks.
+        reduction: averages gradients over several replicas of the pipeline. None: one is made for the replicas
+            of ``mesh``, if it has any.
+        graphs: on one GPU, capture a whole step in a CUDA graph after two like it have run, and replay it for
+            later ones. A step that cannot be captured runs without a graph, and the reason is printed. With a
+            graph, the parameters' ``.grad`` are the graph's own memory, which the next step overwrites.
 
     Messages:
-        pack: K, how many microbatches' gradients leave a stage for the one before in one message: a number,
-            ``"all"``, ``"auto"``, or a dict from boundaries to numbers (boundary b is between stages b and
-            b + 1; one left out has 1). The stages upstream then hold as many more microbatches as the
-            simulated step needs. ``"auto"`` measures the first three steps; when the fourth begins it simulates
-            K = 1, 2, 4, ..., follows the best, and prints it. Results between stages on one rank are handed
-            over one by one.
+        pack: K, the number of microbatches whose gradients a stage sends in one message to the stage before: a
+            number, ``"all"``, ``"auto"``, or a dict from boundaries to numbers. Boundary b is between stages b
+            and b + 1; a boundary that the dict leaves out has K = 1. The stages upstream hold as many more
+            microbatches as the simulated step needs. ``"auto"`` measures the first three steps. When the fourth
+            begins it simulates K = 1, 2, 4, ..., follows the best, and prints it. Results between stages on one
+            rank are handed over one by one.
         pack_forward: the same for activations.
         pack_skips: a dict from names of skip connections (see ``pipeline_ext.skips``) to K, a number or
-            ``"all"``, for the tensors that go from stage to stage and for their gradients; one left out has 1.
-        wire: floating-point type in which gradients travel, or a dict from boundaries to types. None: their
-            own. They are cast back on arrival.
-        wire_forward: the same for activations, in ``eval`` too. A skip connection that begins at stage s
-            travels as activations do at boundary s; the gradient of one that ends there travels as gradients
-            do at boundary s - 1.
+            ``"all"``. It holds for the tensors sent from stage to stage and for their gradients. A skip that
+            the dict leaves out has K = 1.
+        wire: the floating-point type in which gradients are sent, or a dict from boundaries to types. None:
+            their own type. They are cast back on arrival.
+        wire_forward: the same for activations, in ``eval`` too. A skip connection that begins at stage s is
+            sent in the type of activations at boundary s. The gradient of one that ends at stage s is sent in
+            the type of gradients at boundary s - 1.
 
     Numbers:
         loss_fn: called as ``loss_fn(output, target)``, or ``loss_fn(output)`` for a step without target;
             returns a tensor without dimensions. If it is a module, its parameters are trained too.
         loss_reduction: ``"mean"`` scales a microbatch's loss by its share of the batch's rows, ``"sum"``
             does not.
-        optimizer: its ``step`` is called at the end of each step, and is part of the graph if there is one; for
-            that it must be torch's SGD, or made with ``capturable=True``.
+        optimizer: its ``step`` is called at the end of each step, and is part of the graph if there is one. A
+            graph needs torch's SGD, or an optimizer made with ``capturable=True``.
         scaler: scales each loss before its backward. The losses that ``step`` returns are unscaled. After
-            ``step`` call ``scaler.step(optimizer)`` and ``scaler.update()`` as usual. In several processes give a
-            ``ShardedGradScaler`` over those that hold the stages, so that all of them skip a step together.
+            ``step`` call ``scaler.step(optimizer)`` and ``scaler.update()`` as usual. Several processes need a
+            ``ShardedGradScaler`` over the processes that hold the stages, so that all skip a step together.
 
     Safety:
-        timeout: seconds without a task's begin or end after which a step is given up; on GPUs, seconds that
+        timeout: a step fails after this many seconds in which no task begins or ends. On GPUs, the seconds that
             ``step`` waits for the step before the last.
         trace: record when each task of a step runs; set ``tracing`` to change it for later steps.
 
@@ -197,7 +200,7 @@ class Pipeline(UnsplitModel):
         self._routes = parts.routes
         self._stepper = parts.stepper
         self._graphs = parts.graphs
-        # What UnsplitModel needs.
+        # UnsplitModel reads these.
         self._local = parts.local
         self._group = parts.sharing.group
         self._lifetime = Lifetime(self, parts.engine)
@@ -216,15 +219,15 @@ class Pipeline(UnsplitModel):
 
         Args:
             args, kwargs: inputs of the first stage. Every tensor of one dimension or more is cut along
-                dimension 0; all have the same number of rows, at least ``microbatches``. What is no
-                tensor goes to every microbatch.
-            target: any pytree of tensors with one row for each of the batch's, for ``loss_fn``.
-            losses: filled with each microbatch's loss, as ``loss_fn`` returned it.
+                dimension 0; all have the same number of rows, at least ``microbatches``. Other values go to
+                every microbatch.
+            target: any pytree of tensors for ``loss_fn``, with as many rows as the batch.
+            losses: a list that is filled with each microbatch's loss, as ``loss_fn`` returned it.
             return_outputs: also return the last stage's output for the whole batch.
 
         Returns:
-            The total loss, a tensor without dimensions and without gradient; with ``return_outputs`` a
-            pair of it and the output.
+            The total loss, a tensor without dimensions and without gradient; with ``return_outputs``, the
+            pair of the loss and the output.
 
         Raises:
             InvalidArgument: for inputs that cannot be used; nothing has run.
@@ -267,9 +270,9 @@ class Pipeline(UnsplitModel):
     def eval(self, *args: Any, **kwargs: Any) -> Any:
         """Runs one batch forward without gradients and returns the last stage's output.
 
-        Takes inputs as ``step`` does; a batch smaller than ``microbatches`` is cut into single rows.
-        Whether modules are in training or evaluation mode is left as it is. Raises as ``step`` does, but
-        leaves every ``.grad`` alone.
+        Takes inputs as ``step`` does; a batch smaller than ``microbatches`` is cut into single rows. Does not
+        switch modules between training and evaluation mode. Raises as ``step`` does, but leaves every
+        ``.grad`` alone.
         """
         self._lifetime.check()
         size = microbatch.batch_size(args, kwargs) if self._has_first_stage else None
@@ -280,9 +283,9 @@ class Pipeline(UnsplitModel):
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within it steps add up gradients without reducing them; the first step after it reduces the sums.
+        """Inside it, steps add up gradients without reducing them; the first step after it reduces the sums.
 
-        All replicas do so for as many steps. Like ``no_sync`` of DistributedDataParallel.
+        All replicas run the same number of steps inside it. Like ``no_sync`` of DistributedDataParallel.
         """
         before, self._stepper.syncs = self._stepper.syncs, False
         try:
@@ -298,18 +301,18 @@ class Pipeline(UnsplitModel):
 
     @property
     def plan(self) -> _C.Plan:
-        """The plan of a step. ``pack="auto"`` and ``schedule="auto"`` take another one as the fourth begins."""
+        """The plan of a step. ``pack="auto"`` and ``schedule="auto"`` replace it as the fourth step begins."""
         return self._routes.train.plan
 
     @property
     def pack_choice(self) -> PackChoice | None:
-        """What ``pack="auto"`` has chosen; None until it has."""
+        """The choice of ``pack="auto"``; None before it is made."""
         choice = self._first_steps.choice
         return choice if isinstance(choice, PackChoice) else None
 
     @property
     def schedule_choice(self) -> ScheduleChoice | None:
-        """What ``schedule="auto"`` has chosen; None until it has."""
+        """The choice of ``schedule="auto"``; None before it is made."""
         choice = self._first_steps.choice
         return choice if isinstance(choice, ScheduleChoice) else None
 
@@ -320,7 +323,7 @@ class Pipeline(UnsplitModel):
 
     @property
     def graph(self) -> GraphReport | None:
-        """What has become of ``graphs=True``; None without."""
+        """What ``graphs=True`` has done so far; None without it."""
         return None if self._graphs is None else self._graphs.report
 
     @property
@@ -330,7 +333,7 @@ class Pipeline(UnsplitModel):
 
     @property
     def unsplit_stages(self) -> dict[int, str]:
-        """Stages whose last I ran the backward whole, with the reason; W only adds what that has put by."""
+        """Stages whose last ``I`` ran the full backward, with the reason; ``W`` only adds stored gradients."""
         return {stage.index: stage.unsplit for stage in self._stages if stage.unsplit}
 
     @property
@@ -352,20 +355,20 @@ class Pipeline(UnsplitModel):
     def gather_trace(self) -> Trace | None:
         """``trace`` with the tasks of all the pipeline's processes, in rank 0's clock; None on the other ranks.
 
-        All call it together; where there is one process it is ``trace``. Raises as that does; PeerError where a
-        process is gone, or does not come within ``timeout``; DeadPipeline.
+        All processes call it together. With one process it returns ``trace``. Raises as ``trace`` does;
+        PeerError if a process is gone, or does not come within ``timeout``; DeadPipeline.
         """
         return self._sharing.gather(self.trace, self._lifetime)
 
     def profile(self) -> Profile:
-        """Seconds of F, B, or I and W, and messages of one microbatch, measured in the last ``step``."""
+        """Seconds and messages of one microbatch's ``F``, ``B``, or ``I`` and ``W``, from the last ``step``."""
         return self.trace.profile()
 
     def simulate(self, costs: Costs | None = None) -> Simulation:
         """Simulates this pipeline's plan.
 
-        With no ``costs``, those of ``profile()``, in seconds; before the first step
-        ``Costs()``: F = 1 and B = 2 at every stage.
+        ``costs`` None: those of ``profile()``, in seconds. Before the first step: ``Costs()``, which is
+        ``F`` = 1 and ``B`` = 2 at every stage.
         """
         if costs is None:
             costs = Costs() if self._stepper.trace is None else self.profile().costs(self.plan)
@@ -377,9 +380,9 @@ class Pipeline(UnsplitModel):
     # -- lifetime
 
     def close(self) -> None:
-        """Ends the pipeline's threads, or lets go of its streams.
+        """Ends the pipeline's threads, or releases its streams.
 
-        Also done by ``with``, by garbage collection and at exit.
+        Also called by ``with``, by garbage collection and at exit.
         """
         self._lifetime.close()
 

@@ -1,4 +1,4 @@
-"""What a user asks of a pipeline: plain data, checked once."""
+"""The arguments of a pipeline as plain data, checked once."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
 class Settings:
     """The arguments of ``Pipeline``, which documents them.
 
-    Raises InvalidArgument for those that are wrong whatever the others are; ``assemble`` checks the rest.
+    Raises InvalidArgument for what can be checked without the model and the plan; ``assemble`` checks the rest.
     """
 
     model: nn.Module | Sequence[nn.Module]
@@ -105,12 +105,12 @@ def _check_scaler(scaler: Any, optimizer: torch.optim.Optimizer | None, many: bo
 
         if not isinstance(scaler, ShardedGradScaler):
             raise InvalidArgument(
-                f"scaler is a {type(scaler).__name__}, with which one process could skip a step that others "
+                f"scaler is a {type(scaler).__name__}; with it one process could skip a step that others "
                 "take; give torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...), "
-                'of those that hold the stages, as mesh.get_group("pp")'
+                'with the group of processes that hold the stages, as in mesh.get_group("pp")'
             )
     if optimizer is not None:
         raise InvalidArgument(
-            "scaler and optimizer are both given, but the step is to be the scaler's, which waits for the "
-            "gradients; leave optimizer out, and after each step call scaler.step(optimizer)"
+            "scaler and optimizer are both given, but the scaler must call the optimizer's step once it has "
+            "the gradients; leave optimizer out, and after each step call scaler.step(optimizer)"
         )

@@ -87,7 +87,7 @@ def test_a_script_that_asks_for_graphs_runs_without_a_gpu():
     options = "graphs=True, optimizer=torch.optim.Adam(model.parameters()), "
     said = python(TRAIN.replace("loss_fn=", f"{options}loss_fn="), CUDA_VISIBLE_DEVICES="")
     assert said.splitlines() == [
-        "graphs=True: steps run eagerly, for the ranks are on the CPU", "True cpu"
+        "graphs=True: steps run eagerly because the ranks are on the CPU", "True cpu"
     ]  # fmt: skip
 
 

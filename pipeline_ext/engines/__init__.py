@@ -1,1 +1,1 @@
-"""What runs the tasks of a plan: threads of this process, a process of many, or streams of GPUs."""
+"""Engines, which run the tasks of a plan: on threads of one process, in many processes, or on GPU streams."""

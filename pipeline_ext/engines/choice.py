@@ -1,4 +1,4 @@
-"""The engine for a pipeline's devices."""
+"""Chooses the engine for a pipeline's devices."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,23 +17,23 @@ from .protocol import Engine
 
 
 class EngineTypes(NamedTuple):
-    """What makes an engine of its parts, on CPUs and on GPUs."""
+    """The functions that make an engine from its parts, on CPUs and on GPUs."""
 
     host: Callable[..., Engine[Any]]
     device: Callable[..., Engine[Any]]
 
 
 ONE_PROCESS = EngineTypes(HostEngine, DeviceEngine)
-MANY_PROCESSES = EngineTypes(ProcessEngine, DeviceProcessEngine)  # these take ``processes``, too
+MANY_PROCESSES = EngineTypes(ProcessEngine, DeviceProcessEngine)  # these take ``processes`` too
 
 
 def described_device(device: torch.device) -> str:
-    """What the devices of processes that share a pipeline must have in common."""
+    """A description of the device, the same in all processes that may share a pipeline."""
     return device.type if device.type == "cpu" else f"{device.type}, where {carrier()} carries messages"
 
 
 def make_engine(parts: EngineParts, types: EngineTypes) -> Engine[Any]:
-    """Threads for CPUs; streams for GPUs, to which it moves the stages.
+    """Makes an engine: threads for CPUs, or streams for GPUs, to which it moves the stages.
 
     Raises InvalidArgument for what GPUs do not support, DeviceError if one cannot be used.
     """
@@ -46,7 +46,7 @@ def make_engine(parts: EngineParts, types: EngineTypes) -> Engine[Any]:
         )
     if parts.plan.skips:
         raise InvalidArgument(
-            "skip connections between stages run on CPUs; hand what is skipped along as a part of each stage's "
+            "skip connections between stages run on CPUs; pass the skipped tensor on as a part of each stage's "
             'result, cut the model so that each skip lies in one stage, or give devices=["cpu", ...]'
         )
     engine = types.device(parts)

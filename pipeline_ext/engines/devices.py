@@ -1,8 +1,7 @@
-"""From ``devices=`` to a device for each rank."""
+"""Resolves ``devices=`` to a device for each rank."""
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +51,9 @@ def given(devices: DevicesLike) -> list[torch.device] | None:
 def of_process(devices: DevicesLike, processes: Processes) -> Sequence[str | torch.device]:
     """This process's device, once for each process of the pipeline: the others' devices are unknown here.
 
-    None: the CPU, or if processes have GPUs the one of torchrun's LOCAL_RANK, or without that the current one.
+    ``devices`` None: the CPU. If processes have GPUs, it is the GPU of torchrun's LOCAL_RANK, or the current
+    one if that is not set.
+
     Raises InvalidArgument for more than one device, and for a GPU if there are replicas.
     """
     if devices is None:
@@ -71,7 +72,7 @@ def of_process(devices: DevicesLike, processes: Processes) -> Sequence[str | tor
 
 
 def of_ranks(given: list[torch.device] | None, num_ranks: int) -> list[torch.device]:
-    """A device for each rank: those given; else neighbours share the visible GPUs; else the CPU."""
+    """A device for each rank: those given; otherwise neighbouring ranks share the visible GPUs, or the CPU."""
     if given is not None:
         return given
     gpus = torch_side.num_devices()
@@ -83,7 +84,7 @@ def of_ranks(given: list[torch.device] | None, num_ranks: int) -> list[torch.dev
 def place(modules: Sequence[Sequence[nn.Module]], devices: Sequence[torch.device]) -> None:
     """Moves the modules of each stage to its device; both are by stage.
 
-    Raises InvalidArgument, having moved nothing, if a parameter or buffer would have to be on two devices.
+    Raises InvalidArgument, before it moves any, if a parameter or buffer would have to be on two devices.
     """
     places: dict[torch.Tensor, torch.device] = {}
     for of_stage, device in zip(modules, devices):
@@ -92,7 +93,7 @@ def place(modules: Sequence[Sequence[nn.Module]], devices: Sequence[torch.device
                 if places.setdefault(tensor, device) != device:
                     raise InvalidArgument(
                         f"stages on {places[tensor]} and {device} share {name!r}; give them one device, or "
-                        "cut where they come to lie on one rank"
+                        "cut so that both are on one rank"
                     )
     for of_stage, device in zip(modules, devices):
         for module in of_stage:

@@ -18,7 +18,7 @@ from .protocol import Bodies, Body
 
 
 class HostRoute(NamedTuple):
-    """A plan's tasks with what they do, and its channels."""
+    """A plan, the bodies of its tasks, and its channels."""
 
     plan: _C.Plan
     program: _C.Program
@@ -29,7 +29,7 @@ class HostEngine:
     """The ``Engine`` of the CPU."""
 
     def __init__(self, parts: EngineParts, rank: int | None = None) -> None:
-        """Every later plan has as many workers as ``parts.plan``. ``rank``: the one to run; None: all."""
+        """``rank``: the only one to run; None: all. Later plans must have as many workers as ``parts.plan``."""
         threads = _thread_names(parts.plan, rank)
         modules = [stage.module for stage in parts.stages]
         self._executor = _C.HostExecutor(threads, rank)

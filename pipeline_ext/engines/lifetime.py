@@ -1,4 +1,4 @@
-"""How long a pipeline's engine lives, and who may use it when."""
+"""The lifetime of a pipeline's engine, which one call at a time may use."""
 
 import contextlib
 import os
@@ -13,23 +13,23 @@ from .protocol import Engine
 
 
 class Lifetime:
-    """The engine of one pipeline: at work for one call at a time, until closed."""
+    """Lets one call at a time use the engine of a pipeline, until it is closed."""
 
     def __init__(self, pipeline: object, engine: Engine[Any]) -> None:
-        """It ends with ``pipeline``, or at exit."""
+        """The engine is closed when ``pipeline`` is freed, or at exit."""
         self._engine = engine
         self._in_step = threading.Lock()
         self._owner = os.getpid()
         self._close = weakref.finalize(pipeline, engine.close)
-        # At exit called before the former.
+        # At exit this runs before the one above.
         weakref.finalize(pipeline, _end_steps, engine.stop, self._in_step)
 
     def close(self) -> None:
-        """Stops a step that runs, and ends the engine."""
+        """Stops a running step, and closes the engine."""
         self._close()
 
     def check(self) -> None:
-        """Raises DeadPipeline where no step can run any more."""
+        """Raises DeadPipeline if no step can run any more."""
         if os.getpid() != self._owner:
             raise DeadPipeline(
                 "this pipeline was made in another process, and neither threads nor GPUs survive a "
@@ -42,7 +42,7 @@ class Lifetime:
 
     @contextlib.contextmanager
     def one_at_a_time(self, what: str) -> Iterator[None]:
-        """Raises PipelineError, naming ``what``, while another thread is within it."""
+        """Raises PipelineError, which names ``what``, while another thread is inside it."""
         if not self._in_step.acquire(blocking=False):
             raise PipelineError(
                 f"{what} while this pipeline is running a step already, which uses and changes its "
@@ -60,4 +60,4 @@ def _end_steps(stop: Callable[[], object], in_step: threading.Lock) -> None:
     stop()
     if was_busy and in_step.acquire(timeout=1.0):
         in_step.release()
-        time.sleep(0.05)  # the thread still leaves the frames that hold some
+        time.sleep(0.05)  # the thread still has to leave the frames that hold some of them

@@ -1,4 +1,4 @@
-"""What every engine is made of."""
+"""The parts of which every engine is made."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from ..transport.exchange import Exchange
 
 @dataclass(frozen=True)
 class EngineParts:
-    """What an engine is made of.
+    """The parts of which an engine is made.
 
     Attributes:
         plan: the first plan. Later ones have the same stages on the same ranks.
-        devices: of each rank.
-        stages: those of this process.
+        devices: one for each rank.
+        stages: the stages of this process.
         exchange_of: makes the channels between the stages of a plan.
         shared: parameters that several stages hold.
         wrapped: stages in DistributedDataParallel or fully_shard.

@@ -1,4 +1,4 @@
-"""One rank of a plan, where each rank is a process: its threads run it, messages tell what the others did."""
+"""Ranks as processes: the threads of this one run its rank, and messages tell what the others did."""
 
 import functools
 import threading
@@ -19,8 +19,8 @@ from .protocol import Bodies
 from .remote_channels import remote_channels
 
 _FOREVER = 1e7  # seconds
-_PARTING = 10.0  # seconds for others to take what was sent them, when a pipeline is closed
-_LEAVING = 1.0  # the same after a failure
+_CLOSE_WAIT = 10.0  # seconds that a pipeline, when closed, waits for others to receive what it sent
+_CLOSE_WAIT_FAILED = 1.0  # the same after a failure
 
 
 class ProcessEngine(HostEngine):
@@ -62,7 +62,7 @@ class ProcessEngine(HostEngine):
     def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
         # With a limit, so that this process can exit while another is stopped.
         work = among.all_reduce(tensor, seconds(timeout + GRACE))
-        self._failure.finish(work, timeout, "processes that hold one of its parameters, too")
+        self._failure.finish(work, timeout, "the processes that share a parameter with it")
 
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
         route.exchange.listen(Listener(self._executor.deliver, self._failure.lost))
@@ -72,7 +72,7 @@ class ProcessEngine(HostEngine):
         return result
 
     def settle(self, route: HostRoute) -> None:
-        settled = self._failure.begin_wait()  # a process that has failed may never come for what was sent
+        settled = self._failure.begin_wait()  # a failed process may never receive what was sent
         threading.Thread(target=_flush, args=(route.exchange, settled), name="pe settling", daemon=True).start()
         settled.wait()
 
@@ -91,7 +91,7 @@ def _close(
     close: Callable[[], object], exchanges: list[Exchange], failure: Failure, processes: Processes
 ) -> None:
     for exchange in exchanges:
-        exchange.close(_LEAVING if failure.is_known else _PARTING)
+        exchange.close(_CLOSE_WAIT_FAILED if failure.is_known else _CLOSE_WAIT)
     close()
     failure.close()
     processes.close(idle=not failure.is_known)

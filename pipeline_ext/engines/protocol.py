@@ -1,4 +1,4 @@
-"""What runs a pipeline's tasks: threads of the CPU (``host``), or the streams of GPUs (``cuda``)."""
+"""The interface of engines: ``host`` runs a pipeline's tasks on CPU threads, ``cuda`` on GPU streams."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol, TypeVar
@@ -16,7 +16,7 @@ Bodies = Mapping[tuple[int, str], Body]  # by stage and kind
 
 
 class Route(Protocol):
-    """A plan's tasks with what they do, and its channels."""
+    """A plan, the bodies of its tasks, and its channels."""
 
     @property
     def plan(self) -> _C.Plan: ...
@@ -26,7 +26,7 @@ class Route(Protocol):
 
 
 class StepResult(StepRecord, Protocol):
-    """What became of a step."""
+    """The result of a step."""
 
     @property
     def outcome(self) -> str:
@@ -40,7 +40,7 @@ class StepResult(StepRecord, Protocol):
 
     @property
     def waiting(self) -> str:
-        """Of a step that timed out: which tasks wait for what."""
+        """After a timeout: which tasks wait for what."""
 
 
 RouteT = TypeVar("RouteT", bound=Route)
@@ -66,19 +66,19 @@ class Engine(Protocol[RouteT]):
         """Ends a running step and releases threads and devices. The function does not keep the model alive."""
 
     def bodies(self, stages: list[Stage]) -> Bodies:
-        """What the tasks of a training step call."""
+        """The functions that the tasks of a training step call."""
 
     def route(self, plan: _C.Plan, bodies: Bodies) -> RouteT:
         """Prepares to run ``plan``."""
 
     def arrive(self, value: Any, stage: int) -> Any:
-        """Moves a pytree of the caller's to the device of ``stage``."""
+        """Moves the caller's pytree to the device of ``stage``."""
 
     def agreed_count(self, count: int | None) -> int:
-        """Microbatches of an evaluation. ``count``: None where another process has the first stage."""
+        """The microbatches of an evaluation. ``count``: None if another process has the first stage."""
 
     def agreed_key(self, key: Hashable | None, timeout: float) -> Hashable | None:
-        """What all processes together call a step that this one calls ``key``; None if any of them has None."""
+        """One key for all processes, made from the ``key`` of each; None if any of them has None."""
 
     def run(self, route: RouteT, *, timeout: float, record: bool) -> StepResult:
         """Runs a step that has begun. On Ctrl-C, stops the step and raises KeyboardInterrupt."""

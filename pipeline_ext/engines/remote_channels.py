@@ -20,7 +20,10 @@ def remote_channels(
     make_sender: Callable[..., Any] = RemoteSender,
     make_receiver: Callable[..., Any] = RemoteReceiver,
 ) -> RemoteChannelOf:
-    """Makes this process's sender or receiver between two stages of different ranks, if one of them is here."""
+    """Makes the function that makes this process's end of a channel between two stages of different ranks.
+
+    That end is a sender, a receiver, or None if neither stage is here.
+    """
     tasks: dict[tuple[int, str], list[tuple[int, int]]] = {}
     for task in range(len(plan)):
         kind, stage, m, *_ = plan.describe(task)

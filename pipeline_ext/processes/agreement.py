@@ -1,4 +1,4 @@
-"""What the processes of a pipeline tell one another before anything runs: that they were given the same."""
+"""Checks, before anything runs, that the processes of a pipeline were given the same arguments."""
 
 import inspect
 import json
@@ -18,11 +18,11 @@ from .group import Processes, seconds
 def check_agreement(
     processes: Processes, settings: Mapping[str, Any], timeout: float, modules: Mapping[str, Any] | None = None
 ) -> None:
-    """Raises InvalidArgument, in every process, where two of them differ in what both have named.
+    """Raises InvalidArgument, in every process, if two of them differ in what both name.
 
-    ``settings`` by name: lines of text, or values that are compared as text. Of what is a module among
-    ``modules``, parameters, buffers and code are compared. Raises PeerError for processes that have not come
-    within ``timeout`` seconds.
+    ``settings``, by name: lines of text, or values that are compared as text. ``modules``, by name: their
+    parameters, buffers and code are compared; values that are not modules are skipped. Raises PeerError if a
+    process does not come within ``timeout`` seconds.
     """
     settings = {name: value if isinstance(value, list) else [f"{value}"] for name, value in settings.items()}
     for name, module in (modules or {}).items():
@@ -41,7 +41,7 @@ def check_agreement(
 
 
 def skips_of_all(processes: Processes, here: Iterable[DeclaredSkips], timeout: float) -> list[DeclaredSkips]:
-    """What the stages of all processes of a pipeline declare, by stage; ``here``: those of this one.
+    """The skips that the stages of all processes declare, by stage; ``here``: by those of this process.
 
     Raises PeerError as ``check_agreement`` does.
     """
@@ -54,12 +54,12 @@ def skips_of_all(processes: Processes, here: Iterable[DeclaredSkips], timeout: f
 
 
 def _tell(processes: Processes, what: str, value: Any) -> None:
-    """For others to hear: a value that JSON can hold."""
+    """Publishes a value, which JSON can hold, for the other processes."""
     processes.store.set(f"{processes.name}/{what}/{processes.number}", json.dumps(value))
 
 
 def _hear(processes: Processes, what: str, whom: Sequence[int], timeout: float) -> dict[int, Any]:
-    """What processes have told, by number in the world."""
+    """What these processes published, by number in the world."""
     store = processes.store
     keys = {process: f"{processes.name}/{what}/{process}" for process in whom}
     try:
@@ -74,7 +74,7 @@ def _hear(processes: Processes, what: str, whom: Sequence[int], timeout: float) 
 
 
 def _describe_module(module: nn.Module) -> list[str]:
-    """What of a module another process can compare: parameters and buffers, and the code of its classes."""
+    """What another process can compare of a module: parameters and buffers, and the code of its classes."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     classes = dict.fromkeys(type(layer) for layer in module.modules())
     return [

@@ -1,4 +1,4 @@
-"""How far apart the clocks of two processes are, measured as the Network Time Protocol does."""
+"""The difference between the clocks of two processes, measured as the Network Time Protocol does."""
 
 import time
 from collections.abc import Sequence

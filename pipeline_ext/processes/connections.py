@@ -44,11 +44,11 @@ class Connections:
         return self._gloo.recv(tensors, rank, tag)
 
     def broadcast(self, tensor: Tensor, rank: int) -> dist.Work:
-        """From ``rank`` to all; of a DTensor, each process's own part."""
+        """Sends ``tensor`` from ``rank`` to all; for a DTensor, each process's own part."""
         return self._gloo.broadcast(own_part(tensor), rank)
 
     def all_reduce(self, tensor: Tensor, timeout: timedelta) -> dist.Work:
-        """Makes ``tensor`` the sum of all processes' tensors, part by part as ``broadcast``."""
+        """Makes ``tensor`` the sum of all processes' tensors; for a DTensor, of their own parts."""
         return self._gloo.allreduce(own_part(tensor), timeout=timeout)
 
     def all_gather(self, found: list[Tensor], tensor: Tensor, timeout: timedelta) -> dist.Work:
@@ -70,7 +70,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _in_background() -> Iterator[None]:
-    """Threads started within it preempt no other thread when they wake, where Linux can do that.
+    """Threads started inside it preempt no other thread when they wake, if the system can do that (Linux).
 
     gloo's thread tries again and again to take the lock of a connection. If it has preempted the stage that
     holds the lock, on the same core, both stand still until the next timer tick, up to 4 ms later.

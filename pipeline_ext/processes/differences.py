@@ -1,4 +1,4 @@
-"""Whether lists of lines in different processes are the same, and where they differ."""
+"""Finds whether lists of lines in different processes are the same, and where they differ."""
 
 import hashlib
 import itertools
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def digest(lines: Sequence[str]) -> str:
-    """64 hexadecimal digits, which are equal where the lines are."""
+    """64 hexadecimal digits that are equal if the lines are equal."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What happens to a pipeline when one of its processes fails."""
+"""Stops the processes of a pipeline when one of them fails."""
 
 import threading
 from typing import Protocol
@@ -8,43 +8,43 @@ import torch.distributed as dist
 from ..errors import PeerError, StepTimeout
 from .notices import Notices
 
-GRACE = 1.0  # seconds to wait for the reason why a process has gone; replicas wait longer
+GRACE = 1.0  # seconds to wait for the reason why a process is gone; replicas wait longer
 
 
 class Executor(Protocol):
-    """What runs a step."""
+    """Runs a step."""
 
     def fail(self, error: Exception) -> object:
-        """Stops it; may be called by any thread."""
+        """Stops the step; any thread may call it."""
 
 
 class Failure:
-    """The failure of one of a pipeline's processes: this one, which tells the others, or another."""
+    """The failure of one of a pipeline's processes. If it is this one, the others are told."""
 
     def __init__(self, notices: Notices, everyone: list[int]) -> None:
         """``everyone``: the processes to tell, as numbers in the world."""
         self._notices = notices
         self._everyone = everyone
-        self._told = threading.Event()  # by another process
+        self._told = threading.Event()  # another process has told of its failure
         self._silent: list[int] = []
         self._executor: Executor | None = None
-        self._over = threading.Event()  # what this process waits for outside of the executor
+        self._over = threading.Event()  # ends what this process waits for outside of the executor
         self.is_known = False
         self.error: Exception | None = None  # of another process
 
     def watch(self, executor: Executor) -> None:
         """Stops what ``executor`` runs once another process has failed."""
         self._executor = executor
-        self._notices.watch(self._hear)  # which the pipeline's end closes
+        self._notices.watch(self._hear)  # until ``close``
 
     def tell(self, reason: str) -> None:
-        """This process has failed; the others are told, unless one of them has told it."""
+        """Tells the others that this process failed, unless one of them has told of its own failure."""
         if not self._told.is_set():
             self._notices.tell(reason)
         self.is_known = True
 
     def begin_wait(self) -> threading.Event:
-        """An event that is set once another process has failed; the caller may set it, too."""
+        """An event that is set once another process has failed; the caller may set it too."""
         self._over.clear()
         if self.error is not None:
             self._over.set()
@@ -53,7 +53,7 @@ class Failure:
     def finish(self, work: dist.Work, timeout: float, whom: str) -> None:
         """Returns when ``work`` with other processes is done.
 
-        Raises PeerError where one of them has failed, StepTimeout where one does not come in time.
+        Raises PeerError if one of them has failed, StepTimeout if one does not come in time.
         """
         over = self.begin_wait()
         future = work.get_future()
@@ -68,17 +68,17 @@ class Failure:
             raise PeerError(f"this process waited for {whom}, and one has gone: {error}") from error
 
     def known_error(self) -> Exception:
-        """What another process failed with; to be called once that is known."""
+        """The error of another process. Call it only once that is known."""
         assert self.error is not None
         return self.error
 
     def lost(self, error: Exception) -> None:
-        """Another process cannot be reached. Waits shortly for the reason before it stops the step."""
+        """Called if another process cannot be reached. Waits briefly for the reason, then stops the step."""
         if not self._told.wait(GRACE):
             self._stop(error)
 
     def seek(self) -> None:
-        """Finds the processes that do not answer: the one waited for may itself wait for one of them."""
+        """Finds the processes that do not answer: the one we wait for may itself wait for one of them."""
         answered = self._notices.ask(GRACE)
         self._silent = [
             process
@@ -87,7 +87,7 @@ class Failure:
         ]
 
     def describe(self) -> str:
-        """For people."""
+        """The failure in words, for people."""
         silent = "".join(f", and process {process} does not answer" for process in self._silent)
         return f"it failed in one of its processes{silent}"
 

@@ -1,4 +1,4 @@
-"""The processes that share a pipeline: a rank of the plan each."""
+"""The processes that share a pipeline, one for each rank of the plan."""
 
 import functools
 import math
@@ -20,10 +20,10 @@ MeshLike = DeviceMesh | dist.ProcessGroup | None
 
 
 class Closable(Protocol):
-    """What a pipeline opens, and closes."""
+    """Something that a pipeline opens, and closes later."""
 
     def close(self, idle: bool) -> None:
-        """``idle``: nobody waits in it."""
+        """``idle``: no process waits in it."""
 
 
 Opened = TypeVar("Opened", bound=Closable)
@@ -35,15 +35,15 @@ class Processes:
     """This process among those that share a pipeline, and its replicas.
 
     Attributes:
-        rank, size: in the pipeline.
+        rank, size: this process's rank in the pipeline, and the number of ranks.
         members: the pipeline's processes by rank, as numbers in the world.
-        group: of them, as it was given.
-        replicas: group of the processes that hold the same stages of other replicas; None without.
-        number: of this process in the world.
-        everyone: all processes of the pipeline and of its replicas.
-        in_order: whether stages may communicate with processes beside these, in one order of tasks.
-        name: of this pipeline among those that the same processes share.
-        have_gpus: whether each is meant to have a GPU.
+        group: the process group of the members, as given.
+        replicas: the group of the processes that hold the same stages in all replicas; None without replicas.
+        number: this process's number in the world.
+        everyone: all processes of the pipeline and of its replicas, as numbers in the world.
+        in_order: whether stages may communicate with other processes too, which needs one order of tasks.
+        name: the pipeline's name, unique among those that the same processes share.
+        have_gpus: whether each process is meant to have a GPU.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Processes:
 
     @classmethod
     def of(cls, mesh: MeshLike) -> "Processes | None":
-        """Those that ``Pipeline(mesh=...)`` names; None for None. Raises InvalidArgument."""
+        """The processes that ``Pipeline(mesh=...)`` names; None for None. Raises InvalidArgument."""
         if mesh is None:
             return None
         if not dist.is_initialized():
@@ -105,40 +105,40 @@ class Processes:
 
     @functools.cached_property
     def messages(self) -> Connections:
-        """Of the pipeline's processes, by rank, for its messages."""
+        """The connections between the pipeline's processes, by rank, for its messages."""
         return self.connect("messages", self.members)
 
     def agree(self, count: int | None, rank: int) -> int:
-        """What process ``rank`` of the pipeline says; the others' ``count`` does not matter."""
+        """The ``count`` of rank ``rank``, in all processes; the others' ``count`` does not matter."""
         told = torch.tensor([0 if count is None else count])
         self.messages.broadcast(told, rank).wait()
         return int(told)
 
     def connect(self, purpose: str, members: Sequence[int]) -> Connections:
-        """Between these processes, numbers in the world, this one among them; all of them do so together."""
+        """Connects ``members``, numbers in the world with this process among them. All call it together."""
         # Replicas connect at the same time, for the same purpose.
         store = prefixed(f"{self.name}/{purpose}/{'-'.join(map(str, members))}", self.store)
         return self.keep(Connections(store, members))
 
     def keep(self, opened: Opened) -> Opened:
-        """``opened`` is closed with the rest."""
+        """Returns ``opened``, which ``close`` will close."""
         self._opened.append(opened)
         return opened
 
     def close(self, idle: bool) -> None:
-        """Ends what was opened for this pipeline alone; ``idle``: nobody waits in it."""
+        """Closes what was opened for this pipeline alone; ``idle``: no process waits in it."""
         while self._opened:
             self._opened.pop().close(idle)
 
     def notices(self) -> Notices:
-        """What tells all these processes of a failure."""
+        """The mailboxes through which all these processes learn of a failure."""
         return Notices(self.store, self.name, self.everyone.index(self.number), len(self.everyone))
 
     def describe(self, rank: int) -> str:
-        """A rank of the pipeline, for people."""
+        """A rank of the pipeline in words, for people."""
         return f"rank {rank} (process {self.members[rank]})"
 
 
 def seconds(timeout: float) -> timedelta:
-    """A time that torch accepts."""
+    """``timeout`` as torch accepts it."""
     return timedelta(seconds=min(timeout, 1e7) if math.isfinite(timeout) else 1e7)

@@ -1,4 +1,4 @@
-"""Notices: how a process reaches the others at once, whatever they are doing."""
+"""Notices, by which a process reaches the others at once, whatever they are doing."""
 
 import contextlib
 import itertools
@@ -48,13 +48,13 @@ class Notices:
         self._watcher.start()
 
     def tell(self, text: str) -> None:
-        """Puts ``text`` into the mailboxes of all others. If the store has gone, they have noticed that."""
+        """Puts ``text`` into the mailboxes of all others. If the store is gone, they notice that themselves."""
         with contextlib.suppress(DistError):
             for other in self._others:
                 self._write(other, {"from": self._rank, "text": text})
 
     def ask(self, within: float) -> dict[int, str]:
-        """The status of the others that answer within this many seconds, by rank: their processes run."""
+        """Asks the others for their status. Returns, by rank, the answers within this many seconds."""
         with contextlib.suppress(DistError):
             question = f"question {self._store.add('questions', 1)}"
             answers = {other: f"{question}/{other}" for other in self._others}

@@ -9,12 +9,12 @@ from .connections import Connections
 
 
 class Peer(NamedTuple):
-    """Messages of one tag keep their order.
+    """Another process and a tag. Messages with the same tag keep their order.
 
     Attributes:
-        rank: of the other process among ``connections``.
-        tag: of the messages; ``tag + 1`` is this peer's too.
-        name: of the other process, for error messages.
+        rank: the other process's rank among ``connections``.
+        tag: the messages' tag; ``tag + 1`` is this peer's too.
+        name: the other process's name for error messages.
     """
 
     connections: Connections

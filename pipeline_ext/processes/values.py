@@ -13,7 +13,7 @@ def encode(value: Any) -> bytes:
 
 
 def decode(encoded: bytes) -> Any:
-    """What ``encode`` was given; tuples have become lists."""
+    """The value that ``encode`` was given; tuples have become lists."""
     return json.loads(encoded)
 
 

@@ -1,4 +1,4 @@
-"""Threads that were given up as lost: they may come back, but may not touch ``.grad``."""
+"""Abandoned threads: they may come back, but must not touch ``.grad``."""
 
 import threading
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ _thread = threading.local()
 
 
 def this_thread() -> object:
-    """What stands for the calling thread; unlike its number it is never used again."""
+    """A token of the calling thread; unlike the thread's number it is never reused."""
     try:
         return _thread.token
     except AttributeError:
@@ -20,11 +20,11 @@ def this_thread() -> object:
 
 
 def lock_out(threads: Iterable[object], parameters: Iterable[nn.Parameter]) -> None:
-    """Lets no backward that runs on one of ``threads`` leave a gradient in ``parameters`` any more.
+    """Stops backwards that run on one of ``threads`` from leaving gradients in ``parameters``.
 
-    A hook on a parameter is asked just before a gradient is added to it, also if the backward had begun
-    before the hook was registered. A backward that was lost inside another hook of the parameter has been
-    asked already; what it then adds is taken away again.
+    A hook on a parameter runs just before a gradient is added to it, even if the backward began before the
+    hook was registered. A backward that hangs inside another hook of the parameter is past this one; the
+    gradient that it then adds is removed again.
     """
     lost = set(threads)
     if not lost:
@@ -34,11 +34,11 @@ def lock_out(threads: Iterable[object], parameters: Iterable[nn.Parameter]) -> N
         if this_thread() in lost:
             raise DeadPipeline("this backward belongs to a step that was given up")
 
-    def take_away(parameter: Tensor) -> None:
+    def remove(parameter: Tensor) -> None:
         if this_thread() in lost:
             parameter.grad = None
 
     for parameter in parameters:
         if parameter.requires_grad:
             parameter.register_hook(refuse)
-            parameter.register_post_accumulate_grad_hook(take_away)
+            parameter.register_post_accumulate_grad_hook(remove)

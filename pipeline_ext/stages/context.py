@@ -13,7 +13,7 @@ import torch
 
 
 class CallerContext(NamedTuple):
-    """What of the calling thread's state a stage's code may depend on."""
+    """The parts of the calling thread's state that a stage's code may depend on."""
 
     autocast: tuple[tuple[str, torch.dtype], ...]  # device type and dtype, where enabled
     num_threads: int  # intra-op
@@ -32,7 +32,7 @@ class CallerContext(NamedTuple):
         )
 
     def apply(self) -> None:
-        """Makes the calling worker thread's lasting state that of the caller."""
+        """Sets the lasting state of the worker thread that calls it to the caller's."""
         if getattr(_worker, "applied", None) is self:
             return
         torch.set_num_threads(self.num_threads)

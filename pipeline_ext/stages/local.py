@@ -19,7 +19,7 @@ def local_stages(
 ) -> dict[int, nn.Module]:
     """The modules of this process's stages, by stage; ``holds(rank)`` says whether it runs a rank.
 
-    Calls those that are given as functions. Raises InvalidArgument if one returns no module.
+    Stages given as functions are called. Raises InvalidArgument if one does not return a module.
     """
     return {index: _made(index, stage) for index, stage in enumerate(stages) if holds(rank_of_stage[index])}
 
@@ -40,14 +40,14 @@ def _made(index: int, stage: StageLike) -> nn.Module:
     module = stage()
     if not isinstance(module, nn.Module):
         raise InvalidArgument(
-            f"the function given for stage {index} returned a {type(module).__name__}; it is to return the "
+            f"the function given for stage {index} returned a {type(module).__name__}; it must return the "
             "stage's nn.Module"
         )
     return module
 
 
 def _initialise(modules: Sequence[nn.Module]) -> None:
-    """Gives layers on the meta device memory, and the values that their ``reset_parameters`` makes."""
+    """Gives layers on the meta device memory, and values by calling their ``reset_parameters``."""
     made: dict[Tensor, Tensor] = {}  # layers that shared a tensor share it again
     for owner in dict.fromkeys(layer for module in modules for layer in module.modules()):
         tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
@@ -80,7 +80,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 def _make_equal(modules: Sequence[nn.Module], replicas: dist.ProcessGroup) -> None:
-    """Gives every replica the first one's parameters and buffers; what is sharded is each one's own."""
+    """Gives every replica the parameters and buffers of the first, except what wrapped stages reduce."""
     first = dist.get_process_group_ranks(replicas)[0]
     own = reduced_in(modules)
     with torch.no_grad():

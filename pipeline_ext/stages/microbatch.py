@@ -15,8 +15,8 @@ def batch_size(args: tuple, kwargs: dict) -> int:
     sizes = {leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if _is_split(leaf)}
     if not sizes:
         raise InvalidArgument(
-            "no input tensor has a batch dimension; give at least one of one dimension or more, as "
-            "torch.as_tensor makes of another library's array"
+            "no input tensor has a batch dimension; give at least one tensor of one dimension or more "
+            "(torch.as_tensor makes a tensor of another library's array)"
         )
     if len(sizes) > 1:
         rows = [
@@ -27,23 +27,23 @@ def batch_size(args: tuple, kwargs: dict) -> int:
         (first, size), (other, differs) = rows[0], next(r for r in rows if r[1] != rows[0][1])
         raise InvalidArgument(
             f"input {first} has {size} rows and input {other} has {differs}; every input tensor is cut "
-            "along dimension 0, so give all of them the batch there, or make one that belongs to no row "
+            "along dimension 0, so all must have the batch there; make a tensor without the batch's rows "
             "a buffer of the model"
         )
     return sizes.pop()
 
 
 def rows_of(value: Any) -> int | None:
-    """Length of dimension 0 of the first tensor that has one; None where there is none."""
+    """Length of dimension 0 of the first tensor that has one; None if there is none."""
     return next((leaf.shape[0] for leaf in pytree.tree_leaves(value) if _is_split(leaf)), None)
 
 
 def split(value: Any, size: int | None, microbatches: int, what: str) -> list[Any]:
     """``value`` cut leaf by leaf with ``Tensor.tensor_split`` along dimension 0.
 
-    What is no tensor, or has no dimension, goes to every microbatch as it is. The parts share the tensor's
-    memory, but each has a version of its own: one that is changed in place does not spoil what the
-    backward of another needs.
+    Tensors without dimensions and values that are not tensors go to every microbatch unchanged. The parts
+    share the tensor's memory, but each has its own version counter: changing one in place does not invalidate
+    what the backward of another saved.
     Raises InvalidArgument if a tensor of ``value`` does not have ``size`` rows, or for another library's
     array.
     """
@@ -52,8 +52,8 @@ def split(value: Any, size: int | None, microbatches: int, what: str) -> list[An
         if not _is_split(leaf):
             if not isinstance(leaf, Tensor) and hasattr(leaf, "__array__"):
                 raise InvalidArgument(
-                    f"{what} is a {type(leaf).__module__}.{type(leaf).__name__}; give a tensor, as "
-                    "torch.as_tensor makes of it"
+                    f"{what} is a {type(leaf).__module__}.{type(leaf).__name__}; give a tensor "
+                    "(torch.as_tensor makes one of it)"
                 )
             return [leaf] * microbatches
         if leaf.shape[0] != size:
@@ -80,8 +80,8 @@ def lengths(size: int, microbatches: int) -> list[int]:
 def merge(parts: list[Any]) -> Any:
     """The whole batch's value from its microbatches': tensors joined along dimension 0.
 
-    Tensors without a dimension are stacked; what is no tensor is taken from the first microbatch. Raises
-    PipelineError if they cannot be joined.
+    Tensors without dimensions are stacked; values that are not tensors are taken from the first microbatch.
+    Raises PipelineError if the parts cannot be joined.
     """
     flats, specs = zip(*(pytree.tree_flatten(part) for part in parts))
     if any(spec != specs[0] for spec in specs):

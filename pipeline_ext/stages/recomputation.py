@@ -1,4 +1,4 @@
-"""Refuses, with advice, to recompute layers (activation checkpointing) that running tasks would disturb."""
+"""Refuses to recompute layers (activation checkpointing) that other running tasks would disturb."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ from ..errors import PipelineError
 
 
 def _eager_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and those inside it, without compiled ones: a hook could break their graph."""
+    """The module and its submodules, except compiled ones: a hook could break their graph."""
     if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
         return
     yield module
@@ -19,7 +19,7 @@ def _eager_layers(module: nn.Module) -> Iterator[nn.Module]:
         yield from _eager_layers(child)
 
 
-_thread = threading.local()  # outside of the guard: hooks on layers are copied and saved with them
+_thread = threading.local()  # not an attribute of the guard, which is copied and saved with the hooked layers
 
 
 class RecomputationGuard:
@@ -40,7 +40,7 @@ class RecomputationGuard:
                 self._handles.append(layer.register_forward_pre_hook(self._check_dropout))
 
     def watch(self, backward: Callable[[int], None]) -> Callable[[int], None]:
-        """``backward``, during which the guard raises."""
+        """Wraps ``backward``; the guard raises only inside it."""
         if not self._handles:
             return backward
 

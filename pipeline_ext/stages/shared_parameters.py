@@ -17,13 +17,14 @@ Body = Callable[[int], None]
 
 
 class SharedParameters:
-    """The parameters that several stages hold, of the modules given, by stage.
+    """The parameters that several stages hold.
 
-    Hooks on such a parameter are not called in a step. Stages that hold one and the same module with such a
-    parameter take turns in their forwards.
+    Hooks on such a parameter are not called in a step. Stages that hold the same module with such a parameter
+    take turns in their forwards.
     """
 
     def __init__(self, by_stage: Mapping[int, Sequence[nn.Module]]) -> None:
+        """``by_stage``: the modules of each stage."""
         self._by_stage = by_stage
         self._turns = threading.Lock()
         self._aliases: dict[nn.Parameter, dict[int, nn.Parameter]] = {}
@@ -55,7 +56,7 @@ class SharedParameters:
         return self._aliases.get(parameter, {}).get(stage, parameter)
 
     def watch(self, stage: int, forward: Body) -> Body:
-        """``forward`` of a stage, on its aliases."""
+        """Wraps a stage's ``forward`` to run on the stage's aliases."""
 
         def watched(m: int) -> None:
             if not self._holders[stage]:
@@ -98,6 +99,6 @@ class SharedParameters:
         self._aliases = {}
 
     def give_up(self) -> None:
-        """Restores the parameters where a stage that never returns has left its aliases."""
+        """Restores the parameters if a stage that never returned left its aliases in their place."""
         for stage in self._holders:
             self._restore(stage)

@@ -1,10 +1,10 @@
-"""Splits a stage's backward: first the gradients of its inputs (`I`), later those of its weights (`W`).
+"""Splits a stage's backward: first the gradients of its inputs (``I``), later those of its weights (``W``).
 
 Zero-bubble schedules split a backward where the paths to inputs and to weights separate (Qi et al., Zero Bubble
 Pipeline Parallelism, ICLR 2024). torch.distributed.pipelining (2.13, ``_backward.py``) does so for any module,
-with one backward for each group of weights, each of which walks the graph down to the inputs again. Here `W` runs
-only the nodes at which the paths separate, the forks, a second time. That works because autograd's engine tells
-a node which of its gradients are needed: those that lead to weights.
+with one backward for each group of weights, each of which walks the graph down to the inputs again. Here ``W``
+runs only the forks a second time, the nodes at which the paths separate. Autograd's engine tells a node which
+of its gradients are needed, so in ``W`` a fork computes only those that lead to weights.
 """
 
 import functools
@@ -29,7 +29,7 @@ class WeightGradients(Protocol):
 
     @property
     def whole(self) -> str:
-        """Why the full backward has run already, so that only adding is left; empty if it was split."""
+        """Why the full backward ran already, so that only adding is left; empty if it was split."""
 
     def add(self) -> None:
         """Adds the gradients of the weights to their ``.grad``, and frees what they are made from."""
@@ -65,19 +65,19 @@ def find_input_gradients(
 ) -> WeightGradients:
     """Adds the gradients of the leaves ``inputs`` to their ``.grad``; the result does so for the weights.
 
-    If the graph cannot be split, runs the full backward and stores the weights' gradients. For that, ``weights``
-    lists weights that the graph may not show, and ``check`` raises an error if the caller was given up
+    If the graph cannot be split, runs the full backward and stores the weights' gradients. For that,
+    ``weights`` lists weights that the graph may not show. ``check`` raises an error if the caller was given up
     meanwhile and must not touch any ``.grad``.
     """
     roots = [get_gradient_edge(tensor) for tensor in outputs]
     if not inputs:
         return _Split([], set(), list(zip(roots, grads)))
     graph = _Graph(roots, [get_gradient_edge(tensor).node for tensor in inputs])
-    above = [pair for pair in zip(roots, grads) if graph.leads_to_inputs[pair[0].node]]
-    beside = [pair for pair in zip(roots, grads) if not graph.leads_to_inputs[pair[0].node]]
+    to_inputs = [pair for pair in zip(roots, grads) if graph.leads_to_inputs[pair[0].node]]
+    to_weights = [pair for pair in zip(roots, grads) if not graph.leads_to_inputs[pair[0].node]]
     forks = graph.forks()
-    meeting, uses = _that_meet(forks, [root for root, _ in beside])
-    whole = graph.hides_weights() or _not_twice(forks)
+    meeting, uses = _meeting_forks(forks, [root for root, _ in to_weights])
+    whole = graph.hides_weights() or _why_not_twice(forks)
     if meeting and uses > _MOST_USES:
         whole = whole or "a weight is used more than twice, and the sum of its gradients depends on their order"
     if whole:
@@ -85,11 +85,11 @@ def find_input_gradients(
         return _run_whole(roots, grads, leaves, check, whole)
     for fork in forks:
         fork.keep_grads()
-    if above:
-        _run_pairs(above, inputs=inputs, keep_graph=bool(forks))
+    if to_inputs:
+        _run_pairs(to_inputs, inputs=inputs, keep_graph=bool(forks))
     if forks:
         graph.release(forks)
-    return _Split(forks, meeting, beside)
+    return _Split(forks, meeting, to_weights)
 
 
 def _run_pairs(
@@ -100,10 +100,10 @@ def _run_pairs(
 
 
 class _Fork:
-    """A node that leads to inputs, and by other edges to weights alone.
+    """A node that leads to inputs, and by other edges only to weights.
 
     Attributes:
-        edges: those to weights, each with its index among the node's.
+        edges: those that lead only to weights, each with its index among the node's edges.
     """
 
     def __init__(self, node: Node, edges: list[tuple[int, GradientEdge]]) -> None:
@@ -116,7 +116,7 @@ class _Fork:
         kept = self._grads
 
         def keep(grads: tuple[Tensor | None, ...]) -> None:
-            # A tensor of our own, so that no node believes it owns the memory and writes to it.
+            # Our own tensor objects, so that no node assumes it owns the memory and writes to it.
             kept.extend(None if grad is None else grad.detach() for grad in grads)
 
         self.node.register_prehook(keep)
@@ -134,7 +134,7 @@ class _Graph:
     """The nodes between a stage's outputs and its leaves.
 
     Attributes:
-        leads_to_inputs: by node, children before their parents.
+        leads_to_inputs: whether a node leads to inputs; children come before their parents.
     """
 
     def __init__(self, roots: Iterable[GradientEdge], inputs: Iterable[Node]) -> None:
@@ -180,11 +180,11 @@ class _Graph:
             if function is CheckpointFunction:
                 return "a reentrant checkpoint has no graph before it runs backward"
             if function is not None and hasattr(function, "compiled_bw"):
-                return "a compiled module's backward runs once, and may give away the memory that it reads"
+                return "a compiled module's backward can run only once: it may reuse the memory that it reads"
         return ""
 
     def release(self, forks: Iterable[_Fork]) -> None:
-        """Frees the tensors saved for the gradients of inputs alone; forks hold all nodes below them."""
+        """Frees the tensors saved only for the gradients of inputs; forks keep all nodes below them alive."""
         needed = {fork.node for fork in forks}
         for node in self._trunk():
             if node not in needed:
@@ -199,17 +199,17 @@ class _Graph:
 
 
 class _Split:
-    """A split backward: forks, and outputs that lead to weights alone; see ``WeightGradients``."""
+    """A split backward: forks, and outputs that lead only to weights; see ``WeightGradients``."""
 
     whole = ""
 
     def __init__(
-        self, forks: list[_Fork], meeting: set[_Fork], beside: list[tuple[GradientEdge, Tensor]]
+        self, forks: list[_Fork], meeting: set[_Fork], to_weights: list[tuple[GradientEdge, Tensor]]
     ) -> None:
-        """Gradients from the forks ``meeting`` and the outputs ``beside`` go on in one backward."""
+        """One backward continues from all forks in ``meeting`` and the outputs ``to_weights`` together."""
         self._forks = forks
         self._meeting = meeting
-        self._together = beside
+        self._together = to_weights
 
     def add(self) -> None:
         if self._forks:
@@ -260,18 +260,18 @@ def _run_whole(
     return _Stored(whole, found)
 
 
-def _not_twice(forks: Iterable[_Fork]) -> str:
-    """Why a fork must not run for inputs and again for weights; empty if all may."""
+def _why_not_twice(forks: Iterable[_Fork]) -> str:
+    """Why a fork must not run once for inputs and again for weights; empty if all may."""
     for fork in forks:
         if hasattr(fork.node, "_forward_cls"):
             return f"{fork.node.name()}, in Python, computes the gradients of inputs and weights at once"
         if any(saved.unpack_hook is not None for saved in _saved(fork.node)):
-            return "what a weight's gradient needs is recomputed (checkpoint) or fetched by a hook, both times"
+            return "a saved tensor would be recomputed (checkpoint) or fetched by a hook twice, in I and in W"
     return ""
 
 
-def _that_meet(forks: Sequence[_Fork], roots: Sequence[GradientEdge]) -> tuple[set[_Fork], int]:
-    """The forks that share a node below them with others, and the most edges that lead to one node."""
+def _meeting_forks(forks: Sequence[_Fork], roots: Sequence[GradientEdge]) -> tuple[set[_Fork], int]:
+    """The forks that reach a node which another fork or root reaches too, and the most edges to one node."""
     found: set[_Fork] = set()
     uses: Counter[tuple[Node, int]] = Counter()
     owners: dict[Node, _Fork | None] = {}
@@ -292,9 +292,9 @@ def _that_meet(forks: Sequence[_Fork], roots: Sequence[GradientEdge]) -> tuple[s
 
 
 def _with_needed(edges: Sequence[GradientEdge], call: Callable[[Tensor], None]) -> None:
-    """Makes a call in which nodes, when called, compute the gradients along ``edges`` and no others.
+    """Runs ``call``; nodes that it calls compute the gradients along ``edges`` and no others.
 
-    The engine's list of needed gradients holds for every node that runs in its thread meanwhile.
+    It runs inside a backward: the engine's list of needed gradients holds for every node in its thread.
     """
     start = torch.zeros((), device="cpu", requires_grad=True)
     start.register_hook(call)

@@ -1,4 +1,4 @@
-"""A module as a stage: forward and backward of one microbatch, the backward whole or in two."""
+"""A module as a stage: forward and backward of one microbatch, the backward whole or split."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ Arguments = tuple[tuple, dict[str, Any]]
 class WithLoss:
     """What a stage may return: a value for the next stage, and a scalar that adds to the total loss.
 
-    For auxiliary losses, such as the load balancing of mixture-of-experts layers. The scalar is weighted
-    as the microbatch's own loss is.
+    For auxiliary losses, such as the load balancing of mixture-of-experts layers. The scalar is weighted like
+    the microbatch's own loss.
     """
 
     value: Any
@@ -38,7 +38,7 @@ class InFlight(NamedTuple):
 
     received: list[boundary.Received]
     popped: list[list[boundary.Received]]  # by skip that ends here
-    sent: list[Tensor]  # tensors at its exit that require a gradient
+    sent: list[Tensor]  # tensors of its result that require a gradient
     stashed: list[Tensor]  # for later stages
     losses: list[Tensor]  # scalars that this stage adds to the total loss
 
@@ -49,15 +49,15 @@ class InFlight(NamedTuple):
 class Stage:
     """One slice of the model.
 
-    ``forward``, ``backward``, ``input_gradient``, ``weight_gradient`` and ``evaluate`` are the bodies of tasks:
-    F, B, I, W, and F of an evaluation. ``loss_fn`` is given to the last stage alone. If it is a module, its
-    parameters are trained too. ``skips`` are those of all stages. ``mesh``: of all processes; DTensors from
-    other stages may lie on it.
+    ``forward``, ``backward``, ``input_gradient``, ``weight_gradient`` and ``evaluate`` are the bodies of the
+    tasks ``F``, ``B``, ``I``, ``W``, and ``F`` of an evaluation. Only the last stage has a ``loss_fn``. If it
+    is a module, its parameters are trained too. ``skips``: those of all stages. ``mesh``: the mesh of all
+    processes, on which DTensors from other stages may lie.
 
     Attributes:
-        is_last: whether it is the model's last, and its output the model's.
-        thread: what stands for the thread that runs a backward of this stage.
-        unsplit: why the last I ran the backward whole; empty where it did not.
+        is_last: whether it is the model's last stage, so that its output is the model's.
+        thread: a token of the thread that runs a backward of this stage; None if none does.
+        unsplit: why the last ``I`` ran the full backward; empty if it was split.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class Stage:
         self._entrance = boundary.Entrance()
         self._skips = StageSkips(index, skips)
         self._in_flight: dict[int, InFlight] = {}
-        self._weight_grads: dict[int, WeightGradients] = {}  # between a microbatch's I and its W
+        self._weight_grads: dict[int, WeightGradients] = {}  # between a microbatch's ``I`` and its ``W``
 
     def modules(self) -> list[nn.Module]:
-        """The stage's module, and its loss function where that is one."""
+        """The stage's module, and its loss function if that is a module."""
         return [m for m in (self.module, self._loss_fn) if isinstance(m, nn.Module)]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -100,7 +100,7 @@ class Stage:
         self._weight_grads = {}
 
     def end(self) -> None:
-        """Lets go of everything that belongs to the step."""
+        """Drops everything that belongs to the step."""
         self._step = None
         self._in_flight = {}
         self._weight_grads = {}
@@ -153,9 +153,9 @@ class Stage:
         self.thread = None
 
     def input_gradient(self, m: int, tied: Callable[[], Collection[nn.Parameter]] = tuple) -> None:
-        """Of microbatch ``m``'s backward, runs what leads to its input; sends the gradients back.
+        """Runs the part of microbatch ``m``'s backward that leads to its input; sends the gradients back.
 
-        ``tied()`` are parameters that other stages, on other threads, hold too.
+        ``tied()``: parameters that other stages, on other threads, hold too.
         """
         self.thread = this_thread()
         step = self._running()
@@ -198,11 +198,11 @@ class Stage:
         self._send_back(step, m, in_flight)
 
     def _begin_backward(self, step: Step, m: int) -> tuple[list[Tensor], list[Tensor], InFlight]:
-        """Where microbatch ``m``'s backward begins, with which gradients, and what was kept for it."""
+        """Microbatch ``m``'s outputs that its backward begins at, their gradients, and what was kept for it."""
         in_flight = self._in_flight.pop(m)
         outputs = [loss for loss in in_flight.losses if loss.requires_grad]
         grads_out = [step.weight_like(loss, m) for loss in outputs]
-        # Skips first: plain autograd finds the gradients of what is used later before others.
+        # Skips first: plain autograd computes the gradients of later uses before those of earlier ones.
         grads = [
             *self._skips.receive_gradients(step.exchange, m),
             *step.exchange.receive_gradients(self.index, m, self._meshes),

@@ -1,4 +1,4 @@
-"""What the tasks of one step read and write."""
+"""The data that the tasks of one step read and write."""
 
 import functools
 import itertools
@@ -33,9 +33,9 @@ class Step:
         scaler: torch.amp.GradScaler | None = None,
         keep_outputs: bool = True,
     ) -> None:
-        """``rows`` of the batch, and ``inputs``: None where another process has the first stage.
+        """``rows`` of the batch, and ``inputs``: None if another process has the first stage.
 
-        ``weighted``: by its share of the rows is how a microbatch's loss enters the total.
+        ``weighted``: scale each microbatch's loss by its share of the batch's rows.
         """
         self.exchange = exchange
         self.inputs = inputs
@@ -46,16 +46,16 @@ class Step:
         self._lengths = [0] * microbatches if rows is None else microbatch.lengths(rows, microbatches)
         self._weighted = weighted
         self._scaler = scaler
-        self._loss: Tensor | None = None  # the total, as another process has told it
+        self._loss: Tensor | None = None  # the total, if another process sent it
         self.keep_outputs = keep_outputs
         self.has_trained = False  # whether any backward had something to differentiate
-        # By stage: what it adds to the total loss, weighted.
+        # By stage and microbatch: what the stage adds to the total loss, weighted.
         self.contributions: list[list[Sequence[Tensor]]] = [
             [()] * microbatches for _ in range(exchange.num_stages)
         ]
         self.outputs: list[Any] = [None] * microbatches
         self.losses: list[Tensor | None] = [None] * microbatches  # unweighted
-        # Where the inputs themselves require a gradient: the tensors, and their gradients.
+        # By microbatch: the input tensors that require a gradient, and their gradients.
         needed = inputs and differentiable(inputs[0])
         self.input_tensors: list[list[Tensor]] = (
             [differentiable(value) for value in inputs] if inputs and needed else [[]] * microbatches
@@ -68,8 +68,8 @@ class Step:
         return loss if weight == 1 else loss * weight
 
     def weight_like(self, loss: Tensor, m: int) -> Tensor:
-        """The gradient of the total, scaled where there is a scaler, in microbatch ``m``'s loss."""
-        # Made anew each time: autograd may keep it as a parameter's gradient, and add to it.
+        """The gradient of the total with respect to microbatch ``m``'s loss, scaled if there is a scaler."""
+        # A new tensor each time: autograd may keep it as a parameter's gradient, and add to it.
         weight = torch.full((), self._weight(m), dtype=loss.dtype, device=loss.device)
         return weight if self._scaler is None else self._scaler.scale(weight).to(loss.dtype)
 
@@ -80,32 +80,35 @@ class Step:
         return self._lengths[m] / self._rows
 
     def passed_on(self, stage: int, m: int) -> list[Any]:
-        """What goes along with microbatch ``m`` from ``stage`` to another process."""
+        """What is sent along with microbatch ``m`` from ``stage`` to another process."""
         added = itertools.chain.from_iterable(of_stage[m] for of_stage in self.contributions[: stage + 1])
         return [self._rows, self._lengths[m], *added]
 
     def take_in(self, stage: int, m: int, known: list[Any]) -> None:
-        """Takes what has come along with microbatch ``m`` to ``stage``. Raises PipelineError."""
+        """Takes over what came along with microbatch ``m`` to ``stage``.
+
+        Raises PipelineError if the target has another number of rows than the batch.
+        """
         self._rows, self._lengths[m], *added = known
         if self._target_rows not in (None, self._rows):
             raise PipelineError(
                 f"target has {self._target_rows} rows where the batch has {self._rows}; give the process with "
-                "the last stage the target of the batch that the one with the first stage is given"
+                "the last stage the target of the batch that the process with the first stage gets"
             )
         for before in self.contributions[:stage]:
             before[m] = ()
         self.contributions[0][m] = added
 
     def known_loss(self) -> Tensor | None:
-        """The total loss, or what another process has told of it."""
+        """The total loss, computed here or sent by another process."""
         return self._loss if self._loss is not None else self.total_loss()
 
     def learn_loss(self, loss: Tensor) -> None:
-        """Another process has told the total loss."""
+        """Takes over the total loss that another process sent."""
         self._loss = loss.detach().clone()
 
     def total_loss(self) -> Tensor:
-        """Sum of all contributions: microbatch by microbatch, in each the loss, then the stages' own."""
+        """The sum of all contributions: for each microbatch first the loss, then what stages add to it."""
         *earlier, last = self.contributions
         device = last[0][0].device
         by_microbatch = [
@@ -118,10 +121,11 @@ class Step:
             )
             for m, losses in enumerate(last)
         ]
-        return functools.reduce(operator.add, by_microbatch).clone()  # of one, it is losses[0] itself
+        # A clone, because the sum of one microbatch is losses[0] itself.
+        return functools.reduce(operator.add, by_microbatch).clone()
 
     def backward_into_inputs(self) -> None:
-        """Carries the gradients of the step's inputs on into the graph that made them."""
+        """Continues the backward from the step's inputs into the graph that made them."""
         pairs = [
             (tensor, grad)
             for tensors, grads in zip(self.input_tensors, self.input_grads)

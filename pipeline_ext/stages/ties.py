@@ -1,7 +1,7 @@
 """Parameters that stages in several processes hold.
 
-Each of these processes has a copy. The copies begin equal, and at the end of a step each has the sum of all their
-gradients, so optimizers keep them equal.
+Each of these processes has a copy. The copies begin equal, and at the end of a step each has the sum of all
+their gradients, so optimizers keep them equal.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,25 +32,25 @@ class _Tie(NamedTuple):
 
 
 class Ties:
-    """The parameters of this process that other processes hold, too."""
+    """The parameters of this process that other processes hold too."""
 
     def __init__(self, ties: list[_Tie]) -> None:
         self._ties = ties
 
     def make_equal(self) -> None:
-        """Gives all of them the values that the first process has."""
+        """Gives all copies the values of the first process."""
         with torch.no_grad():
             for tie in self._ties:
                 tie.among.broadcast(tie.parameter, 0).wait()
 
     def begin(self) -> None:
-        """Leaves the gradients of earlier steps to the first process alone, so that they count once."""
+        """Keeps the gradients of earlier steps in the first process only, so that they count once."""
         for tie in self._ties:
             if tie.among.rank > 0:
                 tie.parameter.grad = None
 
     def end(self, add: Add) -> None:
-        """Gives each process the sum of all gradients; None stays where no process has one."""
+        """Gives each process the sum of all gradients; ``.grad`` stays None if no process has one."""
         for tie in self._ties:
             parameter = tie.parameter
             reached = torch.tensor(float(parameter.grad is not None))
@@ -66,10 +66,10 @@ class Ties:
 
 
 def find_ties(stages: Sequence[Any], loss_fn: Any, rank_of_stage: Sequence[int], processes: Processes) -> Ties:
-    """The ties between the stages of several processes, all of which call this together.
+    """The ties between the stages of several processes. All processes call it together.
 
-    The stages must not have memory in one process and none in another, or their parameters look different.
-    The last stage's process has ``loss_fn``, too, which may be a module.
+    A stage must not have memory in one process and none in another, or its parameters look different.
+    ``loss_fn`` belongs to the last stage's process, and may be a module.
     """
     holding: dict[nn.Parameter, set[int]] = {}
     here: dict[nn.Parameter, Holder] = {}

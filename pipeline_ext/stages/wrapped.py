@@ -1,9 +1,9 @@
 """Stages that reduce their gradients themselves: in FSDP2's ``fully_shard``, or in DistributedDataParallel.
 
-Both reduce from hooks of a backward, and a stage runs one for each microbatch. So they are kept from it while
-a step runs, and made to do it once, when the stage's last backward has ended. What is sharded is gathered as
-a step begins and let go of as it ends: replicas that react run a stage's forwards and backwards in orders of
-their own, and what they gather in between would not be the same.
+Both reduce from hooks of a backward, and a stage runs one backward for each microbatch. So reduction is off
+while a step runs, and happens once, when the stage's last backward has ended. Sharded parameters are gathered
+when a step begins and released when it ends. In between, reactive replicas run a stage's forwards and
+backwards in different orders, so their gathers would not match.
 """
 
 import contextlib
@@ -35,7 +35,10 @@ def reduced_in(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
 
 
 class WrappedStages:
-    """The wrapped modules of each stage, itself or inside it; they reduce in descending order of the stages."""
+    """The wrapped modules of all stages. They reduce in descending order of the stages.
+
+    A stage's module may be wrapped itself, or contain wrapped layers.
+    """
 
     def __init__(self, stages: Sequence[Stage], microbatches: int) -> None:
         self._ddp = {stage.index: layers_of(DistributedDataParallel, stage) for stage in stages}
@@ -49,11 +52,11 @@ class WrappedStages:
         self._last_backward = LastBackward(self._ddp, self._reduce)
 
     def check(self, shared: SharedParameters, plan: _C.Plan, device: torch.device) -> None:
-        """Raises InvalidArgument for wrapped or tensor-parallel stages that cannot run so."""
+        """Raises InvalidArgument for wrapped or tensor-parallel stages that cannot run this plan."""
         wrapped: list[nn.Module] = [*self._all(self._ddp), *self._all(self._sharded)]
         if (plan.overlap or plan.reactive) and not self._shared_out <= reduced_in(wrapped):
             raise InvalidArgument(
-                "a stage has DTensor parameters (tensor parallelism), whose processes are to run all tasks in "
+                "a stage has DTensor parameters (tensor parallelism), whose processes must run all tasks in "
                 "one order; give overlap=False and reactive=False"
             )
         if not wrapped:
@@ -75,12 +78,12 @@ class WrappedStages:
             )
 
     def watch(self, stage: int, backward: Body) -> Body:
-        """``backward`` of a stage, B or W; after the last one of a step the stage's modules reduce."""
+        """Wraps ``backward`` of a stage, ``B`` or ``W``: after a step's last one the stage's modules reduce."""
         return self._last_backward.watch(stage, backward)
 
     @contextlib.contextmanager
     def step(self, sends: bool) -> Iterator[None]:
-        """Within it a step runs. Unless it ``sends``, gradients add up unreduced."""
+        """A step runs inside it. Unless it ``sends``, gradients add up without being reduced."""
         if sends:
             self._last_backward.begin(self._microbatches)
         else:
@@ -90,7 +93,7 @@ class WrappedStages:
 
     @contextlib.contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Within it a backward only adds to ``.grad``. If it fails, those of sharded parameters are None."""
+        """Inside it, a backward only adds to ``.grad``. On an error, sharded parameters' ``.grad`` are None."""
         with contextlib.ExitStack() as held:
             for ddp in self._all(self._ddp):
                 held.enter_context(ddp.no_sync())
@@ -104,7 +107,7 @@ class WrappedStages:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within it sharded parameters are whole."""
+        """Inside it, sharded parameters are gathered."""
         try:
             for module in self._all(self._sharded):
                 module.set_reshard_after_forward(False, recurse=False)
@@ -132,12 +135,12 @@ class WrappedStages:
 
 
 def reduce_ddp(module: DistributedDataParallel) -> None:
-    """Has it average the gradients now, in its own buckets and with its hooks."""
+    """Makes ``module`` average its gradients now, in its own buckets and with its hooks."""
     parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
     if module.find_unused_parameters:
         parameters = [p for p in parameters if p.grad is not None]
     module.reducer.prepare_for_backward(parameters)
-    # It waits for a backward to come by each parameter: one that adds nothing.
+    # The reducer waits for a backward through each parameter, so run one that adds nothing.
     torch.autograd.backward(parameters, [p.new_zeros(()).expand_as(p) for p in parameters])
     module.require_forward_param_sync = True  # the next forward takes the first replica's buffers
 
@@ -149,11 +152,11 @@ def reduce_sharded(modules: "Sequence[FSDPModule]") -> None:
     for module in modules:
         state = module._get_fsdp_state()
         if state._is_root:
-            state._root_post_backward_final_callback()  # which torch.distributed.pipelining calls, too
+            state._root_post_backward_final_callback()  # torch.distributed.pipelining calls it too
 
 
 def layers_of(kind: type[Kind], stage: Stage) -> list[Kind]:
-    """Those of a stage's modules, and of all layers inside them."""
+    """The layers of one type in a stage's modules, themselves included."""
     layers = dict.fromkeys(layer for module in stage.modules() for layer in module.modules())
     return [layer for layer in layers if isinstance(layer, kind)]
 

@@ -1,4 +1,4 @@
-"""One process of a pipeline chooses for all, and for its replicas."""
+"""One process chooses a plan for all processes of a pipeline and of its replicas."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from .gathered_trace import TraceGathering
 
 
 class OneChooses:
-    """``Others`` of a pipeline's first steps: rank 0 of the first replica chooses."""
+    """Implements ``Others`` for a pipeline's first steps: rank 0 of the first replica chooses."""
 
     def __init__(self, processes: Processes, gathering: TraceGathering, timeout: float) -> None:
         """``timeout``: seconds to wait for another process."""
@@ -26,18 +26,19 @@ class OneChooses:
         replicas = processes.replicas
         self._is_first_replica = replicas is None or dist.get_rank(replicas) == 0
         self.chooses = self._is_first_replica and processes.rank == 0
-        self._between: list[Connections] = [processes.messages]  # that a choice passes through, to their rank 0
+        # A choice is broadcast over these in turn, from rank 0 of each.
+        self._broadcasts: list[Connections] = [processes.messages]
         if replicas is not None and processes.rank == 0:
             members = dist.get_process_group_ranks(replicas)
-            self._between.insert(0, processes.connect("choices", members))
+            self._broadcasts.insert(0, processes.connect("choices", members))
 
     def gather(self, trace: Profiled) -> Trace | None:
-        """Raises PeerError for a process that is gone, or does not come in time."""
+        """Raises PeerError if a process is gone, or does not come in time."""
         assert isinstance(trace, Trace)
         return self._gathering.gather(trace) if self._is_first_replica else None
 
     def hear(self, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Raises PeerError for a process that is gone, does not come in time, or could not choose."""
+        """Raises PeerError if a process is gone, does not come in time, or could not choose."""
         said: Any = None
         failure: BaseException | None = None
         if self.chooses:
@@ -45,16 +46,16 @@ class OneChooses:
                 said = {"choice": choose()}
             except BaseException as error:
                 said, failure = {"error": f"{type(error).__name__}: {error}"}, error
-        for connections in self._between:
+        for connections in self._broadcasts:
             said = self._broadcast(said, connections)
         if failure is not None:
             raise failure
         if "error" in said:
-            raise PeerError(f"{self._processes.describe(0)} was to choose a plan: {said['error']}")
+            raise PeerError(f"{self._processes.describe(0)} could not choose a plan: {said['error']}")
         return said["choice"]
 
     def _broadcast(self, said: Any, connections: Connections) -> Any:
-        """What the process of rank 0 among these has to say."""
+        """What rank 0 of ``connections`` said, in each of its processes."""
         encoded = as_tensor(encode(said))
         size = torch.tensor([len(encoded)])
         try:

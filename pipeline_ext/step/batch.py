@@ -1,4 +1,4 @@
-"""What a step is called with, and what it gives back."""
+"""The arguments and the results of a step."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """What a step is called with, where the stages can use it, and how it is to run."""
+    """The arguments of a step, on the devices of the stages that use them, and how to run it."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -14,13 +14,13 @@ class Batch(NamedTuple):
     rows: int | None  # None: another process has the first stage
     keep_outputs: bool
     keep_losses: bool
-    record: bool  # when tasks run
+    record: bool  # the times of tasks
 
 
 class Outcome(NamedTuple):
-    """What a step gives back."""
+    """The results of a step."""
 
     loss: Tensor
     losses: list[Tensor | None]  # by microbatch, unweighted
-    outputs: Any  # of the last stage for the whole batch; None where they were not kept
-    result: Any  # the engine's
+    outputs: Any  # of the last stage for the whole batch; None if they were not kept
+    result: Any  # the engine's ``StepResult``

@@ -20,9 +20,9 @@ def step_error(
     training: bool,
     awaited: Sequence[str],
 ) -> BaseException:
-    """The exception for a step that did not come to its end.
+    """The exception for a step that did not finish.
 
-    ``awaited``: what had not come from other processes.
+    ``awaited``: messages from other processes that had not arrived.
     """
     state = _state(engine, training)
     if result.outcome == "failed":
@@ -37,7 +37,7 @@ def step_error(
 
 
 def reason(plan: _C.Plan, result: StepResult, timeout: float, awaited: Sequence[str]) -> str:
-    """Why a step did not come to its end, in a line for other processes."""
+    """Why a step did not finish, in one line for other processes."""
     if result.outcome == "timed out":
         waits = f", waiting for {', and '.join(awaited)}" if awaited else ""
         return f"it made no progress for {timeout:g} seconds{waits}"
@@ -47,7 +47,7 @@ def reason(plan: _C.Plan, result: StepResult, timeout: float, awaited: Sequence[
 
 
 def _failure(plan: _C.Plan, result: StepResult, state: str, awaited: Sequence[str]) -> BaseException:
-    """A stage's code has raised, or a device or another process has failed; chained to the original."""
+    """The exception if a stage's code raised, which is then its cause, or a device or process failed."""
     error = result.error
     if isinstance(error, DeviceError) and result.failed_task is None:
         return DeviceError(f"{error}; {state}")
@@ -62,7 +62,7 @@ def _failure(plan: _C.Plan, result: StepResult, state: str, awaited: Sequence[st
     where = f"{action}, the {_KINDS[kind]} of microbatch {m} at stage {stage} on rank {rank}"
     if isinstance(error, DeviceError):
         return DeviceError(f"{error}; it happened at {where}; {state}")
-    if not isinstance(error, Exception):  # KeyboardInterrupt and its like stay what they are
+    if not isinstance(error, Exception):  # KeyboardInterrupt and the like keep their type
         error.add_note(f"raised in {where}; {state}")
         return error
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
@@ -80,7 +80,7 @@ def _failure(plan: _C.Plan, result: StepResult, state: str, awaited: Sequence[st
 def _state(engine: Engine[Any], training: bool) -> str:
     parts = [NO_GRADIENTS] if training else []
     if engine.dead:
-        parts.append(f"the pipeline is dead, for {engine.death}: make a new one")
+        parts.append(f"the pipeline is dead: {engine.death}; make a new one")
     else:
         parts.append("the next step starts afresh")
     return "; ".join(parts)

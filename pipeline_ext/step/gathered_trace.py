@@ -1,4 +1,4 @@
-"""The trace of a step that several processes ran, put together on rank 0."""
+"""Gathers the trace of a step from all its processes on rank 0."""
 
 import torch
 
@@ -10,11 +10,11 @@ from ..processes.values import as_bytes, as_tensor
 from ..report.merged import Part, merged
 from ..report.trace import Trace
 
-_TAG = 1 << 20  # of no message between stages
+_TAG = 1 << 20  # no message between stages has it
 
 
 class TraceGathering:
-    """Between the processes of a pipeline."""
+    """Gathers traces from the processes of a pipeline."""
 
     def __init__(self, processes: Processes, timeout: float) -> None:
         """``timeout``: seconds to wait for another process."""
@@ -24,7 +24,7 @@ class TraceGathering:
     def gather(self, trace: Trace) -> Trace | None:
         """One trace of all processes' tasks, in rank 0's clock; None on the other ranks.
 
-        Raises PeerError for a process that is gone, or does not come in time.
+        Raises PeerError if a process is gone, or does not come in time.
         """
         part = Part.of(trace)
         if self._processes.rank > 0:
@@ -43,7 +43,7 @@ class TraceGathering:
             raise PeerError(f"{peer.name} has not taken this process's trace: {error}") from error
 
     def _take(self, rank: int) -> Part:
-        """What another rank has recorded, in this one's clock."""
+        """What another rank recorded, in this rank's clock."""
         peer = self._peer(rank)
         try:
             ahead = clocks.ask(peer, self._timeout)

@@ -20,9 +20,9 @@ class NotCapturable(Exception):
 class GraphKeys:
     """Finds a step's key: a graph captured in a step can be replayed for any step with the same key.
 
-    The key holds the batch's shapes, types and values that are no tensors; the caller's context; the mode of
-    each module; the addresses of parameters and buffers, which of them require gradients and which have one;
-    an optimizer's settings and the addresses of its state.
+    The key holds the batch's shapes, types and values that are not tensors; the caller's context; the mode of
+    each module; the addresses of parameters and buffers; which parameters require a gradient and which have
+    one; an optimizer's settings and the addresses of its state.
     """
 
     def __init__(self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> None:
@@ -32,18 +32,18 @@ class GraphKeys:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Those that the modules held when a key was last found."""
+        """The modules' parameters when a key was last computed."""
         return self._parameters
 
     def of(
         self, leaves: Sequence[Any], spec: pytree.TreeSpec, batch: Batch, context: CallerContext
     ) -> Hashable:
-        """``leaves`` and ``spec`` are of the batch's inputs and target. Raises NotCapturable."""
+        """The key of a step. ``leaves`` and ``spec``: the batch's inputs and target. Raises NotCapturable."""
         if self._watch.changed():
             self._find()
         return (
             spec,
-            tuple(map(_look, leaves)),
+            tuple(map(_key_of_leaf, leaves)),
             (batch.keep_outputs, batch.keep_losses, batch.record, context),
             tuple((p.data_ptr(), p.requires_grad, p.grad is None) for p in self._parameters),
             tuple(b.data_ptr() for table in self._buffers for b in table.values() if b is not None),
@@ -57,14 +57,14 @@ class GraphKeys:
 
 
 def check_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Raises NotCapturable for an optimizer whose steps may differ in what its graph would not show."""
+    """Raises NotCapturable for an optimizer whose steps may change in ways that a replay would miss."""
     if type(optimizer) is torch.optim.SGD:
         return
     if not all(group.get("capturable", False) for group in optimizer.param_groups):
         raise NotCapturable(f"{type(optimizer).__name__} is neither torch's SGD nor made with capturable=True")
 
 
-def _look(leaf: Any) -> Hashable:
+def _key_of_leaf(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         if leaf.requires_grad:
             raise NotCapturable("an input requires a gradient")
@@ -72,7 +72,7 @@ def _look(leaf: Any) -> Hashable:
     found = comparable(leaf)
     if found is None:
         raise NotCapturable(
-            f"an input is a {type(leaf).__name__}, of which nobody can tell whether it is as it was"
+            f"an input is a {type(leaf).__name__}, which cannot be compared with that of an earlier step"
         )
     return found
 
@@ -95,5 +95,5 @@ def _of_optimizer(optimizer: torch.optim.Optimizer) -> Hashable:
 
 
 def _setting(value: Any) -> Hashable:
-    """A replay reads a tensor on the GPU again, and no other value."""
+    """A setting as part of a key. A replay reads a GPU tensor again; other values are fixed in the graph."""
     return value.data_ptr() if isinstance(value, Tensor) and value.is_cuda else repr(value)

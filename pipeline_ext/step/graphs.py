@@ -1,6 +1,6 @@
 """Whole steps as CUDA graphs: the engine's own eager step, captured once and launched as one.
 
-What a captured step computes with must lie where it lay then. So batches are copied into the graph's own
+A replay reads and writes the addresses of the captured step. So batches are copied into the graph's own
 tensors, and the gradients are the graph's own.
 """
 
@@ -29,17 +29,17 @@ WARM_UP_STEPS = 2
 _MOST_GRAPHS = 4  # kept at once
 _MOST_CAPTURES = 64
 _ELSEWHERE = "it cannot be captured in another process"
-_MOST_KEYS = 16  # of steps, none of which came a third time
+_MOST_KEYS = 16  # of steps that have not come a third time
 
 
 @dataclass
 class GraphReport:
-    """What has become of ``graphs=True``.
+    """What ``graphs=True`` has done so far.
 
     Attributes:
-        nodes: of the graph that was launched last; 0 before the first.
-        captured: graphs so far.
-        fallback: why steps run eagerly instead; None while nothing stands in the way.
+        nodes: the number of nodes of the graph that was launched last; 0 before the first.
+        captured: the number of graphs captured.
+        fallback: why steps run eagerly instead; None while they may be captured.
     """
 
     nodes: int = 0
@@ -53,14 +53,14 @@ class _Captured(NamedTuple):
     outcome: Outcome  # without its losses
     losses: Tensor | None  # of all microbatches; None if the caller did not ask for them
     parameters: list[nn.Parameter]
-    gradients: list[Tensor | None]  # of these
+    gradients: list[Tensor | None]  # one for each parameter
 
 
 class StepGraphs:
-    """Runs one pipeline's steps: the first ones with a key eagerly, the others as a graph.
+    """Runs one pipeline's steps: the first steps with one key eagerly, later ones as a graph.
 
     Attributes:
-        report: what has become of that.
+        report: what it has done so far.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class StepGraphs:
         self._timeout = timeout
         self._seen: dict[Hashable, int] = {}
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._recorded: Callable[[], DeviceStep | None] = lambda: None  # the last one, while anyone has it
-        self._memory: torch_side.GraphMemory | None = None  # of all of them: they never run together
+        self._recorded: Callable[[], DeviceStep | None] = lambda: None  # the last one, while anyone holds it
+        self._memory: torch_side.GraphMemory | None = None  # shared by all graphs: they never run together
 
     @classmethod
     def of(
@@ -88,13 +88,13 @@ class StepGraphs:
         optimizer: torch.optim.Optimizer | None,
         timeout: float,
     ) -> "StepGraphs":
-        """The graphs of a pipeline, where its steps can be captured."""
+        """The graphs of a pipeline. If its steps cannot be captured, they run eagerly from the start."""
         modules = [module for stage in stages for module in stage.modules()]
         graphs = cls(engine if isinstance(engine, DeviceEngine) else None, modules, optimizer, timeout)
         if not isinstance(engine, DeviceEngine):
             graphs.fall_back("the ranks are on the CPU")
             return graphs
-        reason = _what_hinders(engine, route, optimizer)
+        reason = _obstacle(engine, route, optimizer)
         if engine.agreed_key("graphs" if reason is None else None, timeout) is None:
             graphs.fall_back(reason or _ELSEWHERE)
         return graphs
@@ -107,10 +107,10 @@ class StepGraphs:
         """From now on steps run eagerly."""
         self.report.fallback = reason
         self._graphs.clear()
-        print(f"graphs=True: steps run eagerly, for {reason}")
+        print(f"graphs=True: steps run eagerly because {reason}")
 
     def step(self, batch: Batch, stepper: Stepper) -> Outcome:
-        """Runs a step. What it gives back is the caller's, also where a graph made it.
+        """Runs a step. The results belong to the caller, even if a graph computed them.
 
         Raises as ``Pipeline.step`` does.
         """
@@ -131,7 +131,7 @@ class StepGraphs:
             seen = self._seen.get(key, 0)
             if seen < WARM_UP_STEPS:
                 outcome = stepper.train(batch)
-                self._seen[key] = seen + 1  # not a step that failed
+                self._seen[key] = seen + 1  # a failed step does not count
                 self._check_keys()
                 return outcome
             captured = self._capture(leaves, spec, batch, stepper)
@@ -142,7 +142,8 @@ class StepGraphs:
             if len(self._graphs) > _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
-        stepper.trace = None  # its times are read before they are overwritten only if someone else has it
+        # The replay overwrites the times of the last trace; they are read before only if someone else holds it.
+        stepper.trace = None
         try:
             outcome = self._replay(captured, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
         except BaseException as error:
@@ -164,8 +165,8 @@ class StepGraphs:
     def _check_keys(self) -> None:
         if len(self._seen) > _MOST_KEYS or self.report.captured >= _MOST_CAPTURES:
             self.fall_back(
-                "too many steps differ from one another: in the shapes of batches, in values that are no "
-                "tensors, or in the optimizer's settings, of which a tensor on the GPU may be lr"
+                "too many steps differ from one another: in the shapes of batches, in values that are not "
+                "tensors, or in the optimizer's settings (lr may be a tensor on the GPU)"
             )
 
     def _capture(
@@ -212,7 +213,7 @@ class StepGraphs:
                         gradient.copy_(parameter.grad)
                     parameter.grad = gradient
             captured.graph.replay()
-            # The next replay writes all that is the graph's.
+            # Copies for the caller: the next replay overwrites all of the graph's memory.
             loss, _, outputs, step = captured.outcome
             loss = loss.clone()
             losses = [] if captured.losses is None else list(captured.losses.clone().unbind())
@@ -224,12 +225,12 @@ class StepGraphs:
         return Outcome(loss, [*losses], outputs, step)
 
 
-def _what_hinders(engine: DeviceEngine, route: Route, optimizer: torch.optim.Optimizer | None) -> str | None:
-    """Why no step can be captured; None where one may."""
+def _obstacle(engine: DeviceEngine, route: Route, optimizer: torch.optim.Optimizer | None) -> str | None:
+    """Why no step can be captured; None if steps may be."""
     if len(set(engine.devices)) > 1:
-        return "the ranks are on several GPUs, and a graph's memory is of one"
+        return "the ranks are on several GPUs, and a graph's memory is on one"
     if route.exchange.packs:
-        return "results are packed (pack, wire), for which tables go up from the host"
+        return "results are packed (pack, wire), which copies tables from the host"
     if optimizer is not None:
         try:
             check_capturable(optimizer)
@@ -239,7 +240,7 @@ def _what_hinders(engine: DeviceEngine, route: Route, optimizer: torch.optim.Opt
 
 
 def _root(error: BaseException) -> str:
-    """What was raised first: the end of a capture that was spoilt raises once more."""
+    """The error that was raised first: ending a failed capture raises another one."""
     while (before := error.__cause__ or error.__context__) is not None:
         error = before
     return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""The routes of a batch through the stages: one for training, one for each number of microbatches of ``eval``."""
+"""The routes of a batch through the stages: one for training, one for each microbatch count of ``eval``."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ class Routes:
     """The routes of one pipeline.
 
     Attributes:
-        train: of a training step; it follows the plan of the last ``follow``.
+        train: the route of a training step, along the plan last given to ``follow``.
     """
 
     train: Route
@@ -27,7 +27,7 @@ class Routes:
         self.train = self._engine.route(plan, self._bodies)
 
     def eval(self, microbatches: int) -> Route:
-        """Forward alone, over the ranks of the training plan."""
+        """The route of an evaluation: forward only, on the ranks of the training plan."""
         if microbatches not in self._eval:
             trained = self.train.plan
             plan = _C.make_forward_plan(

@@ -1,4 +1,4 @@
-"""The engine's run of one step, and what is done where it does not come to its end."""
+"""Runs one step on the engine, and cleans up if it fails."""
 
 import contextlib
 from typing import Any
@@ -19,9 +19,9 @@ def run_step(
     record: bool = False,
     within: contextlib.AbstractContextManager | None = None,
 ) -> StepResult:
-    """Runs the tasks of ``route``, in ``within``; a training step where these have a backward.
+    """Runs the tasks of ``route`` inside ``within``: a training step if the plan has a backward.
 
-    Raises as ``Pipeline.step`` does, having told other processes.
+    Tells other processes of a failure, then raises as ``Pipeline.step`` does.
     """
     training = route.plan.has_backward
     route.exchange.begin(step)
@@ -48,12 +48,12 @@ def run_step(
         try:
             raise step_error(route.plan, result, engine, timeout, training, awaited)
         finally:
-            del result  # it leads to the error, and the error, by its traceback, here
+            del result  # breaks a cycle: it holds the error, whose traceback holds this frame
     return result
 
 
 def give_up(engine: Engine[Any], stages: list[Stage], training: bool = True) -> None:
-    """After a step that failed: what it has left behind cannot be used."""
+    """Cleans up after a failed step: what it left behind cannot touch the model, and gradients are None."""
     engine.give_up(stages)
     if training:
         for stage in stages:

@@ -1,4 +1,4 @@
-"""Who holds a pipeline: one process all of it, or several processes a rank each."""
+"""How processes share a pipeline: one process holds all ranks, or each of several processes holds one."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,12 +25,12 @@ from .gathered_trace import TraceGathering
 
 
 class OneProcess:
-    """This process holds every stage: nothing is to be agreed, tied or gathered.
+    """This process holds every stage: nothing has to be agreed, tied or gathered.
 
     Attributes:
-        group: the processes that hold the stages; None for one.
+        group: the processes that hold the stages; None for one process.
         in_order: whether tasks must run in one order, the same in all processes.
-        engines: which engines run the ranks.
+        engines: the engine types that run the ranks.
     """
 
     group: dist.ProcessGroup | None = None
@@ -38,7 +38,7 @@ class OneProcess:
     engines: EngineTypes = ONE_PROCESS
 
     def devices(self, devices: DevicesLike) -> DevicesLike:
-        """From ``Pipeline(devices=)`` to a device for each rank, or None to choose them."""
+        """A device for each rank, from ``Pipeline(devices=)``; None: choose them."""
         return devices
 
     def holds(self, rank: int) -> bool:
@@ -48,24 +48,24 @@ class OneProcess:
     def check_agreement(
         self, settings: Callable[[], Mapping[str, Any]], modules: Callable[[], Mapping[str, Any]]
     ) -> None:
-        """Raises InvalidArgument if two processes differ in what they name; PeerError if one is missing."""
+        """Raises InvalidArgument if two processes differ in what both name; PeerError if one is missing."""
 
     def skips_of_all(self, declared: Sequence[DeclaredSkips]) -> Sequence[DeclaredSkips]:
-        """The skips that the stages of all processes declare, of those declared here."""
+        """The skips that the stages of all processes declare; ``declared``: by those of this process."""
         return declared
 
     def make_equal(
         self, stages: Sequence[Any], local: Iterable[nn.Module], loss_fn: Any, rank_of_stage: Sequence[int]
     ) -> Ties:
-        """Gives the modules here memory and the values of the other processes; returns what stays tied."""
+        """Gives the modules of this process memory, and the same values as in others; returns their ties."""
         return Ties([])
 
     def reduction(self) -> GradientReduction | None:
-        """What averages gradients over the replicas that the mesh names."""
+        """Averages gradients over the replicas of the mesh; None without replicas."""
         return None
 
     def choose_together(self, first_steps: FirstSteps) -> None:
-        """Has all processes follow one choice."""
+        """Makes all processes follow one choice."""
 
     def check_gpu_choice(self, schedule: ScheduleLike) -> None:
         """Raises InvalidArgument for an "auto" that GPUs do not support."""
@@ -108,7 +108,7 @@ class ManyProcesses(OneProcess):
     def make_equal(
         self, stages: Sequence[Any], local: Iterable[nn.Module], loss_fn: Any, rank_of_stage: Sequence[int]
     ) -> Ties:
-        # Ties are found first: once modules have memory here and none elsewhere, they look different.
+        # Find ties first: once modules have memory here and none elsewhere, they look different.
         ties = find_ties(stages, loss_fn, rank_of_stage, self._processes)
         initialise(list(local), self._processes.replicas)
         ties.make_equal()

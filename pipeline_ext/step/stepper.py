@@ -1,4 +1,4 @@
-"""From a batch to gradients: what surrounds the engine's run of a step."""
+"""From a batch to gradients: everything around the engine's run of a step."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ class Stepper:
     Attributes:
         weighted: scale each microbatch's loss by its share of the batch's rows.
         timeout: seconds without progress after which a step is given up.
-        trace: of the last training step, if it was recorded.
+        trace: the trace of the last training step, if it was recorded.
         syncs: whether training steps reduce gradients, if there are replicas.
     """
 
@@ -58,7 +58,7 @@ class Stepper:
         return self.stages[-1].is_last
 
     def train(self, batch: Batch) -> Outcome:
-        """Raises as ``Pipeline.step`` does."""
+        """Runs a training step. Raises as ``Pipeline.step`` does."""
         size, count, target = batch.rows, self.microbatches, batch.target
         target_rows = microbatch.rows_of(target) if size is None else size
         step = Step(
@@ -91,7 +91,7 @@ class Stepper:
                         self.trace.add_reductions(reduced)
                 self.ties.end(functools.partial(self.engine.add_up, timeout=self.timeout))
                 loss = step.known_loss()
-                assert loss is not None  # the last stage is here, or its process has told
+                assert loss is not None  # the last stage is here, or its process has sent it
                 keep = batch.keep_outputs and self._has_loss
                 outputs = microbatch.merge(step.outputs) if keep else None
             except BaseException as error:
@@ -104,9 +104,9 @@ class Stepper:
         return Outcome(loss, step.losses if self._has_loss else [], outputs, result)
 
     def evaluate(self, args: tuple, kwargs: dict[str, Any], rows: int | None) -> Any:
-        """The last stage's output for the whole batch; None where another process has that stage.
+        """The last stage's output for the whole batch; None if another process has that stage.
 
-        ``rows``: None where another process has the first stage. Raises as ``Pipeline.eval`` does.
+        ``rows``: None if another process has the first stage. Raises as ``Pipeline.eval`` does.
         """
         count = self.engine.agreed_count(None if rows is None else min(rows, self.microbatches))
         route = self.routes.eval(count)
@@ -130,22 +130,22 @@ class Stepper:
         return None if rows is None else microbatch.split(inputs, rows, count, "an input")
 
     def keep_trace(self, result: StepResult, record: bool) -> None:
-        """Makes ``trace`` that of the step with this result."""
+        """Sets ``trace`` to that of the step with this result; None unless ``record``."""
         self.trace = self._trace_of(result) if record else None
 
     def give_up(self) -> None:
-        """After a training step that failed: what it has left behind cannot be used."""
+        """Cleans up after a failed training step; see ``run.give_up``."""
         give_up(self.engine, self.stages)
 
     def caller_context(self) -> CallerContext:
-        """Of the calling thread; the same object while nothing in it has changed."""
+        """The calling thread's context; the same object until something in it changes."""
         context = CallerContext.of_this_thread()
         if context != self._context:
             self._context = context
         return self._context
 
     def _replicas(self) -> contextlib.AbstractContextManager[None]:
-        """What a step has around it where there are replicas."""
+        """The context in which a step runs if there are replicas."""
         if self.reduction is None:
             return contextlib.nullcontext()
         return self.reduction.step(self.timeout, self.syncs)

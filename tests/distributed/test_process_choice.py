@@ -116,4 +116,4 @@ def interrupted(*_, **__):
 
 def test_where_one_is_interrupted_nothing_is_chosen_and_all_can_try_again():
     _, told = run(2, fail_to_choose)
-    assert told == "rank 0 (process 0) was to choose a plan: KeyboardInterrupt: "
+    assert told == "rank 0 (process 0) could not choose a plan: KeyboardInterrupt: "

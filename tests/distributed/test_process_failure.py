@@ -78,7 +78,7 @@ def test_every_other_process_names_the_one_that_failed_and_what_was_waited_for(s
             r"the (activations|gradients) of microbatch \d across boundary \d from rank \d \(process \d\)", text
         )
         assert "every .grad of the model is None" in text
-        assert "the pipeline is dead, for it failed in one of its processes" in text
+        assert "the pipeline is dead: it failed in one of its processes" in text
 
 
 @pytest.mark.parametrize("fault", ["die", "complain"])

@@ -1,4 +1,4 @@
-"""How results cross a boundary to another process, which has a GPU of its own."""
+"""Moves results across a boundary between processes that have a GPU each."""
 
 from collections.abc import Sequence
 

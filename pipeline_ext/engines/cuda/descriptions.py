@@ -1,4 +1,4 @@
-"""How processes describe their messages to one another, from host to host."""
+"""Descriptions of messages, which processes send one another from host to host."""
 
 import torch.distributed as dist
 from torch import Tensor
@@ -11,7 +11,7 @@ from ...processes.values import as_bytes, as_tensor
 
 
 class Descriptions:
-    """Descriptions by name, in the store of torch.distributed; each is told once and heard once.
+    """Descriptions by name, in the store of torch.distributed; each is written once and read once.
 
     Attributes:
         timeout: seconds to wait for one.
@@ -28,9 +28,9 @@ class Descriptions:
         self._store.set(name, as_bytes(data))
 
     def hear(self, name: str, what: str) -> Tensor:
-        """Waits until it has been told. ``what`` names it in errors.
+        """Waits for the description of this name. ``what`` is for the error message.
 
-        Raises PeerError if that does not happen in time, or a process has failed.
+        Raises PeerError if it does not come in time, or a process has failed.
         """
         self._awaited = name
         if self._failure.error is not None:
@@ -39,7 +39,7 @@ class Descriptions:
             self._store.wait([name], seconds(self.timeout))
             told = self._store.get(name)
         except dist.DistError as error:
-            raise PeerError(f"nobody has told within {self.timeout:g} seconds {what}") from error
+            raise PeerError(f"no process has said within {self.timeout:g} seconds {what}") from error
         finally:
             self._awaited = ""
         if not told:

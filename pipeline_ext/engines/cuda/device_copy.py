@@ -1,4 +1,4 @@
-"""How results cross a boundary between stages whose tasks run on streams."""
+"""Moves results across a boundary between stages whose tasks run on streams."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -41,11 +41,11 @@ class DeviceCopy:
         self._sent = (f"SEND_{direction}", sender)
 
     def handed_over(self, m: int, value: Any) -> None:
-        """The receiver uses the sender's own tensors."""
+        """Keeps ``value`` alive: the receiver uses the sender's own tensors."""
         self._keepalive.keep(value, self._position(self._made, m), self._position(self._used, m))
 
     def packed(self, results: dict[int, Any], buffer: Tensor) -> None:
-        """These results, by microbatch, were packed into ``buffer`` just now."""
+        """Keeps these results, by microbatch, and ``buffer`` alive: they were just packed into it."""
         packs = max(self._position(self._made, m) for m in results)
         for m, value in results.items():
             self._keepalive.keep(value, self._position(self._made, m), packs)
@@ -81,5 +81,5 @@ class DeviceCopy:
         return next(self._layout.position(k, stage, m) for k in kinds if self._layout.has(k, stage, m))
 
     def _last_use(self, results: Sequence[int] | dict[int, Any]) -> Position:
-        # The receiver's tasks of one kind run one after another, so that the last one ends last.
+        # The receiver's tasks of one kind run one after another, so the last one ends last.
         return max(self._position(self._used, m) for m in results)

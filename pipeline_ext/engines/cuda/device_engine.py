@@ -1,4 +1,4 @@
-"""Ranks as streams of CUDA devices: the caller's thread enqueues whole steps and waits for nothing in them."""
+"""Ranks as streams of CUDA devices: the caller's thread enqueues whole steps and never waits inside one."""
 
 import contextlib
 import functools
@@ -25,7 +25,7 @@ from .parameters import LaneParameters
 
 
 class DeviceRoute(NamedTuple):
-    """A plan's tasks on their streams, and its channels."""
+    """A plan, its tasks laid out on streams, and its channels."""
 
     plan: _C.Plan
     exchange: Exchange
@@ -38,11 +38,14 @@ class DeviceEngine:
     """The ``Engine`` of CUDA devices, any number of ranks on each.
 
     Attributes:
-        devices: of the ranks.
+        devices: one for each rank.
     """
 
     def __init__(self, parts: EngineParts, rank: int | None = None) -> None:
-        """``rank``: the one to run; None: all. Raises DeviceError if the driver or a device cannot be used."""
+        """``rank``: the only one to run; None: all.
+
+        Raises DeviceError if the driver or a device cannot be used.
+        """
         self.devices = list(parts.devices)
         self._rank = rank
         self._of_stage = [self.devices[rank] for rank in parts.plan.rank_of_stage]
@@ -62,7 +65,7 @@ class DeviceEngine:
 
     @property
     def death(self) -> str:
-        return "a GPU has failed, and with it all that this process does there"
+        return "a GPU has failed, and this process can no longer use it"
 
     def bodies(self, stages: list[Stage]) -> Bodies:
         bodies: dict[tuple[int, str], Body] = {}
@@ -110,19 +113,19 @@ class DeviceEngine:
         return torch_side.move(value, self._of_stage[stage])
 
     def wait_for_room(self, timeout: float) -> NotRun | None:
-        """Lets the devices end all steps but the last; says so if they do not."""
+        """Waits until the devices have ended all steps but the last; returns NotRun if they do not."""
         outcome = self._executor.wait_for_room(timeout=timeout)
         if outcome == "done":
             return None
         return NotRun(outcome, "  a GPU has not ended the step before the last one")
 
     def mark(self) -> None:
-        """What the caller has enqueued so far is a step."""
+        """Marks what the caller has enqueued so far as a step."""
         self._executor.mark(torch_side.callers(self._executor.devices))
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
-        """Within it steps are captured, not run."""
+        """Inside it, steps are captured, not run."""
         self._capturing = True
         try:
             yield
@@ -130,7 +133,7 @@ class DeviceEngine:
             self._capturing = False
 
     def run(self, route: DeviceRoute, *, timeout: float, record: bool) -> DeviceStep | NotRun:
-        """Enqueues a step. The caller's current streams then follow it."""
+        """Enqueues a step. The caller's current streams then wait for its end."""
         if not self._capturing:
             full = self.wait_for_room(timeout)
             if full is not None:
@@ -142,7 +145,7 @@ class DeviceEngine:
             with (
                 torch_side.restored(self._executor.devices),
                 _without_autocast(),
-                # In the thread that calls it a backward begins at once.
+                # A backward then runs in the thread that calls it, where it begins at once.
                 torch.autograd.set_multithreading_enabled(False),
             ):
                 result = self._executor.run(
@@ -161,7 +164,7 @@ class DeviceEngine:
     def _exchange(
         self, layout: StreamLayout, keepalive: KeepAlive, remote_channel_of: RemoteChannelOf | None = None
     ) -> Exchange:
-        """Between the stages of a plan."""
+        """The channels between the stages of a plan."""
         stream_memory_of = functools.partial(DeviceCopy, layout, keepalive, self._executor, self._of_stage)
         return self._exchange_of(
             layout.plan, stream_memory_of=stream_memory_of, remote_channel_of=remote_channel_of
@@ -176,7 +179,7 @@ class DeviceEngine:
         kind: str,
         body: Body,
     ) -> Body:
-        """``body`` on its stream."""
+        """Wraps ``body``, so that it runs with its stream current."""
         parameters = self._parameters
         adds = kind in ("B", "W")
 
@@ -206,7 +209,7 @@ class DeviceEngine:
 
 
 def _with_range(enqueue: Body, plan: _C.Plan, stage: int, kind: str) -> Body:
-    """Shown in a profiler: kind, stage and microbatch, and how many results leave with this one."""
+    """Shows the task in a profiler: kind, stage, microbatch, and how many results leave with this one."""
     packs = plan.packs_forward[stage:] if kind in ("F", "SEND_F") else plan.packs[max(stage - 1, 0) : stage]
     pack = packs[0] if packs and kind != "W" else 1
 
@@ -223,7 +226,7 @@ def _with_range(enqueue: Body, plan: _C.Plan, stage: int, kind: str) -> Body:
 
 
 def _without_autocast() -> contextlib.AbstractContextManager:
-    """What the caller has entered; forwards enter it again, without its cache of weights."""
+    """Turns off the caller's autocast. Forwards enter it again, without its weight cache."""
     stack = contextlib.ExitStack()
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):

@@ -1,4 +1,4 @@
-"""The result of a step on GPUs, and when its tasks ran there."""
+"""The result of a step on GPUs, and the times of its tasks there."""
 
 import copy
 import time
@@ -30,7 +30,8 @@ class NotRun(NamedTuple):
 class DeviceStep:
     """A step that has been enqueued. Its times are read on first use, once it has ended.
 
-    Times are nanoseconds since its begin, each device's own. Raises DeviceError where a device fails before.
+    Times are nanoseconds since the step's begin, in each device's own clock. Reading them raises DeviceError if
+    a device has failed.
     """
 
     waiting = ""
@@ -54,7 +55,7 @@ class DeviceStep:
         return self._times is not None
 
     def again(self) -> "DeviceStep":
-        """The same step, replayed: its times have not been read yet."""
+        """The result of a replay of this step: its times have not been read yet."""
         again = copy.copy(self)
         again.__dict__.pop("_read", None)
         return again
@@ -63,7 +64,7 @@ class DeviceStep:
     def _read(self) -> tuple[float, list[float], list[float]]:
         times = self._times
         assert times is not None
-        # The events alone may be those of the replay before.
+        # Events that are done may still be those of the previous replay.
         while not (self._idle() and times.done()):
             time.sleep(_LOOK_PERIOD)
         return times.read()

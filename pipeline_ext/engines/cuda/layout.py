@@ -17,7 +17,7 @@ class Position(NamedTuple):
 
 
 class StreamLayout:
-    """Where each action of a plan is enqueued.
+    """The stream and the number of each action of a plan.
 
     Attributes:
         plan: the plan.
@@ -26,9 +26,9 @@ class StreamLayout:
     """
 
     def __init__(self, plan: _C.Plan, device_of_rank: Sequence[int], rank: int | None = None) -> None:
-        """Lays out the order of the simulated step with equal stages.
+        """Takes the order from the simulated step, with equal costs at all stages.
 
-        ``rank``: the one of this process, if each rank is a process; None: all ranks are here.
+        ``rank``: this process's rank, if each rank is a process; None: all ranks are here.
         """
         by_stage = Costs().by_stage(plan.num_stages, plan.num_ranks)
         self.plan = plan

@@ -18,26 +18,26 @@ _TIMEOUT = timedelta(minutes=5)  # for another process to make its end
 
 
 class Pair(Protocol):
-    """One way between two processes; nothing else is ordered with its messages.
+    """One direction between two processes. Its messages are in order among themselves only.
 
-    Raises PeerError where the other process cannot be reached.
+    Raises PeerError if the other process cannot be reached.
     """
 
     def send(self, buffer: Tensor) -> None:
         """Enqueues a send of a contiguous uint8 tensor; returns at once."""
 
     def receive(self, buffer: Tensor) -> None:
-        """Enqueues a receive into one; as many bytes as are sent."""
+        """Enqueues a receive into a contiguous uint8 tensor of as many bytes as are sent."""
 
     def abort(self) -> None:
-        """Ends what waits for the other process, on the GPU too; other threads may call it."""
+        """Ends all waits for the other process, on the GPU too; any thread may call it."""
 
 
 class CupyPair:
-    """A communicator of CuPy's: it enqueues onto our own streams, which may be captured in a graph."""
+    """A CuPy communicator. It enqueues onto our own streams, so a graph can capture its messages."""
 
     def __init__(self, processes: Processes, name: str, device: torch.device, is_sender: bool) -> None:
-        """Returns when the other process makes its end, too."""
+        """Returns when the other process makes its end too."""
         from cupy.cuda import nccl
 
         key = f"{processes.name}/nccl/{name}"
@@ -70,13 +70,13 @@ class CupyPair:
 
 
 class TorchPair:
-    """A process group of torch's: it uses a stream of its own, which ours and it wait for."""
+    """A torch process group. It has its own stream; that stream and ours wait for each other."""
 
     def __init__(self, processes: Processes, name: str, device: torch.device, is_sender: bool) -> None:
         """Both ends are made before the first message."""
         store = prefixed(f"{processes.name}/nccl/{name}", processes.store)
         with torch_side.on(device):
-            # The step itself says when a receive has waited for too long.
+            # The step itself decides when a receive has waited too long.
             # torch has no type stubs for this form, nor for what such a group can do.
             self._group: Any = dist.ProcessGroupNCCL(store, 0 if is_sender else 1, 2, timedelta(days=1))  # type: ignore[arg-type]
         self._peer = 1 if is_sender else 0
@@ -92,13 +92,13 @@ class TorchPair:
 
     def _enqueue(self, call: Any, buffer: Tensor) -> None:
         try:
-            call([buffer], self._peer, 0).wait()  # of NCCL the stream waits, and not the host
+            call([buffer], self._peer, 0).wait()  # with NCCL the stream waits, not the host
         except RuntimeError as error:
             raise PeerError(f"NCCL cannot reach the other process: {error}") from error
 
 
 def carrier() -> str:
-    """What carries messages here: "CuPy", or where it is missing or has no NCCL "torch"."""
+    """The library that carries messages: "CuPy", or "torch" if CuPy is missing or has no NCCL."""
     try:
         from cupy.cuda import nccl
     except ImportError:
@@ -109,15 +109,16 @@ def carrier() -> str:
 def make_pairs(
     rank_of_stage: Sequence[int], processes: Processes, device: torch.device
 ) -> dict[tuple[int, str], Pair]:
-    """This process's ways to and from others, by boundary and "F" or "B".
+    """This process's pairs with others, by boundary and direction: "F" or "B".
 
-    All processes of a pipeline make them together and in one order, as each one waits for the other.
+    All processes of a pipeline make them together and in the same order, since each waits for the other.
     """
     pairs: dict[tuple[int, str], Pair] = {}
     make = CupyPair if carrier() == "CuPy" else TorchPair
     for boundary, ranks in enumerate(zip(rank_of_stage, rank_of_stage[1:])):
         if ranks[0] == ranks[1] or processes.rank not in ranks:
             continue
-        for way, sender in zip("FB", ranks):
-            pairs[boundary, way] = make(processes, f"{boundary}{way}", device, processes.rank == sender)
+        for direction, sender in zip("FB", ranks):
+            name = f"{boundary}{direction}"
+            pairs[boundary, direction] = make(processes, name, device, processes.rank == sender)
     return pairs

@@ -1,9 +1,9 @@
-"""Parameters as the lanes see them.
+"""Aliases of the parameters for each lane.
 
 Autograd ties each parameter's accumulation to the one stream on which the parameter was first used, and makes
-that stream wait for the gradients of all others, so lanes would wait for one another. So each lane runs on
-aliases of the parameters. A backward leaves its gradients there, and they are added to the parameters' in the
-order of the plan.
+that stream wait for the gradients of all others. Lanes would then wait for one another, so each lane runs on
+its own aliases of the parameters. A backward leaves its gradients there, and they are added to the parameters'
+in the order of the plan.
 """
 
 import weakref
@@ -25,7 +25,7 @@ _LARGE = 64 * 2**20  # bytes of a stage's parameters
 
 
 class _FlatWeights(NamedTuple):
-    """A recurrent layer, which holds its weights in a list too, and moves all of them when that list changes."""
+    """A recurrent layer. It also holds its weights in a list, and moves all of them when that list changes."""
 
     layer: nn.RNNBase
     weights: list[Any]
@@ -45,7 +45,7 @@ class LaneParameters:
         """``target(stage, parameter)`` says where to add a stage's gradients of a parameter."""
         self._stages = stages
         self._target = target
-        self._holders: dict[int, list[Holder]] = {}  # by stage, as what follows
+        self._holders: dict[int, list[Holder]] = {}  # by stage, like the next two
         self._flat: dict[int, list[_FlatWeights]] = {}
         self._large: dict[int, bool] = {}
         self._watch = ModuleWatch(module for stage in stages for module in stage.modules())
@@ -54,7 +54,7 @@ class LaneParameters:
         self._replaced: list[Tensor] = []  # gradients that other lanes may still read
 
     def begin(self) -> None:
-        """Prepares for a step: whatever was replaced since the last step gets new aliases."""
+        """Prepares for a step: makes new aliases if parameters were replaced since the last step."""
         replaced = self._watch.changed()
         if self._seen is not None and not replaced and self._state() == self._seen:
             return
@@ -76,7 +76,7 @@ class LaneParameters:
         self._seen = self._state()
 
     def enter(self, stage: int, lane: int) -> None:
-        """The stage's modules now hold the lane's aliases."""
+        """Puts the lane's aliases into the stage's modules."""
         aliases = self._aliases_of(stage, lane)
         for holder in self._holders[stage]:
             holder.put(aliases[holder.parameter])
@@ -84,14 +84,14 @@ class LaneParameters:
             flat.put([aliases.get(w, w) if isinstance(w, nn.Parameter) else w for w in flat.weights])
 
     def leave(self, stage: int) -> None:
-        """The stage's modules hold the parameters again."""
+        """Puts the parameters back into the stage's modules."""
         for holder in self._holders[stage]:
             holder.restore()
         for flat in self._flat[stage]:
             flat.put(flat.weights)
 
     def before_backward(self, stage: int, lane: int) -> None:
-        """Has autograd add large gradients to the parameters' at once, so that both are never alive together."""
+        """Lets autograd add large gradients directly to the parameters', so that no second copy is alive."""
         if not self._large[stage]:
             return
         for parameter, lane_alias in self._aliases_of(stage, lane).items():
@@ -122,7 +122,7 @@ class LaneParameters:
                 torch._foreach_add_(sums, grads)
 
     def end(self) -> None:
-        """The caller's streams now follow all others."""
+        """Called when the caller's streams wait for all others."""
         self._replaced.clear()
 
     def forget(self) -> None:

@@ -31,8 +31,8 @@ from .step_signature import StepSignatures
 class DeviceProcessEngine(DeviceEngine):
     """The ``Engine`` of one of the processes that share a pipeline and have a GPU each.
 
-    Each process enqueues its own tasks, sends and receives in the one order of all tasks that the simulated
-    step has. So the host of one never waits for a host that waits for it, nor a stream for a stream.
+    Each process enqueues its own tasks, sends and receives in the order of the simulated step, which is the
+    same in all processes. So no two hosts, and no two streams, wait for each other.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class DeviceProcessEngine(DeviceEngine):
         parts: EngineParts,
         processes: Processes,
     ) -> None:
-        """The devices of ``parts`` are this process's, for each rank. Raises as ``DeviceEngine`` does."""
+        """``parts.devices`` has this process's device for each rank. Raises as ``DeviceEngine`` does."""
         super().__init__(parts, processes.rank)
         self._processes = processes
         self._rank_of_first_stage = parts.plan.rank_of_stage[0]
@@ -70,13 +70,13 @@ class DeviceProcessEngine(DeviceEngine):
     def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
         total = tensor.cpu()
         work = among.all_reduce(total, seconds(timeout + GRACE))
-        self._failure.finish(work, timeout, "processes that hold one of its parameters, too")
+        self._failure.finish(work, timeout, "the processes that share a parameter with it")
         tensor.copy_(total)
 
     def run(self, route: DeviceRoute, *, timeout: float, record: bool) -> DeviceStep | NotRun:
         try:
             step = route.exchange.step
-            assert isinstance(step, Step)  # an exchange knows no more of it than it needs
+            assert isinstance(step, Step)  # an exchange knows it as a ``StepData``
             self._signatures.begin(route.plan, step, timeout)
             result = super().run(route, timeout=timeout, record=record)
         except StepTimeout as error:
@@ -122,13 +122,13 @@ class DeviceProcessEngine(DeviceEngine):
 
 
 class _Waits(NamedTuple):
-    """What of this process waits for others, on the host and on the GPU."""
+    """This process's waits for others, on the host and on the GPU."""
 
     descriptions: Descriptions
     pairs: Mapping[tuple[int, str], Pair]
 
     def fail(self, error: Exception | None = None) -> None:
-        """Ends that."""
+        """Ends them."""
         self.descriptions.give_up()
         for pair in self.pairs.values():
             with contextlib.suppress(RuntimeError):  # it has ended already

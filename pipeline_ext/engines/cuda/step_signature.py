@@ -1,4 +1,4 @@
-"""What shapes of a step may depend on. Steps with one signature send messages of one format, told once."""
+"""A step's signature: what its shapes may depend on. Steps with the same one send messages of one format."""
 
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -30,8 +30,9 @@ _V = TypeVar("_V")
 class StepSignatures:
     """The signatures of the steps that have run, as all processes of a pipeline together see them.
 
-    Two steps have one signature if no process sees a difference in what shapes may depend on: the shapes and
-    types of its inputs, values that are no tensors, its modules' modes, and which parameters are trained.
+    Two steps have the same signature if no process sees a difference in what shapes may depend on: the shapes
+    and types of its inputs, values that are not tensors, its modules' modes, and which parameters are trained.
+    Messages are described once for each signature.
     """
 
     def __init__(
@@ -50,9 +51,9 @@ class StepSignatures:
         self._described: dict[str, Description] = {}
 
     def begin(self, plan: _C.Plan, step: Step, timeout: float) -> None:
-        """Begins a step, which all processes do together.
+        """Begins a step. All processes call it together.
 
-        Raises PeerError where one has failed or gone, StepTimeout where one does not come in time.
+        Raises PeerError if one has failed or gone, StepTimeout if one does not come in time.
         """
         agreed = self.agree(self._signature_of(plan, step), timeout)
         assert agreed is not None  # no process has none here
@@ -62,7 +63,7 @@ class StepSignatures:
         self._descriptions.timeout = timeout
 
     def agree(self, key: Hashable | None, timeout: float) -> str | None:
-        """One name for what each of the processes calls ``key``; None if one of them has None.
+        """One name for the keys of all processes; None if one of them has None.
 
         Raises as ``begin`` does.
         """
@@ -78,15 +79,15 @@ class StepSignatures:
         return FormatsOfFlow(self, flow, name)
 
     def known(self, message: str) -> Description | None:
-        """What is in a message of this step, by name, where that has been told."""
+        """The description of a message of this step, by name; None if it is not known yet."""
         return self._described.get(message)
 
     def tell(self, message: str, flow: Flow, index: int, description: Description) -> None:
         """As ``KnownMessages``."""
         if not self._is_new:
             raise PipelineError(
-                f"{flow.describe(index)} differ in shape, or in a value that is no tensor, from those of an "
-                "earlier step with inputs alike, for which the process that receives them has made ready; "
+                f"{flow.describe(index)} differ in shape, or in a value that is not a tensor, from those of an "
+                "earlier step with the same kinds of inputs, which the receiving process expects; "
                 "between processes with GPUs shapes may depend on the shapes of inputs, not on their values"
             )
         self._descriptions.tell(f"{self._now}/{message}", encode(description, flow.wire))
@@ -133,11 +134,11 @@ def _look(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.requires_grad
     found = comparable(leaf)
-    return object() if found is None else found  # no two objects are known to be alike
+    return object() if found is None else found  # equal to nothing else
 
 
 def _latest(known: OrderedDict[_K, _V], key: _K, value: _V) -> _V:
-    """What is known of ``key``, or from now on ``value``. Forgets what was looked up longest ago."""
+    """The value known for ``key``, or ``value``, which is then stored. Forgets the least recently used."""
     value = known.setdefault(key, value)
     known.move_to_end(key)
     if len(known) > _MOST:

@@ -1,4 +1,4 @@
-"""What the engine asks of torch.cuda, and nothing else of the package does."""
+"""The engine's calls to torch.cuda, all in one place."""
 
 import contextlib
 import gc
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-# Streams share this many queues of a device, where they can hold one another up. Read when CUDA starts.
+# The number of a device's hardware queues; CUDA reads it when it starts. Streams that share a queue can hold
+# each other up (head-of-line blocking).
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
@@ -20,12 +21,12 @@ def num_devices() -> int:
 
 
 def current_device() -> int:
-    """The ordinal that a "cuda" without one means."""
+    """The device number that "cuda" without a number means."""
     return torch.cuda.current_device()
 
 
 def stream(handle: int, device: int) -> Any:
-    """A stream of ours, as torch takes it."""
+    """A torch stream for the handle of one of our streams."""
     return torch.cuda.ExternalStream(handle, device=device)
 
 
@@ -40,13 +41,13 @@ def use(stream: Any) -> None:
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Within it the device is current."""
+    """Inside it, the device is current."""
     return torch.cuda.device(device)
 
 
 @contextlib.contextmanager
 def restored(devices: Sequence[int]) -> Iterator[None]:
-    """Afterwards the current device, and its and their current streams, are those from before."""
+    """Restores, on exit, the current device, and the current streams of that device and of ``devices``."""
     device = torch.cuda.current_device()
     streams = [torch.cuda.current_stream(d) for d in dict.fromkeys([*devices, device])]
     try:
@@ -74,19 +75,19 @@ def move(value: Any, device: torch.device) -> Any:
 
 
 def empty(nbytes: int, device: torch.device) -> Tensor:
-    """Memory that belongs to the current stream."""
+    """Uninitialised memory, allocated on the current stream."""
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 class GraphMemory:
-    """Memory that graphs share which never run at the same time."""
+    """A memory pool for graphs that never run at the same time."""
 
     def __init__(self) -> None:
         self.handle = torch.cuda.graph_pool_handle()
 
 
 class Graph:
-    """One CUDA graph of what a context captures."""
+    """One CUDA graph, captured and replayed."""
 
     def __init__(self, memory: GraphMemory) -> None:
         self._graph = torch.cuda.CUDAGraph()
@@ -94,17 +95,17 @@ class Graph:
 
     @contextlib.contextmanager
     def capture(self, device: torch.device) -> Iterator[None]:
-        """Captures, on a stream of its own, which is current meanwhile.
+        """Captures what runs inside it, on a stream of its own, which is current there.
 
-        A capture that fails leaves torch as it was: there are versions that end one only where it succeeds.
+        A failed capture leaves torch as it was before: some versions end a capture only if it succeeds.
         """
         caller = torch.cuda.current_stream(device)
         stream = torch.cuda.Stream(device)
         gc.collect()
         collects = gc.isenabled()
-        gc.disable()  # what it frees may be another graph, and must not be within this one
+        gc.disable()  # it may free another graph, which must not happen during a capture
         try:
-            # Other threads, a loader that pins memory for one, go on as they please.
+            # Other threads, such as a loader that pins memory, are not restricted.
             with torch.cuda.graph(
                 self._graph,
                 pool=self._memory.handle,
@@ -126,11 +127,11 @@ class Graph:
 
 
 def _end_failed_capture(device: torch.device, memory: GraphMemory) -> None:
-    with contextlib.suppress(RuntimeError):  # where the capture's end has done it
+    with contextlib.suppress(RuntimeError):  # if the end of the capture has done it already
         torch._C._cuda_endAllocateToPool(device.index, memory.handle)
     generator = torch.cuda.default_generators[device.index]
     with contextlib.suppress(RuntimeError):
-        # The state that it captured with would refuse to draw outside of a capture.
+        # The state that the capture used would refuse to draw outside of a capture.
         generator.graphsafe_set_state(generator.graphsafe_get_state().clone_state())
 
 
