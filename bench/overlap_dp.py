@@ -73,10 +73,8 @@ def _reduce(modules: list[nn.Module], group: "torch.distributed.ProcessGroup") -
     """All gradients at once, in buffers of about ``BUCKET`` bytes."""
     import torch.distributed as dist
 
-    works = []
-    for module in modules:
-        for p in module.parameters():
-            works.append((dist.all_reduce(p.grad, group=group, async_op=True), p.grad))
+    grads = [p.grad for module in modules for p in module.parameters()]
+    works = [(dist.all_reduce(grad, group=group, async_op=True), grad) for grad in grads]
     for work, grad in works:
         work.wait()
         grad.div_(dist.get_world_size(group))

@@ -22,6 +22,11 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 
 autodoc_member_order = "bysource"
+# The groups in which Pipeline documents its arguments.
+napoleon_custom_sections = [
+    (group, "params_style")
+    for group in ("Model and cut", "Schedule", "Devices and processes", "Messages", "Numbers", "Safety")
+]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True

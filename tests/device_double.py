@@ -18,7 +18,7 @@ NOTE = "use"
 
 
 class Double:
-    """What replaces ``pipeline_ext.engines.cuda.torch_side``. A note in the driver's log tells where each step begins.
+    """Replaces ``pipeline_ext.engines.cuda.torch_side``. A note in the driver's log marks each step's begin.
 
     Attributes:
         ranges: NVTX ranges, as they began.

@@ -202,7 +202,7 @@ def test_an_optimizer_that_no_graph_can_hold(gpu, capsys):
 
 
 def test_an_input_that_requires_a_gradient_runs_eagerly(gpu):
-    model, pipe = make()
+    _model, pipe = make()
     with pipe:
         for _ in range(4):
             x, y = batch()

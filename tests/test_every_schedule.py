@@ -4,7 +4,7 @@ import math
 import random
 from collections import defaultdict
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def stages_of(name, ranks):
     """So many stages has a schedule here."""
     if name in POLICIES:
         return ranks * (1 if POLICIES[name].placement == "linear" else 2)
-    looped = name.endswith(", v") or name != "csv" and layout_of(name, 1, 1) in ("looped", "v")
+    looped = name.endswith(", v") or (name != "csv" and layout_of(name, 1, 1) in ("looped", "v"))
     return 2 * ranks if looped else ranks
 
 
@@ -144,7 +144,7 @@ def check_in_time(pipe, costs=None):
         by_stream[record.rank, record.stream if plan.overlap else ""].append(record)
     assert all(is_sorted(microbatches) for microbatches in by_kind.values())
     for ran in by_stream.values():
-        assert all(before.end <= after.begin for before, after in zip(ran, ran[1:]))
+        assert all(before.end <= after.begin for before, after in pairwise(ran))
     for stage, limit in enumerate(plan.limits):
         of_stage = [r for r in records if r.stage == stage]
         assert most_held(of_stage, lambda r: (r.kind == "F", r.kind in "BW")) <= limit

@@ -11,7 +11,7 @@ import pipeline_ext as pe
 pytest.importorskip("transformers", reason="needs transformers, of the extra `test`")
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import huggingface as example  # noqa: E402
+import huggingface as example
 
 NAMES = ["gpt2", "llama"]
 

@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 if torch.cuda.is_available():
     pytest.skip("with a GPU the kernels are not interpreted; tests/gpu runs them", allow_module_level=True)
 
-from pipeline_ext.packing import kernels  # noqa: E402  (only with triton)
-from pipeline_ext.packing.fused import FusedPacker  # noqa: E402
+from pipeline_ext.packing import kernels
+from pipeline_ext.packing.fused import FusedPacker
 from pipeline_ext.packing.tables import CHUNK, OFFSET, WIDE, chunk_table, collapse, kinds, room, slot_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, the interpreter's arithmetic

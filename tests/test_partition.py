@@ -30,7 +30,7 @@ def test_the_heaviest_part_is_as_light_as_it_can_be(weights, parts):
         return max(sum(weights[a:b]) for a, b in zip(starts, ends))
 
     starts = balanced(weights, parts)
-    assert starts[0] == 0 and all(a < b for a, b in zip(starts, starts[1:]))
+    assert starts[0] == 0 and all(a < b for a, b in itertools.pairwise(starts))
     assert len(starts) == parts and starts[-1] < len(weights)
     cuts = itertools.combinations(range(1, len(weights)), parts - 1)
     assert heaviest(starts) == min(heaviest([0, *c]) for c in cuts)

@@ -112,7 +112,7 @@ def test_a_batch_need_not_divide_by_the_microbatches(rows):
 
 
 def test_shapes_may_change_from_step_to_step():
-    schedule, modules = schedule_of("Interleaved1F1B")
+    schedule, _modules = schedule_of("Interleaved1F1B")
     for rows in (8, 16):
         x, y = batch(rows)
         assert schedule.step(x, target=y).shape == x.shape

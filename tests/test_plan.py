@@ -37,7 +37,7 @@ def test_all_of_torchs_action_text_is_read_and_written():
         ["0UNSHARD", "0F0", "0SEND_F0", "(0F1;0B0)OVERLAP_F_B", "0SEND_F1", "0B1", "0REDUCE_GRAD", "0RESHARD"],
         ["1UNSHARD", "1RECV_F0", "1F0", "1I0", "1W0", "1RECV_F1", "1F1", "1B1", "1RESHARD"],
     ]
-    cells = [[cell for cell in row] for row in cells]
+    cells = [list(row) for row in cells]
     plan = _C.plan_of_cells(cells, reactive=True)
     assert list(plan.order().values()) == cells
     for row in cells:

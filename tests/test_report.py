@@ -1,5 +1,6 @@
 """Trace files and timeline pictures."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_events_of_a_track_follow_one_another(trace, tmp_path):
     for spans in tracks.values():
         assert spans == sorted(spans)
         # Rounded to nanoseconds.
-        assert all(end <= begin + 1e-6 for (_, end), (begin, _) in zip(spans, spans[1:]))
+        assert all(end <= begin + 1e-6 for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
 def test_arrows_join_the_tasks_of_each_message(trace, tmp_path):
@@ -263,7 +264,7 @@ def test_each_kind_has_its_colour_and_only_those_that_occur_are_named(drawing):
     greys = {grey(box[-1]) for figure in (whole, split) for box in boxes(figure.axes[0])}
     assert len(greys) == 4
     ordered = sorted(greys)
-    assert min(b - a for a, b in zip(ordered, ordered[1:])) > 0.1
+    assert min(b - a for a, b in itertools.pairwise(ordered)) > 0.1
 
 
 def test_later_stages_of_a_rank_are_paler_and_forward_stays_darker_than_backward(drawing):

@@ -81,8 +81,20 @@ def losses(out):
 def start(text, out, *args):
     """``train`` in a process of its own; returns it when it has done a few steps."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline_ext", "train", *SMALL, "--data", text, "--out", str(out)]
-        + ["--steps", str(STEPS), *args],
+        [
+            sys.executable,
+            "-m",
+            "pipeline_ext",
+            "train",
+            *SMALL,
+            "--data",
+            text,
+            "--out",
+            str(out),
+            "--steps",
+            str(STEPS),
+            *args,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,5 +1,6 @@
 """What holds of every simulated plan, whatever the placement, the order, the costs and the limits."""
 
+import itertools
 from collections import defaultdict
 
 import pytest
@@ -103,7 +104,7 @@ def test_a_stream_runs_one_task_at_a_time_and_microbatches_keep_their_order(sche
         by_stream[rank, stream if plan.overlap else ""].append((begin, end, number))
     for ran in by_stream.values():
         ran.sort(key=lambda r: (r[0], r[1]))
-        for (_, end, cell), (begin, _, next_cell) in zip(ran, ran[1:]):
+        for (_, end, cell), (begin, _, next_cell) in itertools.pairwise(ran):
             assert begin >= end - CLOSE or cell == next_cell
     assert all(is_sorted(begins) for begins in by_stage_and_kind.values())
 

@@ -9,5 +9,5 @@ _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device
 
 
 def comparable(value: Any) -> Hashable | None:
-    """Something equal for equal values of one type; None for a value that is no plain one, such as an object."""
+    """A key, equal for equal values of one type; None for a value that cannot be compared."""
     return (type(value), value) if isinstance(value, _PLAIN) else None

@@ -7,6 +7,7 @@ runs only the forks a second time, the nodes at which the paths separate. Autogr
 of its gradients are needed, so in ``W`` a fork computes only those that lead to weights.
 """
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -189,10 +190,8 @@ class _Graph:
         for node in self._trunk():
             if node not in needed:
                 for saved in _saved(node):
-                    try:
+                    with contextlib.suppress(RuntimeError):  # it holds nothing, or another hook is registered
                         saved.register_hooks(_nothing, _nothing)
-                    except RuntimeError:
-                        pass  # it holds nothing, or another hook is registered
 
     def _trunk(self) -> Iterator[Node]:
         return (node for node, leads in self.leads_to_inputs.items() if leads and node not in self._inputs)

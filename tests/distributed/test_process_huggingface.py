@@ -9,7 +9,7 @@ from processes import run
 pytest.importorskip("transformers", reason="needs transformers, of the extra `test`")
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
-import huggingface as example  # noqa: E402
+import huggingface as example
 
 
 def train():

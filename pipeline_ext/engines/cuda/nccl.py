@@ -1,5 +1,6 @@
 """Messages between the GPUs of two processes: NCCL, on the current stream. Not yet run on GPUs."""
 
+import itertools
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -115,7 +116,7 @@ def make_pairs(
     """
     pairs: dict[tuple[int, str], Pair] = {}
     make = CupyPair if carrier() == "CuPy" else TorchPair
-    for boundary, ranks in enumerate(zip(rank_of_stage, rank_of_stage[1:])):
+    for boundary, ranks in enumerate(itertools.pairwise(rank_of_stage)):
         if ranks[0] == ranks[1] or processes.rank not in ranks:
             continue
         for direction, sender in zip("FB", ranks):
