@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..errors import InvalidArgument
 from ..plan.build import AUTO, schedule_names
-from ..plan.costs_file import BOUNDARY, LISTED_BY, RANK
 from ..plan.costs import Costs
+from ..plan.costs_file import BOUNDARY, LISTED_BY, RANK
 from .numbers import cost, count, count_or_zero, counts, positive, seconds, speed
 
 _COSTS = {  # by field of Costs
