@@ -1,5 +1,6 @@
 # make train   trains a small language model through a pipeline; ARGS="--help" shows the options
-# make test    runs the whole test suite; ARGS="-k name" selects tests
+# make test    runs the test suite on all cores; ARGS="-k name" selects tests, ARGS="-n 0" uses one process
+# make test-all  runs it with all repetitions of its random tests
 # make bench   runs the benchmarks and writes bench/results/ and README's tables
 # make gpu     tests and benchmarks on an NVIDIA GPU; writes bench/results/<device>/ and README's tables
 
@@ -12,13 +13,16 @@ BIN := .venv/bin
 TORCH := torch==2.13.0 numpy
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: train test bench gpu clean
+.PHONY: train test test-all bench gpu clean
 
 train: .venv/installed
 	@$(BIN)/pipeline-ext train $(ARGS)
 
 test: .venv/installed-test
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n auto --dist worksteal $(ARGS)
+
+test-all: .venv/installed-test
+	@$(BIN)/pytest -n auto --dist worksteal --all $(ARGS)
 
 bench: .venv/installed
 	@for script in cpu_step dist_step overlap_dp dispatch simulate reaction planner_quality pack k_tradeoff recompute; do $(BIN)/python bench/$$script.py || exit 1; done
