@@ -1,8 +1,10 @@
 # make train   trains a small language model through a pipeline; ARGS="--help" shows the options
-# make test    runs the test suite on all cores; ARGS="-k name" selects tests, ARGS="-n 0" uses one process
-# make test-all  runs it with all repetitions of its random tests
-# make bench   runs the benchmarks and writes bench/results/ and README's tables
-# make gpu     tests and benchmarks on an NVIDIA GPU; writes bench/results/<device>/ and README's tables
+# make test    runs the test suite on all cores; ARGS="-k name" selects tests, ARGS="-n 0" takes one process
+# make test-all  runs it with all repetitions of random tests and of combinations
+# make lint    checks style, types and spelling; changes nothing
+# make docs    builds the documentation as a site: build/docs/index.html
+# make bench   runs the benchmarks; writes bench/results/, and the tables and charts of README and docs
+# make gpu     tests and benchmarks on an NVIDIA GPU; writes bench/results/<device>/, tables and charts
 
 PYTHON ?= python3
 ARGS ?=
@@ -11,9 +13,10 @@ BIN := .venv/bin
 # A plain "torch" may fetch gigabytes of CUDA packages; the package itself accepts a wide range.
 # Without numpy torch prints a warning.
 TORCH := torch==2.13.0 numpy
+ISSUE_FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: train test test-all bench gpu clean
+.PHONY: train test test-all lint docs bench gpu clean
 
 train: .venv/installed
 	@$(BIN)/pipeline-ext train $(ARGS)
@@ -23,6 +26,20 @@ test: .venv/installed-test
 
 test-all: .venv/installed-test
 	@$(BIN)/pytest -n auto --dist worksteal --all $(ARGS)
+
+# .pre-commit-config.yaml runs the same commands.
+lint: .venv/installed-lint
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/python tools/lint_cpp
+	@$(BIN)/codespell
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(ISSUE_FORMS)
+
+docs: .venv/installed-test
+	@$(BIN)/python -m sphinx -W --keep-going --quiet -E -a -d build/doctrees docs build/docs
+	@echo build/docs/index.html
 
 bench: .venv/installed
 	@for script in cpu_step dist_step overlap_dp dispatch simulate reaction planner_quality pack k_tradeoff recompute; do $(BIN)/python bench/$$script.py || exit 1; done
@@ -52,6 +69,10 @@ gpu: .venv/installed-gpu
 
 .venv/installed-test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+.venv/installed-lint: .venv/installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[lint]'
 	@touch $@
 
 # Where $(PYTHON) has what is needed, that is borrowed, and no network is used.

@@ -1,9 +1,10 @@
-"""Writes the figures of bench/results into the tables of README and docs, between the comments that mark them.
+"""Writes the figures of bench/results as tables, between the comments that mark them in docs, and as charts.
 
-``python bench/tables.py --check`` only tells whether the pages have them already.
+``python bench/tables.py --check`` only tells whether the pages and charts have them already.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+CHARTS = ROOT / "docs" / "charts"
 
 
 def cpu_step(results: dict) -> list[str]:
@@ -255,13 +257,10 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
     "gpu_step": gpu_step,
     "gpu_host": gpu_host,
 }
-IN_DOCS = {
-    "docs/scheduler.md": ["reaction"],
+PAGES = {
+    "docs/benchmarks.md": [name for name in TABLES if name != "planner_quality"],
     "docs/planner_quality.md": ["planner_quality"],
-    "docs/numbers.md": ["recompute"],
-    "docs/replicas.md": ["overlap_dp"],
 }
-PAGES = {"README.md": [name for name in TABLES if [name] not in IN_DOCS.values()], **IN_DOCS}
 ON_GPUS = ("pack", "gpu_step", "gpu_host")
 
 
@@ -302,15 +301,41 @@ def _spread(values: dict, form: str = ".2f") -> str:
     return " / ".join(format(values[key], form) for key in ("min", "median", "max"))
 
 
+def chart_is_current(name: str) -> bool:
+    """Whether the chart of a benchmark is of the figures in its results."""
+    chart = CHARTS / f"{name}.svg"
+    return chart.exists() and _digest(name) in chart.read_text()
+
+
+def draw_charts() -> None:
+    """Draws the charts of all benchmarks that were run on the CPU."""
+    import charts  # needs matplotlib, which checking does not
+
+    for name in charts.CHARTS:
+        results = json.loads((RESULTS / f"{name}.json").read_text())
+        CHARTS.mkdir(exist_ok=True)
+        (CHARTS / f"{name}.svg").write_text(charts.svg(name, results, _digest(name)))
+
+
+def _digest(name: str) -> str:
+    return "figures " + hashlib.sha256((RESULTS / f"{name}.json").read_bytes()).hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if they differ")
     options = parser.parse_args()
     pages = {page: with_tables(page) for page in PAGES}
     if options.check:
-        sys.exit(any((ROOT / page).read_text() != text for page, text in pages.items()))
+        stale = [page for page, text in pages.items() if (ROOT / page).read_text() != text]
+        stale += [path.name for path in sorted(CHARTS.glob("*.svg")) if not chart_is_current(path.stem)]
+        sys.exit(f"not of bench/results: {', '.join(stale)}" if stale else 0)
     for page, text in pages.items():
         (ROOT / page).write_text(text)
+    try:
+        draw_charts()
+    except ImportError as error:
+        print(f"charts are left as they are: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Pipeline-parallel training for PyTorch with a native scheduler."""
 
+__version__ = "0.1.0"
+
 from ._C import Plan, Skip
 from .checkpoint.files import load_checkpoint, save_checkpoint
 from .errors import (

@@ -16,7 +16,7 @@ def test_a_benchmark_for_gpus_runs_small_on_the_cpu_and_writes_nothing(name):
     run = [sys.executable, f"bench/{name}.py", "--smoke"]
     result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "pipeline_ext" in result.stdout and "|---" in result.stdout  # its table as README will have it
+    assert "pipeline_ext" in result.stdout and "|---" in result.stdout  # its table as docs will have it
     assert sorted(ROOT.glob("bench/results/**/*")) == before
 
 

@@ -1,20 +1,25 @@
-"""README and docs say what is true: examples run, tables are the results', links lead somewhere."""
+"""README and docs say what is true: examples run, figures are the results', links lead somewhere."""
 
+import importlib.util
+import os
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from launcher import torchrun
 from torch import nn
 
 import pipeline_ext as pe
+from pipeline_ext import packing, pipelining
 from pipeline_ext.cli import main
 
 ROOT = Path(__file__).parent.parent
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PROCESSES = ROOT / "docs" / "tutorials" / "many_processes.md"  # its script is for torchrun
+TUTORIALS = sorted(set(PROCESSES.parent.glob("*.md")) - {PROCESSES})
 PLANNING = (ROOT / "docs" / "planner.md").read_text()
 ERRORS = (ROOT / "docs" / "errors.md").read_text()
 BEGINNING = re.search(r"```python\n(.*?)```", ERRORS, re.S)[1]
@@ -50,11 +55,31 @@ def test_the_example_that_readme_opens_with_runs(tmp_path, monkeypatch):
     assert (tmp_path / "timeline.png").stat().st_size > 0
 
 
-def test_the_examples_of_the_scheduler_page_run(capsys):
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_tutorial_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    names: dict = {}
+    try:
+        for code, shown in re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", page.read_text(), re.S):
+            exec(code, names)
+            printed = capsys.readouterr().out
+            assert not shown or shown.split() == printed.split()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_script_for_many_processes_runs(size, tmp_path):
+    (tmp_path / "train.py").write_text(re.search(r"```python\n(.*?)```", PROCESSES.read_text(), re.S)[1])
+    result = torchrun(size, ["train.py"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"{size // 2} x 2 processes, loss 0." in result.stdout
+
+
+def test_the_example_of_the_scheduler_page_runs():
     text = (ROOT / "docs" / "scheduler.md").read_text()
-    room, policies = re.findall(r"```python\n(.*?)```", text, re.S)
-    exec(policies, {})
-    assert capsys.readouterr().out.count("<Simulation: makespan") == 3
+    (room,) = re.findall(r"```python\n(.*?)```", text, re.S)
     names = {"pe": pe, "model": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "mesh": None}
     exec(room, names | {"loss_fn": nn.functional.mse_loss}, kept := {})
     assert kept["pipe"].plan.limits == [3, 1]
@@ -117,7 +142,8 @@ def test_the_example_of_replicas_leaves_them_equal():
         "loss_fn": nn.functional.mse_loss,
         "batches": [(torch.randn(16, 4), torch.randn(16, 2)) for _ in range(3)],
     }
-    exec(re.search(r"```python\n(.*?)```", (ROOT / "docs/replicas.md").read_text(), re.S)[1], names)
+    threads = (ROOT / "docs" / "replicas.md").read_text().partition("## Threads of one process")[2]
+    exec(re.search(r"```python\n(.*?)```", threads, re.S)[1], names)
     first, second = (list(replica.parameters()) for replica in names["models"])
     assert all(map(torch.equal, first, second))
     assert not torch.equal(first[0], model[0].weight)
@@ -134,27 +160,61 @@ def test_the_example_of_checkpoints_runs(tmp_path, monkeypatch):
     assert names["extra"]["step"] == 7
 
 
-def test_the_tables_are_those_of_the_results():
-    check = [sys.executable, "bench/tables.py", "--check"]
-    result = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, f"run bench/tables.py {result.stderr}"
+@pytest.mark.parametrize("script", ["bench/tables.py", "docs/rooms.py"])
+def test_tables_and_pictures_are_current(script):
+    result = subprocess.run([sys.executable, script, "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, f"run {script}: {result.stderr}"
+
+
+def anchors(page):
+    """Where links into a page may lead: its headings, as GitHub and the site name them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.name)
 def test_links_and_named_files_exist(page):
     text = page.read_text()
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
-        if not link.startswith("http"):
-            assert (page.parent / link).exists(), link
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
     for path in re.findall(r"`((?:csrc|pipeline_ext|tests|bench|docs|examples)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
 
 
-def test_the_layout_in_readme_names_every_folder():
-    readme = (ROOT / "README.md").read_text()
-    layout = textwrap.dedent(readme.partition("## Layout")[2].partition("Runtime dependencies")[0])
-    named = set(re.findall(r"^([\w/]+)  ", layout, re.M))
-    folders = {f"csrc/{f.name}" for f in (ROOT / "csrc").iterdir() if f.is_dir()}
-    folders |= {"pipeline_ext", "tests", "bench", "docs", "examples"}
-    folders |= {f"pipeline_ext/{f.parent.name}" for f in (ROOT / "pipeline_ext").glob("*/__init__.py")}
-    assert named == folders
+def test_the_site_builds_without_a_warning(tmp_path):
+    needed = ("sphinx", "furo", "myst_parser")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed; the extra 'docs' has it")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "--quiet", "docs", str(tmp_path)]
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for module, names in (("", pe.__all__), (".packing", packing.__all__)):
+        pages = "".join(page.read_text() for page in (tmp_path / "api").glob("*.html"))
+        missing = [name for name in names if f'id="pipeline_ext{module}.{name}"' not in pages]
+        assert not missing, f"give these a place in docs/api: {missing}"
+
+
+def test_the_reference_names_all_of_the_drop_in():
+    text = (ROOT / "docs" / "api" / "pipelining.md").read_text()
+    assert [name for name in pipelining.__all__ if name not in text and not name.startswith("_")] == []
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
+def test_readme_and_the_architecture_page_name_every_folder():
+    readme = (ROOT / "README.md").read_text().partition("## Layout")[2]
+    assert set(re.findall(r"^\| `(\w+)/` \|", readme, re.M)) == {
+        "pipeline_ext", "csrc", "tests", "bench", "examples", "docs"
+    }  # fmt: skip
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    core = {f"csrc/{folder.name}" for folder in (ROOT / "csrc").iterdir() if folder.is_dir()}
+    assert set(re.findall(r"^\| `(csrc/\w+)` \|", page, re.M)) == core

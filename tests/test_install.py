@@ -97,8 +97,8 @@ def environment(tmp_path):
 def test_the_source_archive_holds_headers_and_tests_and_nothing_compiled(sdist):
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    assert source_files("csrc", "pipeline_ext", "tests", "bench") <= held
-    assert {"LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"} <= held
+    assert source_files("csrc", "pipeline_ext", "tests", "bench", "docs", "examples", ".github") <= held
+    assert {"LICENSE", "Makefile", "README.md", "CONTRIBUTING.md", "pyproject.toml", "setup.py"} <= held
     assert not [name for name in held if Path(name).suffix in NOT_PACKED]
 
 

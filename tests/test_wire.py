@@ -194,7 +194,7 @@ def test_integers_travel_as_they_are():
 
 
 def test_the_default_training_s_loss_is_the_same_within_half_a_percent_at_bfloat16(tmp_path):
-    """A tenth of its steps here; all of them are in README."""
+    """A tenth of its steps here; all of them are in docs/benchmarks.md."""
     bits = {}
     for wire in ("none", "bfloat16"):
         summary = tmp_path / f"{wire}.json"
