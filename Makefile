@@ -1,5 +1,6 @@
 # make train   trains a small language model through a pipeline; ARGS="--help" shows the options
-# make test    runs the whole test suite; ARGS="-k name" selects tests
+# make test    runs the test suite on all cores; ARGS="-k name" selects tests, ARGS="-n 0" takes one process
+# make test-all  runs it with all repetitions of random tests and of combinations
 # make lint    checks style, types and spelling; changes nothing
 # make docs    builds the documentation as a site: build/docs/index.html
 # make bench   runs the benchmarks; writes bench/results/, and the tables and charts of README and docs
@@ -15,13 +16,16 @@ TORCH := torch==2.13.0 numpy
 ISSUE_FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: train test lint docs bench gpu clean
+.PHONY: train test test-all lint docs bench gpu clean
 
 train: .venv/installed
 	@$(BIN)/pipeline-ext train $(ARGS)
 
 test: .venv/installed-test
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n auto --dist worksteal $(ARGS)
+
+test-all: .venv/installed-test
+	@$(BIN)/pytest -n auto --dist worksteal --all $(ARGS)
 
 # .pre-commit-config.yaml runs the same commands.
 lint: .venv/installed-lint

@@ -1,13 +1,36 @@
 import os
 import shutil
+import signal
 
 import pytest
 import torch
+from hypothesis import settings
 from standin_driver import StandIn, build_standin
 
 # Without a GPU triton's kernels run in its interpreter, which has to be chosen before triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Settings that fit a test's own cost are in the test; these are for those that name none.
+settings.register_profile("few", max_examples=25, deadline=None, print_blob=True)
+settings.register_profile("all", max_examples=100, deadline=None, print_blob=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="all repetitions, of which a few run by default")
+
+
+def pytest_configure(config):
+    settings.load_profile("all" if config.getoption("--all") else "few")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        repeated = [item for item in items if item.get_closest_marker("every")]
+        config.hook.pytest_deselected(items=repeated)
+        items[:] = [item for item in items if item not in set(repeated)]
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +52,11 @@ def short_searches(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def standin_library(tmp_path_factory):
+def standin_library():
     """The path of the stand-in for NVIDIA's driver, built once."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to build a stand-in driver")
-    return build_standin(tmp_path_factory.mktemp("standin") / "libcuda-standin.so")
+    return build_standin()
 
 
 @pytest.fixture

@@ -1,24 +1,23 @@
 """The stand-in for NVIDIA's driver (tests/standin), built and held by Python."""
 
 import ctypes
-import subprocess
 from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_long, c_uint64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+from native_builds import ROOT, compile_all, link, one_at_a_time
+
 KINDS = ("stream", "event", "graph", "graph_exec", "context")
 
 
-def build_standin(library: Path, flags: Sequence[str] = ("-O1", "-g")) -> Path:
-    """Compiles the stand-in driver; returns the library's path."""
+def build_standin(flags: Sequence[str] = ("-O1", "-g")) -> Path:
+    """The path of the stand-in driver, compiled with ``flags``."""
+    shared = ["-fPIC", "-shared", *flags]
+    name = f"libcuda-standin{''.join(flags)}.so"
     sources = sorted((ROOT / "tests" / "standin").glob("*.cpp"))
-    command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread", *flags]
-    command += [f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(library)]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    return library
+    with one_at_a_time():
+        return link(name, compile_all(sources, shared), shared)
 
 
 class Call(NamedTuple):
