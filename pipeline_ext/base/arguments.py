@@ -3,13 +3,11 @@
 Plans need no torch, so the functions that do import it themselves.
 """
 
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidArgument
-from .imported import imported_class
 
 if TYPE_CHECKING:
     import torch
@@ -35,25 +33,6 @@ def check_type(name: str, value: Any, accepted: type) -> None:
     """Raises InvalidArgument for a value of another type."""
     if not isinstance(value, accepted):
         raise InvalidArgument(f"{name} is {value!r}; give a {accepted.__name__}")
-
-
-def check_scaler(scaler: Any, optimizer: "torch.optim.Optimizer | None", many: bool) -> None:
-    """Raises InvalidArgument for a scaler that does not work in one process, or in ``many``."""
-    import torch
-
-    check_type("scaler", scaler, torch.amp.GradScaler)
-    sharded = imported_class("torch.distributed.fsdp.sharded_grad_scaler", "ShardedGradScaler")
-    if many and scaler.is_enabled() and not isinstance(scaler, sharded):
-        raise InvalidArgument(
-            f"scaler is a {type(scaler).__name__}, with which one process could skip a step that others take; "
-            "give torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler(process_group=...) with the "
-            'group of the processes that hold the stages, as in mesh.get_group("pp")'
-        )
-    if optimizer is not None:
-        raise InvalidArgument(
-            "scaler and optimizer are both given, but with a scaler the optimizer steps after the gradients "
-            "are complete; leave optimizer out, and after each step call scaler.step(optimizer)"
-        )
 
 
 def packs(name: str, value: Any, boundaries: int, microbatches: int) -> list[int] | None:
@@ -146,21 +125,6 @@ def numbers(name: str, value: Any, length: int, accepted: str, most: int = 2**31
     ):
         raise InvalidArgument(f"{name} is {value!r}; give {accepted}")
     return [_whole(number) for number in found]
-
-
-def check_settings(loss_fn: Any, loss_reduction: Any, timeout: Any) -> None:
-    """Raises InvalidArgument for a loss function, a reduction or a timeout that is not valid."""
-    if loss_fn is not None and not callable(loss_fn):
-        raise InvalidArgument(
-            f"loss_fn is {loss_fn!r}; give a function of output and target that returns a scalar"
-        )
-    if isinstance(loss_fn, type):
-        name = loss_fn.__name__
-        raise InvalidArgument(f"loss_fn is the class {name}; give an instance, {name}()")
-    if loss_reduction not in ("mean", "sum"):
-        raise InvalidArgument(f'loss_reduction is {loss_reduction!r}; it is "mean" or "sum"')
-    if not (isinstance(timeout, (int, float)) and 0 < timeout < math.inf):
-        raise InvalidArgument(f"timeout is {timeout!r}; give a positive number of seconds")
 
 
 def check_trains(has_loss: bool, losses: Any, target: Any) -> None:
