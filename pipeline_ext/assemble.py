@@ -108,9 +108,8 @@ def assemble(settings: Settings) -> Assembly:
     stages = _stages(settings, len(modules), local, skips)
     local_model = LocalModel(settings.model, modules, local, repeated, settings.loss_fn)
     if settings.scaler is not None:
-        settings.scaler.scale(
-            torch.ones((), device=devices[-1])
-        )  # the first call makes the tensors that steps read
+        # The first call makes the tensors that steps read.
+        settings.scaler.scale(torch.ones((), device=devices[-1]))
     parts = EngineParts(
         plan=plan,
         devices=devices,
