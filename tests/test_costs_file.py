@@ -41,9 +41,9 @@ def test_what_is_left_out_or_null_has_its_default(tmp_path):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("{", "are no JSON"),
-        ("[1, 2]", "are no JSON object"),
-        ({"forwards": 1}, "'forwards' in .*costs.json' is no cost; those are forward, backward"),
+        ("{", "are not JSON"),
+        ("[1, 2]", "are not a JSON object"),
+        ({"forwards": 1}, "'forwards' in .*costs.json' is not a cost; the costs are forward, backward"),
         ({"forward": -1}, "'forward' in .*costs.json' is -1; give a finite number of at least 0"),
         ('{"weight_grad": [1, NaN]}', "'weight_grad' in .*' holds NaN; .*, or a list of one for each stage"),
         ('{"latency": Infinity}', "'latency' in .* is Infinity; .* one for each boundary"),

@@ -45,14 +45,14 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     except OSError as error:
         raise InvalidArgument(f"the costs {file} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise InvalidArgument(f"the costs {file} are no JSON: {error}") from error
+        raise InvalidArgument(f"the costs {file} are not JSON: {error}") from error
     if not isinstance(given, dict):
         raise InvalidArgument(
-            f'the costs {file} are no JSON object; write one such as {{"forward": 1, "backward": [2, 3]}}'
+            f'the costs {file} are not a JSON object; write one such as {{"forward": 1, "backward": [2, 3]}}'
         )
     for key in given:
         if key not in LISTED_BY:
-            raise InvalidArgument(f"{key!r} in {file} is no cost; those are {', '.join(LISTED_BY)}")
+            raise InvalidArgument(f"{key!r} in {file} is not a cost; the costs are {', '.join(LISTED_BY)}")
     found = {key: _checked(key, value, file) for key, value in given.items()}
     _check_lengths(found, file)
     return {key: value for key, value in found.items() if value is not None}

@@ -21,7 +21,7 @@ def memory_curve(
     for task in tasks:
         if task.kind == "F":
             changes[task.rank][task.begin] += taken[task.stage]
-        elif task.kind == "I":
+        elif task.kind == "I" and freed[task.stage]:
             changes[task.rank][task.end] -= freed[task.stage]
         elif task.kind in ("B", "W"):
             by_i = freed[task.stage] if (task.stage, task.microbatch) in split else 0.0
