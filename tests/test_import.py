@@ -76,8 +76,8 @@ def test_every_public_name_is_there() -> None:
     names = run("import pipeline_ext as pe; print(*dir(pe))").split()
     assert set(pe.__all__) <= set(names)
     assert all(getattr(pe, name).__name__ == name for name in pe.__all__)
-    with pytest.raises(AttributeError, match="'pipeline_ext' has no attribute 'Pipelin'"):
-        pe.Pipelin  # noqa: B018
+    with pytest.raises(AttributeError, match="'pipeline_ext' has no attribute 'Pipelines'"):
+        pe.Pipelines  # noqa: B018
 
 
 def test_public_modules_are_attributes() -> None:

@@ -43,10 +43,10 @@ class StepResult(StepRecord, Protocol):
         """After a timeout: which tasks wait for what."""
 
 
-RouteT = TypeVar("RouteT", bound=Route)
+RouteType = TypeVar("RouteType", bound=Route)
 
 
-class Engine(Protocol[RouteT]):
+class Engine(Protocol[RouteType]):
     """Runs steps, one at a time, until closed."""
 
     @property
@@ -68,7 +68,7 @@ class Engine(Protocol[RouteT]):
     def bodies(self, stages: list[Stage]) -> Bodies:
         """The functions that the tasks of a training step call."""
 
-    def route(self, plan: _C.Plan, bodies: Bodies) -> RouteT:
+    def route(self, plan: _C.Plan, bodies: Bodies) -> RouteType:
         """Prepares to run ``plan``."""
 
     def arrive(self, value: Any, stage: int) -> Any:
@@ -80,10 +80,10 @@ class Engine(Protocol[RouteT]):
     def agreed_key(self, key: Hashable | None, timeout: float) -> Hashable | None:
         """One key for all processes, made from the ``key`` of each; None if any of them has None."""
 
-    def run(self, route: RouteT, *, timeout: float, record: bool) -> StepResult:
+    def run(self, route: RouteType, *, timeout: float, record: bool) -> StepResult:
         """Runs a step that has begun. On Ctrl-C, stops the step and raises KeyboardInterrupt."""
 
-    def settle(self, route: RouteT) -> None:
+    def settle(self, route: RouteType) -> None:
         """Returns once other processes have received what a step sent them, or one has failed."""
 
     def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
