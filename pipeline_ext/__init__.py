@@ -119,7 +119,7 @@ else:
         return sorted({*globals(), *__all__, *_SUBMODULES})
 
 
-def _draw(plan: Plan, path: "str | PathLike[str]", costs: "Costs | None" = None) -> None:
+def _draw(self: Plan, path: "str | PathLike[str]", costs: "Costs | None" = None) -> None:
     """Draws the plan's simulated timeline; the path ends in .png, .svg or .pdf.
 
     ``costs`` are pipeline_ext.Costs, by default F = 1 and B = 2 at every stage. Makes the folders that the path
@@ -128,7 +128,7 @@ def _draw(plan: Plan, path: "str | PathLike[str]", costs: "Costs | None" = None)
     """
     from .report.timeline import draw_plan
 
-    draw_plan(plan, path, costs)
+    draw_plan(self, path, costs)
 
 
 # The native core makes plans; Python draws them.

@@ -194,17 +194,17 @@ def test_what_two_streams_use_is_kept_until_its_stream_follows_the_last_use(gpus
                 order = step(pipe, standin)
             assert len(kept) >= 2 * 3 * 6
             for keepalive, made, used in kept:
-                until = keepalive._layout.streams.first_after(used.step, made.stream)
+                until = keepalive._layout.streams.first_after(used.op, made.stream)
                 assert until == len(order.before) or (
-                    used.step in order.before[until]
-                    and order.streams[until] == order.streams[made.step]
-                    and until > used.step
+                    used.op in order.before[until]
+                    and order.streams[until] == order.streams[made.op]
+                    and until > used.op
                 )
-                assert made.step in order.before[used.step] | {used.step}
+                assert made.op in order.before[used.op] | {used.op}
                 assert len(keepalive) == 0
             # Most need not wait for the step's end: they would add up.
             early = sum(
-                keepalive._layout.streams.first_after(used.step, made.stream) < len(order.before)
+                keepalive._layout.streams.first_after(used.op, made.stream) < len(order.before)
                 for keepalive, made, used in kept
             )
             assert early > len(kept) / 2
