@@ -82,7 +82,7 @@ def test_public_names_are_those_of_the_record() -> None:
 
 
 def test_the_package_has_one_list_of_names() -> None:
-    """What type checkers read, what is loaded on first use and ``__all__`` agree; the core's are there at once."""
+    """What type checkers read, what is loaded on first use, the core's names and ``__all__`` agree."""
     tree = ast.parse(Path(pe.__file__).read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     declared = {
