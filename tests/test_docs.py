@@ -213,7 +213,7 @@ def test_readme_is_short():
 def test_readme_and_the_architecture_page_name_every_folder():
     readme = (ROOT / "README.md").read_text().partition("## Layout")[2]
     assert set(re.findall(r"^\| `(\w+)/` \|", readme, re.M)) == {
-        "pipeline_ext", "csrc", "tests", "bench", "examples", "docs"
+        "pipeline_ext", "csrc", "tests", "bench", "examples", "docs", "tools"
     }  # fmt: skip
     page = (ROOT / "docs" / "architecture.md").read_text()
     core = {f"csrc/{folder.name}" for folder in (ROOT / "csrc").iterdir() if folder.is_dir()}

@@ -332,4 +332,4 @@ def test_what_processes_with_gpus_do_not_do_is_refused_with_advice(standin_libra
         assert "give a list with this process's device alone" in many
         assert "devices holds 'cuda:3', and torch sees 1 of them" in absent
         assert "devices is cuda, where CuPy carries messages in process 1 and cpu in process 0" in differ
-        assert 'mesh has a dimension "dp", over which gradients of CPUs are averaged' in replicas
+        assert 'mesh has a dimension "dp"; gradients are averaged over it on CPUs only' in replicas
