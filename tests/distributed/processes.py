@@ -27,6 +27,8 @@ os.environ.setdefault("RES_OPTIONS", "use-vc timeout:1 attempts:1")
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
+        "pipeline_ext.checkpoint.files",
+        "pipeline_ext.pipeline",
         "pipeline_ext.pipelining",
         "pytest",
         "torch._dynamo",  # which the first optimizer imports
