@@ -132,4 +132,4 @@ def _draw(self: Plan, path: "str | PathLike[str]", costs: "Costs | None" = None)
 
 
 # The native core makes plans; Python draws them.
-Plan.draw = _draw  # type: ignore[assignment,method-assign]
+Plan.draw = _draw  # type: ignore[method-assign]
