@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TIMEOUT = 120.0  # seconds, of a run with a restart: torch is imported in each process anew
+TIMEOUT = 300.0  # seconds, of a run with a restart: each process imports torch anew, beside other tests
 SMALL = "--batch 8 --context 16 --width 16 --heads 2 --microbatches 4 --threads 1".split()
 DYING = Path(__file__).parent / "distributed" / "dying_train.py"
 
