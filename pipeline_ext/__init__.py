@@ -39,11 +39,13 @@ __all__ = [
     "build_plan",
     "load_checkpoint",
     "pop",
+    "rows",
     "save_checkpoint",
     "schedule_names",
     "simulate",
     "skips",
     "stash",
+    "whole",
 ]
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
         StageError,
         StepTimeout,
     )
+    from .microbatches.rows import rows, whole
     from .model.skips import pop, skips, stash
     from .pipeline import Pipeline
     from .plan.build import build_plan, schedule_names
@@ -88,6 +91,7 @@ else:
             "StageError",
             "StepTimeout",
         ),
+        "microbatches.rows": ("rows", "whole"),
         "model.skips": ("pop", "skips", "stash"),
         "pipeline": ("Pipeline",),
         "plan.build": ("build_plan", "schedule_names"),

@@ -1,7 +1,8 @@
 """Builds the parts of a pipeline from its settings, and connects them."""
 
 import functools
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from .engines import devices as device_choice
 from .engines.choice import described_device, make_engine
 from .engines.parts import EngineParts
 from .engines.protocol import Engine
+from .microbatches.cutting import Cutter
+from .model.containers import Containers
 from .model.cut import cut
 from .model.skips import NamedSkip, declared_skips, find_skips
 from .plan.build import check_trainable
@@ -43,6 +46,7 @@ class Assembly:
         num_stages: the number of stages of the whole pipeline.
         stages: the stages of this process.
         local: this process's part of the unsplit model.
+        containers: those of the model that were taken apart.
         sharing: how processes share the pipeline.
         devices: one for each rank.
         first_steps: resolves every "auto".
@@ -52,6 +56,7 @@ class Assembly:
     num_stages: int
     stages: list[Stage]
     local: LocalModel
+    containers: Containers
     sharing: OneProcess
     devices: list[torch.device]
     first_steps: FirstSteps
@@ -135,6 +140,7 @@ def assemble(settings: Settings) -> Assembly:
     except BaseException:
         engine.close()
         raise
+    batch_dim = _batch_dim(settings, local.values())
     stepper = Stepper(
         stages=stages,
         engine=engine,
@@ -143,6 +149,8 @@ def assemble(settings: Settings) -> Assembly:
         wrapped=parts.wrapped,
         ties=ties,
         first_steps=first_steps,
+        cutter=Cutter(batch_dim, settings.args_spec, settings.kwargs_spec, settings.target_spec),
+        batch_dim=batch_dim,
         reduction=parts.reduction,
         optimizer=settings.optimizer,
         scaler=settings.scaler,
@@ -155,6 +163,7 @@ def assemble(settings: Settings) -> Assembly:
         num_stages=len(modules),
         stages=stages,
         local=local_model,
+        containers=Containers(settings.model, local),
         sharing=sharing,
         devices=devices,
         first_steps=first_steps,
@@ -182,6 +191,22 @@ def _ordering(
         reactive=settings.reactive and not sharing.in_order,
         graphs=settings.graphs,
     )
+
+
+def _batch_dim(settings: Settings, modules: Iterable[nn.Module]) -> int:
+    """The dimension of the batch; warns where a layer suggests that it is not the first."""
+    if settings.batch_dim is not None:
+        return settings.batch_dim
+    layers = (layer for module in modules for layer in module.modules())
+    sequence_first = next((layer for layer in layers if getattr(layer, "batch_first", True) is False), None)
+    if sequence_first is not None:
+        warnings.warn(
+            f"the model has a {type(sequence_first).__name__} with batch_first=False, and batches are cut along "
+            "dimension 0; give batch_dim=1 if the batch is dimension 1 of the inputs, or batch_dim=0 if it is the "
+            "first, which ends this warning",
+            stacklevel=4,
+        )
+    return 0
 
 
 def _planned_skips(settings: Settings, skips: Sequence[NamedSkip]) -> list[_C.Skip]:

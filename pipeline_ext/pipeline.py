@@ -1,7 +1,7 @@
 """Pipeline: the object users hold."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .checkpoint.unsplit import UnsplitModel
 from .engines.devices import DevicesLike
 from .engines.lifetime import Lifetime
 from .errors import InvalidArgument, PipelineError
+from .microbatches.cutting import Presplit, Whole
 from .plan.build import ScheduleLike
 from .plan.costs import Costs
 from .plan.ordering import PackLike
@@ -25,7 +26,6 @@ from .processes.group import MeshLike
 from .reduction import GradientReduction
 from .report.trace import Trace
 from .settings import Settings, WireLike
-from .stages import microbatch
 from .step.batch import Batch
 from .step.graphs import GraphReport
 
@@ -42,16 +42,23 @@ class Pipeline(UnsplitModel):
             optimizer.step()
 
     Model and cut:
-        model: an ``nn.Sequential``; a module whose children run in order, with ``cuts``; or a list of stage
-            modules. Each stage module takes the result of the previous one as its one argument. The list may
+        model: an ``nn.Sequential`` that does nothing but run its layers; or a list of stage modules. Each stage module takes the result of the previous one as its one argument. The list may
             hold functions without arguments that make the modules. Each process of a ``mesh`` then calls only
             those of its own stages, and parameters tied between processes are not recognised. To tie
             parameters across processes, give modules, on the meta device if they are large.
         num_stages: the number of stages. Optional if ``model`` or ``cuts`` say it.
         cuts, balance, sample: where to cut; see ``pipeline_ext.partition.cut``.
 
+    Microbatches:
+        microbatches: M, the number of parts into which ``step`` cuts a batch.
+        batch_dim: the dimension of inputs, targets and outputs that holds the batch's rows, as 1 for models
+            that are sequence-first. None is 0, with a warning if a layer has ``batch_first=False``.
+        args_spec, kwargs_spec, target_spec: how positional arguments (a tuple), keyword arguments (a dict) and
+            the target are cut: ``pipeline_ext.rows(dim=...)``, ``pipeline_ext.whole()``, or torch's
+            ``TensorChunkSpec`` and ``_Replicate``, in any tuple, list or dict that follows the value. ``None``
+            leaves a value to the rules of ``step``.
+
     Schedule:
-        microbatches: M, the number of parts into which ``step`` cuts a batch along dimension 0.
         schedule: a name from ``schedule_names()``; the path of a CSV file in the action text of
             torch.distributed.pipelining; or each rank's actions as text, by rank. ``"auto"`` measures the first
             three steps. When the fourth begins it simulates and searches for two seconds, follows the best
@@ -142,6 +149,10 @@ class Pipeline(UnsplitModel):
         cuts: Sequence[str | int] | None = None,
         balance: str = "parameters",
         sample: Any = None,
+        batch_dim: int | None = None,
+        args_spec: Any = None,
+        kwargs_spec: Any = None,
+        target_spec: Any = None,
         loss_reduction: str = "mean",
         overlap: bool | None = None,
         reactive: bool = True,
@@ -170,6 +181,10 @@ class Pipeline(UnsplitModel):
             cuts=cuts,
             balance=balance,
             sample=sample,
+            batch_dim=batch_dim,
+            args_spec=args_spec,
+            kwargs_spec=kwargs_spec,
+            target_spec=target_spec,
             loss_reduction=loss_reduction,
             overlap=overlap,
             reactive=reactive,
@@ -193,6 +208,7 @@ class Pipeline(UnsplitModel):
         self._has_loss = loss_fn is not None
         self._num_stages = parts.num_stages
         self._stages = parts.stages
+        self._containers = parts.containers
         self._devices = parts.devices
         self._sharing = parts.sharing
         self._first_steps = parts.first_steps
@@ -213,17 +229,25 @@ class Pipeline(UnsplitModel):
         target: Any = None,
         losses: list[Tensor] | None = None,
         return_outputs: bool = False,
+        arg_mbs: Iterable[Any] | None = None,
+        kwarg_mbs: Iterable[dict[str, Any]] | None = None,
+        target_mbs: Iterable[Any] | None = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Any]:
         """Runs one batch forward and backward; adds the gradients to the parameters' ``.grad``.
 
         Args:
-            args, kwargs: inputs of the first stage. Every tensor of one dimension or more is cut along
-                dimension 0; all have the same number of rows, at least ``microbatches``. Other values go to
-                every microbatch.
-            target: any pytree of tensors for ``loss_fn``, with as many rows as the batch.
+            args, kwargs: inputs of the first stage, any pytrees. A tensor of one dimension or more has a row for
+                each sample along ``batch_dim``, and is cut there; all have the same number of rows, at least
+                ``microbatches``. So have nested tensors and FlexAttention's BlockMask. What is different is
+                said with ``pipeline_ext.rows`` and ``pipeline_ext.whole``, or specs. Tensors without
+                dimensions, and values without tensors, go to every microbatch.
+            target: any pytree of tensors for ``loss_fn``, cut in the same way.
             losses: a list that is filled with each microbatch's loss, as ``loss_fn`` returned it.
-            return_outputs: also return the last stage's output for the whole batch.
+            return_outputs: also return the last stage's output for the whole batch, without its graph. Outputs
+                that cannot be joined, as of ragged sequences, come as a list with one for each microbatch.
+            arg_mbs, kwarg_mbs, target_mbs: in place of ``args``, ``kwargs``, ``target``: M microbatches, of any
+                shapes, as lists or other iterables of tuples, dicts and targets.
 
         Returns:
             The total loss, a tensor without dimensions and without gradient; with ``return_outputs``, the
@@ -242,19 +266,17 @@ class Pipeline(UnsplitModel):
             stage's code has never returned, a GPU has failed, or there is a ``reduction``: its group has ended.
         """
         self._lifetime.check()
+        self._containers.check()
         arguments.check_trains(self._has_loss, losses, target)
-        size = None
-        if self._has_first_stage:
-            size = microbatch.batch_size(args, kwargs)
-            arguments.check_rows(size, self.microbatches)
+        inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=self.microbatches)
+        target = self._stepper.cutter.given_target(target, target_mbs, self.microbatches)
+        if isinstance(inputs, Whole):
+            arguments.check_rows(self._stepper.cutter.rows(inputs), self.microbatches)
         with self._lifetime.one_at_a_time("step was called"):
             self._first_steps.prepare(self._routes.follow)
-            args, kwargs = self._engine.arrive((args, kwargs), 0)
             batch = Batch(
-                args,
-                kwargs,
+                None if inputs is None else self._engine.arrive(inputs, 0),
                 target=self._engine.arrive(target, self.num_stages - 1) if self._stages[-1].is_last else None,
-                rows=size,
                 keep_outputs=return_outputs,
                 keep_losses=losses is not None,
                 record=self.tracing,
@@ -267,19 +289,60 @@ class Pipeline(UnsplitModel):
             losses[:] = [loss for loss in outcome.losses if loss is not None]
         return (outcome.loss, outcome.outputs) if return_outputs else outcome.loss
 
-    def eval(self, *args: Any, **kwargs: Any) -> Any:
+    def eval(
+        self,
+        *args: Any,
+        arg_mbs: Iterable[Any] | None = None,
+        kwarg_mbs: Iterable[dict[str, Any]] | None = None,
+        keep_mode: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Runs one batch forward without gradients and returns the last stage's output.
 
-        Takes inputs as ``step`` does; a batch smaller than ``microbatches`` is cut into single rows. Does not
-        switch modules between training and evaluation mode. Raises as ``step`` does, but leaves every
-        ``.grad`` alone.
+        Takes inputs as ``step`` does, and returns outputs as it does; a batch smaller than ``microbatches`` is
+        cut into single rows, and ``arg_mbs`` and ``kwarg_mbs`` may hold fewer microbatches. Modules run in
+        evaluation mode, and are in their own mode again afterwards; with ``keep_mode`` they run in their own.
+        Raises as ``step`` does, but leaves every ``.grad`` alone.
         """
         self._lifetime.check()
-        size = microbatch.batch_size(args, kwargs) if self._has_first_stage else None
-        if size == 0:
+        self._containers.check()
+        inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=1)
+        if inputs is not None and self._stepper.cutter.rows(inputs) == 0:
             raise InvalidArgument("the batch has no rows")
-        with self._lifetime.one_at_a_time("eval was called"):
-            return self._stepper.evaluate(args, kwargs, size)
+        with self._lifetime.one_at_a_time("eval was called"), self._modes(keep_mode):
+            return self._stepper.evaluate(inputs)
+
+    def _inputs(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        arg_mbs: Iterable[Any] | None,
+        kwarg_mbs: Iterable[dict[str, Any]] | None,
+        *,
+        fewest: int,
+    ) -> Whole | Presplit | None:
+        """The inputs of a call; None if another process has the first stage."""
+        if not self._has_first_stage:
+            return None
+        if not args and not kwargs and arg_mbs is None and kwarg_mbs is None:
+            raise InvalidArgument(
+                "no inputs are given; step and eval run one batch, as in pipe.eval(x). To switch modules between "
+                "training and evaluation mode, call train() or eval() of the model"
+            )
+        counts = range(fewest, self.microbatches + 1)
+        return self._stepper.cutter.given_inputs(args, kwargs, arg_mbs, kwarg_mbs, counts)
+
+    @contextlib.contextmanager
+    def _modes(self, keep: bool) -> Iterator[None]:
+        """Inside it, the modules of this process are in evaluation mode, unless they ``keep`` their own."""
+        training = [] if keep else [m for s in self._stages for m in s.module.modules() if m.training]
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

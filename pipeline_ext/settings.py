@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .base import arguments
 from .engines.devices import DevicesLike
 from .errors import InvalidArgument
+from .microbatches.rows import Spec, check_spec
 from .plan.build import ScheduleLike
 from .plan.costs import Costs
 from .plan.ordering import PackLike
@@ -45,6 +46,11 @@ class Settings:
     reduction: GradientReduction | None = None
     graphs: bool = False
 
+    args_spec: Any = None
+    kwargs_spec: Any = None
+    target_spec: Any = None
+    batch_dim: int | None = None
+
     pack: PackLike = 1
     pack_forward: PackLike = 1
     pack_skips: Mapping[str, int | str] | None = None
@@ -62,6 +68,12 @@ class Settings:
         if self.num_stages is not None:
             self._set(num_stages=arguments.count("num_stages", self.num_stages))
         self._set(microbatches=arguments.count("microbatches", self.microbatches))
+        for name in ("args_spec", "kwargs_spec", "target_spec"):
+            self._set(**{name: check_spec(name, getattr(self, name))})
+        _check_kind("args_spec", self.args_spec, tuple, "positional arguments", "a tuple")
+        _check_kind("kwargs_spec", self.kwargs_spec, dict, "keyword arguments", "a dict")
+        if self.batch_dim is not None:
+            arguments.check_dimension("batch_dim", self.batch_dim)
         _check_loss(self.loss_fn, self.loss_reduction)
         self._set(timeout=_seconds(self.timeout))
         for name, accepted in (
@@ -77,6 +89,13 @@ class Settings:
     def _set(self, **normalized: Any) -> None:
         for name, value in normalized.items():
             object.__setattr__(self, name, value)  # frozen for everyone else
+
+
+def _check_kind(name: str, spec: Any, kind: type, what: str, accepted: str) -> None:
+    if spec is not None and not isinstance(spec, (kind, Spec)):
+        raise InvalidArgument(
+            f"{name} is of the {what} of step: give {accepted} of specs, or one spec for all of them"
+        )
 
 
 def _check_loss(loss_fn: Any, loss_reduction: Any) -> None:

@@ -23,6 +23,7 @@ LAYERS = (
     "engines",
     "reduction",
     "stages",
+    "microbatches",
     "transport",
     "report",
     "plan",

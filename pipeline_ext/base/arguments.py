@@ -21,6 +21,12 @@ def count(name: str, value: Any) -> int:
     return number
 
 
+def check_dimension(name: str, value: Any) -> None:
+    """Raises InvalidArgument for what is not the number of a dimension, from 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidArgument(f"{name} is {value!r}; give the number of a dimension, from 0")
+
+
 def _whole(value: Any) -> int:
     """``value`` if it is a whole number, else 0, which no argument accepts."""
     try:

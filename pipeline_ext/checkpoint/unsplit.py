@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ..base.imported import is_dtensor
 from ..engines.lifetime import Lifetime
 from ..errors import InvalidArgument
-from ..model.cut import Slice
+from ..model.slice import Slice
 
 LOSS = "loss_fn."  # prefix of the names of a loss function's parameters and buffers
 

@@ -127,20 +127,14 @@ class Training:
 
     def validate(self) -> float:
         """Bits per byte on the held-out data."""
-        self._set_mode(training=False)
         losses = []
         for x, y in self._validation:
             with self._precision():
                 logits = self.pipe.eval(x)
             if logits is not None:  # this process has the last stage
                 losses.append(loss_fn(logits, y.to(logits.device)).item())
-        self._set_mode(training=True)
         here = [statistics.fmean(losses)] if losses else [0.0]
         return bits(self.team.all_of(here).sum().item())
-
-    def _set_mode(self, training: bool) -> None:
-        for stage in self.pipe.stage_modules:
-            stage.train(training)
 
     def run(self, log: Path, stops: Callable[[], bool] = lambda: False) -> Iterator[StepMetrics]:
         """Trains; yields the metrics of each step and appends them to ``log``.

@@ -5,7 +5,7 @@ import difflib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,35 +13,14 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from ..errors import InvalidArgument
+from .containers import only_runs_children, own_code
+from .slice import Slice
 from .skips import Scope
 
 _LIST_FORM = (
     "give a list of stage modules instead, each of which takes what the one before returns: "
     "Pipeline([embedding, nn.Sequential(*blocks), head], microbatches=8, ...)"
 )
-
-
-class Slice(nn.Module):
-    """Consecutive layers of a model, run one after another.
-
-    The first layer takes all that the stage is given, each other layer the result of the layer before.
-    """
-
-    def __init__(self, layers: Sequence[tuple[str, nn.Module]]) -> None:
-        super().__init__()
-        self.names = [name for name, _ in layers]
-        self.layers = nn.ModuleList(layer for _, layer in layers)
-        self._chain = list(self.layers)  # quicker to read than nn.ModuleList
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        first, *rest = self._chain
-        value = first(*args, **kwargs)
-        for layer in rest:
-            value = layer(value)
-        return value
-
-    def extra_repr(self) -> str:
-        return f"{self.names[0]} .. {self.names[-1]}"
 
 
 def cut(
@@ -55,9 +34,8 @@ def cut(
     """The stage modules of a model.
 
     Args:
-        model: an ``nn.Sequential``; a module whose children run in order (with ``cuts``); or a list of
-            stage modules, or of functions that make them. Layers of nested sequentials and module lists count
-            one by one.
+        model: an ``nn.Sequential`` that does nothing but run its layers; or a list of stage modules, or of
+            functions that make them. Layers of nested sequentials of that kind count one by one.
         num_stages: number of stages; may be left out if ``model`` or ``cuts`` tell it.
         cuts: the layers, by name or position, at which a new stage begins.
         balance: ``"parameters"``: the largest stage has as few parameters as possible. ``"time"``: the slowest
@@ -73,22 +51,15 @@ def cut(
         raise InvalidArgument(
             f"model is a {type(model).__name__}; give an nn.Module, or a list of stage modules"
         )
-    if not _runs_children_in_order(model) and cuts is None:
+    found = own_code(model)
+    if found:
         raise InvalidArgument(
-            f"{type(model).__name__} is not an nn.Sequential, so where it can be cut is not known; "
-            "if its children run in order, name the layers where a new stage begins with cuts=[...]; "
-            f"otherwise {_LIST_FORM}"
+            f"{type(model).__name__} has {found}, which would be lost if its children ran one after another as "
+            f"stages; {_LIST_FORM}"
         )
     layers = _open(model)
     if not layers:
         raise InvalidArgument(f"{type(model).__name__} has no child modules to cut; {_LIST_FORM}")
-    own = [*model._parameters, *model._buffers]
-    if own or _has_hooks(model):
-        raise InvalidArgument(
-            f"{type(model).__name__} has "
-            + (f"parameters or buffers of its own ({', '.join(own)})" if own else "hooks of its own")
-            + f", which would be lost, because its children run without it; {_LIST_FORM}"
-        )
     if cuts is not None:
         starts = _starts_of(cuts, [name for name, _ in layers], num_stages)
     else:
@@ -143,38 +114,17 @@ def _is_maker(stage: Any) -> bool:
     return callable(stage) and not isinstance(stage, type)
 
 
-def _runs_children_in_order(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
 def _open(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     """Layers with their names, those inside plain containers one by one."""
     layers: list[tuple[str, nn.Module]] = []
     for name, child in model._modules.items():  # not children(): a layer that occurs twice runs twice
         if child is None:
             continue
-        if _is_plain_container(child) and not _has_hooks(child) and len(child) > 0:
+        if only_runs_children(child) and len(child) > 0:
             layers += _open(child, f"{prefix}{name}.")
         else:
             layers.append((prefix + name, child))
     return layers
-
-
-def _is_plain_container(module: nn.Module) -> TypeGuard[nn.Sequential | nn.ModuleList]:
-    """Whether it only holds layers, and computes nothing itself."""
-    is_list = isinstance(module, nn.ModuleList) and type(module).forward is nn.ModuleList.forward
-    return is_list or _runs_children_in_order(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    )
 
 
 def _starts_of(cuts: Sequence[str | int], names: list[str], num_stages: int | None) -> list[int]:

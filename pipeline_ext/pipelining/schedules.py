@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.pipelining import schedules as _torch
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
+from ..errors import InvalidArgument
 from .order import Order, named_order
 from .runner import Runner
 from .targets import loss_weights, split_target
@@ -54,6 +55,9 @@ class _OnEngine(_torch._PipelineSchedule):
         losses: list[Tensor] | None = None,
         return_outputs: bool = True,
         loss_kwargs: dict[str, Any] | None = None,
+        arg_mbs: list[tuple] | None = None,
+        kwarg_mbs: list[dict[str, Any]] | None = None,
+        target_mbs: list[Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs one batch forward and backward; adds the gradients to the parameters' ``.grad``.
@@ -66,19 +70,28 @@ class _OnEngine(_torch._PipelineSchedule):
             losses: emptied and filled with each microbatch's loss, in the process of the last stage.
             return_outputs: whether that process returns the outputs.
             loss_kwargs: keyword arguments of the loss function.
+            arg_mbs, kwarg_mbs, target_mbs: microbatches, as in torch 2.14, in place of ``args``, ``kwargs`` and
+                ``target``.
 
         Returns:
             The merged outputs in the process of the last stage, None elsewhere.
 
         Raises:
             RuntimeError: under ``torch.no_grad()``.
+            InvalidArgument: for a whole batch beside its microbatches.
             PipelineError: as ``Pipeline.step`` does.
         """
         needs_autograd = getattr(self, "_backward_requires_autograd", True)
         if self._has_backward and needs_autograd and not torch.is_grad_enabled():
             raise RuntimeError("step needs gradients to be enabled; under torch.no_grad() call eval")
-        arg_mbs, kwarg_mbs = self._split_inputs(args, kwargs)
-        target_mbs = None if target is None else split_target(target, self._n_microbatches)
+        if arg_mbs is None and kwarg_mbs is None:
+            arg_mbs, kwarg_mbs = self._split_inputs(args, kwargs)
+        elif args or kwargs:
+            raise InvalidArgument("a whole batch and its microbatches are both given; give one of them")
+        if target is not None:
+            if target_mbs is not None:
+                raise InvalidArgument("target and target_mbs are both given; give one of them")
+            target_mbs = split_target(target, self._n_microbatches)
         self._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, losses, return_outputs, loss_kwargs)
         for stage in self._local_stages():
             if stage.is_last and return_outputs:

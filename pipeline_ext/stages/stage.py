@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..base.tensors import describe, detach, differentiable
 from ..errors import DeadPipeline, InvalidArgument
+from ..microbatches.joining import detached
 from ..model.skips import NamedSkip
 from ..transport.dtensors import Meshes
 from . import boundary
@@ -135,7 +136,7 @@ class Stage:
         if self.is_last:
             sent = []
             if step.keep_outputs:
-                step.outputs[m] = detach(value)
+                step.outputs[m] = detached(value)
         else:
             sent = differentiable(value)
             self._meshes.learn(sent)

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..base.tensors import differentiable
 from ..errors import PipelineError
 from ..transport.exchange import Exchange
-from . import microbatch
 from .context import CallerContext
 
 
@@ -24,7 +23,7 @@ class Step:
         *,
         exchange: Exchange,
         microbatches: int,
-        rows: int | None,
+        rows: Sequence[int] | None,
         context: CallerContext,
         inputs: list[tuple[tuple, dict]] | None = None,
         targets: list[Any] | None = None,
@@ -33,7 +32,7 @@ class Step:
         scaler: torch.amp.GradScaler | None = None,
         keep_outputs: bool = True,
     ) -> None:
-        """``rows`` of the batch, and ``inputs``: None if another process has the first stage.
+        """``rows`` of each microbatch, and ``inputs``: None if another process has the first stage.
 
         ``weighted``: scale each microbatch's loss by its share of the batch's rows.
         """
@@ -42,8 +41,8 @@ class Step:
         self.context = context
         self.targets = targets
         self._target_rows = target_rows
-        self._rows = rows
-        self._lengths = [0] * microbatches if rows is None else microbatch.lengths(rows, microbatches)
+        self._rows = None if rows is None else sum(rows)
+        self._lengths = [0] * microbatches if rows is None else list(rows)
         self._weighted = weighted
         self._scaler = scaler
         self._loss: Tensor | None = None  # the total, if another process sent it

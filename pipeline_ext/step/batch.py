@@ -4,14 +4,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..microbatches.cutting import Presplit, Whole
+
 
 class Batch(NamedTuple):
     """The arguments of a step, on the devices of the stages that use them, and how to run it."""
 
-    args: tuple
-    kwargs: dict[str, Any]
+    inputs: Whole | Presplit | None  # None: another process has the first stage
     target: Any
-    rows: int | None  # None: another process has the first stage
     keep_outputs: bool
     keep_losses: bool
     record: bool  # the times of tasks

@@ -116,7 +116,7 @@ class StepGraphs:
         """
         if self.report.fallback is not None:
             return stepper.train(batch)
-        leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs, batch.target))
+        leaves, spec = pytree.tree_flatten((batch.inputs, batch.target))
         key = reason = None
         try:
             key = self._keys.of(leaves, spec, batch, stepper.caller_context())
@@ -173,7 +173,7 @@ class StepGraphs:
         self, leaves: list[Any], spec: pytree.TreeSpec, batch: Batch, stepper: Stepper
     ) -> _Captured | None:
         own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args, kwargs, target = pytree.tree_unflatten(own, spec)
+        inputs, target = pytree.tree_unflatten(own, spec)
         parameters = self._keys.parameters
         before = [p.grad for p in parameters]
         if self._memory is None:
@@ -181,7 +181,7 @@ class StepGraphs:
         graph = torch_side.Graph(self._memory)
         try:
             with self._engine().capturing(), graph.capture(self._engine().devices[0]):
-                outcome = stepper.train(batch._replace(args=args, kwargs=kwargs, target=target))
+                outcome = stepper.train(batch._replace(inputs=inputs, target=target))
                 kept = [loss for loss in outcome.losses if loss is not None] if batch.keep_losses else []
                 losses = torch.stack(kept) if kept else None
             reason = None

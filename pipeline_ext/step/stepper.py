@@ -9,10 +9,11 @@ import torch
 
 from ..engines.protocol import Engine, Route, StepResult
 from ..errors import PipelineError
+from ..microbatches.cutting import Cutter, Presplit, Whole
+from ..microbatches.joining import join
 from ..plan.first_steps import FirstSteps
 from ..reduction import GradientReduction
 from ..report.trace import Trace
-from ..stages import microbatch
 from ..stages.context import CallerContext
 from ..stages.shared_parameters import SharedParameters
 from ..stages.stage import Stage
@@ -30,6 +31,7 @@ class Stepper:
     """Runs one batch at a time, for training or evaluation.
 
     Attributes:
+        cutter: cuts batches into microbatches.
         weighted: scale each microbatch's loss by its share of the batch's rows.
         timeout: seconds without progress after which a step is given up.
         trace: the trace of the last training step, if it was recorded.
@@ -43,6 +45,8 @@ class Stepper:
     wrapped: WrappedStages
     ties: Ties
     first_steps: FirstSteps
+    cutter: Cutter
+    batch_dim: int
     reduction: GradientReduction | None
     optimizer: torch.optim.Optimizer | None
     scaler: torch.amp.GradScaler | None
@@ -59,16 +63,17 @@ class Stepper:
 
     def train(self, batch: Batch) -> Outcome:
         """Runs a training step. Raises as ``Pipeline.step`` does."""
-        size, count, target = batch.rows, self.microbatches, batch.target
-        target_rows = microbatch.rows_of(target) if size is None else size
+        count, target = self.microbatches, batch.target
+        cut = None if batch.inputs is None else self.cutter.cut_inputs(batch.inputs, count)
+        rows = None if cut is None else sum(cut.lengths)
         step = Step(
             exchange=self.routes.train.exchange,
             microbatches=count,
-            rows=size,
+            rows=None if cut is None else cut.lengths,
             context=self.caller_context(),
-            inputs=self._split_inputs((batch.args, batch.kwargs), size, count),
-            targets=self._split_targets(target, target_rows),
-            target_rows=target_rows,
+            inputs=None if cut is None else cut.parts,
+            targets=self.cutter.cut_target(target, rows, count),
+            target_rows=self.cutter.target_rows(target) if rows is None else rows,
             weighted=self.weighted,
             scaler=self.scaler,
             keep_outputs=batch.keep_outputs,
@@ -93,7 +98,7 @@ class Stepper:
                 loss = step.known_loss()
                 assert loss is not None  # the last stage is here, or its process has sent it
                 keep = batch.keep_outputs and self._has_loss
-                outputs = microbatch.merge(step.outputs) if keep else None
+                outputs = join(step.outputs, self.batch_dim) if keep else None
             except BaseException as error:
                 self.engine.failed(f"{type(error).__name__}: {error}")
                 self.give_up()
@@ -103,31 +108,29 @@ class Stepper:
             self.optimizer.step()
         return Outcome(loss, step.losses if self._has_loss else [], outputs, result)
 
-    def evaluate(self, args: tuple, kwargs: dict[str, Any], rows: int | None) -> Any:
+    def evaluate(self, inputs: Whole | Presplit | None) -> Any:
         """The last stage's output for the whole batch; None if another process has that stage.
 
-        ``rows``: None if another process has the first stage. Raises as ``Pipeline.eval`` does.
+        ``inputs``: None if another process has the first stage. Raises as ``Pipeline.eval`` does.
         """
-        count = self.engine.agreed_count(None if rows is None else min(rows, self.microbatches))
+        count = self.engine.agreed_count(None if inputs is None else self._count_of(inputs))
         route = self.routes.eval(count)
-        inputs = (args, kwargs) if rows is None else self.engine.arrive((args, kwargs), 0)
+        cut = None if inputs is None else self.cutter.cut_inputs(self.engine.arrive(inputs, 0), count)
         step = Step(
             exchange=route.exchange,
             microbatches=count,
-            rows=rows,
+            rows=None if cut is None else cut.lengths,
             context=self.caller_context(),
-            inputs=self._split_inputs(inputs, rows, count),
+            inputs=None if cut is None else cut.parts,
         )
         self._run(route, step)
-        return microbatch.merge(step.outputs) if self._has_loss else None
+        return join(step.outputs, self.batch_dim) if self._has_loss else None
 
-    def _split_targets(self, target: Any, rows: int | None) -> list[Any] | None:
-        if target is None:
-            return None
-        return microbatch.split(target, rows, self.microbatches, "target")
-
-    def _split_inputs(self, inputs: Any, rows: int | None, count: int) -> list[Any] | None:
-        return None if rows is None else microbatch.split(inputs, rows, count, "an input")
+    def _count_of(self, inputs: Whole | Presplit) -> int:
+        """The microbatches of an evaluation: a batch smaller than ``microbatches`` is cut into single rows."""
+        if isinstance(inputs, Presplit):
+            return len(inputs.parts)
+        return min(self.cutter.rows(inputs), self.microbatches)
 
     def keep_trace(self, result: StepResult, record: bool) -> None:
         """Sets ``trace`` to that of the step with this result; None unless ``record``."""

@@ -1,0 +1,1 @@
+"""A batch cut into microbatches, and their results joined."""
