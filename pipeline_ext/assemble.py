@@ -27,6 +27,9 @@ from .plan.ordering import Ordering
 from .plan.simulation import simulate
 from .settings import Settings
 from .stages.local import local_stages
+from .stages.loss_view import LossView
+from .stages.parameter_hooks import ParameterHooks
+from .stages.reach import Owners
 from .stages.shared_parameters import SharedParameters
 from .stages.stage import Stage
 from .stages.wrapped import WrappedStages
@@ -110,7 +113,8 @@ def assemble(settings: Settings) -> Assembly:
     if len(modules) - 1 in local and isinstance(settings.loss_fn, nn.Module):
         here.append(settings.loss_fn)
     ties = sharing.make_equal(modules, here, settings.loss_fn, plan.rank_of_stage)
-    stages = _stages(settings, len(modules), local, skips)
+    shared, owners, loss_view = _ownership(settings, modules, local, devices)
+    stages = _stages(settings, len(modules), local, skips, owners, loss_view)
     local_model = LocalModel(settings.model, modules, local, repeated, settings.loss_fn)
     if settings.scaler is not None:
         # The first call makes the tensors that steps read.
@@ -120,7 +124,7 @@ def assemble(settings: Settings) -> Assembly:
         devices=devices,
         stages=stages,
         exchange_of=functools.partial(exchange_of, skips=[skip.name for skip in skips]),
-        shared=SharedParameters({stage.index: stage.modules() for stage in stages}),
+        shared=shared,
         wrapped=WrappedStages(stages, settings.microbatches),
         reduction=sharing.reduction() if settings.reduction is None else settings.reduction,
     )
@@ -145,7 +149,10 @@ def assemble(settings: Settings) -> Assembly:
         stages=stages,
         engine=engine,
         routes=routes,
-        shared=parts.shared,
+        shared=shared,
+        owners=owners,
+        loss_view=loss_view,
+        hooks=ParameterHooks(owners, settings.microbatches, on_aliases=devices[0].type == "cuda"),
         wrapped=parts.wrapped,
         ties=ties,
         first_steps=first_steps,
@@ -217,8 +224,36 @@ def _planned_skips(settings: Settings, skips: Sequence[NamedSkip]) -> list[_C.Sk
     ]
 
 
+def _ownership(
+    settings: Settings, stages: Sequence[Any], local: Mapping[int, nn.Module], devices: Sequence[torch.device]
+) -> tuple[SharedParameters, Owners, LossView | None]:
+    """Which stages hold which parameters, and what the loss function sees of them.
+
+    It sees only its own stage's where another stage may be in another process, run on GPU streams, or have handed
+    its gradients to replicas already.
+    """
+    last = len(stages) - 1
+    of_loss = [settings.loss_fn] if isinstance(settings.loss_fn, nn.Module) else []
+    given = {**dict(enumerate(stages)), **local}
+    by_stage = {
+        index: [stage, *(of_loss if index == last else [])]
+        for index, stage in given.items()
+        if isinstance(stage, nn.Module)
+    }
+    shared = SharedParameters({index: by_stage[index] for index in local})
+    loss_view = None
+    if len(local) == len(stages) > 1 and devices[0].type == "cpu" and settings.reduction is None:
+        loss_view = LossView(shared, [local[index] for index in range(last)])
+    return shared, Owners(by_stage), loss_view
+
+
 def _stages(
-    settings: Settings, num_stages: int, local: Mapping[int, nn.Module], skips: Sequence[NamedSkip]
+    settings: Settings,
+    num_stages: int,
+    local: Mapping[int, nn.Module],
+    skips: Sequence[NamedSkip],
+    owners: Owners,
+    loss_view: LossView | None,
 ) -> list[Stage]:
     return [
         Stage(
@@ -226,8 +261,11 @@ def _stages(
             module,
             is_last=index == num_stages - 1,
             loss_fn=settings.loss_fn if index == num_stages - 1 else None,
+            stage_loss=settings.stage_loss,
             skips=skips,
             mesh=settings.mesh if isinstance(settings.mesh, DeviceMesh) else None,
+            owners=owners,
+            loss_view=loss_view,
         )
         for index, module in local.items()
     ]

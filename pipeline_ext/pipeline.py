@@ -116,6 +116,10 @@ class Pipeline(UnsplitModel):
     Numbers:
         loss_fn: called as ``loss_fn(output, target)``, or ``loss_fn(output)`` for a step without target;
             returns a tensor without dimensions. If it is a module, its parameters are trained too.
+        stage_loss: called as ``stage_loss(module)`` with each stage's module after each of its forwards; returns a
+            scalar that adds to the total loss, weighted like the microbatch's own. For penalties on weights, and
+            for losses that layers keep in attributes. ``loss_fn`` is refused if it reaches for those of other
+            stages. A weight that is tied between stages is in the modules of each.
         loss_reduction: ``"mean"`` scales a microbatch's loss by its share of the batch's rows, ``"sum"``
             does not.
         optimizer: its ``step`` is called at the end of each step, and is part of the graph if there is one. A
@@ -154,6 +158,7 @@ class Pipeline(UnsplitModel):
         kwargs_spec: Any = None,
         target_spec: Any = None,
         loss_reduction: str = "mean",
+        stage_loss: Callable[[nn.Module], Tensor] | None = None,
         overlap: bool | None = None,
         reactive: bool = True,
         pack: PackLike = 1,
@@ -186,6 +191,7 @@ class Pipeline(UnsplitModel):
             kwargs_spec=kwargs_spec,
             target_spec=target_spec,
             loss_reduction=loss_reduction,
+            stage_loss=stage_loss,
             overlap=overlap,
             reactive=reactive,
             pack=pack,

@@ -58,6 +58,7 @@ class Settings:
     wire_forward: WireLike = None
 
     loss_fn: Callable[..., Tensor] | None = None
+    stage_loss: Callable[[nn.Module], Tensor] | None = None
     loss_reduction: str = "mean"
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
@@ -75,6 +76,10 @@ class Settings:
         if self.batch_dim is not None:
             arguments.check_dimension("batch_dim", self.batch_dim)
         _check_loss(self.loss_fn, self.loss_reduction)
+        if self.stage_loss is not None and not callable(self.stage_loss):
+            raise InvalidArgument(
+                f"stage_loss is {self.stage_loss!r}; give a function of a stage's module that returns a scalar"
+            )
         self._set(timeout=_seconds(self.timeout))
         for name, accepted in (
             ("costs", Costs),

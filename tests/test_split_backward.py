@@ -389,7 +389,7 @@ def test_i_computes_no_weight_gradient_and_w_nothing_again():
         run_backward([out], [grad])
     received, out, grad = begin()
     with Operations() as i:
-        rest = find_input_gradients([out], [grad], [received], stage.parameters, lambda: None)
+        rest = find_input_gradients([out], [grad], [received])
     with Operations() as w:
         rest.add()
     assert whole.counts["mm"] == 10 and i.counts["mm"] == w.counts["mm"] == 5

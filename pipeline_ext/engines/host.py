@@ -61,8 +61,7 @@ class HostEngine:
                 weight_gradient = self._reduction.watch(stage.index, weight_gradient)
             bodies[stage.index, "F"] = self._shared.watch(stage.index, stage.forward)
             bodies[stage.index, "B"] = backward
-            input_gradient = functools.partial(stage.input_gradient, tied=self._shared.parameters)
-            bodies[stage.index, "I"] = self._guard.watch(input_gradient)
+            bodies[stage.index, "I"] = self._guard.watch(stage.input_gradient)
             bodies[stage.index, "W"] = weight_gradient
         return bodies
 

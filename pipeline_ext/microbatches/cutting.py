@@ -15,7 +15,6 @@ from .rows import Marked, Rows, mark, mark_inputs
 Arguments = tuple[tuple, dict[str, Any]]
 
 
-
 def _say(rows: str = "...", entry: str = "row") -> str:
     return (
         f"say pipeline_ext.rows({rows}) if it has one {entry} for each sample, or pipeline_ext.whole(...) if every "
@@ -348,7 +347,9 @@ def _check_goes_whole(name: str, leaf: Any, rows: int) -> None:
 
 def _listed(name: str, given: Iterable[Any], counts: Sequence[int]) -> list[Any]:
     if isinstance(given, (Tensor, dict, str)) or not isinstance(given, Iterable):
-        raise InvalidArgument(f"{name} is a {type(given).__name__}; give a list with an entry for each microbatch")
+        raise InvalidArgument(
+            f"{name} is a {type(given).__name__}; give a list with an entry for each microbatch"
+        )
     found = list(given)
     if len(found) not in counts:
         accepted = f"{counts[0]}" if len(counts) == 1 else f"1 to {counts[-1]}"

@@ -28,7 +28,10 @@ def cut_block_mask(mask: Any, lengths: Sequence[int]) -> list[Any]:
     begins = [0, *itertools.accumulate(lengths)]
     return [
         type(mask).from_kv_blocks(
-            *of_part, BLOCK_SIZE=mask.BLOCK_SIZE, mask_mod=_shifted(mask.mask_mod, begin), seq_lengths=mask.seq_lengths
+            *of_part,
+            BLOCK_SIZE=mask.BLOCK_SIZE,
+            mask_mod=_shifted(mask.mask_mod, begin),
+            seq_lengths=mask.seq_lengths,
         )
         for begin, of_part in zip(begins, zip(*columns, strict=True))
     ]

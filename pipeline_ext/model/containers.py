@@ -47,7 +47,9 @@ class Containers:
 
     def __init__(self, model: Any, stages: Mapping[int, nn.Module]) -> None:
         """``model``: an nn.Module that was cut, or a list of stages. ``stages``: those of this process."""
-        opened = [] if isinstance(model, nn.ModuleList) or not isinstance(model, nn.Module) else _opened(model, "")
+        opened = (
+            [] if isinstance(model, nn.ModuleList) or not isinstance(model, nn.Module) else _opened(model, "")
+        )
         self._opened = list(opened)
         lists = [("the list of stages", model)] if isinstance(model, nn.ModuleList) else []
         lists += [(f"stage {i}", stage.layers) for i, stage in stages.items() if isinstance(stage, Slice)]

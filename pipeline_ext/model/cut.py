@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InvalidArgument
 from .containers import only_runs_children, own_code
-from .slice import Slice
 from .skips import Scope
+from .slice import Slice
 
 _LIST_FORM = (
     "give a list of stage modules instead, each of which takes what the one before returns: "

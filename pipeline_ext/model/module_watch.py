@@ -1,7 +1,6 @@
 """Notices when submodules, parameters or buffers of modules are replaced by other objects."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
@@ -11,9 +10,11 @@ class ModuleWatch:
 
     Attributes:
         modules: the modules and all inside them, each once, as of the last call of ``changed``.
+        parameters: all their parameters, each once, as of that call.
     """
 
     modules: list[nn.Module]
+    parameters: list[nn.Parameter]
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         self._roots = list(roots)
@@ -25,16 +26,15 @@ class ModuleWatch:
         if self._seen is not None and self._seen == self._ids():
             return False
         self.modules = list(dict.fromkeys(m for root in self._roots for m in root.modules()))
-        self._tables: list[dict[str, Any]] = [
-            table for m in self.modules for table in (m._modules, m._parameters, m._buffers)
-        ]
+        held = (p for m in self.modules for p in m._parameters.values() if p is not None)
+        self.parameters = list(dict.fromkeys(held))
         self._seen = self._ids()
         return True
 
-    def parameters(self) -> list[nn.Parameter]:
-        """All parameters, each once."""
-        held = (p for m in self.modules for p in m._parameters.values() if p is not None)
-        return list(dict.fromkeys(held))
-
     def _ids(self) -> list[int]:
-        return [id(value) for table in self._tables for value in table.values()]
+        return [
+            id(value)
+            for m in self.modules
+            for table in (m._modules, m._parameters, m._buffers)
+            for value in table.values()
+        ]

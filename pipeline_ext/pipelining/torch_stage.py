@@ -1,10 +1,10 @@
 """A stage of torch.distributed.pipelining as a stage of this engine."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -66,8 +66,7 @@ class TorchStage(Stage):
         self.send_gradients(m, self.take_gradients(m))
         self.finish(m)
 
-    def input_gradient(self, m: int, tied: Callable[[], Collection[nn.Parameter]] = tuple) -> None:
-        """As ``Stage.input_gradient``; ignores ``tied``, because one thread runs all local stages."""
+    def input_gradient(self, m: int) -> None:
         self.differentiate_inputs(m, self._losses.of(self.torch_stage, m))
         self.send_gradients(m, self.take_gradients(m))
 
@@ -125,19 +124,12 @@ class TorchStage(Stage):
     def differentiate_inputs(self, m: int, loss: Tensor | None) -> None:
         """Runs the input gradients, or with a ``dw_builder`` all that it does not delay."""
         outputs, grads, received = self._start_backward(m, loss)
-        step = self._current_step()
         if self.torch_stage.dw_builder is not None:
             if outputs:
                 run_backward(outputs, grads)
             self._delayed[m] = self.torch_stage.dw_builder()
         elif outputs:
-            self._weight_grads[m] = find_input_gradients(
-                outputs,
-                grads,
-                [tensor.leaf for tensor in received],
-                weights=self.parameters,
-                check=lambda: self._check_current(step),
-            )
+            self._weight_grads[m] = find_input_gradients(outputs, grads, [t.leaf for t in received])
         self._end_backward(m, received)
 
     def take_gradients(self, m: int) -> list[Tensor | None]:

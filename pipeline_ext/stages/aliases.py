@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..errors import InvalidArgument
+
 
 class Holder(NamedTuple):
     """A module that holds a parameter under a name."""
@@ -37,3 +39,13 @@ def holders(modules: Iterable[nn.Module]) -> Iterator[Holder]:
 def alias(parameter: nn.Parameter) -> nn.Parameter:
     """A new alias of ``parameter``."""
     return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+
+
+def check_no_hooks(parameters: Iterable[nn.Parameter], why: str) -> None:
+    """Raises InvalidArgument for a parameter with a hook that would not run. ``why``: it would not."""
+    for parameter in parameters:
+        if parameter._backward_hooks:
+            raise InvalidArgument(
+                f"a parameter of shape {list(parameter.shape)} has a hook (register_hook), but {why}; change the "
+                "gradient after the step, or in register_post_accumulate_grad_hook"
+            )

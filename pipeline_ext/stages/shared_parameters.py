@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import nn
 
-from .aliases import Holder, alias, holders
+from .aliases import Holder, alias, check_no_hooks, holders
 from .gradients import add_gradient
+from .parameter_view import prepare
 
 Body = Callable[[int], None]
 
@@ -19,7 +20,7 @@ Body = Callable[[int], None]
 class SharedParameters:
     """The parameters that several stages hold.
 
-    Hooks on such a parameter are not called in a step. Stages that hold the same module with such a parameter
+    Stages that hold the same module with such a parameter
     take turns in their forwards.
     """
 
@@ -41,6 +42,7 @@ class SharedParameters:
             for stage, found in by_stage.items()
         }
         self._stages = {parameter: sorted(held) for parameter, held in stages.items() if len(held) > 1}
+        prepare({holder.owner for found in self._holders.values() for holder in found})
         owners = {stage: {holder.owner for holder in found} for stage, found in self._holders.items()}
         self._take_turns = {
             stage: any(mine & others for other, others in owners.items() if other != stage)
@@ -50,6 +52,10 @@ class SharedParameters:
     def parameters(self) -> Collection[nn.Parameter]:
         """The parameters that several stages hold."""
         return self._stages.keys()
+
+    def originals(self) -> dict[nn.Parameter, nn.Parameter]:
+        """The parameter of each alias of this step."""
+        return {of_stage: p for p, aliases in self._aliases.items() for of_stage in aliases.values()}
 
     def target(self, stage: int, parameter: nn.Parameter) -> nn.Parameter:
         """Where to add the gradients that a stage finds for one of its parameters in this step."""
@@ -82,9 +88,12 @@ class SharedParameters:
             holder.restore()
 
     def begin(self) -> None:
-        """Makes the aliases of one step."""
+        """Makes the aliases of one step. Raises InvalidArgument for a tied parameter with a hook."""
         if not all(holder.is_current() for found in self._holders.values() for holder in found):
             self._find()
+        check_no_hooks(
+            self._stages, "several stages hold the parameter, each of which finds a part of its gradient"
+        )
         self._aliases = {
             parameter: {stage: alias(parameter) for stage in stages}
             for parameter, stages in self._stages.items()

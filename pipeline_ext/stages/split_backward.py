@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..base.imported import is_dtensor
+from ..base.memory import is_shared
 from .gradients import add_gradient
 
 # A weight may be reached through at most two forks: adding two gradients is order-independent.
@@ -30,7 +32,7 @@ class WeightGradients(Protocol):
 
     @property
     def whole(self) -> str:
-        """Why the full backward ran already, so that only adding is left; empty if it was split."""
+        """Why the full backward ran already; empty if it was split."""
 
     def add(self) -> None:
         """Adds the gradients of the weights to their ``.grad``, and frees what they are made from."""
@@ -46,29 +48,39 @@ def run_backward(
 
     The engine itself checks that the gradients match.
     """
-    torch.autograd.graph._engine_run_backward(
+    _engine_run_backward(outputs, grads, inputs, keep_graph=keep_graph)
+
+
+def _engine_run_backward(
+    outputs: Sequence[Tensor | GradientEdge],
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor | GradientEdge],
+    *,
+    keep_graph: bool = False,
+    accumulate: bool = True,
+) -> Sequence[Tensor | None]:
+    found: Sequence[Tensor | None] = torch.autograd.graph._engine_run_backward(
         tuple(outputs),
         tuple(grads),
         keep_graph,
         False,
         tuple(inputs),
         allow_unreachable=True,
-        accumulate_grad=True,
+        accumulate_grad=accumulate,
     )
+    return found
 
 
 def find_input_gradients(
     outputs: Sequence[Tensor],
     grads: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    weights: Callable[[], Iterable[Tensor]],
-    check: Callable[[], None],
 ) -> WeightGradients:
     """Adds the gradients of the leaves ``inputs`` to their ``.grad``; the result does so for the weights.
 
-    If the graph cannot be split, runs the full backward and stores the weights' gradients. For that,
-    ``weights`` lists weights that the graph may not show. ``check`` raises an error if the caller was given up
-    meanwhile and must not touch any ``.grad``.
+    If the graph cannot be split, the full backward runs at once, and the result only adds what it found. A
+    reentrant checkpoint adds the gradients of its weights itself, so then all are added at once: by the same
+    thread, and in the order of the microbatches.
     """
     roots = [get_gradient_edge(tensor) for tensor in outputs]
     if not inputs:
@@ -78,12 +90,14 @@ def find_input_gradients(
     to_weights = [pair for pair in zip(roots, grads) if not graph.leads_to_inputs[pair[0].node]]
     forks = graph.forks()
     meeting, uses = _meeting_forks(forks, [root for root, _ in to_weights])
-    whole = graph.hides_weights() or _why_not_twice(forks)
+    whole = graph.runs_once() or _why_not_twice(forks)
     if meeting and uses > _MOST_USES:
         whole = whole or "a weight is used more than twice, and the sum of its gradients depends on their order"
+    if graph.hides_weights():
+        run_backward(roots, grads)
+        return _Found(whole, [])
     if whole:
-        leaves = dict.fromkeys([*weights(), *graph.leaves()])
-        return _run_whole(roots, grads, leaves, check, whole)
+        return _run_whole(roots, grads, inputs, graph.leaves(), whole)
     for fork in forks:
         fork.keep_grads()
     if to_inputs:
@@ -174,14 +188,16 @@ class _Graph:
         nodes = (node for node in self._children if not self._children[node])
         return [node.variable for node in nodes if hasattr(node, "variable")]
 
-    def hides_weights(self) -> str:
-        """Why the graph does not show all that its backward does; empty if it does."""
-        for node in self._children:
-            function = getattr(node, "_forward_cls", None)
-            if function is CheckpointFunction:
-                return "a reentrant checkpoint has no graph before it runs backward"
-            if function is not None and hasattr(function, "compiled_bw"):
-                return "a compiled module's backward can run only once: it may reuse the memory that it reads"
+    def hides_weights(self) -> bool:
+        """Whether a reentrant checkpoint is in it, which has no graph before it runs backward."""
+        return any(getattr(node, "_forward_cls", None) is CheckpointFunction for node in self._children)
+
+    def runs_once(self) -> str:
+        """Why the backward of a node must run whole; empty if none must."""
+        if self.hides_weights():
+            return "a reentrant checkpoint has no graph before it runs backward"
+        if any(hasattr(getattr(node, "_forward_cls", None), "compiled_bw") for node in self._children):
+            return "a compiled module's backward can run only once: it may reuse the memory that it reads"
         return ""
 
     def release(self, forks: Iterable[_Fork]) -> None:
@@ -229,34 +245,42 @@ class _Split:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """Gradients of weights that a full backward found; see ``WeightGradients``."""
+class _Found:
+    """The gradients of weights that a full backward found; see ``WeightGradients``."""
 
     whole: str
-    found: list[tuple[Tensor, Tensor]]  # weights and gradients
+    weights: list[tuple[Tensor, Tensor]]  # and their gradients
 
     def add(self) -> None:
-        for leaf, grad in self.found:
-            add_gradient(leaf, grad)
-        self.found.clear()
+        while self.weights:
+            leaf, grad = self.weights.pop()
+            add_gradient(leaf, _own(leaf, grad) if leaf.grad is None else grad)
 
 
 def _run_whole(
     roots: Sequence[GradientEdge],
     grads: Sequence[Tensor],
-    leaves: Iterable[Tensor],
-    check: Callable[[], None],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
     whole: str,
-) -> _Stored:
-    before = [(leaf, leaf.grad) for leaf in leaves]
-    for leaf, _ in before:
-        leaf.grad = None
-    run_backward(roots, grads)
-    check()
-    found = [(leaf, leaf.grad) for leaf, _ in before if leaf.grad is not None]
-    for leaf, grad in before:
-        leaf.grad = grad
-    return _Stored(whole, found)
+) -> _Found:
+    """A full backward that leaves the weights' ``.grad`` alone."""
+    found = _engine_run_backward(roots, grads, (*inputs, *weights), accumulate=False)
+    for leaf, grad in zip(inputs, found):
+        if grad is not None:
+            leaf.grad = grad
+    # Tensors of our own: autograd may return one tensor for several leaves.
+    of_weights = zip(weights, found[len(inputs) :], strict=True)
+    return _Found(whole, [(leaf, grad.detach()) for leaf, grad in of_weights if grad is not None][::-1])
+
+
+def _own(leaf: Tensor, grad: Tensor) -> Tensor:
+    """The gradient as autograd would keep it: in memory of its own, and in the leaf's layout."""
+    if grad.layout is not torch.strided or is_dtensor(grad):
+        return grad
+    if grad.stride() != leaf.stride():
+        return torch.empty_like(leaf).copy_(grad)
+    return grad.clone() if is_shared(grad) else grad
 
 
 def _why_not_twice(forks: Iterable[_Fork]) -> str:
@@ -297,15 +321,7 @@ def _with_needed(edges: Sequence[GradientEdge], call: Callable[[Tensor], None]) 
     """
     start = torch.zeros((), device="cpu", requires_grad=True)
     start.register_hook(call)
-    torch.autograd.graph._engine_run_backward(
-        (start,),
-        (torch.zeros((), device="cpu"),),
-        False,
-        False,
-        (start, *edges),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
+    _engine_run_backward((start,), (torch.zeros((), device="cpu"),), (start, *edges), accumulate=False)
 
 
 def _saved(node: Node) -> Iterator[Any]:

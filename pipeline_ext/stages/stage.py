@@ -1,6 +1,7 @@
 """A module as a stage: forward and backward of one microbatch, the backward whole or split."""
 
-from collections.abc import Callable, Collection, Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..base.tensors import describe, detach, differentiable
-from ..errors import DeadPipeline, InvalidArgument
+from ..errors import InvalidArgument
 from ..microbatches.joining import detached
 from ..model.skips import NamedSkip
 from ..transport.dtensors import Meshes
 from . import boundary
 from .abandoned import this_thread
+from .loss_view import LossView
+from .reach import NoDerivativeByReceived, Owners, reached
 from .skips import StageSkips
 from .split_backward import WeightGradients, find_input_gradients, run_backward
 from .step import Step
@@ -52,8 +55,10 @@ class Stage:
 
     ``forward``, ``backward``, ``input_gradient``, ``weight_gradient`` and ``evaluate`` are the bodies of the
     tasks ``F``, ``B``, ``I``, ``W``, and ``F`` of an evaluation. Only the last stage has a ``loss_fn``. If it
-    is a module, its parameters are trained too. ``skips``: those of all stages. ``mesh``: the mesh of all
-    processes, on which DTensors from other stages may lie.
+    is a module, its parameters are trained too. ``stage_loss`` of the module adds to the total loss. ``skips``:
+    those of all stages. ``mesh``: the mesh of all processes, on which DTensors from other stages may lie.
+    ``owners`` know the parameters of all stages, ``loss_view`` what ``loss_fn`` sees of them; without ``owners``
+    nothing is refused.
 
     Attributes:
         is_last: whether it is the model's last stage, so that its output is the model's.
@@ -68,8 +73,11 @@ class Stage:
         *,
         is_last: bool,
         loss_fn: Callable[..., Tensor] | None = None,
+        stage_loss: Callable[[nn.Module], Tensor] | None = None,
         skips: Sequence[NamedSkip] = (),
         mesh: DeviceMesh | None = None,
+        owners: Owners | None = None,
+        loss_view: LossView | None = None,
     ) -> None:
         self.index = index
         self.module = module
@@ -77,6 +85,10 @@ class Stage:
         self.unsplit = ""
         self.is_last = is_last
         self._loss_fn = loss_fn
+        self._stage_loss = stage_loss
+        self._owners = owners
+        self._loss_view = loss_view
+        self._checked = owners is None  # whether a forward's whole graph was
         self._meshes = Meshes(self.modules(), mesh)
         self._step: Step | None = None
         self._entrance = boundary.Entrance()
@@ -124,8 +136,10 @@ class Stage:
                 if isinstance(value, WithLoss):
                     losses.append(_checked(value.loss, "the loss in WithLoss"))
                     value = value.value
+                if self._stage_loss is not None:
+                    losses.append(_checked(self._stage_loss(self.module), "what stage_loss returned"))
                 if self.is_last:
-                    losses.insert(0, _checked(self._loss_of(step, m, value), "what loss_fn returned"))
+                    losses.insert(0, self._loss_of(step, m, value, arguments, [*received, *sum(popped, [])]))
                     step.losses[m] = losses[0].detach()
             boundary.check_aliases([tensor for part in (received, *popped) for tensor in part])
         except Exception:
@@ -140,6 +154,8 @@ class Stage:
         else:
             sent = differentiable(value)
             self._meshes.learn(sent)
+            if not self._checked:
+                self._check_whole([*losses, *sent], [*received, *sum(popped, [])])
             step.exchange.send_value(self.index, m, value)
         stashed = self._skips.send(step.exchange, m, scope)
         self._in_flight[m] = InFlight(received, popped, sent, stashed, losses)
@@ -153,23 +169,14 @@ class Stage:
         step.exchange.release(self.index, m)
         self.thread = None
 
-    def input_gradient(self, m: int, tied: Callable[[], Collection[nn.Parameter]] = tuple) -> None:
-        """Runs the part of microbatch ``m``'s backward that leads to its input; sends the gradients back.
-
-        ``tied()``: parameters that other stages, on other threads, hold too.
-        """
+    def input_gradient(self, m: int) -> None:
+        """Runs the part of microbatch ``m``'s backward that leads to its input; sends the gradients back."""
         self.thread = this_thread()
         step = self._running()
         step.context.apply()
         outputs, grads, in_flight = self._begin_backward(step, m)
         if outputs:
-            found = find_input_gradients(
-                outputs,
-                grads,
-                in_flight.leaves(),
-                weights=lambda: [p for p in self.parameters() if p not in tied()],
-                check=lambda: self._check_current(step),
-            )
+            found = find_input_gradients(outputs, grads, in_flight.leaves())
             self._weight_grads[m] = found
             self.unsplit = found.whole
         self._send_back(step, m, in_flight)
@@ -225,10 +232,6 @@ class Stage:
             step.exchange.send_gradients(self.index, m, grads_in)
         self._skips.send_gradients(step.exchange, m, in_flight.popped)
 
-    def _check_current(self, step: Step) -> None:
-        if self._step is not step:
-            raise DeadPipeline("this backward belongs to a step that was given up")
-
     def _evaluate(self, step: Step, m: int) -> None:
         scope = self._skips.receive(step.exchange, m)
         with torch.no_grad(), step.context.forward(), scope:
@@ -273,15 +276,46 @@ class Stage:
                     error.add_note("if the last argument is the target, give it as target=")
             raise
 
-    def _loss_of(self, step: Step, m: int, value: Any) -> Any:
+    def _loss_of(
+        self, step: Step, m: int, value: Any, arguments: Arguments, received: list[boundary.Received]
+    ) -> Tensor:
+        """The loss of a microbatch. Raises InvalidArgument if its gradient would lack terms, or be wrong."""
+        if self._checked or self.index == 0:
+            loss = self._call_loss(step, m, value)
+        else:
+            with NoDerivativeByReceived(differentiable(arguments)):
+                loss = self._call_loss(step, m, value)
+        if self._owners is None:
+            return loss
+        outputs = differentiable(value)
+        leaves = reached([loss], outputs)
+        if self._loss_view is not None and self._owners.foreign(leaves, self.index):
+            if self._loss_view.show_others():
+                loss = self._call_loss(step, m, value)
+                leaves = reached([loss], outputs)
+        self._owners.check("the loss that loss_fn returned", leaves, self.index, received)
+        if not self._checked:
+            self._check_whole([loss, *outputs], received)
+        return loss
+
+    def _call_loss(self, step: Step, m: int, value: Any) -> Tensor:
         assert self._loss_fn is not None  # a training step has one
-        if step.targets is None:
-            try:
-                return self._loss_fn(value)
-            except TypeError as error:
-                error.add_note("step was given no target=, so loss_fn was called with the output alone")
-                raise
-        return self._loss_fn(value, step.targets[m])
+        with self._loss_view.shown() if self._loss_view is not None else contextlib.nullcontext():
+            if step.targets is not None:
+                loss = self._loss_fn(value, step.targets[m])
+            else:
+                try:
+                    loss = self._loss_fn(value)
+                except TypeError as error:
+                    error.add_note("step was given no target=, so loss_fn was called with the output alone")
+                    raise
+        return _checked(loss, "what loss_fn returned")
+
+    def _check_whole(self, results: list[Tensor], received: list[boundary.Received]) -> None:
+        """Checks once that nothing in the stage's graph belongs to another stage."""
+        assert self._owners is not None
+        self._owners.check(f"the result of stage {self.index}", reached(results), self.index, received)
+        self._checked = True
 
 
 def _checked(loss: Any, what: str) -> Tensor:

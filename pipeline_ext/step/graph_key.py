@@ -52,7 +52,7 @@ class GraphKeys:
         )
 
     def _find(self) -> None:
-        self._parameters = self._watch.parameters()
+        self._parameters = self._watch.parameters
         self._buffers = [module._buffers for module in self._watch.modules if module._buffers]
 
 

@@ -15,6 +15,9 @@ from ..plan.first_steps import FirstSteps
 from ..reduction import GradientReduction
 from ..report.trace import Trace
 from ..stages.context import CallerContext
+from ..stages.loss_view import LossView
+from ..stages.parameter_hooks import ParameterHooks
+from ..stages.reach import Owners
 from ..stages.shared_parameters import SharedParameters
 from ..stages.stage import Stage
 from ..stages.step import Step
@@ -42,6 +45,9 @@ class Stepper:
     engine: Engine[Any]
     routes: Routes
     shared: SharedParameters
+    owners: Owners
+    loss_view: LossView | None
+    hooks: ParameterHooks
     wrapped: WrappedStages
     ties: Ties
     first_steps: FirstSteps
@@ -78,9 +84,13 @@ class Stepper:
             scaler=self.scaler,
             keep_outputs=batch.keep_outputs,
         )
-        self.ties.begin()
+        self.owners.refresh()
+        self.hooks.check()
         self.shared.begin()
-        with self._replicas(), self.wrapped.step(self.syncs):
+        self.ties.begin()
+        if self.loss_view is not None:
+            self.loss_view.begin()
+        with self._replicas(), self.wrapped.step(self.syncs), self.hooks.held():
             result = self._run(self.routes.train, step, record=batch.record)
             if not step.has_trained and self._has_loss:
                 raise PipelineError(
@@ -89,6 +99,8 @@ class Stepper:
                 )
             try:
                 self.shared.end()
+                if self.loss_view is not None:
+                    self.loss_view.end()
                 step.backward_into_inputs()
                 if self.reduction is not None:
                     reduced = self.reduction.finish(self.timeout)
@@ -104,6 +116,12 @@ class Stepper:
                 self.give_up()
                 error.add_note(NO_GRADIENTS)
                 raise
+        try:
+            self.hooks.run()
+        except BaseException as error:
+            self.give_up()
+            error.add_note(f"raised in a post-accumulate-grad hook; {NO_GRADIENTS}")
+            raise
         if self.optimizer is not None:
             self.optimizer.step()
         return Outcome(loss, step.losses if self._has_loss else [], outputs, result)

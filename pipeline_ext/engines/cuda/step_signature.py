@@ -39,7 +39,7 @@ class StepSignatures:
         self, stages: list[Stage], processes: Processes, failure: Failure, descriptions: Descriptions
     ) -> None:
         self._watch = ModuleWatch(module for stage in stages for module in stage.modules())
-        self._parameters = self._watch.parameters()
+        self._parameters = self._watch.parameters
         self._processes = processes
         self._failure = failure
         self._descriptions = descriptions
@@ -102,7 +102,7 @@ class StepSignatures:
 
     def _signature_of(self, plan: _C.Plan, step: Step) -> Hashable:
         if self._watch.changed():
-            self._parameters = self._watch.parameters()
+            self._parameters = self._watch.parameters
         leaves, spec = pytree.tree_flatten(step.inputs)
         return (
             (plan.has_backward, plan.num_microbatches, step.context),
