@@ -29,6 +29,7 @@ from .settings import Settings
 from .stages.local import local_stages
 from .stages.loss_view import LossView
 from .stages.parameter_hooks import ParameterHooks
+from .stages.random_streams import RandomStreams
 from .stages.reach import Owners
 from .stages.shared_parameters import SharedParameters
 from .stages.stage import Stage
@@ -153,6 +154,9 @@ def assemble(settings: Settings) -> Assembly:
         owners=owners,
         loss_view=loss_view,
         hooks=ParameterHooks(owners, settings.microbatches, on_aliases=devices[0].type == "cuda"),
+        random=RandomStreams(
+            sharing.any_of_all(engine), 0 if parts.reduction is None else parts.reduction.rank
+        ),
         wrapped=parts.wrapped,
         ties=ties,
         first_steps=first_steps,

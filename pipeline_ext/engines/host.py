@@ -33,7 +33,7 @@ class HostEngine:
         threads = _thread_names(parts.plan, rank)
         modules = [stage.module for stage in parts.stages]
         self._executor = _C.HostExecutor(threads, rank)
-        self._guard = RecomputationGuard(modules, overlap=parts.plan.overlap, threads=len(threads))
+        self._guard = RecomputationGuard(modules, overlap=parts.plan.overlap)
         self._exchange_of = parts.exchange_of
         self._shared = parts.shared
         self._reduction = parts.reduction

@@ -74,6 +74,11 @@ class GradientReduction:
         self._reduces = False  # whether this step does
         self._in_step = False
 
+    @property
+    def rank(self) -> int:
+        """Which of the replicas this one is."""
+        return self._member.rank
+
     def attach(self, stages: Sequence[Stage], shared: SharedParameters, microbatches: int) -> None:
         """Called by the one pipeline whose gradients it reduces.
 

@@ -131,7 +131,7 @@ class Stage:
         popped = self._skips.enter(scope)
         losses = []
         try:
-            with step.context.forward(), scope:
+            with step.context.forward(), scope, step.random.of(self.index, m):
                 value = self._run_module(arguments)
                 if isinstance(value, WithLoss):
                     losses.append(_checked(value.loss, "the loss in WithLoss"))
@@ -165,7 +165,8 @@ class Stage:
         self.thread = this_thread()
         step = self._running()
         step.context.apply()
-        self._run_backward(step, m)
+        with step.random.of(self.index, m, backward=True):
+            self._run_backward(step, m)
         step.exchange.release(self.index, m)
         self.thread = None
 
@@ -176,7 +177,8 @@ class Stage:
         step.context.apply()
         outputs, grads, in_flight = self._begin_backward(step, m)
         if outputs:
-            found = find_input_gradients(outputs, grads, in_flight.leaves())
+            with step.random.of(self.index, m, backward=True):
+                found = find_input_gradients(outputs, grads, in_flight.leaves())
             self._weight_grads[m] = found
             self.unsplit = found.whole
         self._send_back(step, m, in_flight)
@@ -188,7 +190,8 @@ class Stage:
         step = self._running()
         step.context.apply()
         if m in self._weight_grads:
-            self._weight_grads.pop(m).add()
+            with step.random.of(self.index, m, backward=True):
+                self._weight_grads.pop(m).add()
         step.exchange.release(self.index, m)
         self.thread = None
 
@@ -234,8 +237,9 @@ class Stage:
 
     def _evaluate(self, step: Step, m: int) -> None:
         scope = self._skips.receive(step.exchange, m)
-        with torch.no_grad(), step.context.forward(), scope:
-            value = self._run_module(self._arguments(step, m))
+        arguments = self._arguments(step, m)
+        with torch.no_grad(), step.context.forward(), scope, step.random.of(self.index, m):
+            value = self._run_module(arguments)
         if isinstance(value, WithLoss):
             value = value.value
         if self.is_last:

@@ -4,12 +4,14 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from ..engines.choice import MANY_PROCESSES, ONE_PROCESS, EngineTypes
 from ..engines.devices import DevicesLike, of_process
 from ..engines.lifetime import Lifetime
+from ..engines.protocol import Engine
 from ..errors import InvalidArgument
 from ..model.skips import DeclaredSkips
 from ..plan.build import AUTO, ScheduleLike
@@ -19,6 +21,7 @@ from ..processes.group import MeshLike, Processes
 from ..reduction import GradientReduction, ProcessGroupMember
 from ..report.trace import Trace
 from ..stages.local import initialise
+from ..stages.random_streams import AnyOfAll
 from ..stages.ties import Ties, find_ties
 from .agreed_choice import OneChooses
 from .gathered_trace import TraceGathering
@@ -66,6 +69,10 @@ class OneProcess:
 
     def choose_together(self, first_steps: FirstSteps) -> None:
         """Makes all processes follow one choice."""
+
+    def any_of_all(self, engine: Engine[Any]) -> AnyOfAll | None:
+        """Tells whether something is true in any process; None for one process."""
+        return None
 
     def check_gpu_choice(self, schedule: ScheduleLike) -> None:
         """Raises InvalidArgument for an "auto" that GPUs do not support."""
@@ -123,6 +130,14 @@ class ManyProcesses(OneProcess):
     def choose_together(self, first_steps: FirstSteps) -> None:
         if first_steps.chooses:
             first_steps.others = OneChooses(self._processes, self._gathering, self._timeout)
+
+    def any_of_all(self, engine: Engine[Any]) -> AnyOfAll | None:
+        def any_of_all(here: bool) -> bool:
+            count = torch.tensor(float(here))
+            engine.add_up(count, self._processes.messages, self._timeout)
+            return bool(count)
+
+        return any_of_all
 
     def check_gpu_choice(self, schedule: ScheduleLike) -> None:
         raise InvalidArgument(

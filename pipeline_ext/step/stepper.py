@@ -17,6 +17,7 @@ from ..report.trace import Trace
 from ..stages.context import CallerContext
 from ..stages.loss_view import LossView
 from ..stages.parameter_hooks import ParameterHooks
+from ..stages.random_streams import RandomStreams
 from ..stages.reach import Owners
 from ..stages.shared_parameters import SharedParameters
 from ..stages.stage import Stage
@@ -48,6 +49,7 @@ class Stepper:
     owners: Owners
     loss_view: LossView | None
     hooks: ParameterHooks
+    random: RandomStreams
     wrapped: WrappedStages
     ties: Ties
     first_steps: FirstSteps
@@ -83,6 +85,7 @@ class Stepper:
             weighted=self.weighted,
             scaler=self.scaler,
             keep_outputs=batch.keep_outputs,
+            random=self.random.begin(),
         )
         self.owners.refresh()
         self.hooks.check()
@@ -117,10 +120,11 @@ class Stepper:
                 error.add_note(NO_GRADIENTS)
                 raise
         try:
+            self.random.end(step.random, trains=True)
             self.hooks.run()
         except BaseException as error:
             self.give_up()
-            error.add_note(f"raised in a post-accumulate-grad hook; {NO_GRADIENTS}")
+            error.add_note(NO_GRADIENTS)
             raise
         if self.optimizer is not None:
             self.optimizer.step()
@@ -140,8 +144,10 @@ class Stepper:
             rows=None if cut is None else cut.lengths,
             context=self.caller_context(),
             inputs=None if cut is None else cut.parts,
+            random=self.random.begin(),
         )
         self._run(route, step)
+        self.random.end(step.random, trains=False)
         return join(step.outputs, self.batch_dim) if self._has_loss else None
 
     def _count_of(self, inputs: Whole | Presplit) -> int:

@@ -54,7 +54,7 @@ class DeviceEngine:
         self._parameters = LaneParameters(parts.stages, parts.shared.target)
         modules = [stage.module for stage in parts.stages]
         # One thread enqueues everything, so random numbers are drawn in the plan's order.
-        self._guard = RecomputationGuard(modules, overlap=parts.plan.overlap, threads=1)
+        self._guard = RecomputationGuard(modules, overlap=parts.plan.overlap)
         self._capturing = False
         self.stop: Callable[[], object] = self._executor.close
         self.close: Callable[[], object] = functools.partial(_close, self._executor, self._guard)
