@@ -35,8 +35,10 @@ __all__ = [
     "StepTimeout",
     "TaskRecord",
     "Trace",
+    "Verification",
     "WithLoss",
     "build_plan",
+    "count_not",
     "load_checkpoint",
     "pop",
     "rows",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
         StageError,
         StepTimeout,
     )
+    from .microbatches.counting import count_not
     from .microbatches.rows import rows, whole
     from .model.skips import pop, skips, stash
     from .pipeline import Pipeline
@@ -74,6 +77,7 @@ if TYPE_CHECKING:
     from .plan.simulation import Simulation, simulate
     from .reduction import GradientReduction, LocalGroup, ProcessGroupMember
     from .report.trace import Trace
+    from .report.verification import Verification
     from .stages.stage import WithLoss
     from .step.graphs import GraphReport
 else:
@@ -91,6 +95,7 @@ else:
             "StageError",
             "StepTimeout",
         ),
+        "microbatches.counting": ("count_not",),
         "microbatches.rows": ("rows", "whole"),
         "model.skips": ("pop", "skips", "stash"),
         "pipeline": ("Pipeline",),
@@ -104,6 +109,7 @@ else:
         "plan.simulation": ("Simulation", "simulate"),
         "reduction": ("GradientReduction", "LocalGroup", "ProcessGroupMember"),
         "report.trace": ("Trace",),
+        "report.verification": ("Verification",),
         "stages.stage": ("WithLoss",),
         "step.graphs": ("GraphReport",),
     }

@@ -17,6 +17,7 @@ from .engines import devices as device_choice
 from .engines.choice import described_device, make_engine
 from .engines.parts import EngineParts
 from .engines.protocol import Engine
+from .errors import InvalidArgument
 from .microbatches.cutting import Cutter
 from .model.containers import Containers
 from .model.cut import cut
@@ -38,6 +39,7 @@ from .step.graphs import StepGraphs
 from .step.routes import Routes
 from .step.sharing import OneProcess, sharing_of
 from .step.stepper import Stepper
+from .step.verify import Unsplit
 from .transport.exchange import Exchange
 from .transport.link import current_link
 
@@ -55,6 +57,7 @@ class Assembly:
         devices: one for each rank.
         first_steps: resolves every "auto".
         graphs: captures whole steps; None without ``graphs=True``.
+        unsplit: the model as plain autograd runs it; None if that cannot be in this process.
     """
 
     num_stages: int
@@ -68,6 +71,7 @@ class Assembly:
     routes: Routes
     stepper: Stepper
     graphs: StepGraphs | None
+    unsplit: Unsplit | None
 
 
 def assemble(settings: Settings) -> Assembly:
@@ -131,6 +135,11 @@ def assemble(settings: Settings) -> Assembly:
     )
     if first_steps.chooses and devices[0].type == "cuda":
         sharing.check_gpu_choice(settings.schedule)
+    if callable(settings.loss_weight) and parts.wrapped:
+        raise InvalidArgument(
+            "loss_weight needs the counts of all replicas, which a stage in fully_shard or DistributedDataParallel "
+            'does not share; replicate the pipeline with the dimension "dp" of mesh, or reduction='
+        )
     engine = make_engine(parts, sharing.engines)
     try:
         if parts.reduction is not None:
@@ -161,12 +170,12 @@ def assemble(settings: Settings) -> Assembly:
         ties=ties,
         first_steps=first_steps,
         cutter=Cutter(batch_dim, settings.args_spec, settings.kwargs_spec, settings.target_spec),
-        batch_dim=batch_dim,
         reduction=parts.reduction,
         optimizer=settings.optimizer,
         scaler=settings.scaler,
         microbatches=settings.microbatches,
         weighted=settings.loss_reduction == "mean",
+        loss_weight=settings.loss_weight,
         timeout=settings.timeout,
     )
     _C.keep_freed_memory()
@@ -182,7 +191,15 @@ def assemble(settings: Settings) -> Assembly:
         routes=routes,
         stepper=stepper,
         graphs=graphs,
+        unsplit=_unsplit(settings, len(modules), local),
     )
+
+
+def _unsplit(settings: Settings, num_stages: int, local: Mapping[int, nn.Module]) -> Unsplit | None:
+    if settings.loss_fn is None or len(local) < num_stages or settings.reduction is not None:
+        return None
+    is_cut = isinstance(settings.model, nn.Module) and not isinstance(settings.model, nn.ModuleList)
+    return Unsplit(settings.model if is_cut else None, local, settings.loss_fn, settings.stage_loss)
 
 
 def _ordering(
@@ -288,6 +305,7 @@ def _agreed(settings: Settings, ordering: Ordering, plan: _C.Plan, device: str) 
         "wire": settings.wire,
         "wire_forward": settings.wire_forward,
         "loss_reduction": settings.loss_reduction,
+        "loss_weight": callable(settings.loss_weight),
         "overlap": ordering.overlap,
         "reactive": ordering.reactive,
         "in_flight": str(plan.limits),

@@ -14,6 +14,7 @@ from .checkpoint.unsplit import UnsplitModel
 from .engines.devices import DevicesLike
 from .engines.lifetime import Lifetime
 from .errors import InvalidArgument, PipelineError
+from .microbatches.counting import LossWeight
 from .microbatches.cutting import Presplit, Whole
 from .plan.build import ScheduleLike
 from .plan.costs import Costs
@@ -25,9 +26,11 @@ from .plan.simulation import Simulation, simulate
 from .processes.group import MeshLike
 from .reduction import GradientReduction
 from .report.trace import Trace
+from .report.verification import Verification
 from .settings import Settings, WireLike
 from .step.batch import Batch
 from .step.graphs import GraphReport
+from .step.verify import verify
 
 
 class Pipeline(UnsplitModel):
@@ -122,6 +125,12 @@ class Pipeline(UnsplitModel):
             stages. A weight that is tied between stages is in the modules of each.
         loss_reduction: ``"mean"`` scales a microbatch's loss by its share of the batch's rows, ``"sum"``
             does not.
+        loss_weight: called with a microbatch's target, returns what the mean in its loss is over, as
+            ``pipeline_ext.count_not(-100)`` for masked labels. The total is then the mean over all that count,
+            sum(w * loss) / sum(w), over all replicas too; a microbatch with w = 0 is left out. With replicas, a
+            step's loss is this replica's part of the total, times their number, so that the mean of theirs is the
+            total. What ``stage_loss`` and ``WithLoss`` add is weighted by rows. ``"rows"``: weigh by rows; so does
+            None, but refuses a target of which microbatches have different numbers of labels of -100.
         optimizer: its ``step`` is called at the end of each step, and is part of the graph if there is one. A
             graph needs torch's SGD, or an optimizer made with ``capturable=True``.
         scaler: scales each loss before its backward. The losses that ``step`` returns are unscaled. After
@@ -158,6 +167,7 @@ class Pipeline(UnsplitModel):
         kwargs_spec: Any = None,
         target_spec: Any = None,
         loss_reduction: str = "mean",
+        loss_weight: LossWeight | str | None = None,
         stage_loss: Callable[[nn.Module], Tensor] | None = None,
         overlap: bool | None = None,
         reactive: bool = True,
@@ -191,6 +201,7 @@ class Pipeline(UnsplitModel):
             kwargs_spec=kwargs_spec,
             target_spec=target_spec,
             loss_reduction=loss_reduction,
+            loss_weight=loss_weight,
             stage_loss=stage_loss,
             overlap=overlap,
             reactive=reactive,
@@ -222,6 +233,7 @@ class Pipeline(UnsplitModel):
         self._routes = parts.routes
         self._stepper = parts.stepper
         self._graphs = parts.graphs
+        self._unsplit = parts.unsplit
         # UnsplitModel reads these.
         self._local = parts.local
         self._group = parts.sharing.group
@@ -317,6 +329,42 @@ class Pipeline(UnsplitModel):
             raise InvalidArgument("the batch has no rows")
         with self._lifetime.one_at_a_time("eval was called"), self._modes(keep_mode):
             return self._stepper.evaluate(inputs)
+
+    def verify(
+        self,
+        *args: Any,
+        target: Any = None,
+        arg_mbs: Iterable[Any] | None = None,
+        kwarg_mbs: Iterable[dict[str, Any]] | None = None,
+        target_mbs: Iterable[Any] | None = None,
+        **kwargs: Any,
+    ) -> Verification:
+        """Runs one step, and the unsplit model in plain autograd, and compares their losses and gradients.
+
+        Takes a batch as ``step`` does. Compares with the same microbatches, where everything should be equal bit
+        for bit (tied weights: within rounding), and with the whole batch at once, where a difference has a reason:
+        batch norm, labels that do not count, an input that is cut and should not be. ``print`` the result: a table,
+        and what the differences are due to. The model, its gradients, optimizer and random state stay as they are.
+        Needs all stages in this process, without replicas, and room for the whole model. Raises as ``step`` does.
+        """
+        self._lifetime.check()
+        self._containers.check()
+        arguments.check_trains(self._has_loss, None, target)
+        if self._unsplit is None:
+            raise InvalidArgument(
+                "verify runs the unsplit model too, so it needs all stages in this process, and no replicas; make a "
+                "Pipeline without mesh and reduction for it"
+            )
+        inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=self.microbatches)
+        assert inputs is not None  # the first stage is here
+        target = self._stepper.cutter.given_target(target, target_mbs, self.microbatches)
+        if isinstance(inputs, Whole):
+            arguments.check_rows(self._stepper.cutter.rows(inputs), self.microbatches)
+        with self._lifetime.one_at_a_time("verify was called"):
+            self._first_steps.prepare(self._routes.follow)
+            inputs = self._engine.arrive(inputs, 0)
+            target = self._engine.arrive(target, self.num_stages - 1)
+            return verify(self._unsplit, self._stepper, inputs, target, dict(self.named_parameters()))
 
     def _inputs(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .base import arguments
 from .engines.devices import DevicesLike
 from .errors import InvalidArgument
+from .microbatches.counting import ROWS, LossWeight
 from .microbatches.rows import Spec, check_spec
 from .plan.build import ScheduleLike
 from .plan.costs import Costs
@@ -60,6 +61,7 @@ class Settings:
     loss_fn: Callable[..., Tensor] | None = None
     stage_loss: Callable[[nn.Module], Tensor] | None = None
     loss_reduction: str = "mean"
+    loss_weight: LossWeight | str | None = None
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
 
@@ -76,6 +78,8 @@ class Settings:
         if self.batch_dim is not None:
             arguments.check_dimension("batch_dim", self.batch_dim)
         _check_loss(self.loss_fn, self.loss_reduction)
+        if self.loss_weight not in (None, ROWS):
+            _check_loss_weight(self.loss_weight, self.loss_reduction, self.graphs)
         if self.stage_loss is not None and not callable(self.stage_loss):
             raise InvalidArgument(
                 f"stage_loss is {self.stage_loss!r}; give a function of a stage's module that returns a scalar"
@@ -113,6 +117,23 @@ def _check_loss(loss_fn: Any, loss_reduction: Any) -> None:
         raise InvalidArgument(f"loss_fn is the class {name}; give an instance, {name}()")
     if loss_reduction not in ("mean", "sum"):
         raise InvalidArgument(f'loss_reduction is {loss_reduction!r}; it is "mean" or "sum"')
+
+
+def _check_loss_weight(loss_weight: Any, loss_reduction: str, graphs: bool) -> None:
+    if not callable(loss_weight):
+        raise InvalidArgument(
+            f"loss_weight is {loss_weight!r}; give a function of a microbatch's target that returns what its loss "
+            'is a mean over, as pipeline_ext.count_not(-100) does, or "rows"'
+        )
+    if loss_reduction == "sum":
+        raise InvalidArgument(
+            'loss_weight weighs the means of microbatches, and loss_reduction="sum" adds sums; leave one of them out'
+        )
+    if graphs:
+        raise InvalidArgument(
+            "loss_weight and graphs=True do not go together: a graph would keep the weights of one step; for it, "
+            'give loss_reduction="sum" and a loss_fn that divides by a count that is a part of the target'
+        )
 
 
 def _seconds(timeout: Any) -> float:

@@ -55,7 +55,7 @@ class Cutter:
         self, batch_dim: int = 0, args_spec: Any = None, kwargs_spec: Any = None, target_spec: Any = None
     ) -> None:
         """The specs are results of ``rows.check_spec``."""
-        self._batch_dim = batch_dim
+        self.batch_dim = batch_dim
         self._specs = args_spec, kwargs_spec
         self._target_spec = target_spec
         self._known: set[str] = set()  # inputs that have rows, or of which it was warned
@@ -106,7 +106,7 @@ class Cutter:
         if isinstance(inputs, Presplit):
             return sum(self._lengths_of_parts(inputs.parts))
         if len(inputs.args) == 1 and not inputs.kwargs and self._is_plain(inputs.args[0]):
-            return inputs.args[0].shape[self._batch_dim]
+            return inputs.args[0].shape[self.batch_dim]
         return self._named_rows(_leaves(inputs))[1]
 
     def cut_inputs(self, inputs: Whole | Presplit, count: int) -> Cut:
@@ -115,8 +115,8 @@ class Cutter:
             return Cut(inputs.parts, self._lengths_of_parts(inputs.parts))
         if len(inputs.args) == 1 and not inputs.kwargs and self._is_plain(inputs.args[0]):
             (tensor,) = inputs.args
-            cut_at = lengths(tensor.shape[self._batch_dim], count)
-            return Cut([((part,), {}) for part in _parts(tensor, count, self._batch_dim)], cut_at)
+            cut_at = lengths(tensor.shape[self.batch_dim], count)
+            return Cut([((part,), {}) for part in _parts(tensor, count, self.batch_dim)], cut_at)
         found = _leaves(inputs)
         first, rows = self._named_rows(found)
         cut_at = lengths(rows, count)
@@ -132,8 +132,8 @@ class Cutter:
             return None
         if isinstance(target, Presplit):
             return target.parts
-        if self._is_plain(target) and rows in (None, target.shape[self._batch_dim]):
-            return list(_parts(target, count, self._batch_dim))
+        if self._is_plain(target) and rows in (None, target.shape[self.batch_dim]):
+            return list(_parts(target, count, self.batch_dim))
         flat, spec = _flattened(target)
         found = [(f"target{pytree.keystr(path)}", leaf) for path, leaf in flat]
         if rows is None:
@@ -150,7 +150,7 @@ class Cutter:
         return next((n for leaf in leaves if (n := self._rows_of(leaf)) is not None), None)
 
     def _is_plain(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dim() > self._batch_dim and not value.is_nested
+        return isinstance(value, Tensor) and value.dim() > self.batch_dim and not value.is_nested
 
     def _rows_of(self, leaf: Any) -> int | None:
         """The rows of a value that has some; None if it goes whole to every microbatch, or may do so."""
@@ -160,7 +160,7 @@ class Cutter:
             sizes = (_length(part, leaf.spec.dim) for part in _parts_with_rows(leaf.value))
             return next((size for size in sizes if size is not None), None)
         if isinstance(leaf, Tensor):
-            return _length(leaf, self._batch_dim)
+            return _length(leaf, self.batch_dim)
         return None
 
     def _named_rows(self, leaves: list[tuple[str, Any]]) -> tuple[str, int]:
@@ -170,7 +170,7 @@ class Cutter:
                 return name, rows
         raise InvalidArgument(
             "no input tensor has a batch dimension; give at least one tensor of "
-            + ("one dimension or more" if self._batch_dim == 0 else f"more than {self._batch_dim} dimensions")
+            + ("one dimension or more" if self.batch_dim == 0 else f"more than {self.batch_dim} dimensions")
             + " (torch.as_tensor makes a tensor of another library's array)"
         )
 
@@ -195,13 +195,13 @@ class Cutter:
             if leaf.is_nested:
                 _check_rows(name, leaf.shape[0], rows, first)
                 return cut_nested(leaf, cut_at)
-            if leaf.dim() <= self._batch_dim:
+            if leaf.dim() <= self.batch_dim:
                 raise InvalidArgument(
-                    f"{name} has {leaf.dim()} dimensions, so no dimension {self._batch_dim} with the batch "
+                    f"{name} has {leaf.dim()} dimensions, so no dimension {self.batch_dim} with the batch "
                     f"(batch_dim); {_say('..., dim=...')}"
                 )
-            _check_rows(name, leaf.shape[self._batch_dim], rows, first)
-            return _parts(leaf, count, self._batch_dim)
+            _check_rows(name, leaf.shape[self.batch_dim], rows, first)
+            return _parts(leaf, count, self.batch_dim)
         if is_block_mask(leaf):
             of_mask = block_mask_rows(leaf)
             if of_mask is None or count == 1:
@@ -217,7 +217,7 @@ class Cutter:
 
         An input that had them in another shape, as a mask [B, S] of another step, is not doubted.
         """
-        if count == 1 or rows == 1 or self._batch_dim != 0:
+        if count == 1 or rows == 1 or self.batch_dim != 0:
             return
         cut = [(name, t) for name, t in leaves if isinstance(t, Tensor) and t.dim() > 0 and not t.is_nested]
         doubtful = {name for name, t in cut if t.dim() == 1 or t.shape[0] == t.shape[1]}

@@ -168,7 +168,8 @@ class TorchStage(Stage):
         step = self._current_step()
         step.context.apply()
         if loss is not None:
-            self._in_flight[m].losses.append(loss.reshape(()))  # it may have one dimension, of size 1
+            # It may have one dimension, of size 1.
+            self._in_flight[m].losses.append((loss.reshape(()), step.weight(m)))
         outputs, grads, in_flight = self._begin_backward(step, m)
         return outputs, grads, in_flight.received
 

@@ -31,7 +31,7 @@ class TorchStep(Step):
         )
         self._weights = weights
 
-    def _weight(self, m: int) -> float:
+    def weight(self, m: int) -> float:
         return self._weights[m]
 
     def passed_on(self, stage: int, m: int) -> list[Any]:

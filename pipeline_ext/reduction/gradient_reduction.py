@@ -147,6 +147,21 @@ class GradientReduction:
         finally:
             self._in_step = False
 
+    def mean(self, number: float, timeout: float) -> float:
+        """The mean of all replicas' numbers, to be called in a step that reduces, before its gradients.
+
+        Raises InvalidArgument in a step that does not reduce; else as ``finish`` does.
+        """
+        if not self._reduces:
+            raise InvalidArgument(
+                "loss_weight with replicas needs their counts in each step, which no_sync does not share; in steps "
+                'that add up, give loss_reduction="sum" and a loss_fn that divides by the count of all steps and '
+                "replicas"
+            )
+        found = torch.tensor(number, dtype=torch.float64)
+        self._member.all_reduce(found).wait(timeout)
+        return float(found)
+
     def finish(self, timeout: float) -> list[ReductionTimes]:
         """Reduces the parameters that several stages hold, and waits until every gradient is the mean.
 

@@ -46,8 +46,18 @@ class StepStreams:
         """The context in which a task of ``stage`` runs for microbatch ``m``."""
         if self.base is None or not self._watched(stage):
             return _NOTHING
-        seed = _seed(self.base, self._replica, stage, 2 * m + backward)
-        return _Stream(seed, lambda: self.drew.add(stage))
+        return _Stream(self.seed(stage, m, backward), lambda: self.drew.add(stage))
+
+    def of_all(self, m: int, backward: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """As ``of`` the first stage, whether it may draw or not. Others follow by ``_Stream.become``."""
+        if self.base is None:
+            return _NOTHING
+        return _Stream(self.seed(0, m, backward), lambda: self.drew.add(0))
+
+    def seed(self, stage: int, m: int, backward: bool = False) -> int:
+        """What the stream of a task is seeded with."""
+        assert self.base is not None
+        return _seed(self.base, self._replica, stage, 2 * m + backward)
 
 
 NO_STREAMS = StepStreams(None, lambda stage: False, 0)
@@ -121,6 +131,10 @@ class _Stream(TorchFunctionMode):
         _thread.stream = self._outer
         super().__exit__(*error)
 
+    def become(self, seed: int) -> None:
+        """Goes on as the stream of another task."""
+        self._seed, self._generator = seed, None
+
     @property
     def generator(self) -> torch.Generator:
         if self._generator is None:
@@ -154,6 +168,8 @@ class _Drawing(TorchDispatchMode):
             return operator(*args, **kwargs)
         with_generator, position = _with_generator(operator)
         if with_generator is None:
+            if _probability(operator, args, kwargs) == 0:
+                return operator(*args, **kwargs)
             return self._on_default_generator(operator, args, kwargs)
         given = args[position] if position < len(args) else kwargs.get("generator")
         if given is not None:
@@ -229,6 +245,14 @@ def _with_generator(operator: Any) -> tuple[Any, int]:
                 break
         _overloads[operator] = found
     return found
+
+
+def _probability(operator: Any, args: Any, kwargs: Any) -> Any:
+    """An attention operator's probability of dropout; None for other operators."""
+    for position, argument in enumerate(operator._schema.arguments):
+        if argument.name == "dropout_p":
+            return args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
+    return None
 
 
 def _is_on_cpu(args: Any, kwargs: Any) -> bool:

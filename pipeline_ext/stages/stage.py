@@ -44,7 +44,7 @@ class InFlight(NamedTuple):
     popped: list[list[boundary.Received]]  # by skip that ends here
     sent: list[Tensor]  # tensors of its result that require a gradient
     stashed: list[Tensor]  # for later stages
-    losses: list[Tensor]  # scalars that this stage adds to the total loss
+    losses: list[tuple[Tensor, float]]  # scalars that this stage adds to the total loss, and their weights
 
     def leaves(self) -> list[Tensor]:
         return [tensor.leaf for part in (self.received, *self.popped) for tensor in part]
@@ -129,24 +129,26 @@ class Stage:
         arguments, received = self._receive(step, m)
         scope = self._skips.receive(step.exchange, m)
         popped = self._skips.enter(scope)
-        losses = []
+        losses: list[tuple[Tensor, float]] = []
         try:
             with step.context.forward(), scope, step.random.of(self.index, m):
                 value = self._run_module(arguments)
                 if isinstance(value, WithLoss):
-                    losses.append(_checked(value.loss, "the loss in WithLoss"))
+                    losses.append((_checked(value.loss, "the loss in WithLoss"), step.weight(m)))
                     value = value.value
                 if self._stage_loss is not None:
-                    losses.append(_checked(self._stage_loss(self.module), "what stage_loss returned"))
+                    added = _checked(self._stage_loss(self.module), "what stage_loss returned")
+                    losses.append((added, step.weight(m)))
                 if self.is_last:
-                    losses.insert(0, self._loss_of(step, m, value, arguments, [*received, *sum(popped, [])]))
-                    step.losses[m] = losses[0].detach()
+                    loss = self._loss_of(step, m, value, arguments, [*received, *sum(popped, [])])
+                    losses.insert(0, (loss, step.loss_weight(m)))
+                    step.losses[m] = loss.detach()
             boundary.check_aliases([tensor for part in (received, *popped) for tensor in part])
         except Exception:
             self._entrance.failed()
             self._skips.failed()
             raise
-        step.contributions[self.index][m] = [step.weighted(loss.detach(), m) for loss in losses]
+        step.contributions[self.index][m] = [_weighted(loss.detach(), weight) for loss, weight in losses]
         if self.is_last:
             sent = []
             if step.keep_outputs:
@@ -155,7 +157,7 @@ class Stage:
             sent = differentiable(value)
             self._meshes.learn(sent)
             if not self._checked:
-                self._check_whole([*losses, *sent], [*received, *sum(popped, [])])
+                self._check_whole([*(loss for loss, _ in losses), *sent], [*received, *sum(popped, [])])
             step.exchange.send_value(self.index, m, value)
         stashed = self._skips.send(step.exchange, m, scope)
         self._in_flight[m] = InFlight(received, popped, sent, stashed, losses)
@@ -211,8 +213,9 @@ class Stage:
     def _begin_backward(self, step: Step, m: int) -> tuple[list[Tensor], list[Tensor], InFlight]:
         """Microbatch ``m``'s outputs that its backward begins at, their gradients, and what was kept for it."""
         in_flight = self._in_flight.pop(m)
-        outputs = [loss for loss in in_flight.losses if loss.requires_grad]
-        grads_out = [step.weight_like(loss, m) for loss in outputs]
+        losses = [(loss, weight) for loss, weight in in_flight.losses if loss.requires_grad and weight != 0]
+        outputs = [loss for loss, _ in losses]
+        grads_out = [step.gradient_of(loss, weight) for loss, weight in losses]
         # Skips first: plain autograd computes the gradients of later uses before those of earlier ones.
         grads = [
             *self._skips.receive_gradients(step.exchange, m),
@@ -320,6 +323,13 @@ class Stage:
         assert self._owners is not None
         self._owners.check(f"the result of stage {self.index}", reached(results), self.index, received)
         self._checked = True
+
+
+def _weighted(loss: Tensor, weight: float) -> Tensor:
+    """A loss as it enters the total; one that does not count may be nan."""
+    if weight == 0:
+        return torch.zeros_like(loss)
+    return loss if weight == 1 else loss * weight
 
 
 def _checked(loss: Any, what: str) -> Tensor:

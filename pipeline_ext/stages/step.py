@@ -47,6 +47,7 @@ class Step:
         self._rows = None if rows is None else sum(rows)
         self._lengths = [0] * microbatches if rows is None else list(rows)
         self._weighted = weighted
+        self.loss_weights: list[float] | None = None  # of what loss_fn returns, if not by rows
         self._scaler = scaler
         self._loss: Tensor | None = None  # the total, if another process sent it
         self.keep_outputs = keep_outputs
@@ -64,18 +65,18 @@ class Step:
         )
         self.input_grads: list[list[Tensor | None]] = [[]] * microbatches
 
-    def weighted(self, loss: Tensor, m: int) -> Tensor:
-        """Microbatch ``m``'s loss as it enters the total."""
-        weight = self._weight(m)
-        return loss if weight == 1 else loss * weight
-
-    def weight_like(self, loss: Tensor, m: int) -> Tensor:
-        """The gradient of the total with respect to microbatch ``m``'s loss, scaled if there is a scaler."""
+    def gradient_of(self, loss: Tensor, weight: float) -> Tensor:
+        """The gradient of the total with respect to a loss of this weight, scaled if there is a scaler."""
         # A new tensor each time: autograd may keep it as a parameter's gradient, and add to it.
-        weight = torch.full((), self._weight(m), dtype=loss.dtype, device=loss.device)
-        return weight if self._scaler is None else self._scaler.scale(weight).to(loss.dtype)
+        gradient = torch.full((), weight, dtype=loss.dtype, device=loss.device)
+        return gradient if self._scaler is None else self._scaler.scale(gradient).to(loss.dtype)
 
-    def _weight(self, m: int) -> float:
+    def loss_weight(self, m: int) -> float:
+        """The weight of what ``loss_fn`` returns for microbatch ``m``."""
+        return self.weight(m) if self.loss_weights is None else self.loss_weights[m]
+
+    def weight(self, m: int) -> float:
+        """The weight of what else adds to the loss of microbatch ``m``."""
         if not self._weighted:
             return 1
         assert self._rows is not None  # known since the first microbatch came

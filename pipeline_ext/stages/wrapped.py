@@ -51,6 +51,10 @@ class WrappedStages:
         self._microbatches = microbatches
         self._last_backward = LastBackward(self._ddp, self._reduce)
 
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return any(self._ddp.values()) or any(self._sharded.values())
+
     def check(self, shared: SharedParameters, plan: _C.Plan, device: torch.device) -> None:
         """Raises InvalidArgument for wrapped or tensor-parallel stages that cannot run this plan."""
         wrapped: list[nn.Module] = [*self._all(self._ddp), *self._all(self._sharded)]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..engines.protocol import Engine, Route, StepResult
-from ..errors import PipelineError
+from ..errors import InvalidArgument, PipelineError
+from ..microbatches.counting import LossWeight, check_unmasked, counts
 from ..microbatches.cutting import Cutter, Presplit, Whole
 from ..microbatches.joining import join
 from ..plan.first_steps import FirstSteps
@@ -37,6 +38,7 @@ class Stepper:
     Attributes:
         cutter: cuts batches into microbatches.
         weighted: scale each microbatch's loss by its share of the batch's rows.
+        loss_weight: what a microbatch's own loss is scaled by instead, before the weights are made to sum to 1.
         timeout: seconds without progress after which a step is given up.
         trace: the trace of the last training step, if it was recorded.
         syncs: whether training steps reduce gradients, if there are replicas.
@@ -54,12 +56,12 @@ class Stepper:
     ties: Ties
     first_steps: FirstSteps
     cutter: Cutter
-    batch_dim: int
     reduction: GradientReduction | None
     optimizer: torch.optim.Optimizer | None
     scaler: torch.amp.GradScaler | None
     microbatches: int
     weighted: bool
+    loss_weight: LossWeight | str | None
     timeout: float
     trace: Trace | None = field(default=None, init=False)
     syncs: bool = field(default=True, init=False)
@@ -69,8 +71,11 @@ class Stepper:
     def _has_loss(self) -> bool:
         return self.stages[-1].is_last
 
-    def train(self, batch: Batch) -> Outcome:
-        """Runs a training step. Raises as ``Pipeline.step`` does."""
+    def train(self, batch: Batch, applies: bool = True) -> Outcome:
+        """Runs a training step. Raises as ``Pipeline.step`` does.
+
+        Unless it ``applies`` the gradients, no optimizer and no hook gets them, and they are not scaled.
+        """
         count, target = self.microbatches, batch.target
         cut = None if batch.inputs is None else self.cutter.cut_inputs(batch.inputs, count)
         rows = None if cut is None else sum(cut.lengths)
@@ -83,10 +88,11 @@ class Stepper:
             targets=self.cutter.cut_target(target, rows, count),
             target_rows=self.cutter.target_rows(target) if rows is None else rows,
             weighted=self.weighted,
-            scaler=self.scaler,
+            scaler=self.scaler if applies else None,
             keep_outputs=batch.keep_outputs,
             random=self.random.begin(),
         )
+        counted = self._counted(step.targets)
         self.owners.refresh()
         self.hooks.check()
         self.shared.begin()
@@ -94,8 +100,10 @@ class Stepper:
         if self.loss_view is not None:
             self.loss_view.begin()
         with self._replicas(), self.wrapped.step(self.syncs), self.hooks.held():
+            if counted:
+                step.loss_weights = self._loss_weights(counted)
             result = self._run(self.routes.train, step, record=batch.record)
-            if not step.has_trained and self._has_loss:
+            if not step.has_trained and self._has_loss and any(step.loss_weights or [1]):
                 raise PipelineError(
                     "step found nothing to train: no microbatch's loss depends on anything that requires a "
                     "gradient; are all parameters frozen, or is the loss detached?"
@@ -113,7 +121,7 @@ class Stepper:
                 loss = step.known_loss()
                 assert loss is not None  # the last stage is here, or its process has sent it
                 keep = batch.keep_outputs and self._has_loss
-                outputs = join(step.outputs, self.batch_dim) if keep else None
+                outputs = join(step.outputs, self.cutter.batch_dim) if keep else None
             except BaseException as error:
                 self.engine.failed(f"{type(error).__name__}: {error}")
                 self.give_up()
@@ -121,12 +129,13 @@ class Stepper:
                 raise
         try:
             self.random.end(step.random, trains=True)
-            self.hooks.run()
+            if applies:
+                self.hooks.run()
         except BaseException as error:
             self.give_up()
             error.add_note(NO_GRADIENTS)
             raise
-        if self.optimizer is not None:
+        if self.optimizer is not None and applies:
             self.optimizer.step()
         return Outcome(loss, step.losses if self._has_loss else [], outputs, result)
 
@@ -148,7 +157,36 @@ class Stepper:
         )
         self._run(route, step)
         self.random.end(step.random, trains=False)
-        return join(step.outputs, self.batch_dim) if self._has_loss else None
+        return join(step.outputs, self.cutter.batch_dim) if self._has_loss else None
+
+    def weights_of(self, rows: list[int], targets: list[Any] | None) -> list[tuple[float, float]]:
+        """By microbatch: the weight of its own loss, and of what stages add, in a step without replicas."""
+        by_rows = [n / sum(rows) if self.weighted else 1.0 for n in rows]
+        counted = self._counted(targets)
+        return list(zip(self._loss_weights(counted) if counted else by_rows, by_rows, strict=True))
+
+    def _counted(self, targets: list[Any] | None) -> list[float]:
+        """What each microbatch counts; empty without ``loss_weight``, or if another process has the last stage."""
+        if not self._has_loss:
+            return []
+        if self.loss_weight is None or isinstance(self.loss_weight, str):
+            if targets is not None and self.weighted and self.loss_weight is None:
+                check_unmasked(targets)
+            return []
+        if targets is None:
+            raise InvalidArgument("loss_weight counts in the target, and step was given none; give target=")
+        return counts(self.loss_weight, targets)
+
+    def _loss_weights(self, counted: list[float]) -> list[float]:
+        """The weight of each microbatch's loss in the mean over all that count, in all replicas."""
+        total = sum(counted)
+        if self.reduction is not None:
+            total = self.reduction.mean(total, self.timeout)
+        if total == 0:
+            raise InvalidArgument(
+                "loss_weight returned 0 for every microbatch, so there is nothing to train on; leave such a batch out"
+            )
+        return [count / total for count in counted]
 
     def _count_of(self, inputs: Whole | Presplit) -> int:
         """The microbatches of an evaluation: a batch smaller than ``microbatches`` is cut into single rows."""

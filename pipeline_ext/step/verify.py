@@ -1,0 +1,311 @@
+"""Runs a step of a pipeline beside the unsplit model in plain autograd, and says what differences are due to."""
+
+import contextlib
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from ..microbatches.cutting import Arguments, Cutter, Presplit, Whole
+from ..microbatches.joining import join
+from ..microbatches.rows import Marked, whole
+from ..model.slice import Slice
+from ..report.verification import Difference, Verification
+from ..stages.random_streams import NO_STREAMS, StepStreams
+from ..stages.stage import WithLoss
+from .batch import Batch
+from .stepper import Stepper
+
+Gradients = dict[str, Tensor | None]
+_CLOSE = 1e-4
+
+
+@dataclass(frozen=True)
+class Unsplit:
+    """The model as plain autograd runs it.
+
+    Attributes:
+        model: what the pipeline was made of, if that is one module; None for a list of stages.
+        stages: the modules of all stages, in order.
+        loss_fn, stage_loss: as ``Pipeline`` has them.
+    """
+
+    model: nn.Module | None
+    stages: Mapping[int, nn.Module]
+    loss_fn: Callable[..., Tensor]
+    stage_loss: Callable[[nn.Module], Tensor] | None
+
+    def output(self, arguments: Arguments) -> Any:
+        """The output for one microbatch or a whole batch, and the losses that stages add."""
+        return self._forward(arguments, [])
+
+    def losses(self, arguments: Arguments, target: Any, streams: StepStreams, m: int) -> list[Tensor]:
+        """The loss of one microbatch or a whole batch, and what stages add."""
+        added: list[Tensor] = []
+        with self._drawing(streams, m):
+            output = self._forward(arguments, added)
+            if self.stage_loss is not None:
+                added += [self.stage_loss(stage) for stage in self.stages.values()]
+            loss = self.loss_fn(output) if target is None else self.loss_fn(output, target)
+        return [loss, *added]
+
+    def _forward(self, arguments: Arguments, added: list[Tensor]) -> Any:
+        args, kwargs = arguments
+        value: Any = None
+        for index, module in [(0, self.model)] if self.model is not None else self.stages.items():
+            value = module(*args, **kwargs) if index == 0 else module(value)
+            if isinstance(value, WithLoss):
+                added.append(value.loss)
+                value = value.value
+        return value
+
+    @contextlib.contextmanager
+    def _drawing(self, streams: StepStreams, m: int) -> Iterator[None]:
+        """Inside it, each stage's layers draw from the stage's own stream."""
+        handles = []
+        with streams.of_all(m) as stream:
+            if stream is not None:
+                for index, stage in self.stages.items():
+                    first = next(iter(stage.layers)) if isinstance(stage, Slice) else stage
+
+                    def begin(*_: Any, index: int = index) -> None:
+                        stream.become(streams.seed(index, m))
+
+                    handles.append(first.register_forward_pre_hook(begin))
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+
+def verify(
+    unsplit: Unsplit,
+    stepper: Stepper,
+    inputs: Whole | Presplit,
+    target: Any,
+    named_parameters: Mapping[str, nn.Parameter],
+) -> Verification:
+    """Compares one step. The model, its gradients and the random state are as before when it returns.
+
+    Raises as ``Pipeline.step`` does.
+    """
+    count = stepper.microbatches
+    cut = stepper.cutter.cut_inputs(inputs, count)
+    rows = sum(cut.lengths)
+    targets = stepper.cutter.cut_target(target, rows, count)
+    weights = stepper.weights_of(cut.lengths, targets)
+    check = _Comparison(unsplit, stepper, named_parameters)
+    with check.untouched():
+        batch = Batch(inputs, target, keep_outputs=False, keep_losses=False, record=False)
+        pipelined, found = check.gradients_of(lambda: stepper.train(batch, applies=False).loss)
+    with check.untouched():
+        streams = stepper.random.begin()
+        plain, expected = check.gradients_of(
+            lambda: _microbatched(unsplit, cut.parts, targets, weights, streams)
+        )
+        draws = bool(streams.drew)
+    loss_whole: Tensor | None = None
+    reasons: list[str] = []
+    at_once: Gradients | None = None
+    if draws:
+        reasons.append(
+            "the whole batch was not compared: the model draws random numbers, other ones for a whole batch"
+        )
+    elif isinstance(inputs, Presplit) or isinstance(target, Presplit):
+        reasons.append("the whole batch was not compared: the microbatches were given one by one")
+    else:
+        with check.untouched():
+            loss_whole, at_once = check.gradients_of(lambda: _whole(unsplit, inputs, target))
+    parameters = [
+        Difference(
+            name,
+            _difference(found[name], expected[name]),
+            None if at_once is None else _difference(found[name], at_once[name]),
+        )
+        for name in named_parameters
+    ]
+    report = Verification(
+        float(pipelined), float(plain), None if loss_whole is None else float(loss_whole), parameters
+    )
+    if not report.ok:
+        with check.untouched():
+            reasons += _reasons(unsplit, stepper.cutter, count, inputs, target, report)
+    return Verification(report.loss, report.loss_microbatched, report.loss_whole, parameters, reasons)
+
+
+class _Comparison:
+    """Runs steps without leaving a trace in the model."""
+
+    def __init__(
+        self, unsplit: Unsplit, stepper: Stepper, named_parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        self._stepper = stepper
+        self._parameters = named_parameters
+        of_loss = [unsplit.loss_fn] if isinstance(unsplit.loss_fn, nn.Module) else []
+        modules = [m for s in (*unsplit.stages.values(), *of_loss) for m in s.modules()]
+        self._buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Puts gradients, buffers and the random state back."""
+        grads = [(p, p.grad) for p in self._parameters.values()]
+        buffers = [(m, name, b, b.clone()) for m, name, b in self._buffers]
+        state, trace = torch.get_rng_state(), self._stepper.trace
+        for parameter, _ in grads:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, grad in grads:
+                parameter.grad = grad
+            with torch.no_grad():
+                for module, name, buffer, before in buffers:
+                    module._buffers[name] = buffer
+                    buffer.copy_(before)
+            torch.set_rng_state(state)
+            self._stepper.trace = trace
+
+    def gradients_of(self, step: Callable[[], Tensor]) -> tuple[Tensor, Gradients]:
+        """The loss of a step, and what it left in ``.grad``."""
+        loss = step()
+        return loss.detach(), {
+            name: None if p.grad is None else p.grad.detach().clone() for name, p in self._parameters.items()
+        }
+
+
+def _microbatched(
+    unsplit: Unsplit,
+    parts: Sequence[Arguments],
+    targets: Sequence[Any] | None,
+    weights: Sequence[tuple[float, float]],
+    streams: StepStreams,
+) -> Tensor:
+    total = torch.zeros(())
+    for m, (arguments, (weight, weight_of_added)) in enumerate(zip(parts, weights, strict=True)):
+        loss, *added = unsplit.losses(arguments, None if targets is None else targets[m], streams, m)
+        terms = [(loss, weight), *((of_stage, weight_of_added) for of_stage in added)]
+        counted = [term * w for term, w in terms if w != 0]
+        if counted:
+            of_microbatch = functools.reduce(operator.add, counted)
+            with streams.of_all(m, backward=True):
+                of_microbatch.backward()
+            total = total + of_microbatch.detach()
+    return total
+
+
+def _whole(unsplit: Unsplit, inputs: Whole, target: Any) -> Tensor:
+    losses = unsplit.losses(_unmarked((inputs.args, inputs.kwargs)), _unmarked(target), NO_STREAMS, 0)
+    loss = functools.reduce(operator.add, losses)
+    loss.backward()
+    return loss
+
+
+def _unmarked(value: Any) -> Any:
+    return pytree.tree_map(
+        lambda v: v.value if isinstance(v, Marked) else v, value, is_leaf=lambda v: isinstance(v, Marked)
+    )
+
+
+def _difference(found: Tensor | None, expected: Tensor | None) -> float:
+    if found is None or expected is None:
+        return 0.0 if found is expected else float("inf")
+    found, expected = (t.to_dense() if t.is_sparse else t for t in (found, expected))
+    if torch.equal(found, expected):
+        return 0.0
+    scale = float(expected.abs().max())
+    difference = float((found - expected).abs().max()) / (scale or 1.0)
+    return difference if difference == difference else float("inf")
+
+
+def _reasons(
+    unsplit: Unsplit, cutter: Cutter, count: int, inputs: Whole | Presplit, target: Any, report: Verification
+) -> list[str]:
+    """What the differences are due to, in words, as far as a few runs forward tell."""
+    found = []
+    if report.worst_microbatched >= _CLOSE:
+        if abs(report.loss - report.loss_microbatched) <= _CLOSE * abs(report.loss_microbatched):
+            found.append(
+                "the losses are equal and the gradients are not: a term of the loss has no gradient here"
+            )
+        else:
+            found.append("code of the model does not run in its stages, or runs differently")
+        missing = [p.name for p in report.parameters if p.microbatched == float("inf")]
+        if missing:
+            found.append(
+                f"with a gradient on one side only, or one that is not finite: {', '.join(missing[:5])}"
+            )
+    if report.loss_whole is None or not isinstance(inputs, Whole) or (report.worst_whole or 0) < _CLOSE:
+        return found
+    layers = [m for stage in unsplit.stages.values() for m in stage.modules()]
+    if any(isinstance(m, _BatchNorm) and m.training for m in layers):
+        found.append("batch norm in training mode: its statistics are those of a microbatch")
+    modes = [(m, m.training) for m in layers]
+    for module in layers:
+        module.training = False
+    try:
+        found += _input_reasons(unsplit, cutter, count, inputs)
+        if not found:
+            found.append(
+                "the outputs of the microbatches are those of the whole batch, and the loss is not: it is no mean over "
+                "rows. If it leaves labels out, give loss_weight=, as pipeline_ext.count_not(-100); if it sums, give "
+                'loss_reduction="sum"'
+            )
+    finally:
+        for module, training in modes:
+            module.training = training
+    return found
+
+
+def _input_reasons(unsplit: Unsplit, cutter: Cutter, count: int, inputs: Whole) -> list[str]:
+    expected = _output(unsplit, _unmarked((inputs.args, inputs.kwargs)))
+
+    def agrees(cut_by: Cutter, given: Whole) -> bool:
+        try:
+            parts = [_output(unsplit, part) for part in cut_by.cut_inputs(given, count).parts]
+            return _same(join(parts, cut_by.batch_dim), expected)
+        except Exception:
+            return False
+
+    if agrees(cutter, inputs):
+        return []
+    flat, spec = pytree.tree_flatten_with_path(tuple(inputs), is_leaf=lambda v: isinstance(v, Marked))
+    for index, (path, leaf) in enumerate(flat):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            leaves = [whole(v) if i == index else v for i, (_, v) in enumerate(flat)]
+            if agrees(cutter, Whole(*pytree.tree_unflatten(leaves, spec))):
+                kind, *rest = path
+                name = f"{'keyword ' if kind.idx == 1 else ''}{pytree.keystr(tuple(rest))}"
+                return [
+                    f"input {name}, of shape {list(leaf.shape)}, was cut into microbatches, but the model wants all of "
+                    "it: give pipeline_ext.whole(...)"
+                ]
+    for dim in (0, 1):
+        if dim != cutter.batch_dim and agrees(Cutter(dim), inputs):
+            return [
+                f"the batch is cut along dimension {cutter.batch_dim}, but lies in dimension {dim} of the inputs: give "
+                f"batch_dim={dim} to Pipeline"
+            ]
+    return [
+        "the outputs of a sample depend on the other samples of its batch: an input is cut wrongly, or a layer mixes rows"
+    ]
+
+
+def _output(unsplit: Unsplit, arguments: Arguments) -> Any:
+    with torch.no_grad():
+        return unsplit.output(arguments)
+
+
+def _same(found: Any, expected: Any) -> bool:
+    a, b = pytree.tree_leaves(found), pytree.tree_leaves(expected)
+    return len(a) == len(b) and all(
+        not isinstance(x, Tensor)
+        or (isinstance(y, Tensor) and x.shape == y.shape and torch.allclose(x, y, _CLOSE, _CLOSE))
+        for x, y in zip(a, b)
+    )
