@@ -77,7 +77,7 @@ def test_an_offending_cell_is_named_and_shown():
         ((torch.randn(8, 4),), {"target": torch.randn(7, 4)}, "target has 7 rows where the batch has 8"),
         ((torch.randn(8, 4), torch.randn(6, 4)), {}, r"input \[0\] has 8 rows and input \[1\] has 6"),
         ((torch.randn(8, 4),), {"mask": torch.randn(5)}, r"keyword \['mask'\] has 5"),
-        ((), {}, "no input tensor has a batch dimension"),
+        ((), {}, "no inputs are given"),
         ((torch.tensor(1.0),), {}, "no input tensor has a batch dimension"),
         ((torch.randn(8, 4),), {"target": torch.randn(8, 4, requires_grad=True)}, "target requires a grad"),
     ],

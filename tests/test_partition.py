@@ -102,18 +102,12 @@ def test_a_container_with_hooks_is_kept_whole():
     assert [stage.names for stage in cut(nn.Sequential(inner, nn.Linear(4, 4)), 2)] == [["0"], ["1"]]
 
 
-class InOrder(nn.Module):
+class InOrder(nn.Sequential):
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(4, 4)
-        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.blocks = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
         self.head = nn.Linear(4, 4)
-
-    def forward(self, x):
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
 
 
 def test_a_module_with_children_in_order_is_cut_by_name():
@@ -167,13 +161,13 @@ def hooked():
     "model, options, message",
     [
         (Positions(), {"cuts": ["head"]}, r"parameters or buffers of its own \(positions\)"),
-        (hooked(), {"num_stages": 2}, "has hooks of its own"),
+        (hooked(), {"num_stages": 2}, "Sequential has hooks, which would be lost"),
         (nn.Sequential(nn.LazyLinear(4)), {"num_stages": 1}, "lazy parameters"),
         (InOrder(), {"cuts": "head"}, r"cuts is 'head'; give a list.*cuts=\['head'\]"),
         (InOrder(), {"cuts": [1.5]}, "cuts is .1.5.; give a list"),
-        (Anything(), {"num_stages": 1}, r"Anything is not an nn.Sequential.*cuts=.*Pipeline\(\["),
-        (Overridden(nn.Linear(4, 4)), {"num_stages": 1}, "Overridden is not an nn.Sequential"),
-        (nn.Linear(4, 4), {"cuts": ["x"]}, "no child modules"),
+        (Anything(), {"num_stages": 1}, r"Anything has a forward of its own.*lost.*Pipeline\(\["),
+        (Overridden(nn.Linear(4, 4)), {"num_stages": 1}, "Overridden has a forward of its own"),
+        (nn.Sequential(), {"cuts": ["x"]}, "no child modules"),
         (InOrder(), {"cuts": ["block.2"]}, "no layer 'block.2'.*nearest name is 'blocks.2'"),
         (InOrder(), {"cuts": ["embed"]}, "cuts must ascend"),
         (InOrder(), {"cuts": ["head", "blocks.1"]}, "cuts must ascend"),

@@ -12,13 +12,13 @@ from torch import nn
 import pipeline_ext as pe
 
 
-class Named(nn.Module):
-    """Children that run in order, under names of their own, and a buffer."""
+class Named(nn.Sequential):
+    """Children under names of their own, and a buffer."""
 
     def __init__(self):
         super().__init__()
         self.first = nn.Linear(4, 4)
-        self.blocks = nn.ModuleList([nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.blocks = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4))
         self.last = nn.Linear(4, 4)
 
 

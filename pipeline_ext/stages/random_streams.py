@@ -267,7 +267,7 @@ def _is_on_cpu(args: Any, kwargs: Any) -> bool:
 
 def _number(state: Tensor) -> int:
     """A number that follows from a generator's state."""
-    return int(torch.empty((), dtype=torch.int64).random_(generator=torch.Generator("cpu").set_state(state)))
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=torch.Generator("cpu").set_state(state)))
 
 
 def _seed(*parts: int) -> int:

@@ -64,6 +64,15 @@ class Owners:
                 for name, parameter in module.named_parameters(remove_duplicate=False):
                     self._of.setdefault(parameter, {}).setdefault(stage, _unsplit_name(module, name))
 
+    def without_gradient(self, stages: Iterable[int]) -> list[str]:
+        """The names of these stages' parameters that could have a gradient and have none."""
+        chosen = set(stages)
+        return [
+            next(iter(held.values()))
+            for parameter, held in self._of.items()
+            if parameter.requires_grad and parameter.grad is None and not chosen.isdisjoint(held)
+        ]
+
     def foreign(self, leaves: Iterable[Tensor], stage: int) -> list[tuple[Tensor, str]]:
         """The leaves that are parameters of other stages, but not of ``stage``, with what to call them."""
         found = []

@@ -85,7 +85,7 @@ class Step:
     def passed_on(self, stage: int, m: int) -> list[Any]:
         """What is sent along with microbatch ``m`` from ``stage`` to another process."""
         added = itertools.chain.from_iterable(of_stage[m] for of_stage in self.contributions[: stage + 1])
-        seeds = [] if self.random.base is None else [torch.tensor(self.random.base)]
+        seeds = [] if self.random.base is None else [torch.tensor(self.random.base, device="cpu")]
         return [self._rows, self._lengths[m], *seeds, *added]
 
     def take_in(self, stage: int, m: int, known: list[Any]) -> None:

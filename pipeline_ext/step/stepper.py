@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,7 @@ class Stepper:
     timeout: float
     trace: Trace | None = field(default=None, init=False)
     syncs: bool = field(default=True, init=False)
+    _warned: bool = field(default=False, init=False)
     _context: CallerContext = field(default_factory=CallerContext.of_this_thread, init=False)
 
     @property
@@ -127,6 +129,8 @@ class Stepper:
                 self.give_up()
                 error.add_note(NO_GRADIENTS)
                 raise
+        if not self._warned and any(step.loss_weights or [1]):
+            self._warn_of_idle()
         try:
             self.random.end(step.random, trains=True)
             if applies:
@@ -158,6 +162,18 @@ class Stepper:
         self._run(route, step)
         self.random.end(step.random, trains=False)
         return join(step.outputs, self.cutter.batch_dim) if self._has_loss else None
+
+    def _warn_of_idle(self) -> None:
+        """Warns in the first step of parameters that no gradient has reached."""
+        self._warned = True
+        names = [] if self.wrapped else self.owners.without_gradient(stage.index for stage in self.stages)
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            warnings.warn(
+                f"no gradient reached {', '.join(names[:3])}{more} in the first step; if the model uses these "
+                "parameters, a part of it does not run in its stages (pipe.verify compares with the model itself)",
+                stacklevel=4,
+            )
 
     def weights_of(self, rows: list[int], targets: list[Any] | None) -> list[tuple[float, float]]:
         """By microbatch: the weight of its own loss, and of what stages add, in a step without replicas."""

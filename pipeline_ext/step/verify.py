@@ -187,7 +187,7 @@ def _microbatched(
     weights: Sequence[tuple[float, float]],
     streams: StepStreams,
 ) -> Tensor:
-    total = torch.zeros(())
+    total = torch.zeros((), device="cpu")
     for m, (arguments, (weight, weight_of_added)) in enumerate(zip(parts, weights, strict=True)):
         loss, *added = unsplit.losses(arguments, None if targets is None else targets[m], streams, m)
         terms = [(loss, weight), *((of_stage, weight_of_added) for of_stage in added)]
