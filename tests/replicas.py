@@ -51,9 +51,9 @@ class Replicas:
         return self._threads.submit(lambda: self.pipes[rank].step(x, target=y))
 
     def step(self, batches):
-        """One step of all on their batches; raises what the first of them raised."""
-        for future in [self.start(rank, batch) for rank, batch in enumerate(batches)]:
-            future.result(SOON)
+        """The losses of one step of all on their batches; raises what the first of them raised."""
+        futures = [self.start(rank, batch) for rank, batch in enumerate(batches)]
+        return [future.result(SOON) for future in futures]
 
     def failures(self, batches):
         """What the replicas raised, by rank."""

@@ -52,7 +52,12 @@ class CodeBetween(nn.Module):
         return self.second(self.first(x).relu())
 
 
-CHANGES = {"replaced forward": scaled, "hook": hooked, "pre-hook": pre_hooked, "compiled": lambda m: m.compile()}
+CHANGES = {
+    "replaced forward": scaled,
+    "hook": hooked,
+    "pre-hook": pre_hooked,
+    "compiled": lambda m: m.compile(),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)

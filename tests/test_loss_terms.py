@@ -53,7 +53,9 @@ def of_experts(module):
 
 
 def experts():
-    return nn.Sequential(nn.Linear(4, 8), Expert(), nn.Linear(8, 8), Expert(), nn.Linear(8, 8), Expert(), nn.Linear(8, 2))
+    return nn.Sequential(
+        nn.Linear(4, 8), Expert(), nn.Linear(8, 8), Expert(), nn.Linear(8, 8), Expert(), nn.Linear(8, 2)
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -71,14 +73,16 @@ def test_a_loss_kept_in_an_attribute_is_refused_in_loss_fn_and_right_as_stage_lo
         torch.testing.assert_close(pipe.step(x, target=y), loss)
         for p, q in zip(model.parameters(), plain.parameters()):
             torch.testing.assert_close(p.grad, q.grad)
-        assert pipe.verify(x, target=y).ok
+        assert pipe.verify(x, target=y).worst_microbatched < 1e-5
 
 
 def test_a_loss_of_the_last_stage_s_own_layers_may_be_kept_in_an_attribute():
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), Expert(), nn.Linear(8, 2))
     x, y, plain = torch.randn(8, 4), torch.randn(8, 2), twin(model)
     reference_step(plain, x, y, 4, lambda out, t: F.mse_loss(out, t) + of_experts(plain))
-    with pe.Pipeline(model, cuts=[2], microbatches=4, loss_fn=lambda o, t: F.mse_loss(o, t) + of_experts(model)) as pipe:
+    with pe.Pipeline(
+        model, cuts=[2], microbatches=4, loss_fn=lambda o, t: F.mse_loss(o, t) + of_experts(model)
+    ) as pipe:
         pipe.step(x, target=y)
     assert_same_gradients(model, gradients(plain))
 
@@ -93,9 +97,7 @@ class Activity(nn.Module):
 
 def test_a_penalty_on_what_another_stage_received_is_refused():
     stages = [nn.Linear(4, 8), Activity(), nn.Linear(8, 2)]
-    with pe.Pipeline(
-        stages, microbatches=2, loss_fn=lambda o, t: F.mse_loss(o, t) + stages[1].penalty
-    ) as pipe:
+    with pe.Pipeline(stages, microbatches=2, loss_fn=lambda o, t: F.mse_loss(o, t) + stages[1].penalty) as pipe:
         with pytest.raises(pe.StageError, match="computed for another microbatch, or in another stage"):
             pipe.step(torch.randn(4, 4), target=torch.randn(4, 2))
 
@@ -112,7 +114,9 @@ def test_a_stage_that_reads_what_another_keeps_is_refused():
 
     first = nn.Linear(4, 8)
     with pe.Pipeline([first, Reads(first)], microbatches=2, loss_fn=F.mse_loss) as pipe:
-        with pytest.raises(pe.StageError, match=r"the result of stage 1 depends on weight, a parameter of stage 0"):
+        with pytest.raises(
+            pe.StageError, match=r"the result of stage 1 depends on weight, a parameter of stage 0"
+        ):
             pipe.step(torch.randn(4, 4), target=torch.randn(4, 2))
 
 
@@ -210,7 +214,10 @@ class Energy(nn.Module):
     def forward(self, given):
         if not self.pairs:
             return {"energy": self.outer(self.inner(given).tanh()).sum(), "position": given}
-        return {"energy": self.outer(given["h"]).sum() + given["position"].square().sum(), "position": given["position"]}
+        return {
+            "energy": self.outer(given["h"]).sum() + given["position"].square().sum(),
+            "position": given["position"],
+        }
 
 
 class Bent(nn.Module):

@@ -117,9 +117,7 @@ def test_the_batch_may_be_another_dimension(schedule):
     plain = twin(model)
     F.mse_loss(plain(x), y).backward()
     devices = ["cpu"] if schedule.startswith("interleaved") else None
-    with pe.Pipeline(
-        model, 2, 4, schedule, loss_fn=F.mse_loss, batch_dim=1, devices=devices
-    ) as pipe:
+    with pe.Pipeline(model, 2, 4, schedule, loss_fn=F.mse_loss, batch_dim=1, devices=devices) as pipe:
         _, out = pipe.step(x, target=y, return_outputs=True)
         for p, q in zip(model.parameters(), plain.parameters()):
             torch.testing.assert_close(p.grad, q.grad)
@@ -237,7 +235,9 @@ class Reads(nn.Linear):
         return super().forward(x + extra)
 
 
-@pytest.mark.parametrize("kind", [Sizes, Plain, lambda x: UserDict(x=x)], ids=["dataclass", "class", "UserDict"])
+@pytest.mark.parametrize(
+    "kind", [Sizes, Plain, lambda x: UserDict(x=x)], ids=["dataclass", "class", "UserDict"]
+)
 def test_an_object_that_holds_tensors_is_refused_and_the_advice_works(kind):
     x, extra, y = torch.randn(8, 4), torch.randn(8, 4), torch.randn(8, 1)
     stages = [Reads(4, 4), nn.Linear(4, 1)]
@@ -316,9 +316,13 @@ def test_a_spec_that_does_not_fit_the_value_is_refused():
         pe.rows(torch.ones(2), dim="x")
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     with pe.Pipeline(model, 2, 2, loss_fn=F.mse_loss, target_spec=(pe.rows(), pe.whole())) as pipe:
-        with pytest.raises(pe.InvalidArgument, match="the spec of target has 2 entries, but target is a Tensor"):
+        with pytest.raises(
+            pe.InvalidArgument, match="the spec of target has 2 entries, but target is a Tensor"
+        ):
             pipe.step(torch.ones(2, 3), target=torch.ones(2, 1))
-        with pytest.raises(pe.InvalidArgument, match=r"rows along dimension 3, but holds a tensor of shape \[2, 3\]"):
+        with pytest.raises(
+            pe.InvalidArgument, match=r"rows along dimension 3, but holds a tensor of shape \[2, 3\]"
+        ):
             pipe.step(torch.ones(2, 3), pe.rows(torch.ones(2, 3), dim=3), target=(torch.ones(2, 1), 1))
 
 
@@ -339,7 +343,9 @@ def test_a_block_mask_is_cut_by_rows(microbatches):
             return super().forward(F.scaled_dot_product_attention(x, x, x, attn_mask=dense[:, 0]))
 
     mask = flex.create_block_mask(mask_mod, B=4, H=None, Q_LEN=128, KV_LEN=128, device="cpu")
-    shared = flex.create_block_mask(lambda b, h, q, k: q >= k, B=None, H=None, Q_LEN=128, KV_LEN=128, device="cpu")
+    shared = flex.create_block_mask(
+        lambda b, h, q, k: q >= k, B=None, H=None, Q_LEN=128, KV_LEN=128, device="cpu"
+    )
     x, y = torch.randn(4, 128, D), torch.randn(4, 128, 1)
     for given in (mask, shared):
         stages = [Dense(D, D), nn.Linear(D, 1)]

@@ -10,7 +10,7 @@ import functools
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,17 +35,23 @@ class StepStreams:
         drew: the stages that have drawn.
     """
 
-    def __init__(self, base: int | None, watched: Callable[[int], bool], replica: int) -> None:
-        """``watched(stage)``: whether a stage may draw. ``base`` None: no stage may."""
+    def __init__(
+        self, base: int | None, watched: Callable[[int], bool], replica: int, state: Tensor | None = None
+    ) -> None:
+        """``watched(stage)``: whether a stage may draw. ``base`` None: no stage may.
+
+        ``state``: of the caller's generator.
+        """
         self.base = base
         self.drew: set[int] = set()
         self._watched = watched
         self._replica = replica
+        self._still = _NOTHING if state is None else _Still(state)
 
     def of(self, stage: int, m: int, backward: bool = False) -> contextlib.AbstractContextManager[Any]:
         """The context in which a task of ``stage`` runs for microbatch ``m``."""
         if self.base is None or not self._watched(stage):
-            return _NOTHING
+            return self._still
         return _Stream(self.seed(stage, m, backward), lambda: self.drew.add(stage))
 
     def of_all(self, m: int, backward: bool = False) -> contextlib.AbstractContextManager[Any]:
@@ -84,7 +90,9 @@ class RandomStreams:
         """The streams of a step."""
         self._state = torch.default_generator.get_state()
         base = _number(self._state) if self._anyone_draws else None
-        return StepStreams(base, lambda stage: self._watches_all or stage in self._draws, self._replica)
+        return StepStreams(
+            base, lambda stage: self._watches_all or stage in self._draws, self._replica, self._state
+        )
 
     def end(self, streams: StepStreams, trains: bool) -> None:
         """Called when a step has ended. If any stage has drawn, the caller's generator moves on.
@@ -114,6 +122,29 @@ class RandomStreams:
         )
 
 
+class _Still:
+    """The state of the caller's generator, for tasks of stages that draw nothing.
+
+    So they keep and restore states without the generator itself: its lock, and Python's, which torch takes in both
+    orders, would be contended by the ranks' threads.
+    """
+
+    def __init__(self, state: Tensor) -> None:
+        self._state = state
+
+    def __enter__(self) -> None:
+        _thread.stream = self
+
+    def __exit__(self, *_: object) -> None:
+        _thread.stream = None
+
+    def get_state(self) -> Tensor:
+        return self._state.clone()
+
+    def set_state(self, state: Tensor) -> None:
+        pass
+
+
 class _Stream(TorchFunctionMode):
     """The random numbers of one task. Calls that draw get its generator."""
 
@@ -124,12 +155,18 @@ class _Stream(TorchFunctionMode):
         self._generator: torch.Generator | None = None
 
     def __enter__(self) -> Any:
-        self._outer, _thread.stream = _thread.stream, self
+        _thread.stream = self
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _thread.stream = self._outer
+        _thread.stream = None
         super().__exit__(*error)
+
+    def get_state(self) -> Tensor:
+        return self.generator.get_state()
+
+    def set_state(self, state: Tensor) -> None:
+        self.generator.set_state(state)
 
     def become(self, seed: int) -> None:
         """Goes on as the stream of another task."""
@@ -146,6 +183,10 @@ class _Stream(TorchFunctionMode):
         return self.generator
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.autograd.backward:
+            # Layers that it recomputes draw too.
+            with self._again():
+                return _backward(*args, **(kwargs or {}))
         draws = _draws.get(function)
         if draws is None:
             draws = _draws[function] = _may_draw(function)
@@ -153,6 +194,38 @@ class _Stream(TorchFunctionMode):
             with _Drawing(self):
                 return function(*args, **kwargs) if kwargs else function(*args)
         return function(*args, **kwargs) if kwargs else function(*args)
+
+    @contextlib.contextmanager
+    def _again(self) -> Iterator[None]:
+        """Watches calls inside a call, which torch makes without it."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
+
+def _backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: Any = (),
+) -> None:
+    """``torch.autograd.backward``, which hands itself over to whoever watches calls of torch."""
+    del grad_variables  # torch warns of it and takes grad_tensors
+    tensors = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    grads = (grad_tensors,) if grad_tensors is None or isinstance(grad_tensors, Tensor) else tuple(grad_tensors)
+    torch.autograd.graph._engine_run_backward(
+        tensors,
+        tuple(torch.ones_like(t) if g is None else g for t, g in zip(tensors, grads * len(tensors))),
+        create_graph if retain_graph is None else retain_graph,
+        create_graph,
+        (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ()),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
 
 
 class _Drawing(TorchDispatchMode):
@@ -195,7 +268,7 @@ _default_generator_lock = threading.Lock()
 
 
 class _Thread(threading.local):
-    stream: _Stream | None = None
+    stream: _Still | _Stream | None = None
 
 
 _thread = _Thread()
@@ -267,7 +340,11 @@ def _is_on_cpu(args: Any, kwargs: Any) -> bool:
 
 def _number(state: Tensor) -> int:
     """A number that follows from a generator's state."""
-    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=torch.Generator("cpu").set_state(state)))
+    return int(
+        torch.empty((), dtype=torch.int64, device="cpu").random_(
+            generator=torch.Generator("cpu").set_state(state)
+        )
+    )
 
 
 def _seed(*parts: int) -> int:
@@ -292,14 +369,14 @@ def _keep_states_by_thread() -> None:
 
     def get_rng_state() -> Tensor:
         stream = _thread.stream
-        return of_process() if stream is None else stream.generator.get_state()
+        return of_process() if stream is None else stream.get_state()
 
     def set_rng_state(new_state: Tensor) -> None:
         stream = _thread.stream
         if stream is None:
             set_of_process(new_state)
         else:
-            stream.generator.set_state(new_state)
+            stream.set_state(new_state)
 
     get_rng_state.__doc__, set_rng_state.__doc__ = of_process.__doc__, set_of_process.__doc__
     get_rng_state._of_streams = True  # type: ignore[attr-defined]

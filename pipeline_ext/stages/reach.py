@@ -85,16 +85,16 @@ class Owners:
 
     def check(self, what: str, leaves: Sequence[Tensor], stage: int, received: Iterable[Received]) -> None:
         """Raises InvalidArgument if ``what`` depends on another stage other than by what it ``received``."""
+        for _, name in self.foreign(leaves, stage):
+            raise InvalidArgument(
+                f"{what} depends on {name}, other than by what stage {stage} received from the stage before, so its "
+                f"gradient would be lost or wrong; {_INSTEAD}"
+            )
         own = {id(r.leaf) for r in received}
         if any(hasattr(leaf, "_of_a_boundary") and id(leaf) not in own for leaf in leaves):
             raise InvalidArgument(
                 f"{what} depends on a tensor that was computed for another microbatch, or in another stage, and "
                 f"kept in an attribute, so its gradient would be wrong; {_INSTEAD}"
-            )
-        for _, name in self.foreign(leaves, stage):
-            raise InvalidArgument(
-                f"{what} depends on {name}, other than by what stage {stage} received from the stage before, so its "
-                f"gradient would be lost or wrong; {_INSTEAD}"
             )
 
 

@@ -18,6 +18,7 @@ from ..microbatches.rows import Marked, whole
 from ..model.slice import Slice
 from ..report.verification import Difference, Verification
 from ..stages.random_streams import NO_STREAMS, StepStreams
+from ..stages.split_backward import run_backward
 from ..stages.stage import WithLoss
 from .batch import Batch
 from .stepper import Stepper
@@ -58,7 +59,9 @@ class Unsplit:
     def _forward(self, arguments: Arguments, added: list[Tensor]) -> Any:
         args, kwargs = arguments
         value: Any = None
-        for index, module in [(0, self.model)] if self.model is not None else self.stages.items():
+        # An nn.Sequential takes one argument, its first layer in a stage any.
+        at_once = self.model is not None and len(args) == 1 and not kwargs
+        for index, module in [(0, self.model)] if at_once else self.stages.items():
             value = module(*args, **kwargs) if index == 0 else module(value)
             if isinstance(value, WithLoss):
                 added.append(value.loss)
@@ -187,7 +190,7 @@ def _microbatched(
     weights: Sequence[tuple[float, float]],
     streams: StepStreams,
 ) -> Tensor:
-    total = torch.zeros((), device="cpu")
+    total: Tensor | None = None
     for m, (arguments, (weight, weight_of_added)) in enumerate(zip(parts, weights, strict=True)):
         loss, *added = unsplit.losses(arguments, None if targets is None else targets[m], streams, m)
         terms = [(loss, weight), *((of_stage, weight_of_added) for of_stage in added)]
@@ -195,8 +198,9 @@ def _microbatched(
         if counted:
             of_microbatch = functools.reduce(operator.add, counted)
             with streams.of_all(m, backward=True):
-                of_microbatch.backward()
-            total = total + of_microbatch.detach()
+                run_backward([of_microbatch], [torch.ones_like(of_microbatch)])
+            total = of_microbatch.detach() if total is None else total + of_microbatch.detach()
+    assert total is not None  # something counts, or the step would have been refused
     return total
 
 
@@ -251,6 +255,8 @@ def _reasons(
         module.training = False
     try:
         found += _input_reasons(unsplit, cutter, count, inputs)
+        if not found and unsplit.stage_loss is not None:
+            found.append("what stage_loss adds is computed from a microbatch, not from the whole batch")
         if not found:
             found.append(
                 "the outputs of the microbatches are those of the whole batch, and the loss is not: it is no mean over "
