@@ -157,14 +157,15 @@ class _Comparison:
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
-        """Puts gradients, buffers and the random state back."""
+        """Puts gradients, buffers and the random state back. Hooks that apply gradients do not run."""
         grads = [(p, p.grad) for p in self._parameters.values()]
         buffers = [(m, name, b, b.clone()) for m, name, b in self._buffers]
         state, trace = torch.get_rng_state(), self._stepper.trace
         for parameter, _ in grads:
             parameter.grad = None
         try:
-            yield
+            with self._stepper.hooks.held():
+                yield
         finally:
             for parameter, grad in grads:
                 parameter.grad = grad
