@@ -2,6 +2,9 @@ import os
 import shutil
 import signal
 
+# GNU OpenMP, which torch loads, reads it once: its threads sleep while they wait, and other tests can run.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from hypothesis import settings
