@@ -47,6 +47,12 @@ def _deterministic():
 
 
 @pytest.fixture
+def repeats(request):
+    """How often a test repeats a step, in which a race shows as a difference."""
+    return 20 if request.config.getoption("--all") else 4
+
+
+@pytest.fixture
 def short_searches(monkeypatch):
     """``"zb-auto"`` takes milliseconds."""
     from pipeline_ext.plan import zero_bubble
