@@ -67,12 +67,13 @@ gpu: .venv/installed-gpu
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	@touch $@
 
+# Of the package that is installed already pip takes what an extra asks for, and does not compile it again.
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check 'pipeline_ext[test]'
 	@touch $@
 
 .venv/installed-lint: .venv/installed-test
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[lint]'
+	$(BIN)/pip install --quiet --disable-pip-version-check 'pipeline_ext[lint]'
 	@touch $@
 
 # Where $(PYTHON) has what is needed, that is borrowed, and no network is used.

@@ -2,6 +2,9 @@ import os
 import shutil
 import signal
 
+# GNU OpenMP, which torch loads, reads it once: its threads sleep while they wait, and other tests can run.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from hypothesis import settings
@@ -41,6 +44,12 @@ def _deterministic():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def repeats(request):
+    """How often a test repeats a step, in which a race shows as a difference."""
+    return 20 if request.config.getoption("--all") else 4
 
 
 @pytest.fixture

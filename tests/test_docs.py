@@ -69,7 +69,7 @@ def test_a_tutorial_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch, c
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.every), 4])
 def test_the_script_for_many_processes_runs(size, tmp_path):
     (tmp_path / "train.py").write_text(re.search(r"```python\n(.*?)```", PROCESSES.read_text(), re.S)[1])
     result = torchrun(size, ["train.py"], tmp_path)

@@ -9,7 +9,6 @@ from reference import assert_same_gradients, gradients, reference_step, twin
 import pipeline_ext as pe
 from pipeline_ext import _C
 
-REPEATS = 20  # a race shows as a difference
 SCHEDULES = ["gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zbv"]  # test_every_schedule runs the others
 
 
@@ -24,7 +23,7 @@ def shapes():
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("schedule, stages, devices", list(shapes()))
 @pytest.mark.parametrize("make", [chain, tree], ids=["chain", "tree"])
-def test_equal_to_plain_autograd(make, schedule, stages, devices, overlap, threads):
+def test_equal_to_plain_autograd(make, schedule, stages, devices, overlap, threads, repeats):
     torch.set_num_threads(threads)
     for microbatches in range(1, 10):
         rows = 2 * microbatches + microbatches // 2  # uneven from two microbatches on
@@ -45,7 +44,7 @@ def test_equal_to_plain_autograd(make, schedule, stages, devices, overlap, threa
             devices=devices,
             overlap=overlap,
         ) as pipe:
-            for _ in range(REPEATS):
+            for _ in range(repeats):
                 model.zero_grad()
                 # The tree's first stage takes a tuple as its one argument.
                 assert torch.equal(pipe.step(x, target=y), expected_loss)
@@ -54,12 +53,12 @@ def test_equal_to_plain_autograd(make, schedule, stages, devices, overlap, threa
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved-1f1b"])
 @pytest.mark.parametrize("reactive", [False, True])
-def test_static_and_reactive_agree(schedule, reactive):
+def test_static_and_reactive_agree(schedule, reactive, repeats):
     model, x, y = chain(), torch.randn(9, 12), torch.randn(9, 12)
     plain = twin(model)
     reference_step(plain, x, y, 7, F.mse_loss)
     with pe.Pipeline(model, 4, 7, schedule, F.mse_loss, reactive=reactive) as pipe:
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             model.zero_grad()
             pipe.step(x, target=y)
             assert_same_gradients(model, gradients(plain))
@@ -116,13 +115,13 @@ class AddTable(torch.nn.Module):
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_gradients_that_are_one_tensor_are_not_added_twice(stages):
+def test_gradients_that_are_one_tensor_are_not_added_twice(stages, repeats):
     model = torch.nn.Sequential(AddTable(2), AddTable(2), AddTable(2))
     x, y = torch.randn(8, 4), torch.randn(8, 4)
     plain = twin(model)
     reference_step(plain, x, y, 4, F.mse_loss)
     with pe.Pipeline(model, stages, 4, loss_fn=F.mse_loss) as pipe:
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             model.zero_grad()
             pipe.step(x, target=y)
             assert_same_gradients(model, gradients(plain))
@@ -139,7 +138,7 @@ class AddFlat(torch.nn.Module):
         return x + self.flat.view_as(x)
 
 
-def test_a_gradient_on_its_way_back_shares_no_memory_with_a_parameters():
+def test_a_gradient_on_its_way_back_shares_no_memory_with_a_parameters(repeats):
     # Plain accumulation is no reference here: torch 2.13 lets the three gradients share memory and adds
     # each microbatch to it three times.
     model = torch.nn.Sequential(AddFlat(2), AddFlat(2), AddFlat(2))
@@ -151,7 +150,7 @@ def test_a_gradient_on_its_way_back_shares_no_memory_with_a_parameters():
         for total, grad in zip(expected, torch.autograd.grad(loss, list(plain.parameters()))):
             total += grad
     with pe.Pipeline(model, 3, 4, loss_fn=F.mse_loss) as pipe:
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             model.zero_grad()
             pipe.step(x, target=y)
             assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected))

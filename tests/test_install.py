@@ -1,6 +1,7 @@
 """What pip makes of the project: a source archive and a wheel, each of which trains where it is installed."""
 
 import email
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -42,15 +43,11 @@ def source_files(*folders):
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    return tmp_path_factory.mktemp("workshop")
-
-
-@pytest.fixture(scope="module")
-def sdist(workshop):
-    checkout = workshop / "checkout"
-    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*NOT_COPIED))
-    build = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(workshop)!r}))"
-    return workshop / run(sys.executable, "-c", build, cwd=checkout).split()[-1]
+    """A folder that all pytest processes of this run share."""
+    base = tmp_path_factory.getbasetemp()
+    workshop = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "workshop"
+    workshop.mkdir(exist_ok=True)
+    return workshop
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +71,23 @@ def pip(workshop):
 
 
 @pytest.fixture(scope="module")
-def wheel(workshop, sdist, pip):
-    pip("wheel", sdist, "--wheel-dir", workshop)
-    (built,) = workshop.glob("*.whl")
-    return built
+def archives(workshop, pip):
+    """The source archive and the wheel of it, which the first process to ask makes."""
+    with (workshop / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(workshop.glob("*.whl")):
+            checkout = workshop / "checkout"
+            ignore = shutil.ignore_patterns(*NOT_COPIED)
+            shutil.copytree(ROOT, checkout, ignore=ignore, dirs_exist_ok=True)
+            build = f"from setuptools.build_meta import build_sdist; print(build_sdist({str(workshop)!r}))"
+            run(sys.executable, "-c", build, cwd=checkout)
+            (sdist,) = workshop.glob("*.tar.gz")
+            # Packaging is tested here, not speed: of several -O the last counts.
+            compiler = workshop / "compiler"
+            compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+            compiler.chmod(0o755)
+            pip("wheel", sdist, "--wheel-dir", workshop, CC=str(compiler), CXX=str(compiler))
+    return {"sdist": next(workshop.glob("*.tar.gz")), "wheel": next(workshop.glob("*.whl"))}
 
 
 @pytest.fixture
@@ -94,16 +104,16 @@ def environment(tmp_path):
     return tmp_path / "environment"
 
 
-def test_the_source_archive_holds_headers_and_tests_and_nothing_compiled(sdist):
-    with tarfile.open(sdist) as archive:
+def test_the_source_archive_holds_headers_and_tests_and_nothing_compiled(archives):
+    with tarfile.open(archives["sdist"]) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert source_files("csrc", "pipeline_ext", "tests", "bench", "docs", "examples", ".github") <= held
     assert {"LICENSE", "Makefile", "README.md", "CONTRIBUTING.md", "pyproject.toml", "setup.py"} <= held
     assert not [name for name in held if Path(name).suffix in NOT_PACKED]
 
 
-def test_the_wheel_holds_the_package_its_types_and_the_compiled_core(wheel):
-    with zipfile.ZipFile(wheel) as archive:
+def test_the_wheel_holds_the_package_its_types_and_the_compiled_core(archives):
+    with zipfile.ZipFile(archives["wheel"]) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         about = email.message_from_bytes(archive.read(metadata))
@@ -117,12 +127,11 @@ def test_the_wheel_holds_the_package_its_types_and_the_compiled_core(wheel):
 
 
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])
-def test_what_is_installed_trains_outside_the_checkout(kind, environment, tmp_path, pip, request):
-    archive = request.getfixturevalue(kind)
+def test_what_is_installed_trains_outside_the_checkout(kind, environment, tmp_path, pip, archives):
     bin = environment / "bin"
     without_compiler = {"PATH": str(bin)}
     building = {} if kind == "sdist" else without_compiler
-    pip("install", archive, "--ignore-installed", python=bin / "python", **building)
+    pip("install", archives[kind], "--ignore-installed", python=bin / "python", **building)
     where = run(bin / "python", "-c", "from pipeline_ext import _C; print(_C.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(environment)
     (tmp_path / "text").write_bytes(b"the quick brown fox jumps over the lazy dog\n" * 100)

@@ -417,13 +417,15 @@ def test_a_first_layer_in_place_after_a_layer_that_saved_its_output_fails_as_uns
             pipe.step(x, target=x)
 
 
+# The second compiles C++, and is the same to autograd and the pipeline.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.every)])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_compiled_stages(overlap):
+def test_compiled_stages(overlap, backend):
     stages = [nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2)]
     plain = nn.Sequential(*(twin(s) for s in stages))
     x, y = torch.randn(8, 8), torch.randn(8, 8)
     reference_step(plain, x, y, 4, F.mse_loss)
-    compiled = [torch.compile(s) for s in stages]
+    compiled = [torch.compile(s, backend=backend) for s in stages]
     with pe.Pipeline(compiled, microbatches=4, loss_fn=F.mse_loss, overlap=overlap) as pipe:
         for _ in range(3):
             for s in stages:

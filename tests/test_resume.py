@@ -106,7 +106,7 @@ def start(text, out, *args):
     return process
 
 
-@pytest.mark.parametrize("attempt", range(2))
+@pytest.mark.parametrize("attempt", [0, pytest.param(1, marks=pytest.mark.every)])
 def test_after_ctrl_c_at_a_random_moment_the_losses_are_those_of_a_run_left_alone(
     tmp_path, text, uninterrupted, attempt
 ):

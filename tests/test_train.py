@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline_ext.cli import main
+
 SMALL = "--steps 6 --batch 8 --context 16 --width 16 --heads 2 --microbatches 4".split()
 
 
@@ -27,6 +29,20 @@ def command(*args):
 
 def train(cwd, *args, **options):
     return subprocess.run(command(*args), cwd=cwd, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture
+def train_here(tmp_path, monkeypatch):
+    """Runs the command in this process, which has imported torch; returns its exit status."""
+    monkeypatch.chdir(tmp_path)
+
+    def train(*args):
+        try:
+            return main(["train", *args])
+        except SystemExit as refused:  # by argparse
+            return refused.code
+
+    return train
 
 
 def test_what_it_prints_and_writes(tmp_path, text):
@@ -64,28 +80,28 @@ def test_what_it_prints_and_writes(tmp_path, text):
     assert summary["peak_in_flight"] == [2, 1]
 
 
-def test_every_schedule_learns_the_same(tmp_path, text):
+def test_every_schedule_learns_the_same(tmp_path, text, train_here):
     losses = []
     for extra in (["gpipe"], ["1f1b", "--overlap"], ["interleaved-1f1b", "--stages", "4"]):
         out = tmp_path / f"{extra[0]}.json"
-        result = train(tmp_path, *SMALL, "--data", text, "--json", str(out), "--schedule", *extra)
-        assert result.returncode == 0, result.stderr
+        arguments = ["--data", text, "--json", str(out), "--out", extra[0], "--schedule", *extra]
+        assert train_here(*SMALL, *arguments) == 0
         losses.append(json.loads(out.read_text())["loss_last"])
     assert losses[0] == losses[1] == losses[2]
 
 
-def test_a_schedule_that_is_chosen_is_named_with_its_times(tmp_path, text):
+def test_a_schedule_that_is_chosen_is_named_with_its_times(tmp_path, text, train_here, capsys):
     out = tmp_path / "auto.json"
-    auto = ["--schedule", "auto", "--device", "cpu"]
-    result = train(tmp_path, *SMALL, "--data", text, "--json", str(out), *auto)
-    assert result.returncode == 0, result.stderr
-    assert 'schedule="auto": ' in result.stdout and "chosen by auto" in result.stdout
+    auto = ["--schedule", "auto", "--device", "cpu", "--out", "auto"]
+    assert train_here(*SMALL, "--data", text, "--json", str(out), *auto) == 0
+    printed = capsys.readouterr().out
+    assert 'schedule="auto": ' in printed and "chosen by auto" in printed
     summary = json.loads(out.read_text())
     assert summary["schedule"] == "auto"
-    assert summary["schedule_chosen"] in result.stdout
+    assert summary["schedule_chosen"] in printed
     assert summary["pipeline_ms_predicted"] > 0 and summary["pipeline_ms_measured"] > 0
     plain = tmp_path / "plain.json"
-    assert train(tmp_path, *SMALL, "--data", text, "--json", str(plain)).returncode == 0
+    assert train_here(*SMALL, "--data", text, "--json", str(plain), "--out", "plain") == 0
     assert json.loads(plain.read_text())["loss_last"] == summary["loss_last"]
     assert json.loads(plain.read_text())["schedule_chosen"] is None
 
@@ -110,20 +126,24 @@ def test_a_schedule_that_is_chosen_is_named_with_its_times(tmp_path, text):
         (["--device", "cpu", "--graphs"], "--graphs needs a GPU, and this run is on the CPU"),
     ],
 )
-def test_bad_options_end_in_one_sentence(tmp_path, text, args, message):
+def test_bad_options_end_in_one_sentence(tmp_path, text, train_here, capsys, args, message):
     (tmp_path / "tiny").write_bytes(b"ab")
-    result = train(tmp_path, *SMALL, "--data", text, *args)
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    assert train_here(*SMALL, "--data", text, *args) != 0
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_folder_is_read(tmp_path):
+def test_a_process_that_is_given_a_bad_option_prints_that_sentence_and_no_traceback(tmp_path, text):
+    result = train(tmp_path, *SMALL, "--data", text, "--stages", "99")
+    assert result.returncode != 0
+    assert "cannot be cut into 99 stages" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_is_read(tmp_path, train_here):
     for i in range(30):
         (tmp_path / f"{i}.txt").write_bytes(b"abc" * 100)
-    result = train(tmp_path, *SMALL, "--data", str(tmp_path), "--out", "run")
-    assert result.returncode == 0, result.stderr
+    assert train_here(*SMALL, "--data", str(tmp_path), "--out", "run") == 0
 
 
 def test_ctrl_c_ends_with_the_closing_table(tmp_path, text):
