@@ -137,7 +137,8 @@ def assemble(settings: Settings) -> Assembly:
         sharing.check_gpu_choice(settings.schedule)
     if callable(settings.loss_weight) and parts.wrapped:
         raise InvalidArgument(
-            "loss_weight needs the counts of all replicas, which a stage in fully_shard or DistributedDataParallel "
+            "loss_weight needs the counts of all replicas, which a stage in fully_shard or "
+            "DistributedDataParallel "
             'does not share; replicate the pipeline with the dimension "dp" of mesh, or reduction='
         )
     engine = make_engine(parts, sharing.engines)
@@ -198,8 +199,8 @@ def assemble(settings: Settings) -> Assembly:
 def _unsplit(settings: Settings, num_stages: int, local: Mapping[int, nn.Module]) -> Unsplit | None:
     if settings.loss_fn is None or len(local) < num_stages or settings.reduction is not None:
         return None
-    is_cut = isinstance(settings.model, nn.Module) and not isinstance(settings.model, nn.ModuleList)
-    return Unsplit(settings.model if is_cut else None, local, settings.loss_fn, settings.stage_loss)
+    model = settings.model if isinstance(settings.model, nn.Sequential) else None
+    return Unsplit(model, local, settings.loss_fn, settings.stage_loss)
 
 
 def _ordering(
@@ -229,9 +230,9 @@ def _batch_dim(settings: Settings, modules: Iterable[nn.Module]) -> int:
     sequence_first = next((layer for layer in layers if getattr(layer, "batch_first", True) is False), None)
     if sequence_first is not None:
         warnings.warn(
-            f"the model has a {type(sequence_first).__name__} with batch_first=False, and batches are cut along "
-            "dimension 0; give batch_dim=1 if the batch is dimension 1 of the inputs, or batch_dim=0 if it is the "
-            "first, which ends this warning",
+            f"the model has a {type(sequence_first).__name__} with batch_first=False, and batches are cut "
+            "along dimension 0; give batch_dim=1 if the batch is dimension 1 of the inputs, or batch_dim=0 if "
+            "it is the first, which ends this warning",
             stacklevel=4,
         )
     return 0
@@ -250,8 +251,8 @@ def _ownership(
 ) -> tuple[SharedParameters, Owners, LossView | None]:
     """Which stages hold which parameters, and what the loss function sees of them.
 
-    It sees only its own stage's where another stage may be in another process, run on GPU streams, or have handed
-    its gradients to replicas already.
+    It sees only its own stage's where another stage may be in another process, run on GPU streams, or have
+    handed its gradients to replicas already.
     """
     last = len(stages) - 1
     of_loss = [settings.loss_fn] if isinstance(settings.loss_fn, nn.Module) else []

@@ -45,10 +45,11 @@ class Pipeline(UnsplitModel):
             optimizer.step()
 
     Model and cut:
-        model: an ``nn.Sequential`` that does nothing but run its layers; or a list of stage modules. Each stage module takes the result of the previous one as its one argument. The list may
-            hold functions without arguments that make the modules. Each process of a ``mesh`` then calls only
-            those of its own stages, and parameters tied between processes are not recognised. To tie
-            parameters across processes, give modules, on the meta device if they are large.
+        model: an ``nn.Sequential`` that does nothing but run its layers; or a list of stage modules. Each stage
+            module takes the result of the previous one as its one argument. The list may hold functions without
+            arguments that make the modules. Each process of a ``mesh`` then calls only those of its own stages,
+            and parameters tied between processes are not recognised. To tie parameters across processes, give
+            modules, on the meta device if they are large.
         num_stages: the number of stages. Optional if ``model`` or ``cuts`` say it.
         cuts, balance, sample: where to cut; see ``pipeline_ext.partition.cut``.
 
@@ -119,18 +120,18 @@ class Pipeline(UnsplitModel):
     Numbers:
         loss_fn: called as ``loss_fn(output, target)``, or ``loss_fn(output)`` for a step without target;
             returns a tensor without dimensions. If it is a module, its parameters are trained too.
-        stage_loss: called as ``stage_loss(module)`` with each stage's module after each of its forwards; returns a
-            scalar that adds to the total loss, weighted like the microbatch's own. For penalties on weights, and
-            for losses that layers keep in attributes. ``loss_fn`` is refused if it reaches for those of other
-            stages. A weight that is tied between stages is in the modules of each.
+        stage_loss: called as ``stage_loss(module)`` with each stage's module after each of its forwards;
+            returns a scalar that adds to the total loss, weighted like the microbatch's own. For penalties on
+            weights, and for losses that layers keep in attributes. ``loss_fn`` is refused if it reaches for
+            those of other stages. A weight that is tied between stages is in the modules of each.
         loss_reduction: ``"mean"`` scales a microbatch's loss by its share of the batch's rows, ``"sum"``
             does not.
         loss_weight: called with a microbatch's target, returns what the mean in its loss is over, as
             ``pipeline_ext.count_not(-100)`` for masked labels. The total is then the mean over all that count,
             sum(w * loss) / sum(w), over all replicas too; a microbatch with w = 0 is left out. With replicas, a
-            step's loss is this replica's part of the total, times their number, so that the mean of theirs is the
-            total. What ``stage_loss`` and ``WithLoss`` add is weighted by rows. ``"rows"``: weigh by rows; so does
-            None, but refuses a target of which microbatches have different numbers of labels of -100.
+            step's loss is this replica's part of the total, times their number, so that the mean of theirs is
+            the total. What ``stage_loss`` and ``WithLoss`` add is weighted by rows. ``"rows"``: weigh by rows;
+            so does None, but refuses a target of which microbatches have different numbers of labels of -100.
         optimizer: its ``step`` is called at the end of each step, and is part of the graph if there is one. A
             graph needs torch's SGD, or an optimizer made with ``capturable=True``.
         scaler: scales each loss before its backward. The losses that ``step`` returns are unscaled. After
@@ -255,10 +256,10 @@ class Pipeline(UnsplitModel):
         """Runs one batch forward and backward; adds the gradients to the parameters' ``.grad``.
 
         Args:
-            args, kwargs: inputs of the first stage, any pytrees. A tensor of one dimension or more has a row for
-                each sample along ``batch_dim``, and is cut there; all have the same number of rows, at least
-                ``microbatches``. So have nested tensors and FlexAttention's BlockMask. What is different is
-                said with ``pipeline_ext.rows`` and ``pipeline_ext.whole``, or specs. Tensors without
+            args, kwargs: inputs of the first stage, any pytrees. A tensor of one dimension or more has a row
+                for each sample along ``batch_dim``, and is cut there; all have the same number of rows, at
+                least ``microbatches``. So have nested tensors and FlexAttention's BlockMask. What is different
+                is said with ``pipeline_ext.rows`` and ``pipeline_ext.whole``, or specs. Tensors without
                 dimensions, and values without tensors, go to every microbatch.
             target: any pytree of tensors for ``loss_fn``, cut in the same way.
             losses: a list that is filled with each microbatch's loss, as ``loss_fn`` returned it.
@@ -341,19 +342,20 @@ class Pipeline(UnsplitModel):
     ) -> Verification:
         """Runs one step, and the unsplit model in plain autograd, and compares their losses and gradients.
 
-        Takes a batch as ``step`` does. Compares with the same microbatches, where everything should be equal bit
-        for bit (tied weights: within rounding), and with the whole batch at once, where a difference has a reason:
-        batch norm, labels that do not count, an input that is cut and should not be. ``print`` the result: a table,
-        and what the differences are due to. The model, its gradients, optimizer and random state stay as they are.
-        Needs all stages in this process, without replicas, and room for the whole model. Raises as ``step`` does.
+        Takes a batch as ``step`` does. Compares with the same microbatches, where everything should be equal
+        bit for bit (tied weights: within rounding), and with the whole batch at once, where a difference has a
+        reason: batch norm, labels that do not count, an input that is cut and should not be. ``print`` the
+        result: a table, and what the differences are due to. The model, its gradients, optimizer and random
+        state stay as they are. Needs all stages in this process, without replicas, and room for the whole
+        model. Raises as ``step`` does.
         """
         self._lifetime.check()
         self._containers.check()
         arguments.check_trains(self._has_loss, None, target)
         if self._unsplit is None:
             raise InvalidArgument(
-                "verify runs the unsplit model too, so it needs all stages in this process, and no replicas; make a "
-                "Pipeline without mesh and reduction for it"
+                "verify runs the unsplit model too, so it needs all stages in this process, and no replicas; "
+                "make a Pipeline without mesh and reduction for it"
             )
         inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=self.microbatches)
         assert inputs is not None  # the first stage is here
@@ -380,8 +382,8 @@ class Pipeline(UnsplitModel):
             return None
         if not args and not kwargs and arg_mbs is None and kwarg_mbs is None:
             raise InvalidArgument(
-                "no inputs are given; step and eval run one batch, as in pipe.eval(x). To switch modules between "
-                "training and evaluation mode, call train() or eval() of the model"
+                "no inputs are given; step and eval run one batch, as in pipe.eval(x). To switch modules "
+                "between training and evaluation mode, call train() or eval() of the model"
             )
         counts = range(fewest, self.microbatches + 1)
         return self._stepper.cutter.given_inputs(args, kwargs, arg_mbs, kwarg_mbs, counts)

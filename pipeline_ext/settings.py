@@ -122,16 +122,19 @@ def _check_loss(loss_fn: Any, loss_reduction: Any) -> None:
 def _check_loss_weight(loss_weight: Any, loss_reduction: str, graphs: bool) -> None:
     if not callable(loss_weight):
         raise InvalidArgument(
-            f"loss_weight is {loss_weight!r}; give a function of a microbatch's target that returns what its loss "
+            f"loss_weight is {loss_weight!r}; give a function of a microbatch's target that returns what its "
+            "loss "
             'is a mean over, as pipeline_ext.count_not(-100) does, or "rows"'
         )
     if loss_reduction == "sum":
         raise InvalidArgument(
-            'loss_weight weighs the means of microbatches, and loss_reduction="sum" adds sums; leave one of them out'
+            'loss_weight weighs the means of microbatches, and loss_reduction="sum" adds sums; leave one of '
+            "them out"
         )
     if graphs:
         raise InvalidArgument(
-            "loss_weight and graphs=True do not go together: a graph would keep the weights of one step; for it, "
+            "loss_weight and graphs=True do not go together: a graph would keep the weights of one step; for "
+            "it, "
             'give loss_reduction="sum" and a loss_fn that divides by a count that is a part of the target'
         )
 

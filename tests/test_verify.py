@@ -81,7 +81,7 @@ def test_tied_weights_and_stages_given_as_a_list_pass_within_rounding():
 
 
 class LosesRows(nn.Module):
-    """Not at all what plain autograd does with a whole batch: every row but the first of a microbatch counts 0."""
+    """Of a microbatch every row but the first counts 0."""
 
     def __init__(self):
         super().__init__()

@@ -17,7 +17,7 @@ _IGNORED = -100  # the labels that torch's cross_entropy leaves out unless it is
 
 
 def count_not(value: float) -> LossWeight:
-    """For ``Pipeline(loss_weight=count_not(-100))``: how many elements of a microbatch's target are not ``value``.
+    """Counts the elements of a microbatch's target that are not ``value``, as ``loss_weight`` of ``Pipeline``.
 
     The target is a tensor, or a pytree with one. Raises InvalidArgument for any other when it is called.
     """
@@ -51,9 +51,10 @@ def check_unmasked(targets: Sequence[Any]) -> None:
     ]
     if len(set(counted)) > 1:
         raise InvalidArgument(
-            f"target has labels of {_IGNORED}, which losses leave out, and microbatches have different numbers of "
-            "others, so the mean of their means would not be the mean over all labels; give "
-            f"loss_weight=pipeline_ext.count_not({_IGNORED}) to Pipeline, or another function that counts what the "
+            f"target has labels of {_IGNORED}, which losses leave out, and microbatches have different numbers "
+            "of others, so the mean of their means would not be the mean over all labels; give "
+            f"loss_weight=pipeline_ext.count_not({_IGNORED}) to Pipeline, or another function that counts what "
+            "the "
             f'loss is a mean over, or loss_weight="{ROWS}" to weigh by rows all the same'
         )
 
@@ -73,8 +74,8 @@ def counts(loss_weight: LossWeight, targets: Sequence[Any]) -> list[float]:
             number = math.nan
         if not 0 <= number < math.inf:
             raise InvalidArgument(
-                f"loss_weight returned {count!r} for microbatch {m}; it must return a number of at least 0: what the "
-                "mean that loss_fn returns is over"
+                f"loss_weight returned {count!r} for microbatch {m}; it must return a number of at least 0: "
+                "what the mean that loss_fn returns is over"
             )
         found.append(number)
     return found

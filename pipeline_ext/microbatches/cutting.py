@@ -17,8 +17,8 @@ Arguments = tuple[tuple, dict[str, Any]]
 
 def _say(rows: str = "...", entry: str = "row") -> str:
     return (
-        f"say pipeline_ext.rows({rows}) if it has one {entry} for each sample, or pipeline_ext.whole(...) if every "
-        "microbatch takes all of it (or args_spec=, kwargs_spec=, target_spec= of Pipeline)"
+        f"say pipeline_ext.rows({rows}) if it has one {entry} for each sample, or pipeline_ext.whole(...) if "
+        "every microbatch takes all of it (or args_spec=, kwargs_spec=, target_spec= of Pipeline)"
     )
 
 
@@ -122,7 +122,7 @@ class Cutter:
         cut_at = lengths(rows, count)
         columns = [self._column(name, leaf, cut_at, first) for name, leaf in found]
         self._warn_of_chance(found, first, rows, count)
-        spec = _flattened(inputs)[1]
+        spec = _flattened((inputs.args, inputs.kwargs))[1]
         parts = [pytree.tree_unflatten([column[m] for column in columns], spec) for m in range(count)]
         return Cut([tuple(part) for part in parts], cut_at)
 
@@ -266,13 +266,13 @@ def _flattened(value: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
 
 def _leaves(inputs: Whole) -> list[tuple[str, Any]]:
     """The inputs with their names in messages."""
-    return [(f"input {_name(path)}", leaf) for path, leaf in _flattened(inputs)[0]]
+    return [(input_name(path), leaf) for path, leaf in _flattened((inputs.args, inputs.kwargs))[0]]
 
 
-def _name(path: tuple) -> str:
+def input_name(path: tuple) -> str:
+    """An input's name in messages; ``path`` leads to it from the pair of positional and keyword arguments."""
     kind, *rest = path
-    keyword = getattr(kind, "idx", None) == 1 or getattr(kind, "name", None) == "kwargs"
-    return f"{'keyword ' if keyword else ''}{pytree.keystr(tuple(rest))}"
+    return f"input {'keyword ' if kind.idx == 1 else ''}{pytree.keystr(tuple(rest))}"
 
 
 def _parts(tensor: Tensor, count: int, dim: int) -> Sequence[Tensor]:

@@ -45,9 +45,9 @@ def detached(output: Any) -> Any:
     for leaf in pytree.tree_leaves(output):
         if not isinstance(leaf, Tensor) and any(tensor.requires_grad for tensor in held_tensors(leaf)):
             raise InvalidArgument(
-                f"return_outputs=True would keep a {type(leaf).__name__} in the last stage's output, whose tensors "
-                "hold the graph of the forward and are not seen by torch's pytrees; leave it out of the output (a "
-                f"cache of transformers: use_cache=False), or {how_to_open(leaf)}"
+                f"return_outputs=True would keep a {type(leaf).__name__} in the last stage's output, whose "
+                "tensors hold the graph of the forward and are not seen by torch's pytrees; leave it out of "
+                f"the output (a cache of transformers: use_cache=False), or {how_to_open(leaf)}"
             )
     return detach(output)
 

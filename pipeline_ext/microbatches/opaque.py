@@ -12,7 +12,8 @@ _MOST = 10_000  # objects that a search looks at
 
 def held_tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in the attributes and entries of an object, at any depth. Modules are not searched."""
-    todo, seen = [value], set()
+    todo: list[Any] = [value]
+    seen: set[int] = set()
     while todo and len(seen) < _MOST:
         found = todo.pop()
         if isinstance(found, Tensor):

@@ -12,7 +12,8 @@ _TORCH = "torch.distributed.pipelining.microbatch"
 _NOT_GIVEN: Any = object()
 _HOW = (
     "give pipeline_ext.rows(dim=...), pipeline_ext.whole(), torch's TensorChunkSpec or _Replicate, or a tuple, "
-    "list or dict of these that follows the value's structure; None leaves a value to the rules for unmarked ones"
+    "list or dict of these that follows the value's structure; None leaves a value to the rules for unmarked "
+    "ones"
 )
 
 

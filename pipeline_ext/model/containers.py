@@ -20,7 +20,7 @@ def own_code(module: nn.Module) -> str:
         return "a forward of its own"
     if "forward" in vars(module):
         return "a forward that was replaced (as accelerate does for mixed precision)"
-    if kind.__call__ is not nn.Module.__call__ or kind.__iter__ is not nn.Sequential.__iter__:
+    if kind.__call__ is not nn.Module.__call__ or getattr(kind, "__iter__") is not nn.Sequential.__iter__:  # noqa: B009
         return "a __call__ or __iter__ of its own"
     if module._compiled_call_impl is not None:
         return "a compiled forward"
@@ -69,8 +69,8 @@ class Containers:
         for name, modules, layers in self._layers:
             if len(modules) != len(layers) or any(a is not b for a, b in zip(modules.values(), layers)):
                 raise InvalidArgument(
-                    f"{_changed(name, list(modules.values()), layers)} since the model was cut into stages, which run the layers of "
-                    f"before; {_AFTER}"
+                    f"{_changed(name, list(modules.values()), layers)} since the model was cut into stages, "
+                    f"which run the layers of before; {_AFTER}"
                 )
 
 

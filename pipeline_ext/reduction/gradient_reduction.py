@@ -154,8 +154,10 @@ class GradientReduction:
         """
         if not self._reduces:
             raise InvalidArgument(
-                "loss_weight with replicas needs their counts in each step, which no_sync does not share; in steps "
-                'that add up, give loss_reduction="sum" and a loss_fn that divides by the count of all steps and '
+                "loss_weight with replicas needs their counts in each step, which no_sync does not share; in "
+                "steps "
+                'that add up, give loss_reduction="sum" and a loss_fn that divides by the count of all steps '
+                "and "
                 "replicas"
             )
         found = torch.tensor(number, dtype=torch.float64)

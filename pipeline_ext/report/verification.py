@@ -58,7 +58,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether they equal plain autograd over the same microbatches, and the whole batch, but for rounding."""
+        """Whether both equal plain autograd but for rounding, over the microbatches and the whole batch."""
         whole = self.worst_whole
         return self.worst_microbatched < _ROUNDING and (whole is None or whole < 100 * _ROUNDING)
 

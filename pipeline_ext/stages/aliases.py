@@ -46,6 +46,6 @@ def check_no_hooks(parameters: Iterable[nn.Parameter], why: str) -> None:
     for parameter in parameters:
         if parameter._backward_hooks:
             raise InvalidArgument(
-                f"a parameter of shape {list(parameter.shape)} has a hook (register_hook), but {why}; change the "
-                "gradient after the step, or in register_post_accumulate_grad_hook"
+                f"a parameter of shape {list(parameter.shape)} has a hook (register_hook), but {why}; change "
+                "the gradient after the step, or in register_post_accumulate_grad_hook"
             )

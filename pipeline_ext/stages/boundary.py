@@ -24,8 +24,8 @@ class Received:
 
     def __init__(self, leaf: Tensor) -> None:
         self.grad: Tensor | None = None
-        self.leaf: Any = leaf  # the received tensor, detached from the sender's graph
-        self.leaf._of_a_boundary = True  # for ``reach``
+        self.leaf = leaf  # the received tensor, detached from the sender's graph
+        leaf.__dict__["_of_a_boundary"] = True  # for ``reach``
         self._version = leaf._version
 
     def gradient(self) -> Tensor | None:

@@ -1,8 +1,8 @@
 """What a loss function sees of a model whose stages run at the same time.
 
 It sees each parameter once, also where stages run on aliases of a tied one. If it adds a penalty on weights of
-other stages, it sees aliases of these: their gradients are added when the step has ended, since the other stages'
-own threads add to the parameters' meanwhile.
+other stages, it sees aliases of these: their gradients are added when the step has ended, since the other
+stages' own threads add to the parameters' meanwhile.
 """
 
 import contextlib

@@ -64,8 +64,9 @@ class ParameterHooks:
         if self._before and self._microbatches > 1 and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{len(self._before)} parameters have post-accumulate-grad hooks: a step runs them once, after the "
-                f"last microbatch, not {self._microbatches} times; a hook that counts microbatches must count steps",
+                f"{len(self._before)} parameters have post-accumulate-grad hooks: a step runs them once, after "
+                f"the last microbatch, not {self._microbatches} times; a hook that counts microbatches must "
+                "count steps",
                 stacklevel=2,
             )
 

@@ -44,7 +44,8 @@ class _Table(dict):
         return _thread.shown.get(found, found)
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        found = super().get(name, default)
+        return _thread.shown.get(found, found)
 
     def items(self) -> Any:
         return super().items() if _thread.shown is _NONE else [(name, self[name]) for name in self]

@@ -1,8 +1,9 @@
 """A stream of random numbers for each stage and microbatch.
 
 The CPU has one generator for the process, from which ranks would draw in the order in which they happen to run.
-Here each task draws from a generator of its own, seeded from the caller's. So losses and gradients depend on the
-seed and the number of microbatches alone. Calls of torch are watched in stages that draw; other stages pay nothing.
+Here each task draws from a generator of its own, seeded from the caller's. So losses and gradients depend on
+the seed and the number of microbatches alone. Calls of torch are watched in stages that draw; other stages pay
+nothing.
 """
 
 import contextlib
@@ -70,7 +71,7 @@ NO_STREAMS = StepStreams(None, lambda stage: False, 0)
 
 
 class RandomStreams:
-    """Seeds the streams of a pipeline's steps, and learns which stages draw: in the first step all are watched."""
+    """Seeds the streams of a pipeline's steps, and learns in the first one which stages draw."""
 
     def __init__(self, any_of_all: AnyOfAll | None = None, replica: int = 0) -> None:
         """``any_of_all``: None if this process has all stages.
@@ -116,8 +117,9 @@ class RandomStreams:
         if self._any_of_all is None:
             self._anyone_draws = True
         warnings.warn(
-            "random numbers were drawn from torch's generator during a step, by a stage that had drawn none in the "
-            "first step, or by another thread of the program; in this step they depend on the timing of threads",
+            "random numbers were drawn from torch's generator during a step, by a stage that had drawn none in "
+            "the first step, or by another thread of the program; in this step they depend on the timing of "
+            "threads",
             stacklevel=5,
         )
 
@@ -125,8 +127,8 @@ class RandomStreams:
 class _Still:
     """The state of the caller's generator, for tasks of stages that draw nothing.
 
-    So they keep and restore states without the generator itself: its lock, and Python's, which torch takes in both
-    orders, would be contended by the ranks' threads.
+    So they keep and restore states without the generator itself: its lock, and Python's, which torch takes in
+    both orders, would be contended by the ranks' threads.
     """
 
     def __init__(self, state: Tensor) -> None:
@@ -304,20 +306,21 @@ def _is_seeded(name: str) -> bool:
 
 
 def _with_generator(operator: Any) -> tuple[Any, int]:
-    """The overload of an operator that takes a generator, and the generator's position; None if there is none."""
-    found = _overloads.get(operator)
-    if found is None:
-        packet, own = operator.overloadpacket, operator._overloadname
+    """The overload of an operator that takes a generator, or None, and the generator's position."""
+    if operator not in _overloads:
+        own = operator._overloadname
         other = "generator" if own == "default" else f"{own}_generator"
-        found = None, 0
-        for overload in (operator, getattr(packet, other, None)):
-            names = [] if overload is None else [a.name for a in overload._schema.arguments]
-            if "generator" in names:
-                is_keyword = overload._schema.arguments[names.index("generator")].kwarg_only
-                found = overload, len(names) if is_keyword else names.index("generator")
-                break
-        _overloads[operator] = found
-    return found
+        overloads = (operator, getattr(operator.overloadpacket, other, None))
+        _overloads[operator] = next((o for o in map(_generator_of, overloads) if o is not None), (None, 0))
+    return _overloads[operator]
+
+
+def _generator_of(overload: Any) -> tuple[Any, int] | None:
+    arguments = [] if overload is None else overload._schema.arguments
+    for position, argument in enumerate(arguments):
+        if argument.name == "generator":
+            return overload, len(arguments) if argument.kwarg_only else position
+    return None
 
 
 def _probability(operator: Any, args: Any, kwargs: Any) -> Any:

@@ -17,8 +17,8 @@ from ..model.slice import Slice
 from .boundary import Received
 
 _INSTEAD = (
-    "give penalties on weights, and losses that a stage's layers keep in attributes, as stage_loss= of Pipeline, a "
-    "function of the stage's module; or return them from their own stage with pipeline_ext.WithLoss"
+    "give penalties on weights, and losses that a stage's layers keep in attributes, as stage_loss= of "
+    "Pipeline, a function of the stage's module; or return them from their own stage with pipeline_ext.WithLoss"
 )
 
 
@@ -87,14 +87,14 @@ class Owners:
         """Raises InvalidArgument if ``what`` depends on another stage other than by what it ``received``."""
         for _, name in self.foreign(leaves, stage):
             raise InvalidArgument(
-                f"{what} depends on {name}, other than by what stage {stage} received from the stage before, so its "
-                f"gradient would be lost or wrong; {_INSTEAD}"
+                f"{what} depends on {name}, other than by what stage {stage} received from the stage before, "
+                f"so its gradient would be lost or wrong; {_INSTEAD}"
             )
         own = {id(r.leaf) for r in received}
         if any(hasattr(leaf, "_of_a_boundary") and id(leaf) not in own for leaf in leaves):
             raise InvalidArgument(
-                f"{what} depends on a tensor that was computed for another microbatch, or in another stage, and "
-                f"kept in an attribute, so its gradient would be wrong; {_INSTEAD}"
+                f"{what} depends on a tensor that was computed for another microbatch, or in another stage, "
+                f"and kept in an attribute, so its gradient would be wrong; {_INSTEAD}"
             )
 
 
@@ -123,9 +123,10 @@ class NoDerivativeByReceived(TorchFunctionMode):
             for tensor in (inputs,) if isinstance(inputs, Tensor) else inputs:
                 if id(tensor) in self._received and len(self._received) > 1:
                     raise InvalidArgument(
-                        "loss_fn takes a derivative (torch.autograd.grad) by a tensor that the last stage received "
-                        "from the stage before, but what else it received may depend on that tensor too, in stages "
-                        "that are not in its graph, so the derivative would lack terms; compute it in one stage: "
-                        "cut the model so that all layers from that tensor on are in the last stage"
+                        "loss_fn takes a derivative (torch.autograd.grad) by a tensor that the last stage "
+                        "received from the stage before, but what else it received may depend on that tensor "
+                        "too, in stages that are not in its graph, so the derivative would lack terms; compute "
+                        "it in one stage: cut the model so that all layers from that tensor on are in the last "
+                        "stage"
                     )
         return function(*args, **kwargs)

@@ -24,8 +24,8 @@ _thread = threading.local()  # not an attribute of the guard, which is copied an
 class RecomputationGuard:
     """Raises when a backward task recomputes batch norm in training mode, with ``overlap``.
 
-    Another microbatch's forward may run beside the recomputed one, and both update the running statistics. Layers
-    of compiled modules are not watched.
+    Another microbatch's forward may run beside the recomputed one, and both update the running statistics.
+    Layers of compiled modules are not watched.
     """
 
     def __init__(self, modules: Iterable[nn.Module], *, overlap: bool) -> None:

@@ -57,8 +57,8 @@ class Stage:
     tasks ``F``, ``B``, ``I``, ``W``, and ``F`` of an evaluation. Only the last stage has a ``loss_fn``. If it
     is a module, its parameters are trained too. ``stage_loss`` of the module adds to the total loss. ``skips``:
     those of all stages. ``mesh``: the mesh of all processes, on which DTensors from other stages may lie.
-    ``owners`` know the parameters of all stages, ``loss_view`` what ``loss_fn`` sees of them; without ``owners``
-    nothing is refused.
+    ``owners`` know the parameters of all stages, ``loss_view`` what ``loss_fn`` sees of them; without
+    ``owners`` nothing is refused.
 
     Attributes:
         is_last: whether it is the model's last stage, so that its output is the model's.
@@ -129,6 +129,7 @@ class Stage:
         arguments, received = self._receive(step, m)
         scope = self._skips.receive(step.exchange, m)
         popped = self._skips.enter(scope)
+        all_received = [tensor for part in (received, *popped) for tensor in part]
         losses: list[tuple[Tensor, float]] = []
         try:
             with step.context.forward(), scope, step.random.of(self.index, m):
@@ -140,10 +141,10 @@ class Stage:
                     added = _checked(self._stage_loss(self.module), "what stage_loss returned")
                     losses.append((added, step.weight(m)))
                 if self.is_last:
-                    loss = self._loss_of(step, m, value, arguments, [*received, *sum(popped, [])])
+                    loss = self._loss_of(step, m, value, arguments, all_received)
                     losses.insert(0, (loss, step.loss_weight(m)))
                     step.losses[m] = loss.detach()
-            boundary.check_aliases([tensor for part in (received, *popped) for tensor in part])
+            boundary.check_aliases(all_received)
         except Exception:
             self._entrance.failed()
             self._skips.failed()
@@ -157,7 +158,7 @@ class Stage:
             sent = differentiable(value)
             self._meshes.learn(sent)
             if not self._checked:
-                self._check_whole([*(loss for loss, _ in losses), *sent], [*received, *sum(popped, [])])
+                self._check_whole([*(loss for loss, _ in losses), *sent], all_received)
             step.exchange.send_value(self.index, m, value)
         stashed = self._skips.send(step.exchange, m, scope)
         self._in_flight[m] = InFlight(received, popped, sent, stashed, losses)
@@ -296,10 +297,10 @@ class Stage:
             return loss
         outputs = differentiable(value)
         leaves = reached([loss], outputs)
-        if self._loss_view is not None and self._owners.foreign(leaves, self.index):
-            if self._loss_view.show_others():
-                loss = self._call_loss(step, m, value)
-                leaves = reached([loss], outputs)
+        view = self._loss_view
+        if view is not None and self._owners.foreign(leaves, self.index) and view.show_others():
+            loss = self._call_loss(step, m, value)
+            leaves = reached([loss], outputs)
         self._owners.check("the loss that loss_fn returned", leaves, self.index, received)
         if not self._checked:
             self._check_whole([loss, *outputs], received)

@@ -171,7 +171,8 @@ class Stepper:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             warnings.warn(
                 f"no gradient reached {', '.join(names[:3])}{more} in the first step; if the model uses these "
-                "parameters, a part of it does not run in its stages (pipe.verify compares with the model itself)",
+                "parameters, a part of it does not run in its stages (pipe.verify compares with the model "
+                "itself)",
                 stacklevel=4,
             )
 
@@ -182,7 +183,7 @@ class Stepper:
         return list(zip(self._loss_weights(counted) if counted else by_rows, by_rows, strict=True))
 
     def _counted(self, targets: list[Any] | None) -> list[float]:
-        """What each microbatch counts; empty without ``loss_weight``, or if another process has the last stage."""
+        """What each microbatch counts; empty without ``loss_weight``, or where the last stage is elsewhere."""
         if not self._has_loss:
             return []
         if self.loss_weight is None or isinstance(self.loss_weight, str):
@@ -200,7 +201,8 @@ class Stepper:
             total = self.reduction.mean(total, self.timeout)
         if total == 0:
             raise InvalidArgument(
-                "loss_weight returned 0 for every microbatch, so there is nothing to train on; leave such a batch out"
+                "loss_weight returned 0 for every microbatch, so there is nothing to train on; leave such a "
+                "batch out"
             )
         return [count / total for count in counted]
 

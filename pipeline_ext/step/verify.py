@@ -1,4 +1,4 @@
-"""Runs a step of a pipeline beside the unsplit model in plain autograd, and says what differences are due to."""
+"""Runs a step of a pipeline beside the unsplit model in plain autograd, and says why they differ."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from ..microbatches.cutting import Arguments, Cutter, Presplit, Whole
+from ..microbatches.cutting import Arguments, Cutter, Presplit, Whole, input_name
 from ..microbatches.joining import join
 from ..microbatches.rows import Marked, whole
 from ..model.slice import Slice
@@ -60,8 +60,10 @@ class Unsplit:
         args, kwargs = arguments
         value: Any = None
         # An nn.Sequential takes one argument, its first layer in a stage any.
-        at_once = self.model is not None and len(args) == 1 and not kwargs
-        for index, module in [(0, self.model)] if at_once else self.stages.items():
+        modules = self.stages
+        if self.model is not None and len(args) == 1 and not kwargs:
+            modules = {0: self.model}
+        for index, module in modules.items():
             value = module(*args, **kwargs) if index == 0 else module(value)
             if isinstance(value, WithLoss):
                 added.append(value.loss)
@@ -260,8 +262,9 @@ def _reasons(
             found.append("what stage_loss adds is computed from a microbatch, not from the whole batch")
         if not found:
             found.append(
-                "the outputs of the microbatches are those of the whole batch, and the loss is not: it is no mean over "
-                "rows. If it leaves labels out, give loss_weight=, as pipeline_ext.count_not(-100); if it sums, give "
+                "the outputs of the microbatches are those of the whole batch, and the loss is not: it is no "
+                "mean over rows. If it leaves labels out, give loss_weight=, as pipeline_ext.count_not(-100); "
+                "if it sums, give "
                 'loss_reduction="sum"'
             )
     finally:
@@ -282,25 +285,26 @@ def _input_reasons(unsplit: Unsplit, cutter: Cutter, count: int, inputs: Whole) 
 
     if agrees(cutter, inputs):
         return []
-    flat, spec = pytree.tree_flatten_with_path(tuple(inputs), is_leaf=lambda v: isinstance(v, Marked))
+    flat, spec = pytree.tree_flatten_with_path(
+        (inputs.args, inputs.kwargs), is_leaf=lambda v: isinstance(v, Marked)
+    )
     for index, (path, leaf) in enumerate(flat):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             leaves = [whole(v) if i == index else v for i, (_, v) in enumerate(flat)]
             if agrees(cutter, Whole(*pytree.tree_unflatten(leaves, spec))):
-                kind, *rest = path
-                name = f"{'keyword ' if kind.idx == 1 else ''}{pytree.keystr(tuple(rest))}"
                 return [
-                    f"input {name}, of shape {list(leaf.shape)}, was cut into microbatches, but the model wants all of "
-                    "it: give pipeline_ext.whole(...)"
+                    f"{input_name(path)}, of shape {list(leaf.shape)}, was cut into microbatches, but the model "
+                    "wants all of it: give pipeline_ext.whole(...)"
                 ]
     for dim in (0, 1):
         if dim != cutter.batch_dim and agrees(Cutter(dim), inputs):
             return [
-                f"the batch is cut along dimension {cutter.batch_dim}, but lies in dimension {dim} of the inputs: give "
-                f"batch_dim={dim} to Pipeline"
+                f"the batch is cut along dimension {cutter.batch_dim}, but lies in dimension {dim} of the "
+                f"inputs: give batch_dim={dim} to Pipeline"
             ]
     return [
-        "the outputs of a sample depend on the other samples of its batch: an input is cut wrongly, or a layer mixes rows"
+        "the outputs of a sample depend on the other samples of its batch: an input is cut wrongly, or a layer "
+        "mixes rows"
     ]
 
 
