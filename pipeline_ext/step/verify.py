@@ -285,17 +285,15 @@ def _input_reasons(unsplit: Unsplit, cutter: Cutter, count: int, inputs: Whole) 
 
     if agrees(cutter, inputs):
         return []
-    flat, spec = pytree.tree_flatten_with_path(
-        (inputs.args, inputs.kwargs), is_leaf=lambda v: isinstance(v, Marked)
-    )
+    pair = (inputs.args, inputs.kwargs)
+    flat, spec = pytree.tree_flatten_with_path(pair, is_leaf=lambda v: isinstance(v, Marked))
     for index, (path, leaf) in enumerate(flat):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            leaves = [whole(v) if i == index else v for i, (_, v) in enumerate(flat)]
-            if agrees(cutter, Whole(*pytree.tree_unflatten(leaves, spec))):
-                return [
-                    f"{input_name(path)}, of shape {list(leaf.shape)}, was cut into microbatches, but the model "
-                    "wants all of it: give pipeline_ext.whole(...)"
-                ]
+        leaves = [whole(v) if i == index else v for i, (_, v) in enumerate(flat)]
+        if isinstance(leaf, Tensor) and agrees(cutter, Whole(*pytree.tree_unflatten(leaves, spec))):
+            return [
+                f"{input_name(path)}, of shape {list(leaf.shape)}, was cut into microbatches, but the model "
+                "wants all of it: give pipeline_ext.whole(...)"
+            ]
     for dim in (0, 1):
         if dim != cutter.batch_dim and agrees(Cutter(dim), inputs):
             return [
