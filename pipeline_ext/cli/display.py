@@ -49,6 +49,11 @@ class Display:
         """One line of text."""
         self._console.print(text, markup=False)
 
+    def verified(self, sentence: str | None) -> None:
+        """Prints whether a step equals plain autograd, if that was found out."""
+        if sentence is not None:
+            self._console.print(f"verified: {sentence}", markup=False)
+
     def stopped(self) -> None:
         """One line for Ctrl-C."""
         self._console.print("stopped by Ctrl-C")

@@ -94,6 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_VERIFIED_AFTER = 60.0  # seconds of training
+
+
 def _pipeline(model: nn.Module, options: Options, team: Team) -> Pipeline:
     try:
         return Pipeline(
@@ -176,8 +179,13 @@ def _train(
         summary.val_bpb_first = training.validate()
         display.validation("before", summary.val_bpb_first)
         with display.progress() as show:
+            until_verified = _VERIFIED_AFTER
             for metrics in training.run(log if team.is_first else Path(os.devnull), stops):
                 show(metrics)
+                until_verified -= metrics.step_ms / 1e3
+                if summary.verified is None and (until_verified <= 0 or metrics.step == training.steps):
+                    summary.verified = training.verify()
+                    display.verified(summary.verified)
                 if options.checkpoint_every and metrics.step % options.checkpoint_every == 0:
                     save()
     except KeyboardInterrupt:

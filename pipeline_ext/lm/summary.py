@@ -28,6 +28,7 @@ class Summary:
     peak_in_flight: list[int] = field(default_factory=list)  # by rank
     bubble_simulated: float = math.nan  # with the stage times measured in the last step
     schedule_choice: ScheduleChoice | None = None  # with --schedule auto, once it is made
+    verified: str | None = None  # whether a step equals plain autograd
     seconds_since_choice: list[float] = field(default_factory=list)  # of each step of the pipeline
 
     def as_json(self) -> dict:
@@ -53,6 +54,7 @@ class Summary:
             "bubble_measured": self.bubble_measured,
             "messages_per_step": self.messages_per_step,
             "peak_in_flight": self.peak_in_flight,
+            "verified": self.verified,
         }
         return {
             key: None if isinstance(value, float) and math.isnan(value) else value

@@ -136,6 +136,15 @@ class Training:
         here = [statistics.fmean(losses)] if losses else [0.0]
         return bits(self.team.all_of(here).sum().item())
 
+    def verify(self) -> str | None:
+        """Whether a step equals plain autograd, in a sentence; None on GPUs, and with several processes."""
+        if self.team.size > 1 or self.pipe.devices[0].type != "cpu":
+            return None
+        x, y = self._validation[0]
+        with self._precision():
+            report = self.pipe.verify(x[: self._batch], target=y[: self._batch])
+        return report.summary()
+
     def run(self, log: Path, stops: Callable[[], bool] = lambda: False) -> Iterator[StepMetrics]:
         """Trains; yields the metrics of each step and appends them to ``log``.
 
