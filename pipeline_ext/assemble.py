@@ -30,7 +30,7 @@ from .settings import Settings
 from .stages.local import local_stages
 from .stages.loss_view import LossView
 from .stages.parameter_hooks import ParameterHooks
-from .stages.random_streams import RandomStreams
+from .stages.random_streams import RandomStreams, TorchsOwn
 from .stages.reach import Owners
 from .stages.shared_parameters import SharedParameters
 from .stages.stage import Stage
@@ -164,8 +164,10 @@ def assemble(settings: Settings) -> Assembly:
         owners=owners,
         loss_view=loss_view,
         hooks=ParameterHooks(owners, settings.microbatches, on_aliases=devices[0].type == "cuda"),
-        random=RandomStreams(
-            sharing.any_of_all(engine), 0 if parts.reduction is None else parts.reduction.rank
+        random=(
+            RandomStreams(sharing.any_of_all(engine), 0 if parts.reduction is None else parts.reduction.rank)
+            if devices[0].type == "cpu"
+            else TorchsOwn()
         ),
         wrapped=parts.wrapped,
         ties=ties,

@@ -124,6 +124,19 @@ class RandomStreams:
         )
 
 
+class TorchsOwn(RandomStreams):
+    """No streams: stages on GPUs draw from the generators of torch."""
+
+    def __init__(self) -> None:
+        pass
+
+    def begin(self) -> StepStreams:
+        return NO_STREAMS
+
+    def end(self, streams: StepStreams, trains: bool) -> None:
+        pass
+
+
 class _Still:
     """The state of the caller's generator, for tasks of stages that draw nothing.
 
