@@ -119,7 +119,8 @@ def assemble(settings: Settings) -> Assembly:
         here.append(settings.loss_fn)
     ties = sharing.make_equal(modules, here, settings.loss_fn, plan.rank_of_stage)
     shared, owners, loss_view = _ownership(settings, modules, local, devices)
-    stages = _stages(settings, len(modules), local, skips, owners, loss_view)
+    elsewhere = {i: m for i, m in enumerate(modules) if i not in local and isinstance(m, nn.Module)}
+    stages = _stages(settings, len(modules), local, elsewhere, skips, owners, loss_view)
     local_model = LocalModel(settings.model, modules, local, repeated, settings.loss_fn)
     if settings.scaler is not None:
         # The first call makes the tensors that steps read.
@@ -275,6 +276,7 @@ def _stages(
     settings: Settings,
     num_stages: int,
     local: Mapping[int, nn.Module],
+    elsewhere: Mapping[int, nn.Module],
     skips: Sequence[NamedSkip],
     owners: Owners,
     loss_view: LossView | None,
@@ -289,6 +291,7 @@ def _stages(
             skips=skips,
             mesh=settings.mesh if isinstance(settings.mesh, DeviceMesh) else None,
             owners=owners,
+            elsewhere=elsewhere,
             loss_view=loss_view,
         )
         for index, module in local.items()

@@ -28,6 +28,7 @@ from .reduction import GradientReduction
 from .report.trace import Trace
 from .report.verification import Verification
 from .settings import Settings, WireLike
+from .stages.modes import evaluation_mode
 from .step.batch import Batch
 from .step.graphs import GraphReport
 from .step.verify import verify
@@ -284,13 +285,10 @@ class Pipeline(UnsplitModel):
             the model is None; buffers and random state may have advanced. The next ``step`` works, unless a
             stage's code has never returned, a GPU has failed, or there is a ``reduction``: its group has ended.
         """
-        self._lifetime.check()
-        self._containers.check()
+        self._check_usable()
         arguments.check_trains(self._has_loss, losses, target)
         inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=self.microbatches)
-        target = self._stepper.cutter.given_target(target, target_mbs, self.microbatches)
-        if isinstance(inputs, Whole):
-            arguments.check_rows(self._stepper.cutter.rows(inputs), self.microbatches)
+        target = self._target(target, target_mbs, inputs)
         with self._lifetime.one_at_a_time("step was called"):
             self._first_steps.prepare(self._routes.follow)
             batch = Batch(
@@ -323,12 +321,12 @@ class Pipeline(UnsplitModel):
         evaluation mode, and are in their own mode again afterwards; with ``keep_mode`` they run in their own.
         Raises as ``step`` does, but leaves every ``.grad`` alone.
         """
-        self._lifetime.check()
-        self._containers.check()
+        self._check_usable()
         inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=1)
         if inputs is not None and self._stepper.cutter.rows(inputs) == 0:
             raise InvalidArgument("the batch has no rows")
-        with self._lifetime.one_at_a_time("eval was called"), self._modes(keep_mode):
+        modules = [] if keep_mode else [stage.module for stage in self._stages]
+        with self._lifetime.one_at_a_time("eval was called"), evaluation_mode(modules):
             return self._stepper.evaluate(inputs)
 
     def verify(
@@ -349,8 +347,7 @@ class Pipeline(UnsplitModel):
         state stay as they are. Needs all stages in this process, without replicas, and room for the whole
         model. Raises as ``step`` does.
         """
-        self._lifetime.check()
-        self._containers.check()
+        self._check_usable()
         arguments.check_trains(self._has_loss, None, target)
         if self._unsplit is None:
             raise InvalidArgument(
@@ -359,14 +356,23 @@ class Pipeline(UnsplitModel):
             )
         inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=self.microbatches)
         assert inputs is not None  # the first stage is here
-        target = self._stepper.cutter.given_target(target, target_mbs, self.microbatches)
-        if isinstance(inputs, Whole):
-            arguments.check_rows(self._stepper.cutter.rows(inputs), self.microbatches)
+        target = self._target(target, target_mbs, inputs)
         with self._lifetime.one_at_a_time("verify was called"):
             self._first_steps.prepare(self._routes.follow)
             inputs = self._engine.arrive(inputs, 0)
             target = self._engine.arrive(target, self.num_stages - 1)
             return verify(self._unsplit, self._stepper, inputs, target, dict(self.named_parameters()))
+
+    def _check_usable(self) -> None:
+        """Raises DeadPipeline; InvalidArgument if the model has changed so that its stages do not follow."""
+        self._lifetime.check()
+        self._containers.check()
+
+    def _target(self, target: Any, target_mbs: Iterable[Any] | None, inputs: Whole | Presplit | None) -> Any:
+        """The target of a call with these inputs. Raises InvalidArgument for too few rows."""
+        if isinstance(inputs, Whole):
+            arguments.check_rows(self._stepper.cutter.rows(inputs), self.microbatches)
+        return self._stepper.cutter.given_target(target, target_mbs, self.microbatches)
 
     def _inputs(
         self,
@@ -387,18 +393,6 @@ class Pipeline(UnsplitModel):
             )
         counts = range(fewest, self.microbatches + 1)
         return self._stepper.cutter.given_inputs(args, kwargs, arg_mbs, kwarg_mbs, counts)
-
-    @contextlib.contextmanager
-    def _modes(self, keep: bool) -> Iterator[None]:
-        """Inside it, the modules of this process are in evaluation mode, unless they ``keep`` their own."""
-        training = [] if keep else [m for s in self._stages for m in s.module.modules() if m.training]
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -103,6 +103,20 @@ def test_eval_leaves_pending_gradients_alone(name):
     assert len(losses) == M
 
 
+@pytest.mark.parametrize("name", SINGLE + MULTI)
+def test_microbatches_may_be_given_as_in_torch_2_14(name):
+    schedule, modules = schedule_of(name)
+    x, y = batch()
+    parts = {"arg_mbs": [(part,) for part in x.chunk(M)], "target_mbs": list(y.chunk(M))}
+    schedule.step(**parts)
+    same = layers(len(modules))
+    torch.testing.assert_close(grads(modules), reference(same, (x, y)))
+    out = schedule.eval(arg_mbs=parts["arg_mbs"], kwarg_mbs=None, target_mbs=None)
+    torch.testing.assert_close(out, nn.Sequential(*same)(x).detach())
+    with pytest.raises(pe.InvalidArgument, match="both given"):
+        schedule.step(x, **parts)
+
+
 @pytest.mark.parametrize("rows", [7, 10])
 def test_a_batch_need_not_divide_by_the_microbatches(rows):
     schedule, modules = schedule_of("Interleaved1F1B")

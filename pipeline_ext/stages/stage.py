@@ -1,7 +1,7 @@
 """A module as a stage: forward and backward of one microbatch, the backward whole or split."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from ..model.skips import NamedSkip
 from ..transport.dtensors import Meshes
 from . import boundary
 from .abandoned import this_thread
+from .elsewhere import refused
 from .loss_view import LossView
 from .reach import NoDerivativeByReceived, Owners, reached
 from .skips import StageSkips
@@ -58,7 +59,7 @@ class Stage:
     is a module, its parameters are trained too. ``stage_loss`` of the module adds to the total loss. ``skips``:
     those of all stages. ``mesh``: the mesh of all processes, on which DTensors from other stages may lie.
     ``owners`` know the parameters of all stages, ``loss_view`` what ``loss_fn`` sees of them; without
-    ``owners`` nothing is refused.
+    ``owners`` nothing is refused. ``elsewhere``: the stages of other processes.
 
     Attributes:
         is_last: whether it is the model's last stage, so that its output is the model's.
@@ -77,6 +78,7 @@ class Stage:
         skips: Sequence[NamedSkip] = (),
         mesh: DeviceMesh | None = None,
         owners: Owners | None = None,
+        elsewhere: Mapping[int, nn.Module] | None = None,
         loss_view: LossView | None = None,
     ) -> None:
         self.index = index
@@ -87,6 +89,7 @@ class Stage:
         self._loss_fn = loss_fn
         self._stage_loss = stage_loss
         self._owners = owners
+        self._elsewhere = elsewhere or {}
         self._loss_view = loss_view
         self._checked = owners is None  # whether a forward's whole graph was
         self._meshes = Meshes(self.modules(), mesh)
@@ -291,7 +294,7 @@ class Stage:
         if self._checked or self.index == 0:
             loss = self._call_loss(step, m, value)
         else:
-            with NoDerivativeByReceived(differentiable(arguments)):
+            with NoDerivativeByReceived(differentiable(arguments)), refused(self._elsewhere):
                 loss = self._call_loss(step, m, value)
         if self._owners is None:
             return loss

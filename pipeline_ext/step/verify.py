@@ -17,6 +17,7 @@ from ..microbatches.joining import join
 from ..microbatches.rows import Marked, whole
 from ..model.slice import Slice
 from ..report.verification import Difference, Verification
+from ..stages.modes import evaluation_mode
 from ..stages.random_streams import NO_STREAMS, StepStreams
 from ..stages.split_backward import run_backward
 from ..stages.stage import WithLoss
@@ -253,10 +254,7 @@ def _reasons(
     layers = [m for stage in unsplit.stages.values() for m in stage.modules()]
     if any(isinstance(m, _BatchNorm) and m.training for m in layers):
         found.append("batch norm in training mode: its statistics are those of a microbatch")
-    modes = [(m, m.training) for m in layers]
-    for module in layers:
-        module.training = False
-    try:
+    with evaluation_mode(unsplit.stages.values()):
         found += _input_reasons(unsplit, cutter, count, inputs)
         if not found and unsplit.stage_loss is not None:
             found.append("what stage_loss adds is computed from a microbatch, not from the whole batch")
@@ -264,12 +262,8 @@ def _reasons(
             found.append(
                 "the outputs of the microbatches are those of the whole batch, and the loss is not: it is no "
                 "mean over rows. If it leaves labels out, give loss_weight=, as pipeline_ext.count_not(-100); "
-                "if it sums, give "
-                'loss_reduction="sum"'
+                'if it sums, give loss_reduction="sum"'
             )
-    finally:
-        for module, training in modes:
-            module.training = training
     return found
 
 

@@ -78,10 +78,6 @@ def masked(out, target):
     return F.cross_entropy(out.flatten(0, 1), target.flatten(), ignore_index=-100)
 
 
-def mesh_rank(mesh):
-    return dist.get_rank() if mesh is dist.group.WORLD else mesh.get_local_rank("pp")
-
-
 def step_with_counts(replicas):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11))
@@ -103,7 +99,7 @@ def step_with_counts(replicas):
         if replicas == 1:
             torch.testing.assert_close(loss, expected.detach())
     with pe.Pipeline(model, 2, 4, loss_fn=masked, mesh=mesh, timeout=10) as pipe:
-        told = r"count_not\(-100\)" if mesh_rank(mesh) == 1 else None  # to the process that has the target
+        told = r"count_not\(-100\)" if dist.get_rank() == 1 else None  # to the process that has such labels
         with pytest.raises(pe.PipelineError, match=told):
             pipe.step(ids[part], target=target[part])
 
@@ -187,3 +183,48 @@ def reach():
 
 def test_a_penalty_on_weights_of_another_process_is_refused_and_right_as_stage_loss():
     run(2, reach)
+
+
+class Expert(nn.Linear):
+    """Keeps its balancing loss in an attribute, which is a constant until it has run."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.aux_loss = torch.zeros(())
+
+    def forward(self, x):
+        out = super().forward(x)
+        self.aux_loss = out.softmax(-1).mean(0).square().sum()
+        return x + out
+
+
+def of_experts(module):
+    return sum((m.aux_loss for m in module.modules() if isinstance(m, Expert)), torch.zeros(()))
+
+
+def collect():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), Expert(), Expert(), nn.Linear(8, 2))
+    plain = twin(model)
+    x, y = torch.randn(8, 4), torch.randn(8, 2)
+    for a, b in zip(x.chunk(4), y.chunk(4)):
+        ((F.mse_loss(plain(a), b) + of_experts(plain)) / 4).backward()
+    with pe.Pipeline(
+        model,
+        2,
+        4,
+        loss_fn=lambda o, t: F.mse_loss(o, t) + of_experts(model),
+        mesh=dist.group.WORLD,
+        timeout=10,
+    ) as pipe:
+        told = r"reads aux_loss of a Expert in a stage of another.*stage_loss="
+        with pytest.raises(pe.PipelineError, match=told):
+            pipe.step(x, target=y)
+    assert all(type(m).__module__ != "pipeline_ext.stages.elsewhere" for m in model.modules())
+    with pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss, stage_loss=of_experts, mesh=dist.group.WORLD) as pipe:
+        pipe.step(x, target=y)
+        close(local_gradients(pipe, model), gradients(plain))
+
+
+def test_what_a_stage_of_another_process_keeps_is_refused_and_right_as_stage_loss():
+    run(2, collect)
