@@ -23,8 +23,8 @@ class _NotHere(nn.Module):
         if name in kept or name in kept["_buffers"]:
             raise InvalidArgument(
                 f"loss_fn reads {name} of a {type(self).__name__} in a stage of another process, which does "
-                "not run here; give losses that a stage's layers keep in attributes as stage_loss= of Pipeline, or "
-                "return them from their own stage with pipeline_ext.WithLoss"
+                "not run here; give losses that a stage's layers keep in attributes as stage_loss= of "
+                "Pipeline, or return them from their own stage with pipeline_ext.WithLoss"
             )
         return value
 
