@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
-from pipeline_ext import StageError
+from pipeline_ext import InvalidArgument, StageError
 
 torch_pipelining = pytest.importorskip("torch.distributed.pipelining")
 
@@ -113,7 +113,7 @@ def test_microbatches_may_be_given_as_in_torch_2_14(name):
     torch.testing.assert_close(grads(modules), reference(same, (x, y)))
     out = schedule.eval(arg_mbs=parts["arg_mbs"], kwarg_mbs=None, target_mbs=None)
     torch.testing.assert_close(out, nn.Sequential(*same)(x).detach())
-    with pytest.raises(pe.InvalidArgument, match="both given"):
+    with pytest.raises(InvalidArgument, match="both given"):
         schedule.step(x, **parts)
 
 
