@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from .plan.build import check_trainable
 from .plan.first_steps import FirstSteps
 from .plan.ordering import Ordering
 from .plan.simulation import simulate
+from .reduction import GradientReduction
 from .settings import Settings
 from .stages.local import local_stages
 from .stages.loss_view import LossView
@@ -91,6 +92,110 @@ def assemble(settings: Settings) -> Assembly:
         wire_forward=arguments.wires("wire_forward", settings.wire_forward, len(modules) - 1),
         link=current_link(),
     )
+    planned = _planned(settings, modules, given, sharing)
+    plan, local, skips, devices = planned.first_steps.plan, planned.local, planned.skips, planned.devices
+    repeated = repeated_names(settings.model, settings.loss_fn)
+    here = list(local.values())
+    if len(modules) - 1 in local and isinstance(settings.loss_fn, nn.Module):
+        here.append(settings.loss_fn)
+    ties = sharing.make_equal(modules, here, settings.loss_fn, plan.rank_of_stage)
+    reduction = sharing.reduction() if settings.reduction is None else settings.reduction
+    shared, owners, loss_view = _ownership(settings, modules, planned, reduction)
+    elsewhere = {i: m for i, m in enumerate(modules) if i not in local and isinstance(m, nn.Module)}
+    stages = _stages(settings, len(modules), local, elsewhere, skips, owners, loss_view)
+    local_model = LocalModel(settings.model, modules, local, repeated, settings.loss_fn)
+    if settings.scaler is not None:
+        # The first call makes the tensors that steps read.
+        settings.scaler.scale(torch.ones((), device=devices[-1]))
+    parts = EngineParts(
+        plan=plan,
+        devices=devices,
+        stages=stages,
+        exchange_of=functools.partial(exchange_of, skips=[skip.name for skip in skips]),
+        shared=shared,
+        wrapped=WrappedStages(stages, settings.microbatches),
+        reduction=reduction,
+    )
+    if planned.first_steps.chooses and devices[0].type == "cuda":
+        sharing.check_gpu_choice(settings.schedule)
+    if callable(settings.loss_weight) and parts.wrapped:
+        raise InvalidArgument(
+            "loss_weight needs the counts of all replicas, which a stage in fully_shard or "
+            "DistributedDataParallel does not share; replicate the pipeline with the dimension 'dp' of mesh, "
+            "or with reduction="
+        )
+    engine = make_engine(parts, sharing.engines)
+    try:
+        if reduction is not None:
+            reduction.attach(stages, shared, settings.microbatches)
+        routes = Routes(stages, engine)
+        routes.follow(plan)
+        graphs = (
+            StepGraphs.of(engine, routes.train, stages, settings.optimizer, settings.timeout)
+            if settings.graphs
+            else None
+        )
+    except BaseException:
+        engine.close()
+        raise
+    stepper = Stepper(
+        stages=stages,
+        engine=engine,
+        routes=routes,
+        shared=shared,
+        owners=owners,
+        loss_view=loss_view,
+        hooks=ParameterHooks(owners, settings.microbatches, on_aliases=devices[0].type == "cuda"),
+        random=(
+            RandomStreams(sharing.any_of_all(engine), 0 if reduction is None else reduction.rank)
+            if devices[0].type == "cpu"
+            else TorchsOwn()
+        ),
+        wrapped=parts.wrapped,
+        ties=ties,
+        first_steps=planned.first_steps,
+        cutter=Cutter(
+            _batch_dim(settings, local.values()),
+            settings.args_spec,
+            settings.kwargs_spec,
+            settings.target_spec,
+        ),
+        reduction=reduction,
+        optimizer=settings.optimizer,
+        scaler=settings.scaler,
+        microbatches=settings.microbatches,
+        weighted=settings.loss_reduction == "mean",
+        loss_weight=settings.loss_weight,
+        timeout=settings.timeout,
+    )
+    _C.keep_freed_memory()
+    return Assembly(
+        num_stages=len(modules),
+        stages=stages,
+        local=local_model,
+        containers=Containers(settings.model, local),
+        sharing=sharing,
+        devices=devices,
+        first_steps=planned.first_steps,
+        engine=engine,
+        routes=routes,
+        stepper=stepper,
+        graphs=graphs,
+        unsplit=None if reduction is not None else _unsplit(settings, len(modules), local),
+    )
+
+
+class _Planned(NamedTuple):
+    first_steps: FirstSteps  # with the first plan
+    local: dict[int, nn.Module]  # the stages of this process
+    skips: list[NamedSkip]  # between different stages
+    devices: list[torch.device]  # one for each rank
+
+
+def _planned(
+    settings: Settings, modules: Sequence[Any], given: list[torch.device] | None, sharing: OneProcess
+) -> _Planned:
+    """Plans the step, and agrees on it with the other processes."""
     ordering = _ordering(settings, len(modules), given, sharing)
     first_steps = ordering.first_steps()
     plan = first_steps.plan
@@ -107,100 +212,15 @@ def assemble(settings: Settings) -> Assembly:
         },
     )
     skips = [s for s in find_skips(sharing.skips_of_all(declared)) if s.source < s.target]
-    planned = _planned_skips(settings, skips)
-    if planned:
-        first_steps = ordering.first_steps(planned)
-        plan = first_steps.plan
+    planned_skips = _planned_skips(settings, skips)
+    if planned_skips:
+        first_steps = ordering.first_steps(planned_skips)
     sharing.choose_together(first_steps)
-    devices = device_choice.of_ranks(given, plan.num_ranks)
-    repeated = repeated_names(settings.model, settings.loss_fn)
-    here = list(local.values())
-    if len(modules) - 1 in local and isinstance(settings.loss_fn, nn.Module):
-        here.append(settings.loss_fn)
-    ties = sharing.make_equal(modules, here, settings.loss_fn, plan.rank_of_stage)
-    shared, owners, loss_view = _ownership(settings, modules, local, devices)
-    elsewhere = {i: m for i, m in enumerate(modules) if i not in local and isinstance(m, nn.Module)}
-    stages = _stages(settings, len(modules), local, elsewhere, skips, owners, loss_view)
-    local_model = LocalModel(settings.model, modules, local, repeated, settings.loss_fn)
-    if settings.scaler is not None:
-        # The first call makes the tensors that steps read.
-        settings.scaler.scale(torch.ones((), device=devices[-1]))
-    parts = EngineParts(
-        plan=plan,
-        devices=devices,
-        stages=stages,
-        exchange_of=functools.partial(exchange_of, skips=[skip.name for skip in skips]),
-        shared=shared,
-        wrapped=WrappedStages(stages, settings.microbatches),
-        reduction=sharing.reduction() if settings.reduction is None else settings.reduction,
-    )
-    if first_steps.chooses and devices[0].type == "cuda":
-        sharing.check_gpu_choice(settings.schedule)
-    if callable(settings.loss_weight) and parts.wrapped:
-        raise InvalidArgument(
-            "loss_weight needs the counts of all replicas, which a stage in fully_shard or "
-            "DistributedDataParallel "
-            'does not share; replicate the pipeline with the dimension "dp" of mesh, or reduction='
-        )
-    engine = make_engine(parts, sharing.engines)
-    try:
-        if parts.reduction is not None:
-            parts.reduction.attach(stages, parts.shared, settings.microbatches)
-        routes = Routes(stages, engine)
-        routes.follow(plan)
-        graphs = (
-            StepGraphs.of(engine, routes.train, stages, settings.optimizer, settings.timeout)
-            if settings.graphs
-            else None
-        )
-    except BaseException:
-        engine.close()
-        raise
-    batch_dim = _batch_dim(settings, local.values())
-    stepper = Stepper(
-        stages=stages,
-        engine=engine,
-        routes=routes,
-        shared=shared,
-        owners=owners,
-        loss_view=loss_view,
-        hooks=ParameterHooks(owners, settings.microbatches, on_aliases=devices[0].type == "cuda"),
-        random=(
-            RandomStreams(sharing.any_of_all(engine), 0 if parts.reduction is None else parts.reduction.rank)
-            if devices[0].type == "cpu"
-            else TorchsOwn()
-        ),
-        wrapped=parts.wrapped,
-        ties=ties,
-        first_steps=first_steps,
-        cutter=Cutter(batch_dim, settings.args_spec, settings.kwargs_spec, settings.target_spec),
-        reduction=parts.reduction,
-        optimizer=settings.optimizer,
-        scaler=settings.scaler,
-        microbatches=settings.microbatches,
-        weighted=settings.loss_reduction == "mean",
-        loss_weight=settings.loss_weight,
-        timeout=settings.timeout,
-    )
-    _C.keep_freed_memory()
-    return Assembly(
-        num_stages=len(modules),
-        stages=stages,
-        local=local_model,
-        containers=Containers(settings.model, local),
-        sharing=sharing,
-        devices=devices,
-        first_steps=first_steps,
-        engine=engine,
-        routes=routes,
-        stepper=stepper,
-        graphs=graphs,
-        unsplit=_unsplit(settings, len(modules), local),
-    )
+    return _Planned(first_steps, local, skips, device_choice.of_ranks(given, plan.num_ranks))
 
 
 def _unsplit(settings: Settings, num_stages: int, local: Mapping[int, nn.Module]) -> Unsplit | None:
-    if settings.loss_fn is None or len(local) < num_stages or settings.reduction is not None:
+    if settings.loss_fn is None or len(local) < num_stages:
         return None
     model = settings.model if isinstance(settings.model, nn.Sequential) else None
     return Unsplit(model, local, settings.loss_fn, settings.stage_loss)
@@ -250,14 +270,14 @@ def _planned_skips(settings: Settings, skips: Sequence[NamedSkip]) -> list[_C.Sk
 
 
 def _ownership(
-    settings: Settings, stages: Sequence[Any], local: Mapping[int, nn.Module], devices: Sequence[torch.device]
+    settings: Settings, stages: Sequence[Any], planned: _Planned, reduction: GradientReduction | None
 ) -> tuple[SharedParameters, Owners, LossView | None]:
     """Which stages hold which parameters, and what the loss function sees of them.
 
     It sees only its own stage's where another stage may be in another process, run on GPU streams, or have
     handed its gradients to replicas already.
     """
-    last = len(stages) - 1
+    last, local = len(stages) - 1, planned.local
     of_loss = [settings.loss_fn] if isinstance(settings.loss_fn, nn.Module) else []
     given = {**dict(enumerate(stages)), **local}
     by_stage = {
@@ -267,7 +287,7 @@ def _ownership(
     }
     shared = SharedParameters({index: by_stage[index] for index in local})
     loss_view = None
-    if len(local) == len(stages) > 1 and devices[0].type == "cpu" and settings.reduction is None:
+    if len(local) == len(stages) > 1 and planned.devices[0].type == "cpu" and reduction is None:
         loss_view = LossView(shared, [local[index] for index in range(last)])
     return shared, Owners(by_stage), loss_view
 

@@ -433,3 +433,20 @@ def test_compiled_stages(overlap, backend):
             pipe.step(x, target=y)
             for p, q in zip(nn.Sequential(*stages).parameters(), plain.parameters()):
                 torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_model_on_the_meta_device_gets_memory_and_values():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    x, y = torch.randn(8, 4), torch.randn(8, 2)
+    with pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss) as pipe:
+        assert pipe.step(x, target=y) > 0
+        assert not any(p.is_meta or p.grad is None for p in model.parameters())
+
+    class NoReset(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2, device="meta"))
+
+    with pytest.raises(pe.InvalidArgument, match="NoReset has scale on the meta.*no reset_parameters"):
+        pe.Pipeline([nn.Linear(4, 2), NoReset()], microbatches=4, loss_fn=F.mse_loss)

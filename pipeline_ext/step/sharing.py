@@ -61,6 +61,7 @@ class OneProcess:
         self, stages: Sequence[Any], local: Iterable[nn.Module], loss_fn: Any, rank_of_stage: Sequence[int]
     ) -> Ties:
         """Gives the modules of this process memory, and the same values as in others; returns their ties."""
+        initialise(list(local), None)
         return Ties([])
 
     def reduction(self) -> GradientReduction | None:
