@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from ..errors import InvalidArgument
@@ -22,11 +22,11 @@ _INSTEAD = (
 )
 
 
-def reached(roots: Iterable[Tensor], stops: Iterable[Tensor] = ()) -> list[Tensor]:
+def reached(roots: Sequence[Tensor], stops: Iterable[Tensor] = ()) -> list[Tensor]:
     """The leaves to which a backward from ``roots`` leads, but not by ``stops``."""
-    seen: set[Node] = {get_gradient_edge(tensor).node for tensor in stops}
-    todo = [get_gradient_edge(tensor).node for tensor in roots if tensor.requires_grad]
-    leaves = []
+    seen: set[Node | None] = {tensor.grad_fn for tensor in stops}
+    todo = [tensor.grad_fn for tensor in roots if tensor.grad_fn is not None]
+    leaves = [tensor for tensor in roots if tensor.grad_fn is None and tensor.requires_grad]
     while todo:
         node = todo.pop()
         if node in seen:

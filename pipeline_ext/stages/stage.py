@@ -300,6 +300,8 @@ class Stage:
             return loss
         outputs = differentiable(value)
         leaves = reached([loss], outputs)
+        if not leaves and self._checked:
+            return loss
         view = self._loss_view
         if view is not None and self._owners.foreign(leaves, self.index) and view.show_others():
             loss = self._call_loss(step, m, value)
