@@ -25,7 +25,15 @@ autodoc_member_order = "bysource"
 # The groups in which Pipeline documents its arguments.
 napoleon_custom_sections = [
     (group, "params_style")
-    for group in ("Model and cut", "Schedule", "Devices and processes", "Messages", "Numbers", "Safety")
+    for group in (
+        "Model and cut",
+        "Microbatches",
+        "Schedule",
+        "Devices and processes",
+        "Messages",
+        "Numbers",
+        "Safety",
+    )
 ]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
