@@ -22,20 +22,19 @@ _SEEDED = torch.Tag.nondeterministic_seeded
 
 
 class Still:
-    """The state of the caller's generator, for tasks of stages that draw nothing.
+    """The state of the caller's generator, for the ranks' threads in tasks of stages that draw nothing.
 
     So they keep and restore states without the generator itself: its lock, and Python's, which torch takes in
-    both orders, would be contended by the ranks' threads.
+    both orders, would be contended by these threads.
     """
 
     def __init__(self, state: Tensor) -> None:
         self._state = state
 
-    def __enter__(self) -> None:
-        _thread.stream = self
-
-    def __exit__(self, *_: object) -> None:
-        _thread.stream = None
+    def hold(self) -> None:
+        """From now on it is the state that this thread sees."""
+        if _thread.stream is not self:
+            _thread.stream = self
 
     def get_state(self) -> Tensor:
         return self._state.clone()

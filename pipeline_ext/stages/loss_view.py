@@ -24,6 +24,7 @@ class LossView:
         self._shared = shared
         self._others = others
         self._aliases: dict[nn.Parameter, nn.Parameter] = {}
+        self._seen: dict[nn.Parameter, nn.Parameter] = {}
         self._of_others = False
 
     def show_others(self) -> bool:
@@ -36,24 +37,27 @@ class LossView:
         return True
 
     def begin(self) -> None:
-        """Prepares for a step."""
+        """Prepares for a step, when the stages have their aliases."""
         self._make_aliases()
+
+    @property
+    def differs(self) -> bool:
+        """Whether the loss function would see anything but the parameters themselves."""
+        return bool(self._seen)
 
     def shown(self) -> contextlib.AbstractContextManager[None]:
         """The loss function runs inside it."""
-        originals = self._shared.originals()
-        if not self._aliases and not originals:
-            return contextlib.nullcontext()
-        of_tied = {of_stage: self._aliases.get(p, p) for of_stage, p in originals.items()}
-        return shown({**of_tied, **self._aliases})
+        return shown(self._seen)
 
     def end(self) -> None:
         """Adds the gradients of the aliases to those of the parameters."""
         for parameter, of_loss in self._aliases.items():
             if of_loss.grad is not None:
                 add_gradient(parameter, of_loss.grad)
-        self._aliases = {}
+        self._aliases, self._seen = {}, {}
 
     def _make_aliases(self) -> None:
         others = (p for module in self._others for p in module.parameters())
         self._aliases = {p: alias(p) for p in others} if self._of_others else {}
+        of_tied = {of_stage: self._aliases.get(p, p) for of_stage, p in self._shared.originals().items()}
+        self._seen = {**of_tied, **self._aliases}

@@ -41,12 +41,14 @@ class StepStreams:
         self.drew: set[int] = set()
         self._watched = watched
         self._replica = replica
-        self._still = _NOTHING if state is None else Still(state)
+        self._still = None if state is None else Still(state)
 
-    def of(self, stage: int, m: int, backward: bool = False) -> contextlib.AbstractContextManager[Any]:
-        """The context in which a task of ``stage`` runs for microbatch ``m``."""
+    def of(self, stage: int, m: int, backward: bool = False) -> Stream | None:
+        """The context in which a stage's task runs for microbatch ``m``; None if the stage draws nothing."""
         if self.base is None or not self._watched(stage):
-            return self._still
+            if self._still is not None:
+                self._still.hold()
+            return None
         return Stream(self.seed(stage, m, backward), lambda: self.drew.add(stage))
 
     def of_all(self, m: int, backward: bool = False) -> contextlib.AbstractContextManager[Any]:

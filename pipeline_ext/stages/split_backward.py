@@ -48,25 +48,29 @@ def run_backward(
 
     The engine itself checks that the gradients match.
     """
-    _engine_run_backward(outputs, grads, inputs, keep_graph=keep_graph)
-
-
-def _engine_run_backward(
-    outputs: Sequence[Tensor | GradientEdge],
-    grads: Sequence[Tensor],
-    inputs: Sequence[Tensor | GradientEdge],
-    *,
-    keep_graph: bool = False,
-    accumulate: bool = True,
-) -> Sequence[Tensor | None]:
-    found: Sequence[Tensor | None] = torch.autograd.graph._engine_run_backward(
+    torch.autograd.graph._engine_run_backward(
         tuple(outputs),
         tuple(grads),
         keep_graph,
         False,
         tuple(inputs),
         allow_unreachable=True,
-        accumulate_grad=accumulate,
+        accumulate_grad=True,
+    )
+
+
+def _find_gradients(
+    outputs: Sequence[Tensor | GradientEdge], grads: Sequence[Tensor], inputs: Sequence[Tensor | GradientEdge]
+) -> Sequence[Tensor | None]:
+    """The gradients with respect to ``inputs``, whose ``.grad`` stay as they are."""
+    found: Sequence[Tensor | None] = torch.autograd.graph._engine_run_backward(
+        tuple(outputs),
+        tuple(grads),
+        False,
+        False,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
     )
     return found
 
@@ -265,7 +269,7 @@ def _run_whole(
     whole: str,
 ) -> _Found:
     """A full backward that leaves the weights' ``.grad`` alone."""
-    found = _engine_run_backward(roots, grads, (*inputs, *weights), accumulate=False)
+    found = _find_gradients(roots, grads, (*inputs, *weights))
     for leaf, grad in zip(inputs, found):
         if grad is not None:
             leaf.grad = grad
@@ -321,7 +325,7 @@ def _with_needed(edges: Sequence[GradientEdge], call: Callable[[Tensor], None]) 
     """
     start = torch.zeros((), device="cpu", requires_grad=True)
     start.register_hook(call)
-    _engine_run_backward((start,), (torch.zeros((), device="cpu"),), (start, *edges), accumulate=False)
+    _find_gradients((start,), (torch.zeros((), device="cpu"),), (start, *edges))
 
 
 def _saved(node: Node) -> Iterator[Any]:

@@ -25,6 +25,8 @@ from .step import Step
 
 Arguments = tuple[tuple, dict[str, Any]]
 
+_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
 
 @dataclass(frozen=True)
 class WithLoss:
@@ -135,7 +137,7 @@ class Stage:
         all_received = [tensor for part in (received, *popped) for tensor in part]
         losses: list[tuple[Tensor, float]] = []
         try:
-            with step.context.forward(), scope, step.random.of(self.index, m):
+            with step.context.forward(step.random.of(self.index, m)), scope:
                 value = self._run_module(arguments)
                 if isinstance(value, WithLoss):
                     losses.append((_checked(value.loss, "the loss in WithLoss"), step.weight(m)))
@@ -171,8 +173,12 @@ class Stage:
         self.thread = this_thread()
         step = self._running()
         step.context.apply()
-        with step.random.of(self.index, m, backward=True):
+        stream = step.random.of(self.index, m, backward=True)
+        if stream is None:
             self._run_backward(step, m)
+        else:
+            with stream:
+                self._run_backward(step, m)
         step.exchange.release(self.index, m)
         self.thread = None
 
@@ -183,7 +189,7 @@ class Stage:
         step.context.apply()
         outputs, grads, in_flight = self._begin_backward(step, m)
         if outputs:
-            with step.random.of(self.index, m, backward=True):
+            with step.random.of(self.index, m, backward=True) or _NOTHING:
                 found = find_input_gradients(outputs, grads, in_flight.leaves())
             self._weight_grads[m] = found
             self.unsplit = found.whole
@@ -196,7 +202,7 @@ class Stage:
         step = self._running()
         step.context.apply()
         if m in self._weight_grads:
-            with step.random.of(self.index, m, backward=True):
+            with step.random.of(self.index, m, backward=True) or _NOTHING:
                 self._weight_grads.pop(m).add()
         step.exchange.release(self.index, m)
         self.thread = None
@@ -245,7 +251,7 @@ class Stage:
     def _evaluate(self, step: Step, m: int) -> None:
         scope = self._skips.receive(step.exchange, m)
         arguments = self._arguments(step, m)
-        with torch.no_grad(), step.context.forward(), scope, step.random.of(self.index, m):
+        with torch.no_grad(), step.context.forward(step.random.of(self.index, m)), scope:
             value = self._run_module(arguments)
         if isinstance(value, WithLoss):
             value = value.value
@@ -313,15 +319,17 @@ class Stage:
 
     def _call_loss(self, step: Step, m: int, value: Any) -> Tensor:
         assert self._loss_fn is not None  # a training step has one
-        with self._loss_view.shown() if self._loss_view is not None else contextlib.nullcontext():
-            if step.targets is not None:
-                loss = self._loss_fn(value, step.targets[m])
+        arguments = (value,) if step.targets is None else (value, step.targets[m])
+        try:
+            if self._loss_view is None or not self._loss_view.differs:
+                loss = self._loss_fn(*arguments)
             else:
-                try:
-                    loss = self._loss_fn(value)
-                except TypeError as error:
-                    error.add_note("step was given no target=, so loss_fn was called with the output alone")
-                    raise
+                with self._loss_view.shown():
+                    loss = self._loss_fn(*arguments)
+        except TypeError as error:
+            if step.targets is None:
+                error.add_note("step was given no target=, so loss_fn was called with the output alone")
+            raise
         return _checked(loss, "what loss_fn returned")
 
     def _check_whole(self, results: list[Tensor], received: list[boundary.Received]) -> None:
