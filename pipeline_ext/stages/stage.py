@@ -94,6 +94,7 @@ class Stage:
         self._elsewhere = elsewhere or {}
         self._loss_view = loss_view
         self._checked = owners is None  # whether a forward's whole graph was
+        self._loss_is_torchs = _is_torchs(loss_fn)
         self._meshes = Meshes(self.modules(), mesh)
         self._step: Step | None = None
         self._entrance = boundary.Entrance()
@@ -302,7 +303,7 @@ class Stage:
         else:
             with NoDerivativeByReceived(differentiable(arguments)), refused(self._elsewhere):
                 loss = self._call_loss(step, m, value)
-        if self._owners is None:
+        if self._owners is None or (self._checked and self._loss_is_torchs):
             return loss
         outputs = differentiable(value)
         leaves = reached([loss], outputs)
@@ -337,6 +338,12 @@ class Stage:
         assert self._owners is not None
         self._owners.check(f"the result of stage {self.index}", reached(results), self.index, received)
         self._checked = True
+
+
+def _is_torchs(loss_fn: Any) -> bool:
+    """Whether it is a loss of torch's own, which reaches for nothing but its arguments."""
+    names = (getattr(loss_fn, "__module__", ""), type(loss_fn).__module__)
+    return "torch.nn.functional" in names or "torch.nn.modules.loss" in names
 
 
 def _weighted(loss: Tensor, weight: float) -> Tensor:
