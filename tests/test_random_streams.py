@@ -217,3 +217,17 @@ def test_ranks_that_keep_the_generator_s_state_do_not_wait_for_one_another_for_g
                 pipe.step(x, target=x)
         finally:
             gc.set_threshold(*threshold)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_dropout_in_a_stream_is_torch_s_with_the_stream_s_generator(p, inplace):
+    from pipeline_ext.stages.drawing import Stream
+
+    x = torch.randn(64, 8, requires_grad=True)
+    with Stream(5, lambda: None):
+        found = F.dropout(x * 1, p, inplace=inplace)
+    torch.default_generator.manual_seed(5)
+    expected = F.dropout(x * 1, p, inplace=inplace)
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (found, expected)))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,13 +86,14 @@ class Stream(TorchFunctionMode):
             # Layers that it recomputes draw too.
             with self._again():
                 return _backward(*args, **(kwargs or {}))
-        draws = _draws.get(function)
-        if draws is None:
-            draws = _draws[function] = _may_draw(function)
-        if draws:
+        found = _calls.get(function)
+        if found is None:
+            found = _calls[function] = _call_of(function)
+        # Where others watch too, torch would hand the call to them, and ours would be forgotten.
+        if found is _DRAWS or (found is not function and torch._C._len_torch_function_stack()):
             with _Drawing(self):
                 return function(*args, **kwargs) if kwargs else function(*args)
-        return function(*args, **kwargs) if kwargs else function(*args)
+        return found(*args, **kwargs) if kwargs else found(*args)
 
     @contextlib.contextmanager
     def _again(self) -> Iterator[None]:
@@ -133,9 +135,18 @@ class _Drawing(TorchDispatchMode):
         super().__init__()
         self._stream = stream
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in here, and to prevent it costs more than all the rest
+
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        draws = _operators.get(operator)
+        if draws is None:
+            draws = _operators[operator] = _SEEDED in operator.tags
+        if not draws:
+            return operator(*args, **kwargs) if kwargs else operator(*args)
         kwargs = kwargs or {}
-        if _SEEDED not in operator.tags or not _is_on_cpu(args, kwargs):
+        if not _is_on_cpu(args, kwargs):
             return operator(*args, **kwargs)
         with_generator, position = _with_generator(operator)
         if with_generator is None:
@@ -160,7 +171,9 @@ class _Drawing(TorchDispatchMode):
                 default.set_state(before)
 
 
-_draws: dict[Any, bool] = {}
+_DRAWS: Any = object()
+_calls: dict[Any, Any] = {}  # what to call in place of a function: itself, a copy of it, or _DRAWS
+_operators: dict[Any, bool] = {}  # whether an operator draws
 _overloads: dict[Any, tuple[Any, int]] = {}
 _default_generator_lock = threading.Lock()
 
@@ -172,25 +185,89 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _may_draw(function: Any) -> bool:
-    """Whether a call may draw random numbers: an operator that does, or a function whose code names one."""
+def _call_of(function: Any) -> Any:
+    """What to call in place of ``function``, which may draw random numbers or not."""
+    if function in _KNOWN:
+        return _KNOWN[function]
     if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         name = getattr(function, "overloadpacket", function).__name__
-        return _is_seeded(name) or not hasattr(torch.ops.aten, name)  # another library's may hold any
+        # Another library's operator may hold any.
+        return _DRAWS if _is_seeded(name) or not hasattr(torch.ops.aten, name) else function
     if _is_seeded(getattr(function, "__name__", "")):
-        return True
-    return isinstance(function, types.FunctionType) and _names_one(function, set())
+        return _DRAWS
+    return _copy_of(function, ()) if isinstance(function, types.FunctionType) else function
 
 
-def _names_one(function: types.FunctionType, seen: set[Any]) -> bool:
-    seen.add(function)
+def _copy_of(function: types.FunctionType, callers: tuple[Any, ...]) -> Any:
+    """``function`` itself if it calls nothing that draws; else a copy in which the calls that do are watched.
+
+    _DRAWS if they cannot be told apart: they are no global names of its module.
+    """
+    watched: dict[str, Any] = {}
     for name in function.__code__.co_names:
         called = function.__globals__.get(name)
         if _is_seeded(name):
-            return True
-        if isinstance(called, types.FunctionType) and called not in seen and _names_one(called, seen):
-            return True
-    return False
+            if not callable(called):
+                return _DRAWS
+            watched[name] = _KNOWN.get(called) or _watched(called)
+        elif isinstance(called, types.FunctionType) and called not in callers:
+            copied = _copy_of(called, (*callers, function))
+            if copied is not called:
+                watched[name] = _watched(called) if copied is _DRAWS else copied
+    if not watched:
+        return function
+    copy = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **watched},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _watched(function: Any) -> Any:
+    """``function``, with the generator of the thread's task for what it draws."""
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with _Drawing(_stream()):
+            return function(*args, **kwargs)
+
+    return watched
+
+
+def _stream() -> Stream:
+    assert isinstance(_thread.stream, Stream)  # or the call would not be watched
+    return _thread.stream
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """``F.dropout``, whose operators take no generator: what they do to a tensor on the CPU, and its bits."""
+    if not training or p == 0:
+        return F.dropout(input, p, training, inplace)
+    if type(input) is not Tensor or input.device.type != "cpu" or not 0 < p < 1:
+        with _Drawing(_stream()):
+            return F.dropout(input, p, training, inplace)
+    noise = torch.empty_like(input).bernoulli_(1 - p, generator=_stream().draw()).div_(1 - p)
+    return input.mul_(noise) if inplace else input * noise
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """``F.scaled_dot_product_attention``, which draws only for dropout."""
+    with contextlib.nullcontext() if dropout_p == 0 else _Drawing(_stream()):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, *args, **kwargs)
+
+
+_KNOWN = {F.dropout: _dropout, F.scaled_dot_product_attention: _attention}
 
 
 @functools.cache
