@@ -247,6 +247,8 @@ def test_an_object_that_holds_tensors_is_refused_and_the_advice_works(kind):
             pipe.step(x, kind(extra), target=y)
         with pytest.raises(pe.InvalidArgument, match="target is a "):
             pipe.step(x, {"x": extra}, target=kind(y))
+        with pytest.raises(pe.InvalidArgument, match=r"input \[0\] is a .*whole\("):
+            pipe.step(kind(x), target=y)
         if "dict(...)" in str(refused.value):
             given = dict(kind(extra))
         elif "register_dataclass(Sizes) once" in str(refused.value):

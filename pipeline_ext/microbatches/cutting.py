@@ -168,6 +168,9 @@ class Cutter:
             rows = self._rows_of(leaf)
             if rows is not None:
                 return name, rows
+        for name, leaf in leaves:
+            if not isinstance(leaf, Marked):
+                _check_goes_whole(name, leaf, rows=0)
         raise InvalidArgument(
             "no input tensor has a batch dimension; give at least one tensor of "
             + ("one dimension or more" if self.batch_dim == 0 else f"more than {self.batch_dim} dimensions")

@@ -93,5 +93,6 @@ def _changed(name: str, now: list[Any], before: list[Any]) -> str:
     if len(now) != len(before):
         return f"{name} has {len(now)} layers in place of {len(before)}"
     at = next(i for i, (a, b) in enumerate(zip(now, before)) if a is not b)
-    kinds = f"{type(before[at]).__name__} by a {type(now[at]).__name__}"
-    return f"in {name} layer {at} was replaced: {kinds}"
+    old, new = type(before[at]).__name__, type(now[at]).__name__
+    by = f"{type(now[at]).__module__}.{new}" if new == old and type(now[at]) is not type(before[at]) else new
+    return f"in {name} layer {at} was replaced: {old} by {'another' if by == old else f'a {by}'}"
