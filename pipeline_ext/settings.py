@@ -123,8 +123,7 @@ def _check_loss_weight(loss_weight: Any, loss_reduction: str, graphs: bool) -> N
     if not callable(loss_weight):
         raise InvalidArgument(
             f"loss_weight is {loss_weight!r}; give a function of a microbatch's target that returns what its "
-            "loss "
-            'is a mean over, as pipeline_ext.count_not(-100) does, or "rows"'
+            'loss is a mean over, as pipeline_ext.count_not(-100) does, or "rows"'
         )
     if loss_reduction == "sum":
         raise InvalidArgument(
@@ -134,8 +133,7 @@ def _check_loss_weight(loss_weight: Any, loss_reduction: str, graphs: bool) -> N
     if graphs:
         raise InvalidArgument(
             "loss_weight and graphs=True do not go together: a graph would keep the weights of one step; for "
-            "it, "
-            'give loss_reduction="sum" and a loss_fn that divides by a count that is a part of the target'
+            'it, give loss_reduction="sum" and a loss_fn that divides by a count that is a part of the target'
         )
 
 

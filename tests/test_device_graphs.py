@@ -213,6 +213,20 @@ def test_an_input_that_requires_a_gradient_runs_eagerly(gpu):
         assert pipe.graph.fallback == "an input requires a gradient"
 
 
+@pytest.mark.filterwarnings("ignore:.*post-accumulate-grad hooks")
+def test_a_hook_on_a_complete_gradient_runs_eagerly(gpu):
+    model, pipe = make()
+    calls = []
+    with pipe:
+        for step in range(6):
+            if step == 4:
+                next(iter(model.parameters())).register_post_accumulate_grad_hook(lambda p: calls.append(p))
+            x, y = batch()
+            pipe.step(x, target=y)
+        assert len(calls) == 2 and gpu.launches > 0
+        assert pipe.graph.fallback.startswith("a parameter has a post-accumulate-grad hook")
+
+
 def test_an_input_that_cannot_be_compared_runs_eagerly(gpu):
     class Scale:
         def __repr__(self):

@@ -34,12 +34,14 @@ def count_not(value: float) -> LossWeight:
     return count
 
 
-def check_unmasked(targets: Sequence[Any]) -> None:
+def check_unmasked(targets: Sequence[Any], synchronizes: bool) -> None:
     """Raises InvalidArgument for labels of -100 of which microbatches have different numbers.
 
     The mean of their means is then not the mean over all labels, and nan if one microbatch has no others.
+    Unless it ``synchronizes``, labels on GPUs are not looked at: that waits for the GPU, and ends a capture.
     """
-    if not any(_has_labels(leaf) for leaf in pytree.tree_leaves(targets[0])):
+    labels = [leaf for leaf in pytree.tree_leaves(targets[0]) if _has_labels(leaf)]
+    if not labels or not (synchronizes or all(leaf.device.type == "cpu" for leaf in labels)):
         return
     counted = [
         tuple(
@@ -54,8 +56,7 @@ def check_unmasked(targets: Sequence[Any]) -> None:
             f"target has labels of {_IGNORED}, which losses leave out, and microbatches have different numbers "
             "of others, so the mean of their means would not be the mean over all labels; give "
             f"loss_weight=pipeline_ext.count_not({_IGNORED}) to Pipeline, or another function that counts what "
-            "the "
-            f'loss is a mean over, or loss_weight="{ROWS}" to weigh by rows all the same'
+            f'the loss is a mean over, or loss_weight="{ROWS}" to weigh by rows all the same'
         )
 
 

@@ -1,5 +1,6 @@
 """Cutting a batch into microbatches."""
 
+import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -137,7 +138,7 @@ class Cutter:
         flat, spec = _flattened(target)
         found = [(f"target{pytree.keystr(path)}", leaf) for path, leaf in flat]
         if rows is None:
-            rows = next((n for _, leaf in found if (n := self._rows_of(leaf)) is not None), None)
+            rows = self._first_rows(leaf for _, leaf in found)
         cut_at = lengths(rows, count) if rows is not None else [0] * count
         columns = [self._column(name, leaf, cut_at, None) for name, leaf in found]
         return [pytree.tree_unflatten([column[m] for column in columns], spec) for m in range(count)]
@@ -146,8 +147,7 @@ class Cutter:
         """The rows of a whole target; None if it has none, or was cut by the caller."""
         if target is None or isinstance(target, Presplit):
             return None
-        leaves = (leaf for _, leaf in _flattened(target)[0])
-        return next((n for leaf in leaves if (n := self._rows_of(leaf)) is not None), None)
+        return self._first_rows(leaf for _, leaf in _flattened(target)[0])
 
     def _is_plain(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.dim() > self.batch_dim and not value.is_nested
@@ -163,13 +163,17 @@ class Cutter:
             return _length(leaf, self.batch_dim)
         return None
 
+    def _first_rows(self, leaves: Iterable[Any]) -> int | None:
+        """The rows of the first value that has some; None if none has."""
+        return next((rows for leaf in leaves if (rows := self._rows_of(leaf)) is not None), None)
+
     def _named_rows(self, leaves: list[tuple[str, Any]]) -> tuple[str, int]:
         for name, leaf in leaves:
             rows = self._rows_of(leaf)
             if rows is not None:
                 return name, rows
         for name, leaf in leaves:
-            if not isinstance(leaf, Marked):
+            if not isinstance(leaf, (Marked, Tensor)):
                 _check_goes_whole(name, leaf, rows=0)
         raise InvalidArgument(
             "no input tensor has a batch dimension; give at least one tensor of "
@@ -179,11 +183,8 @@ class Cutter:
 
     def _lengths_of_parts(self, parts: list[Any]) -> list[int]:
         """The rows of microbatches that the caller cut; 1 for one without tensors."""
-        found = []
-        for part in parts:
-            sizes = (self._rows_of(leaf) for _, leaf in _flattened(part)[0])
-            found.append(next((size for size in sizes if size is not None), 1))
-        return found
+        found = [self._first_rows(leaf for _, leaf in _flattened(part)[0]) for part in parts]
+        return [1 if rows is None else rows for rows in found]
 
     def _column(self, name: str, leaf: Any, cut_at: list[int], first: str | None) -> Sequence[Any]:
         """One input's part of each microbatch; ``first``: the input that says how many rows there are."""
@@ -312,7 +313,7 @@ def _cut_as_said(name: str, value: Any, dim: int, cut_at: list[int]) -> Sequence
         if isinstance(leaf, Tensor):
             columns.append(cut_nested(leaf, cut_at) if leaf.is_nested else _parts(leaf, len(cut_at), dim))
         else:
-            ends = [sum(cut_at[: m + 1]) for m in range(len(cut_at))]
+            ends = itertools.accumulate(cut_at)
             columns.append([leaf[end - length : end] for end, length in zip(ends, cut_at, strict=True)])
     return [pytree.tree_unflatten([column[m] for column in columns], spec) for m in range(len(cut_at))]
 

@@ -155,10 +155,8 @@ class GradientReduction:
         if not self._reduces:
             raise InvalidArgument(
                 "loss_weight with replicas needs their counts in each step, which no_sync does not share; in "
-                "steps "
-                'that add up, give loss_reduction="sum" and a loss_fn that divides by the count of all steps '
-                "and "
-                "replicas"
+                'steps that add up, give loss_reduction="sum" and a loss_fn that divides by the count of all '
+                "steps and replicas"
             )
         found = torch.tensor(number, dtype=torch.float64)
         self._member.all_reduce(found).wait(timeout)

@@ -41,6 +41,8 @@ class GraphKeys:
         """The key of a step. ``leaves`` and ``spec``: the batch's inputs and target. Raises NotCapturable."""
         if self._watch.changed():
             self._find()
+        if any(p._post_accumulate_grad_hooks for p in self._parameters):
+            raise NotCapturable("a parameter has a post-accumulate-grad hook, which a replay would not call")
         return (
             spec,
             tuple(map(_key_of_leaf, leaves)),

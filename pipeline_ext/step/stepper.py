@@ -188,7 +188,7 @@ class Stepper:
             return []
         if self.loss_weight is None or isinstance(self.loss_weight, str):
             if targets is not None and self.weighted and self.loss_weight is None:
-                check_unmasked(targets)
+                check_unmasked(targets, synchronizes=not self._warned)
             return []
         if targets is None:
             raise InvalidArgument("loss_weight counts in the target, and step was given none; give target=")
