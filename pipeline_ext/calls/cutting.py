@@ -1,0 +1,187 @@
+"""From a model and a sample to stages."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import InvalidArgument, PipelineError
+from ..microbatches.cutting import Arguments
+from ..model.cut import balanced
+from .check import check, untouched
+from .program import Program
+from .recording import record
+from .routing import compiled
+from .stage import CallStage
+from .timing import sizes, times
+from .units import coarse_units, openable
+
+Weights = Callable[[list[float]], list[float]]
+_UNEVEN = 1.5  # the slowest stage, by the mean: beyond it units are opened
+
+
+def cut_by_calls(
+    model: nn.Module,
+    num_stages: int | None,
+    microbatches: Sequence[Arguments],
+    *,
+    cuts: Sequence[str | int] | None,
+    balance: str | None,
+    loss_fn: Callable[..., Tensor] | None,
+    agreed: Weights = list,
+) -> list[CallStage]:
+    """The stages of a model that is cut by its own forward.
+
+    Args:
+        num_stages: may be left out with ``cuts``.
+        microbatches: one or two of a sample, as arguments of the model.
+        cuts: the units at which a stage begins, by name or position in the order of calls.
+        balance: "time" or "parameters"; None: time, or parameters for a model on the meta device.
+        loss_fn: None if the model computes its loss itself.
+        agreed: makes all processes take the same weights.
+
+    Raises:
+        InvalidArgument: if the model cannot be cut, or not like this.
+    """
+    _check_model(model)
+    on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    if on_meta:
+        microbatches = [_on_meta(arguments) for arguments in microbatches]
+    opened = _opened_for(model, cuts)
+    best: list[CallStage] | None = None
+    while True:
+        try:
+            with untouched(model):
+                model(*microbatches[0][0], **microbatches[0][1])  # may install what later forwards use
+            with untouched(model):
+                program = record(model, coarse_units(model, opened), microbatches[0])
+            if cuts is not None:
+                starts = _starts(program, cuts, num_stages)
+                heavy = None
+            else:
+                starts, heavy = _balanced(program, num_stages, microbatches[0], balance, on_meta, agreed)
+            stages = [CallStage(program, a, b) for a, b in zip(starts, [*starts[1:], len(program.calls)])]
+            if len(starts) == (num_stages or len(starts)) and not on_meta:
+                check(program, stages, microbatches, loss_fn)
+        except PipelineError:
+            if best is None:
+                raise
+            return best
+        if len(starts) == (num_stages or len(starts)):
+            best = stages
+        if heavy is None:
+            break
+        opened = {*opened, heavy}
+    if best is None:
+        raise InvalidArgument(
+            f"the model makes {len(program.calls)} calls that can be shared out, and cannot be cut into "
+            f"{num_stages} stages; give num_stages of at most {len(program.calls)}"
+        )
+    return best
+
+
+def _balanced(
+    program: Program,
+    num_stages: int | None,
+    arguments: Arguments,
+    balance: str | None,
+    on_meta: bool,
+    agreed: Weights,
+) -> tuple[list[int], nn.Module | None]:
+    """Where stages begin, and a unit that could be opened for a better balance."""
+    if num_stages is None:
+        raise InvalidArgument("num_stages is missing: say into how many stages to cut the model")
+    if balance not in (None, "time", "parameters"):
+        raise InvalidArgument(f'balance is {balance!r}; it is "time" or "parameters"')
+    if balance == "parameters" or on_meta:
+        weights = sizes(program)
+    else:
+        with untouched(program.model):
+            weights = times(program, arguments)
+    weights = agreed(weights)
+    parts = min(num_stages, len(program.calls))
+    starts = balanced(weights, parts)
+    of_stages = [sum(weights[a:b]) for a, b in zip(starts, [*starts[1:], len(weights)])]
+    if parts == num_stages and max(of_stages) <= _UNEVEN * sum(weights) / num_stages:
+        return starts, None
+    slowest = of_stages.index(max(of_stages))
+    ends = [*starts[1:], len(weights)]
+    inside = range(len(weights)) if parts < num_stages else range(starts[slowest], ends[slowest])
+    candidates = [n for n in inside if openable(program.calls[n].unit)]
+    if not candidates:
+        return starts, None
+    return starts, program.calls[max(candidates, key=lambda n: weights[n])].unit
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuses a compiled model: its code would not be run call by call."""
+    units = coarse_units(model)
+    inside = {module for unit in units for module in unit.modules()}
+    for name, module in model.named_modules():
+        if module not in inside and compiled(module):
+            raise InvalidArgument(
+                f"{name or 'the model'} is compiled as a whole, and cannot be cut inside; compile its layers, as "
+                f"in {next(iter(units.values()))}.compile(), before or after they are given to Pipeline"
+            )
+    if type(model).__name__ == "OptimizedModule":
+        raise InvalidArgument(
+            "the model is a result of torch.compile, and cannot be cut inside; give the model itself, and "
+            "compile its layers with their compile()"
+        )
+
+
+def _on_meta(arguments: Arguments) -> Arguments:
+    return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments)
+
+
+def _opened_for(model: nn.Module, cuts: Sequence[str | int] | None) -> set[nn.Module]:
+    """The units that must be opened because a cut lies inside them."""
+    opened: set[nn.Module] = set()
+    if cuts is None:
+        return opened
+    if not isinstance(cuts, (list, tuple)) or not all(isinstance(c, (str, int)) for c in cuts):
+        names = list(coarse_units(model).values())
+        raise InvalidArgument(f"cuts is {cuts!r}; give a list of layer names, as in cuts=[{names[-1]!r}]")
+    for cut_at in cuts:
+        while isinstance(cut_at, str):
+            units = coarse_units(model, opened)
+            around = [u for u, name in units.items() if cut_at.startswith(f"{name}.") and openable(u)]
+            if not around:
+                break
+            opened.add(around[0])
+    return opened
+
+
+def _starts(program: Program, cuts: Sequence[str | int], num_stages: int | None) -> list[int]:
+    names = [call.name for call in program.calls]
+    starts = [0]
+    for cut_at in cuts:
+        position = _position(cut_at, names)
+        if position <= starts[-1]:
+            raise InvalidArgument(
+                f"cuts must ascend in the order of calls and leave the first stage a call; {cut_at!r} is call "
+                f"{position} and the stage before begins at call {starts[-1]}. The calls are {', '.join(names)}"
+            )
+        starts.append(position)
+    if num_stages is not None and num_stages != len(starts):
+        raise InvalidArgument(f"{len(cuts)} cuts make {len(starts)} stages, but num_stages is {num_stages}")
+    return starts
+
+
+def _position(cut_at: str | int, names: list[str]) -> int:
+    if isinstance(cut_at, int):
+        if not 0 <= cut_at < len(names):
+            raise InvalidArgument(f"there is no call {cut_at}; there are {len(names)}, from 0")
+        return cut_at
+    for position, name in enumerate(names):
+        if name == cut_at or name.startswith(f"{cut_at}."):
+            return position
+    near = difflib.get_close_matches(cut_at, names[1:], n=1, cutoff=0.0)
+    raise InvalidArgument(
+        f"no unit {cut_at!r} is called, at which a stage could begin; the nearest name is {near[0]!r}. The calls "
+        f"are {', '.join(names)}"
+    )
+
+

@@ -1,0 +1,132 @@
+"""The calls of a model's units in one forward, and what each needs of those before."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..stages.parameter_view import prepare
+from .routing import route
+from .values import Leaf, Missing
+
+INPUTS = -1  # stands for a call: the arguments of the forward
+
+
+class Source(NamedTuple):
+    """A tensor that may be needed later: part ``part`` of what call ``call`` leaves."""
+
+    call: int
+    part: int
+
+
+class Held(NamedTuple):
+    """A parameter, and the module that holds it."""
+
+    owner: nn.Module
+    name: str
+
+
+@dataclass(eq=False)
+class Effect:
+    """A value that a call leaves other than by its result.
+
+    Attributes:
+        kind: "hooks": what an inner module with hooks returned; "attribute" of an inner module; "entry" of a
+            list or dict among the arguments.
+        module: the inner module.
+        place: hooks: which call of the inner module; attribute: its name; entry: its path in the arguments.
+        leaves, spec: the value.
+        first: the number of its first part among the call's.
+    """
+
+    kind: str
+    module: nn.Module | None
+    place: Any
+    leaves: list[Leaf]
+    spec: pytree.TreeSpec
+    first: int
+
+
+@dataclass
+class CallOfUnit:
+    """One call of a unit.
+
+    Attributes:
+        leaves, spec: its result.
+        effects: what else it leaves.
+        needs: what it reads of the inputs and of earlier calls.
+        parameters: those that it gets by code around units, or that belong to another unit.
+    """
+
+    unit: nn.Module
+    name: str
+    leaves: list[Leaf] = field(default_factory=list)
+    spec: pytree.TreeSpec | None = None
+    effects: list[Effect] = field(default_factory=list)
+    needs: frozenset[Source] = frozenset()
+    parameters: list[Held] = field(default_factory=list)
+
+    def parts(self) -> int:
+        """The number of leaves of its result and of its effects."""
+        return len(self.leaves) + sum(len(effect.leaves) for effect in self.effects)
+
+
+@dataclass(eq=False)
+class Program:
+    """A model as a sequence of calls.
+
+    Attributes:
+        calls: in the order of execution.
+        output: what the code after the last call needs.
+        structure: of the sample's arguments.
+        partial: what stands in the output for objects of these types, of which each stage has a part.
+        written: what code around units writes to, so that each stage needs it as it was.
+        collected: inner modules with hooks.
+        exclusive: forwards of several stages must not run at the same time, because the model's code keeps
+            values of one forward in attributes.
+    """
+
+    model: nn.Module
+    units: Mapping[nn.Module, str]
+    calls: list[CallOfUnit]
+    output: CallOfUnit
+    structure: pytree.TreeSpec
+    exclusive: bool
+    partial: dict[type, Missing]
+    written: frozenset[Source]
+    turns: Any = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._names = {module: name for name, module in self.model.named_modules()}
+        self._holders: dict[nn.Module, nn.Module] = {}
+        self.collected = {
+            effect.module
+            for call in self.calls
+            for effect in call.effects
+            if effect.kind == "hooks" and effect.module is not None
+        }
+        route((*self.units, *self.collected))
+
+    def live_at(self, cut: int) -> frozenset[Source]:
+        """What calls from ``cut`` on, and the output, need of the inputs and of calls before it."""
+        later = [call.needs for call in (*self.calls[cut:], self.output)]
+        return frozenset(source for needs in later for source in needs if source.call < cut)
+
+    def parameters_of(self, calls: Sequence[CallOfUnit]) -> list[Held]:
+        """The parameters that these calls get by code around units, each once."""
+        return list(dict.fromkeys(held for call in calls for held in call.parameters))
+
+    def name_of(self, module: nn.Module) -> str:
+        """The name of a module in the model."""
+        return self._names[module]
+
+    def holder(self, owner: nn.Module) -> nn.Module:
+        """A module that holds the parameters of ``owner``, and nothing that is inside it."""
+        if owner not in self._holders:
+            prepare([owner])
+            self._holders[owner] = nn.Module()
+            self._holders[owner].__dict__["_parameters"] = owner._parameters
+        return self._holders[owner]

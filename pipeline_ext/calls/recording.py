@@ -1,0 +1,366 @@
+"""Runs a model on a sample, and finds what each call of a unit needs of those before."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import InvalidArgument
+from ..microbatches.cutting import Arguments
+from ..microbatches.opaque import held_tensors, how_to_open
+from .labels import Labels, Memory, following
+from .program import INPUTS, CallOfUnit, Effect, Held, Program, Source
+from .routing import Call, route, running
+from .values import Missing, describe_leaves
+
+Path = tuple[Any, ...]
+
+
+def record(model: nn.Module, units: Mapping[nn.Module, str], arguments: Arguments) -> Program:
+    """The program of a model in a forward with these arguments.
+
+    Raises InvalidArgument where a stage could not know what the code around units does.
+    """
+    while True:
+        route(units)
+        recording = _Recording(model, units)
+        program = recording.run(arguments)
+        # What computes from inputs alone, as rotary embeddings do, every stage computes for itself.
+        free = {call.unit for call in program.calls if _is_free(call)}
+        free -= {call.unit for call in program.calls if not _is_free(call)}
+        if not free or len(free) == len(units):
+            return program
+        units = {unit: name for unit, name in units.items() if unit not in free}
+
+
+def _is_free(call: CallOfUnit) -> bool:
+    return (
+        not call.parameters
+        and all(source.call == INPUTS for source in call.needs)
+        and next(call.unit.parameters(), None) is None
+    )
+
+
+class _Recording:
+    """A run that computes everything. Labels say where data comes from."""
+
+    def __init__(self, model: nn.Module, units: Mapping[nn.Module, str]) -> None:
+        self._model = model
+        self._units = units
+        self._memory = Memory()
+        self._calls: list[CallOfUnit] = []
+        self._read: list[Labels] = []  # by call
+        self._output = CallOfUnit(model, "the output")
+        self._sources: list[Source | Held | int] = []  # by label; a number: made inside this call
+        self._bits: dict[Any, Labels] = {}
+        self._inside: int | None = None  # the call that runs
+        self._hooks = 0  # > 0: hooks of a module inside it run
+        self._of_inner: dict[nn.Module, int] = {}
+        self._always: Labels = 0  # what Python has looked at
+        self._results: dict[int, list[Source]] = {}  # by memory
+        self._written: set[Source] = set()
+        self._partial: dict[type, Missing] = {}
+        self._bracketed: set[nn.Module] = set()
+        self._handles: list[Any] = []
+        names = {module: name for name, module in model.named_modules()}
+        self._names = names
+        self._glue = [m for m in names if not _inside_units(names[m], units.values())]
+        self._own: dict[nn.Module, Labels] = {}  # by unit: its parameters
+        self._states: dict[int, str] = {}  # parameters and buffers, by memory
+        for module, name in names.items():
+            for table in (module._parameters, module._buffers):
+                for own, tensor in table.items():
+                    if tensor is not None and isinstance(tensor, Tensor):
+                        self._states.setdefault(_address(tensor), f"{name}.{own}".lstrip("."))
+        for module in names:
+            for own, parameter in module._parameters.items():
+                if parameter is not None and not self._memory.knows(parameter):
+                    self._memory.add(parameter, self._bit(Held(module, own)))
+        for unit in units:
+            self._own[unit] = 0
+            for parameter in unit.parameters():
+                self._own[unit] |= self._memory.of(parameter)
+
+    def run(self, arguments: Arguments) -> Program:
+        leaves, structure = pytree.tree_flatten(arguments)
+        for part, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                self._memory.add(leaf, self._bit(Source(INPUTS, part)))
+                self._results.setdefault(_address(leaf), []).append(Source(INPUTS, part))
+        args, kwargs = arguments
+        before = _state_of(self._glue)
+        changed = False
+        try:
+            with torch.enable_grad(), running(self), following(self._memory, self):
+                self._before = before
+                output = self._model(*args, **kwargs)
+                changed = self._changed or _state_of(self._glue) != before
+        finally:
+            for handle in self._handles:
+                handle.remove()
+        read = self._always
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                read |= self._memory.of(leaf)
+            else:
+                read |= self._look_into(leaf)
+        for call, of_call in zip((*self._calls, self._output), (*self._read, read)):
+            self._resolve(call, of_call)
+        needed = {source for call in (*self._calls, self._output) for source in call.needs}
+        kept = any(
+            effect.kind == "attribute"
+            and any(Source(n, effect.first + i) in needed for i in range(len(effect.leaves)))
+            for n, call in enumerate(self._calls)
+            for effect in call.effects
+        )
+        return Program(
+            self._model, self._units, self._calls, self._output, structure, changed or kept, self._partial,
+            frozenset(self._written),
+        )
+
+    def _look_into(self, value: Any) -> Labels:
+        """The labels of what an object in the output holds; none if it holds what calls left in it."""
+        labels = 0
+        for tensor in held_tensors(value):
+            labels |= self._memory.of(tensor)
+        if any(isinstance(s, int) and labels >> bit & 1 for bit, s in enumerate(self._sources)):
+            self._partial[type(value)] = Missing(
+                f"a layer of {type(self._model).__name__}", type(value).__name__, how_to_open(value)
+            )
+            return 0
+        return labels
+
+    _changed = False
+
+    def call(self, unit: nn.Module, compute: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self._inside is not None or unit not in self._units:
+            return compute(*args, **kwargs)  # a unit within a unit is the unit's own affair
+        number = len(self._calls)
+        call = CallOfUnit(unit, self._units[unit])
+        self._calls.append(call)
+        self._read.append(self._always)
+        self._changed = self._changed or _state_of(self._glue) != self._before
+        self._bracket(unit)
+        inner = list(unit.modules())
+        attributes, entries = _attributes(inner), dict(_entries((args, kwargs)))
+        given = pytree.tree_leaves((args, kwargs))
+        known = {_address(leaf) for leaf in given if isinstance(leaf, Tensor)}
+        self._of_inner = {}
+        self._known = known
+        self._inside = number
+        try:
+            result = compute(*args, **kwargs)
+        finally:
+            self._inside = None
+            self._hooks = 0
+        leaves, call.spec = pytree.tree_flatten(result)
+        call.leaves = describe_leaves(call.name, leaves, given)
+        of_hooks = self._number_hooks(call, number, shift=len(leaves))
+        results = {_address(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        for part, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                collected = self._memory.of(leaf) & of_hooks
+                self._label(leaf, Source(number, part), joins=_address(leaf) in known)
+                self._memory.add(leaf, collected)
+                self._results.setdefault(_address(leaf), []).append(Source(number, part))
+        for module, name, value in _changes(attributes, _attributes(inner)):
+            self._add_effect(call, number, "attribute", module, name, value, results)
+        for path, value in _entries((args, kwargs)):
+            if path not in entries or entries[path] is not value:
+                self._add_effect(call, number, "entry", None, path, value, results)
+        return result
+
+    # -- what the watch on operators tells
+
+    def made(self, read: Labels) -> Labels:
+        if self._inside is None:
+            return read
+        self._read[self._inside] |= read
+        return read | self._bit(self._inside) if read and not self._hooks else read
+
+    def looked_at(self, read: Labels) -> None:
+        if self._inside is None or self._hooks:
+            self._always |= read
+        else:
+            self._read[self._inside] |= read
+
+    def wrote(self, tensor: Tensor) -> None:
+        if self._inside is None:
+            self._written.update(self._results.get(_address(tensor), ()))
+        if self._inside is None and _address(tensor) in self._states:
+            raise InvalidArgument(
+                f"the forward of {type(self._model).__name__} writes to {self._states[_address(tensor)]} in code "
+                "around its units, which every stage would run; move that into a layer of its own"
+            )
+
+    # -- labels
+
+    def _bit(self, source: Any) -> Labels:
+        if source not in self._bits:
+            self._bits[source] = 1 << len(self._sources)
+            self._sources.append(source)
+        return self._bits[source]
+
+    def _label(self, tensor: Tensor, source: Source, *, joins: bool) -> None:
+        """``joins``: it lies in memory that the call was given, and did not only read if it is its result."""
+        before = self._memory.of(tensor) & ~self._bit(source.call) if joins else 0
+        self._memory.put(tensor, before | self._bit(source))
+
+    def _add_effect(
+        self,
+        call: CallOfUnit,
+        number: int,
+        kind: str,
+        module: nn.Module | None,
+        place: Any,
+        value: Any,
+        results: set[int],
+    ) -> None:
+        leaves, spec = pytree.tree_flatten(value)
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            return
+        first = call.parts()
+        effect = Effect(kind, module, place, describe_leaves(call.name, leaves, []), spec, first)
+        call.effects.append(effect)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                joins = _address(leaf) in results or _address(leaf) in self._known
+                self._label(leaf, Source(number, first + i), joins=joins)
+
+    def _bracket(self, unit: nn.Module) -> None:
+        """Watches where hooks of modules inside a unit begin and end."""
+        for module in unit.modules():
+            if module._forward_hooks and module not in self._bracketed:
+                self._bracketed.add(module)
+                self._handles.append(module.register_forward_hook(self._hooks_begin, prepend=True))
+                self._handles.append(module.register_forward_hook(self._hooks_end))
+
+    def _hooks_begin(self, module: nn.Module, args: Any, result: Any) -> None:
+        if self._inside is None:
+            return
+        self._hooks += 1
+        number, call = self._inside, self._calls[self._inside]
+        leaves, spec = pytree.tree_flatten(result)
+        if module is call.unit:
+            for part, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor):
+                    self._label(leaf, Source(number, part), joins=_address(leaf) in self._known)
+            return
+        which = self._of_inner.get(module, 0)
+        self._of_inner[module] = which + 1
+        first = sum(len(effect.leaves) for effect in call.effects)
+        described = describe_leaves(call.name, leaves, [])
+        call.effects.append(Effect("hooks", module, which, described, spec, first))
+        # They get their own numbers when the leaves of the call's result are known.
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                bit = self._bit(("hooks", number, first + i))
+                if _address(leaf) in self._known:
+                    self._memory.add(leaf, bit)
+                else:
+                    self._memory.put(leaf, bit)
+
+    def _number_hooks(self, call: CallOfUnit, number: int, shift: int) -> Labels:
+        """Numbers what hooks were given after the leaves of the call's result; returns its labels."""
+        labels = 0
+        for effect in call.effects:
+            for part in range(effect.first, effect.first + len(effect.leaves)):
+                bit = self._bit(("hooks", number, part))
+                self._sources[bit.bit_length() - 1] = Source(number, shift + part)
+                self._bits[Source(number, shift + part)] = bit
+                labels |= bit
+            effect.first += shift
+        return labels
+
+    def _hooks_end(self, module: nn.Module, args: Any, result: Any) -> None:
+        if self._inside is not None:
+            self._hooks -= 1
+
+    def _resolve(self, call: CallOfUnit, read: Labels) -> None:
+        """Says what a call needs, from the labels of all that it read."""
+        number = self._calls.index(call) if call is not self._output else len(self._calls)
+        own = self._own.get(call.unit, 0) if call is not self._output else 0
+        needs: set[Source] = set()
+        for bit, source in enumerate(self._sources):
+            if not read >> bit & 1:
+                continue
+            if isinstance(source, Source):
+                if source.call != number:
+                    needs.add(source)
+            elif isinstance(source, Held):
+                if not own >> bit & 1:
+                    call.parameters.append(source)
+            elif source != number:
+                raise InvalidArgument(self._leak(self._calls[source], call))
+        call.needs = frozenset(needs)
+
+    def _leak(self, giver: CallOfUnit, taker: CallOfUnit) -> str:
+        return (
+            f"{taker.name} uses a tensor that {giver.name} computed, and that it hands on in another way than by "
+            "its result, a hook, an attribute or an entry of a dict or list that it was given; a stage that does "
+            f"not run {giver.name} would not have it. Return it from {giver.name}, or set use_cache=False if it "
+            "is a cache"
+        )
+
+
+def _inside_units(name: str, units: Iterable[str]) -> bool:
+    return any(name == unit or name.startswith(f"{unit}.") for unit in units)
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
+
+
+_TABLES = {"_parameters", "_buffers", "_modules", "_compiled_call_impl"}
+
+
+def _attributes(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], Any]:
+    return {
+        (module, name): value
+        for module in modules
+        for name, value in module.__dict__.items()
+        if name not in _TABLES and not name.endswith("_hooks")
+    }
+
+
+def _changes(
+    before: Mapping[tuple[nn.Module, str], Any], after: Mapping[tuple[nn.Module, str], Any]
+) -> Iterator[tuple[nn.Module, str, Any]]:
+    """The attributes whose values hold tensors and were set in between."""
+    for (module, name), value in after.items():
+        if before.get((module, name), _NOTHING) is not value and next(held_tensors(value), None) is not None:
+            yield module, name, value
+
+
+_NOTHING = object()
+
+
+def _state_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """What the code of these modules may have kept in them: their attributes, by identity or value."""
+    return [
+        (name, value if isinstance(value, (int, float, str)) else id(value))
+        for module in modules
+        for table in (module.__dict__, module._buffers)
+        for name, value in table.items()
+    ]
+
+
+def _entries(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The tensors in the lists and dicts among the arguments of a call, by path."""
+    if isinstance(value, dict):
+        items: Iterable[tuple[Any, Any]] = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
+    else:
+        return
+    for key, inside in items:
+        if isinstance(inside, Tensor):
+            if isinstance(value, (dict, list)) and len(path) > 1:  # of the containers, not the arguments
+                yield (*path, key), inside
+        else:
+            yield from _entries(inside, (*path, key))

@@ -1,0 +1,68 @@
+"""Hands the calls of units to the run of the calling thread, if it has one."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+Call = Callable[..., Any]
+
+
+class Run(Protocol):
+    """One forward of a model, by one thread."""
+
+    def call(self, unit: nn.Module, compute: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What the forward gets for a call of ``unit``; ``compute`` is the call itself, with its hooks."""
+        ...
+
+
+class _Thread(threading.local):
+    run: Run | None = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def running(run: Run | None) -> Iterator[None]:
+    """Inside it, ``run`` gets this thread's calls of units; None: units run as they are."""
+    before, _thread.run = _thread.run, run
+    try:
+        yield
+    finally:
+        _thread.run = before
+
+
+def route(units: Iterable[nn.Module]) -> None:
+    """Lets calls of these modules go to the run of the calling thread. Copies and pickles know nothing of it.
+
+    torch has a place for what is called in place of a module, hooks and all; ``nn.Module.compile`` uses it too.
+    """
+    for unit in units:
+        if not isinstance(unit._compiled_call_impl, _Router):
+            unit.__dict__["_compiled_call_impl"] = _Router(unit, unit._compiled_call_impl)
+
+
+def compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    found = module._compiled_call_impl
+    return (found.compiled if isinstance(found, _Router) else found) is not None
+
+
+class _Router:
+    """What is called in place of a unit."""
+
+    def __init__(self, unit: nn.Module, compiled: Call | None) -> None:
+        self._unit = unit
+        self.compiled = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = _thread.run
+        compute = self._unit._call_impl if self.compiled is None else self.compiled
+        # A backward that recomputes a unit is no part of the forward.
+        if run is None or torch._C._current_graph_task_id() != -1:
+            return compute(*args, **kwargs)
+        return run.call(self._unit, compute, args, kwargs)

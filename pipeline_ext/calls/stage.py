@@ -1,0 +1,303 @@
+"""A stage that runs the model's own forward and computes its share of the calls."""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import PipelineError
+from ..stages.drawing import branch
+from .hooks import run_hooks
+from .program import INPUTS, CallOfUnit, Effect, Program, Source
+from .routing import Call, running
+from .values import Leaf, Look, is_look, read_look, stand_in
+
+
+class _Stop(BaseException):
+    """The forward has come to the first call of the next stage. No ``except Exception`` of a model takes it."""
+
+
+class CallStage(nn.Module):
+    """The calls ``begin`` to ``end`` of a program.
+
+    The first stage takes the model's arguments; each other one what the stage before returns: a dict of
+    the values that later calls need, the arguments, and the looks of what they do not need. The last returns
+    the model's output. Its children are the units that it calls.
+    """
+
+    def __init__(self, program: Program, begin: int, end: int) -> None:
+        super().__init__()
+        self.__dict__["program"] = program  # no child: it holds the whole model
+        self.begin, self.end = begin, end
+        self.is_last = end == len(program.calls)
+        self.sent = frozenset() if self.is_last else program.live_at(end)
+        self._needs_inputs = {source.part for source in self.sent if source.call == INPUTS}
+        calls = [*program.calls[begin:end], *([program.output] if self.is_last else [])]
+        # Names with dots, which add_module refuses, give parameters the names of the unsplit model.
+        for call in program.calls[begin:end]:
+            self._modules[call.name] = call.unit
+        inside = set(self.modules())
+        for owner in dict.fromkeys(held.owner for held in program.parameters_of(calls)):
+            if owner not in inside:
+                self._modules[program.name_of(owner)] = program.holder(owner)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its units in the unsplit model."""
+        return list(self._modules)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.begin == 0:
+            arguments, received = (args, kwargs), {}
+        else:
+            (received,) = args
+            arguments = received["arguments"]
+        with self.program.turns if self.program.exclusive else contextlib.nullcontext():
+            return self._run(arguments, received)
+
+    def _run(self, arguments: Any, received: dict[str, Any]) -> Any:
+        run = _StageRun(self, received)
+        args, kwargs = self._own(pytree.tree_map_only(str, run.opened, arguments) if received else arguments)
+        try:
+            with running(run), branch(INPUTS):
+                output = self.program.model(*args, **kwargs)
+        except _Stop:
+            return {"arguments": self._passed_on(arguments), **run.passed_on()}
+        return run.finish(output)
+
+    def _own(self, arguments: Any) -> Any:
+        """The arguments, with copies of those that the model's code writes to."""
+        written = {source.part for source in self.program.written if source.call == INPUTS}
+        if not written:
+            return arguments
+        leaves, structure = pytree.tree_flatten(arguments)
+        leaves = [
+            leaf.clone() if part in written and isinstance(leaf, Tensor) else leaf
+            for part, leaf in enumerate(leaves)
+        ]
+        return pytree.tree_unflatten(leaves, structure)
+
+    def _passed_on(self, arguments: Any) -> Any:
+        """The arguments that later stages need; looks of the others."""
+        leaves, structure = pytree.tree_flatten(arguments)
+        if structure != self.program.structure:
+            return arguments
+        passed = [
+            str(Look.of(leaf)) if isinstance(leaf, Tensor) and part not in self._needs_inputs else leaf
+            for part, leaf in enumerate(leaves)
+        ]
+        return pytree.tree_unflatten(passed, structure)
+
+
+class _StageRun:
+    """One forward of a stage."""
+
+    def __init__(self, stage: CallStage, received: dict[str, Any]) -> None:
+        self._stage = stage
+        self._program = stage.program
+        self._live: dict[str, Tensor] = dict(received.get("live", ()))
+        self._looks: list[str] = received["looks"].split(";") if received.get("looks") else []
+        self._number = 0
+        self._position = 0  # in the looks
+        self._inside = False
+        self._trains = torch.is_grad_enabled()
+        self._stand_ins: dict[int, tuple[str, Tensor]] = {}  # by id
+        self._inner: list[tuple[nn.Module, Any]] = []  # what inner modules with hooks returned
+        self._device = next((t.device for t in self._live.values()), torch.device("cpu"))
+
+    def opened(self, value: str) -> Any:
+        return stand_in(read_look(value), self._device) if is_look(value) else value
+
+    def call(self, unit: nn.Module, compute: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self._inside:
+            value = compute(*args, **kwargs)
+            if unit in self._program.collected:
+                self._inner.append((unit, value))
+            return value
+        if unit not in self._program.units:
+            return compute(*args, **kwargs)
+        number = self._number
+        self._number += 1
+        calls = self._program.calls
+        if number >= len(calls) or calls[number].unit is not unit:
+            raise PipelineError(_other_call(self._program, number, unit))
+        if number < self._stage.begin:
+            return self._skip(number, calls[number], args, kwargs)
+        if number == self._stage.end:
+            raise _Stop
+        self._inside = True
+        try:
+            with branch(number):
+                value = compute(*args, **kwargs)
+        finally:
+            self._inside = False
+        self._take(number, calls[number], value, args, kwargs)
+        return value
+
+    def _take(self, number: int, call: CallOfUnit, value: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Keeps what a call has left for later stages."""
+        if self._stage.is_last:
+            return
+        if isinstance(value, Tensor) and call.spec is not None and call.spec.is_leaf() and not call.effects:
+            self._keep(number, 0, value)
+            return
+        leaves, spec = pytree.tree_flatten(value)
+        if spec != call.spec:
+            raise PipelineError(
+                f"{call.name} returned another structure than with the sample: {spec} in place of {call.spec}; "
+                "give a sample of the same kind as the batches"
+            )
+        self._keep_all(number, 0, call.leaves, leaves, call.name)
+        for effect in call.effects:
+            left = self._left_by(effect, args, kwargs)
+            leaves = pytree.tree_leaves(left)
+            if len(leaves) != len(effect.leaves):
+                raise PipelineError(f"{call.name} left other values in its {effect.kind} than with the sample")
+            self._keep_all(number, effect.first, effect.leaves, leaves, call.name)
+        self._inner = []
+
+    def _left_by(self, effect: Effect, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if effect.kind == "attribute":
+            return getattr(effect.module, effect.place)
+        if effect.kind == "entry":
+            value: Any = (args, kwargs)
+            for key in effect.place:
+                value = value[key]
+            return value
+        of_module = [value for module, value in self._inner if module is effect.module]
+        return of_module[effect.place] if effect.place < len(of_module) else None
+
+    def _keep_all(
+        self, number: int, first: int, expected: Sequence[Leaf], leaves: Sequence[Any], name: str
+    ) -> None:
+        for part, (leaf, value) in enumerate(zip(expected, leaves), first):
+            if leaf.kind == "tensor" and isinstance(value, Tensor):
+                self._keep(number, part, value)
+            elif leaf.kind == "tensor" or isinstance(value, Tensor):
+                raise PipelineError(f"{name} returned another structure than with the sample")
+            elif leaf.kind == "plain" and value != leaf.value:
+                raise PipelineError(
+                    f"{name} returned {value!r} where it returned {leaf.value!r} with the sample; later stages "
+                    "would not know, so let it return a tensor"
+                )
+
+    def _keep(self, number: int, part: int, tensor: Tensor) -> None:
+        if Source(number, part) in self._stage.sent:
+            is_written = Source(number, part) in self._program.written
+            self._live[f"{number}.{part}"] = tensor.clone() if is_written else tensor
+        self._looks.append(str(Look.of(tensor)))
+
+    def _skip(self, number: int, call: CallOfUnit, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What the code around units gets for a call of an earlier stage."""
+        if self._trains and not torch.is_grad_enabled():
+            self._refuse_without_grad(call)
+        assert call.spec is not None
+        leaves = self._leaves(call, number, 0, call.leaves, args, kwargs)
+        result = leaves[0] if call.spec.is_leaf() else pytree.tree_unflatten(leaves, call.spec)
+        for effect in call.effects:
+            value = pytree.tree_unflatten(
+                self._leaves(call, number, effect.first, effect.leaves, args, kwargs), effect.spec
+            )
+            if effect.kind == "attribute":
+                setattr(effect.module, effect.place, value)
+            elif effect.kind == "entry":
+                *path, key = effect.place
+                container: Any = (args, kwargs)
+                for step in path:
+                    container = container[step]
+                if isinstance(container, list) and key == len(container):
+                    container.append(value)
+                else:
+                    container[key] = value
+            else:
+                assert effect.module is not None
+                run_hooks(effect.module, (), {}, value)
+        if call.unit._forward_hooks or call.unit._forward_pre_hooks:
+            run_hooks(call.unit, args, kwargs, result)
+        return result
+
+    def _leaves(
+        self,
+        call: CallOfUnit,
+        number: int,
+        first: int,
+        expected: Sequence[Leaf],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> list[Any]:
+        found: list[Any] = []
+        for part, leaf in enumerate(expected, first):
+            if leaf.kind == "tensor":
+                look = self._looks[self._position]
+                self._position += 1
+                received = self._live.get(f"{number}.{part}")
+                if received is None:
+                    received = stand_in(read_look(look), self._device)
+                    self._stand_ins[id(received)] = (call.name, received)
+                found.append(received.clone() if Source(number, part) in self._program.written else received)
+            elif leaf.kind == "argument":
+                found.append(pytree.tree_leaves((args, kwargs))[leaf.value])
+            else:
+                found.append(leaf.value)
+        return found
+
+    def _refuse_without_grad(self, call: CallOfUnit) -> None:
+        """Under torch.no_grad the value has no gradient anyway, unless a checkpoint computes it again later."""
+        frame = sys._getframe()
+        while frame is not None:
+            if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+                raise PipelineError(
+                    f"{call.name} is called inside a reentrant activation checkpoint, whose backward would "
+                    "compute it in every later stage; give use_reentrant=False to the checkpoint"
+                )
+            frame = frame.f_back  # type: ignore[assignment]
+
+    def passed_on(self) -> dict[str, Any]:
+        """What later stages get of the calls so far."""
+        sent = self._stage.sent
+        live = {key: value for key, value in self._live.items() if _source(key) in sent}
+        return {"live": live, "looks": ";".join(self._looks)}
+
+    def finish(self, output: Any) -> Any:
+        """The model's output, when all calls are done."""
+        calls = self._program.calls
+        if self._number < len(calls):
+            raise PipelineError(
+                f"the forward has ended without call {self._number} of the sample's, of "
+                f"{calls[self._number].name}; {_SAME}"
+            )
+        for leaf in pytree.tree_leaves(output):
+            if id(leaf) in self._stand_ins:
+                raise PipelineError(
+                    f"the output holds what {self._stand_ins[id(leaf)][0]} returned, which with the sample it "
+                    "did not, so it was not sent on; ask for the same outputs in the sample"
+                )
+        if self._stage.begin == 0 or not self._program.partial:
+            return output
+        return pytree.tree_map(lambda leaf: self._program.partial.get(type(leaf), leaf), output)
+
+
+_SAME = (
+    "each microbatch must make the calls of the sample in their order: give a sample that takes the same way "
+    "through the model, or put code that depends on data inside a unit"
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def _source(key: str) -> Source:
+    call, part = key.split(".")
+    return Source(int(call), int(part))
+
+
+def _other_call(program: Program, number: int, unit: nn.Module) -> str:
+    calls = program.calls
+    given = f"{program.units.get(unit, type(unit).__name__)} is called"
+    if number >= len(calls):
+        return f"{given} after the {len(calls)} calls that the sample made; {_SAME}"
+    return f"{given} where the sample called {calls[number].name} (call {number}); {_SAME}"

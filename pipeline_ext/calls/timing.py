@@ -1,0 +1,72 @@
+"""How long the calls of a program take."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..microbatches.cutting import Arguments
+from ..stages.drawing import branch
+from .program import Program
+from .routing import Call, running
+
+
+def times(program: Program, arguments: Arguments, repeats: int = 2) -> list[float]:
+    """Seconds of forward and backward of each call; the last includes the code after it."""
+    runs = []
+    for _ in range(repeats):
+        run = _Timed(program)
+        args, kwargs = arguments
+        with torch.enable_grad(), running(run):
+            program.model(*args, **kwargs)
+        run.seconds[-1] += 3 * (time.perf_counter() - run.ended)  # a backward takes about two forwards
+        runs.append(run.seconds)
+    return [min(of_call) for of_call in zip(*runs)]
+
+
+def sizes(program: Program) -> list[float]:
+    """The parameters of each call, each counted where it is used first."""
+    seen: set[Tensor] = set()
+    counts = []
+    for call in program.calls:
+        new = [p for p in call.unit.parameters() if p not in seen]
+        seen.update(new)
+        counts.append(sum(p.numel() for p in new) + 1.0 / len(program.calls))
+    return counts
+
+
+class _Timed:
+    """A run that computes each call, and its backward at once."""
+
+    def __init__(self, program: Program) -> None:
+        self._units = program.units
+        self._inside = False
+        self.seconds: list[float] = []
+        self.ended = 0.0
+
+    def call(self, unit: nn.Module, compute: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self._inside or unit not in self._units:
+            return compute(*args, **kwargs)
+        self._inside = True
+        args, kwargs = pytree.tree_map_only(Tensor, _entering, (args, kwargs))
+        begin = time.perf_counter()
+        try:
+            with branch(len(self.seconds)):
+                value = compute(*args, **kwargs)
+        finally:
+            self._inside = False
+        results = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.requires_grad]
+        entered = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs = [t for t in (*entered, *unit.parameters()) if t.requires_grad]
+        if results and inputs:
+            ones = [torch.ones_like(t) for t in results]
+            torch.autograd.grad(results, inputs, ones, allow_unused=True)
+        self.ended = time.perf_counter()
+        self.seconds.append(self.ended - begin)
+        return pytree.tree_map_only(Tensor, Tensor.detach, value)
+
+
+def _entering(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(True).clone() if tensor.is_floating_point() else tensor

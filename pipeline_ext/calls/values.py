@@ -1,0 +1,96 @@
+"""Results of calls as flat lists, and what stands in for a tensor that is not here."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..base.comparable import comparable
+from ..microbatches.opaque import how_to_open
+
+class Look(NamedTuple):
+    """The type and shape of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Look":
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+    def __str__(self) -> str:
+        return f"{_MARK}{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+_MARK = "\0"  # begins the text of a look, which no other text does
+
+
+def is_look(value: Any) -> bool:
+    """Whether ``value`` is the text of a look."""
+    return type(value) is str and value.startswith(_MARK)
+
+
+@functools.lru_cache(maxsize=4096)
+def read_look(text: str) -> Look:
+    """The look whose text this is."""
+    dtype, _, shape = text.removeprefix(_MARK).rstrip("]").partition("[")
+    return Look(getattr(torch, dtype), tuple(int(n) for n in shape.split(",") if n.strip()))
+
+
+def stand_in(look: Look, device: torch.device) -> Tensor:
+    """A tensor that has one element of memory. Its values are such that their use is seen: not a number."""
+    return _one(look.dtype, device).expand(look.shape)
+
+
+@functools.cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    value: Any
+    if dtype.is_floating_point or dtype.is_complex:
+        value = float("nan")
+    else:
+        value = False if dtype is torch.bool else torch.iinfo(dtype).min
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.full((), value, dtype=dtype, device=device)
+
+
+class Missing:
+    """In place of an object, no tensor, that is in another stage."""
+
+    def __init__(self, what: str, kind: str, opens: str) -> None:
+        self.__dict__["_why"] = (
+            f"{what} returned a {kind} in another stage of the pipeline, and torch's pytrees do not see what it "
+            f"holds, so it cannot be sent; {opens}"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(self._why)
+
+    def __getitem__(self, key: Any) -> Any:
+        raise TypeError(self._why)
+
+    def __repr__(self) -> str:
+        return f"<missing: {self._why}>"
+
+
+class Leaf(NamedTuple):
+    """A leaf of a call's result."""
+
+    kind: str  # "tensor", "plain", "argument" or "missing"
+    value: Any = None  # plain: the value; argument: its number; missing: what stands in for it
+
+
+def describe_leaves(name: str, leaves: list[Any], arguments: list[Any]) -> list[Leaf]:
+    """What the leaves of a result are. ``name``: of the unit; ``arguments``: the leaves that it was given."""
+    numbers = {id(value): number for number, value in enumerate(arguments)}
+
+    def described(leaf: Any) -> Leaf:
+        if isinstance(leaf, Tensor):
+            return Leaf("tensor")
+        if comparable(leaf) is not None:
+            return Leaf("plain", leaf)
+        if id(leaf) in numbers:
+            return Leaf("argument", numbers[id(leaf)])
+        return Leaf("missing", Missing(name, type(leaf).__name__, how_to_open(leaf)))
+
+    return [described(leaf) for leaf in leaves]
