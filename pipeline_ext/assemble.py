@@ -14,7 +14,7 @@ from . import _C
 from .base import arguments
 from .checkpoint.unsplit import LocalModel, repeated_names
 from .engines import devices as device_choice
-from .engines.choice import described_device, make_engine
+from .engines.choice import described_device, make_engine, make_streams
 from .engines.parts import EngineParts
 from .engines.protocol import Engine
 from .errors import InvalidArgument
@@ -31,7 +31,6 @@ from .settings import Settings
 from .stages.local import local_stages
 from .stages.loss_view import LossView
 from .stages.parameter_hooks import ParameterHooks
-from .stages.random_streams import RandomStreams, TorchsOwn
 from .stages.reach import Owners
 from .stages.shared_parameters import SharedParameters
 from .stages.stage import Stage
@@ -146,10 +145,10 @@ def assemble(settings: Settings) -> Assembly:
         owners=owners,
         loss_view=loss_view,
         hooks=ParameterHooks(owners, settings.microbatches, on_aliases=devices[0].type == "cuda"),
-        random=(
-            RandomStreams(sharing.any_of_all(engine), 0 if reduction is None else reduction.rank)
-            if devices[0].type == "cpu"
-            else TorchsOwn()
+        random=make_streams(
+            [devices[rank] for rank in plan.rank_of_stage],
+            sharing.any_of_all(engine),
+            0 if reduction is None else reduction.rank,
         ),
         wrapped=parts.wrapped,
         ties=ties,

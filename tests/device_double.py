@@ -36,6 +36,7 @@ class Double:
         self.profiled = False
         self.launches = 0
         self.capturing = False
+        self.generators = [_Generator() for _ in range(devices)]
 
     def num_devices(self):
         return self.devices
@@ -54,6 +55,12 @@ class Double:
         self.current[self.device] = handle
         self.standin.drain()  # what has been copied between devices is there
         self.standin.note(f"{NOTE} {self.standin.number(handle)}")
+
+    def generator(self, device):
+        return self.generators[device.index]
+
+    def is_capturing(self):
+        return self.capturing
 
     def on(self, device):
         return contextlib.nullcontext()
@@ -91,6 +98,30 @@ class Double:
 
     def Graph(self, memory):
         return _Graph(self)
+
+
+class _Generator:
+    """A GPU's: a seed, and the offset of the next number."""
+
+    def __init__(self):
+        self.state = 0, 0
+
+    def manual_seed(self, seed):
+        self.state = seed, 0
+
+    def get_offset(self):
+        return self.state[1]
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+    def rand_like(self, x):
+        seed, offset = self.state
+        self.state = seed, offset + 4
+        return torch.rand(x.shape, generator=torch.Generator().manual_seed(seed + offset))
 
 
 class _Graph:

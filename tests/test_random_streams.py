@@ -176,21 +176,39 @@ def test_a_generator_of_the_model_s_own_is_used():
     )
 
 
-def test_a_stage_that_begins_to_draw_is_warned_of_once_and_reproducible_from_then_on():
+@pytest.mark.filterwarnings("error")
+def test_stages_may_begin_to_draw_and_end():
     model, x = dropouts(), torch.randn(8, 8)
-    model.eval()
-    with pe.Pipeline(model, STAGES, 4, loss_fn=F.mse_loss) as pipe:
-        pipe.step(x, target=x)
-        model.train()
-        with pytest.warns(UserWarning, match="by a stage that had drawn none in the first step"):
+    found = []
+    for schedule in ("1f1b", "gpipe", "zb-h1"):
+        torch.manual_seed(1)
+        with pe.Pipeline(model, STAGES, 4, schedule, F.mse_loss) as pipe:
+            results = []
+            for trains in (False, True, True, False, True):
+                model.train(trains)
+                results += [pipe.step(x, target=x), pipe.eval(x, keep_mode=True).sum()]
+            found.append(torch.stack([*results, torch.rand(())]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert len(set(found[0].tolist())) > 6  # those that draw differ
+
+
+@pytest.mark.parametrize("seeds", [True, False])
+def test_what_a_stage_draws_past_its_stream_is_warned_of_once(seeds):
+    class Past(nn.Linear):
+        def forward(self, x):
+            # An extension in C++ draws so.
+            torch.manual_seed(5) if seeds else torch.default_generator.seed()
+            return super().forward(x)
+
+    model, x = nn.Sequential(nn.Linear(8, 8), Past(8, 8)), torch.randn(8, 8)
+    with pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss) as pipe:
+        with pytest.warns(
+            UserWarning, match="during a step torch's generator for the CPU was seeded, or drawn"
+        ):
             pipe.step(x, target=x)
-        losses = []
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            for _ in range(2):
-                torch.manual_seed(1)
-                losses.append(pipe.step(x, target=x))
-        assert torch.equal(*losses)
+            pipe.step(x, target=x)
 
 
 def test_replicas_draw_other_numbers():
@@ -219,15 +237,88 @@ def test_ranks_that_keep_the_generator_s_state_do_not_wait_for_one_another_for_g
             gc.set_threshold(*threshold)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-def test_dropout_in_a_stream_is_torch_s_with_the_stream_s_generator(p, inplace):
-    from pipeline_ext.stages.drawing import Stream
+X = torch.linspace(0.1, 0.9, 40).reshape(8, 5)
+LSTM, ATTENTION = nn.LSTM(5, 5, 2, dropout=0.5), nn.MultiheadAttention(5, 1, dropout=0.5)
+LAYER = nn.TransformerEncoderLayer(5, 1, 10, dropout=0.5)
+traced = torch.jit.trace(lambda x: F.dropout(x, 0.5), X, check_trace=False)
 
-    x = torch.randn(64, 8, requires_grad=True)
-    with Stream(5, lambda: None):
-        found = F.dropout(x * 1, p, inplace=inplace)
-    torch.default_generator.manual_seed(5)
-    expected = F.dropout(x * 1, p, inplace=inplace)
-    assert torch.equal(found, expected)
-    assert torch.equal(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (found, expected)))
+
+class Wrapper(torch.Tensor):
+    """Its operators run on what it holds."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+        found = operator(*(a.held if isinstance(a, Wrapper) else a for a in args), **(kwargs or {}))
+        return Wrapper(found) if isinstance(found, torch.Tensor) else found
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        return operator(*args, **(kwargs or {}))
+
+
+def in_a_mode():
+    with Mode():
+        return F.dropout(X, 0.5)
+
+
+DRAWING = {
+    "dropout": lambda: F.dropout(X, 0.5),
+    "dropout in place": lambda: F.dropout(X.clone(), 0.5, inplace=True),
+    "torch.dropout": lambda: torch.dropout(X, 0.5, True),
+    "native_dropout": lambda: torch.native_dropout(X, 0.5, True)[0],
+    "alpha_dropout": lambda: F.alpha_dropout(X, 0.5, True),
+    "dropout1d": lambda: F.dropout1d(X, 0.5),
+    "rrelu": lambda: F.rrelu(-X, training=True),
+    "gumbel_softmax": lambda: F.gumbel_softmax(X),
+    "fractional_max_pool2d": lambda: F.fractional_max_pool2d(torch.randn(1, 1, 8, 8), 2, output_size=(3, 3)),
+    "attention": lambda: F.scaled_dot_product_attention(X[None], X[None], X[None], dropout_p=0.5),
+    "LSTM": lambda: LSTM(X[None].expand(3, 8, 5))[0],
+    "MultiheadAttention": lambda: ATTENTION(X, X, X)[0],
+    "TransformerEncoderLayer": lambda: LAYER(X),
+    "rand": lambda: torch.rand(9),
+    "rand of the default generator": lambda: torch.rand(9, generator=torch.default_generator),
+    "rand out": lambda: torch.rand(9, out=torch.empty(9)),
+    "rand_like": lambda: torch.rand_like(X),
+    "randn": lambda: torch.randn(9),
+    "randn complex": lambda: torch.view_as_real(torch.randn(9, dtype=torch.complex64)),
+    "randn_like": lambda: torch.randn_like(X),
+    "randint": lambda: torch.randint(99, (9,)),
+    "randint_like": lambda: torch.randint_like(X, 99),
+    "randperm": lambda: torch.randperm(50),
+    "normal of tensors": lambda: torch.normal(X, X),
+    "normal of a mean": lambda: torch.normal(X),
+    "normal of a deviation": lambda: torch.normal(0.0, X),
+    "normal of numbers": lambda: torch.normal(0.0, 1.0, (9,)),
+    "bernoulli": lambda: torch.bernoulli(X),
+    "bernoulli_ of a tensor": lambda: torch.empty_like(X).bernoulli_(X),
+    "multinomial": lambda: X.multinomial(3),
+    "poisson": lambda: torch.poisson(X * 9),
+    "binomial": lambda: torch.binomial(torch.full_like(X, 9.0), X),
+    "gamma": lambda: torch.distributions.Gamma(X, X).sample(),
+    "dirichlet": lambda: torch.distributions.Dirichlet(X).sample(),
+    "uniform_": lambda: torch.empty(9).uniform_(),
+    "random_": lambda: torch.empty(9).random_(),
+    "random_ to": lambda: torch.empty(9).random_(2, 99),
+    "exponential_": lambda: torch.empty(9).exponential_(),
+    "cauchy_": lambda: torch.empty(9).cauchy_(),
+    "geometric_": lambda: torch.empty(9).geometric_(0.5),
+    "log_normal_": lambda: torch.empty(9).log_normal_(),
+    "trunc_normal_": lambda: nn.init.trunc_normal_(torch.empty(9)),
+    "svd_lowrank": lambda: torch.svd_lowrank(X, 2)[0],
+    "torch.jit": lambda: traced(X),
+    "vmap": lambda: torch.vmap(lambda x: F.dropout(x, 0.5), randomness="different")(X),
+    "func.grad": lambda: torch.func.grad(lambda x: F.dropout(x, 0.5).square().sum())(X),
+    "a tensor's class": lambda: F.dropout(Wrapper(X), 0.5).held,
+    "a mode": in_a_mode,
+    "nested": lambda: F.dropout(torch.nested.nested_tensor([X, X]), 0.5).to_padded_tensor(0.0),
+    "jagged": lambda: F.dropout(torch.nested.nested_tensor([X, X], layout=torch.jagged), 0.5).values(),
+    "backward": lambda: torch.autograd.grad(Backward.apply(X.clone().requires_grad_()).sum(), [])[0],
+}

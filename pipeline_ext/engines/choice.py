@@ -1,13 +1,15 @@
 """Chooses the engine for a pipeline's devices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import InvalidArgument
+from ..stages.random_streams import AnyOfAll, RandomStreams
 from . import devices as device_choice
 from .cuda.device_engine import DeviceEngine
+from .cuda.device_streams import DeviceStreams
 from .cuda.nccl import carrier
 from .cuda.process_engine import DeviceProcessEngine
 from .host import HostEngine
@@ -30,6 +32,13 @@ MANY_PROCESSES = EngineTypes(ProcessEngine, DeviceProcessEngine)  # these take `
 def described_device(device: torch.device) -> str:
     """A description of the device, the same in all processes that may share a pipeline."""
     return device.type if device.type == "cpu" else f"{device.type}, where {carrier()} carries messages"
+
+
+def make_streams(devices: Sequence[torch.device], any_of_all: AnyOfAll | None, replica: int) -> RandomStreams:
+    """Makes the streams of random numbers of stages on ``devices``; see ``RandomStreams``."""
+    if devices[0].type == "cpu":
+        return RandomStreams(any_of_all, replica)
+    return DeviceStreams(devices, any_of_all, replica)
 
 
 def make_engine(parts: EngineParts, types: EngineTypes) -> Engine[Any]:

@@ -41,15 +41,11 @@ class CallerContext(NamedTuple):
             torch.set_default_device(None if is_cpu else self.default_device)
         _worker.applied = self
 
-    def forward(
-        self, stream: contextlib.AbstractContextManager | None = None
-    ) -> contextlib.AbstractContextManager:
-        """The state in which one forward task runs, with its ``stream`` of random numbers, if it has one."""
+    def forward(self) -> contextlib.AbstractContextManager:
+        """The state in which one forward task runs."""
         if not self.autocast:
-            return _NOTHING if stream is None else stream
+            return _NOTHING
         stack = contextlib.ExitStack()
-        if stream is not None:
-            stack.enter_context(stream)
         for device, dtype in self.autocast:
             stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
         return stack

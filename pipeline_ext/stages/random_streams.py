@@ -1,73 +1,79 @@
 """A stream of random numbers for each stage and microbatch.
 
-The CPU has one generator for the process, from which ranks would draw in the order in which they happen to run.
-Here each task draws from a generator of its own, seeded from the caller's. So losses and gradients depend on
-the seed and the number of microbatches alone. Calls of torch are watched in stages that draw; other stages pay
-nothing.
+The CPU has one generator for the process, from which ranks would draw in the order in which they happen to
+run. Here each task draws from a stream of its own, seeded from the caller's generator. So losses and gradients
+depend on the seed and the number of microbatches alone.
 """
 
 import contextlib
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from .drawing import Still, Stream, keep_states_by_thread
+from . import drawing
 
 AnyOfAll = Callable[[bool], bool]  # whether it is true in any process
 
 _MASK = 2**64 - 1
-_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 class StepStreams:
-    """The streams of one step.
+    """The streams of one step; see ``drawing.Seeds``.
 
     Attributes:
-        base: the number from which they are seeded; it may come from another process with the first microbatch.
+        state: of the caller's generator as the step begins.
+        travels: whether the number from which they are seeded comes from another process with the microbatches.
         drew: the stages that have drawn.
     """
 
-    def __init__(
-        self, base: int | None, watched: Callable[[int], bool], replica: int, state: Tensor | None = None
-    ) -> None:
-        """``watched(stage)``: whether a stage may draw. ``base`` None: no stage may.
-
-        ``state``: of the caller's generator.
-        """
-        self.base = base
+    def __init__(self, state: Tensor, replica: int, travels: bool = False) -> None:
+        self.state = state
+        self.travels = travels
         self.drew: set[int] = set()
-        self._watched = watched
         self._replica = replica
-        self._still = None if state is None else Still(state)
+        self._base: int | None = None
 
-    def of(self, stage: int, m: int, backward: bool = False) -> Stream | None:
-        """The context in which a stage's task runs for microbatch ``m``; None if the stage draws nothing."""
-        if self.base is None or not self._watched(stage):
-            if self._still is not None:
-                self._still.hold()
-            return None
-        return Stream(self.seed(stage, m, backward), lambda: self.drew.add(stage))
+    @property
+    def base(self) -> int:
+        """The number from which they are seeded."""
+        if self._base is None:
+            self._base = _number(self.state)
+        return self._base
 
-    def of_all(self, m: int, backward: bool = False) -> contextlib.AbstractContextManager[Any]:
-        """As ``of`` the first stage, whether it may draw or not. Others follow by ``Stream.become``."""
-        if self.base is None:
-            return _NOTHING
-        return Stream(self.seed(0, m, backward), lambda: self.drew.add(0))
+    @base.setter
+    def base(self, base: int) -> None:
+        self._base = base
 
-    def seed(self, stage: int, m: int, backward: bool = False) -> int:
-        """What the stream of a task is seeded with."""
-        assert self.base is not None
-        return _seed(self.base, self._replica, stage, 2 * m + backward)
+    def enter(self, stage: int, m: int, backward: bool = False) -> None:
+        """From now on the calling thread draws from the stream of this task."""
+        drawing.enter((self, stage, 2 * m + backward))
+
+    @contextlib.contextmanager
+    def in_this_thread(self) -> Iterator[None]:
+        """Inside it, the calling thread may enter tasks."""
+        try:
+            yield
+        finally:
+            drawing.enter(None)
+
+    def seed(self, stage: int, part: int) -> int:
+        return _seed(self.base, self._replica, stage, part)
 
 
-NO_STREAMS = StepStreams(None, lambda stage: False, 0)
+class NoStreams(StepStreams):
+    """Stages draw from torch's own generators."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.empty(0, device="cpu"), 0)
+
+    def enter(self, stage: int, m: int, backward: bool = False) -> None:
+        pass
 
 
 class RandomStreams:
-    """Seeds the streams of a pipeline's steps, and learns in the first one which stages draw."""
+    """Seeds the streams of a pipeline's steps."""
 
     def __init__(self, any_of_all: AnyOfAll | None = None, replica: int = 0) -> None:
         """``any_of_all``: None if this process has all stages.
@@ -76,61 +82,51 @@ class RandomStreams:
         """
         self._any_of_all = any_of_all
         self._replica = replica
-        self._draws: set[int] = set()  # stages of this process
-        self._anyone_draws = True  # in any process
-        self._watches_all = True  # until the first training step has shown which draw
-        self._learns = True
-        self._state: Tensor | None = None
-        keep_states_by_thread()
+        self._draws: bool | None = None  # whether any stage drew in the first training step
+        self._warned = False
+        drawing.install()
 
     def begin(self) -> StepStreams:
         """The streams of a step."""
-        self._state = torch.default_generator.get_state()
-        base = _number(self._state) if self._anyone_draws else None
-        return StepStreams(
-            base, lambda stage: self._watches_all or stage in self._draws, self._replica, self._state
-        )
+        return self._streams(torch.default_generator.get_state())
+
+    def _streams(self, state: Tensor) -> StepStreams:
+        return StepStreams(state, self._replica, self._any_of_all is not None and self._draws is not False)
 
     def end(self, streams: StepStreams, trains: bool) -> None:
         """Called when a step has ended. If any stage has drawn, the caller's generator moves on.
 
         So do those of all processes, which scripts may rely on to be alike.
         """
-        assert self._state is not None  # begin was called
-        moved = not torch.equal(self._state, torch.default_generator.get_state())
-        self._draws |= streams.drew
-        if self._learns and trains:
-            drew = bool(self._draws)
-            self._anyone_draws = drew if self._any_of_all is None else self._any_of_all(drew)
-            self._learns = self._watches_all = False
-        elif moved and not self._watches_all:
-            self._warn()
-        if streams.drew if self._any_of_all is None else trains and self._anyone_draws:
+        if isinstance(streams, NoStreams):
+            return
+        drew = bool(streams.drew)
+        if not torch.equal(streams.state, torch.default_generator.get_state()):
+            self._warn(
+                "during a step torch's generator for the CPU was seeded, or drawn from, by a stage that calls "
+                "torch.manual_seed, an extension in C++, or another thread of the program; such numbers may "
+                "depend on the timing of threads"
+            )
+        if not trains:
+            moves = drew if self._any_of_all is None else self._any_of_all(drew)
+        elif self._draws is None:
+            moves = self._draws = drew if self._any_of_all is None else self._any_of_all(drew)
+        else:
+            # As often in many processes as in one, where a step that draws nothing would be seen.
+            moves = drew or self._draws
+            if drew and not self._draws and self._any_of_all is not None:
+                self._warn(
+                    "a stage of this process has drawn random numbers, and none had in the first step, so that "
+                    "the processes do not share the number from which they are seeded; they are those of one "
+                    "process only if all processes were seeded alike and all draw"
+                )
+        if moves:
             torch.empty((), dtype=torch.int64, device="cpu").random_()
 
-    def _warn(self) -> None:
-        self._watches_all = True
-        if self._any_of_all is None:
-            self._anyone_draws = True
-        warnings.warn(
-            "random numbers were drawn from torch's generator during a step, by a stage that had drawn none in "
-            "the first step, or by another thread of the program; in this step they depend on the timing of "
-            "threads",
-            stacklevel=5,
-        )
-
-
-class TorchsOwn(RandomStreams):
-    """No streams: stages on GPUs draw from the generators of torch."""
-
-    def __init__(self) -> None:
-        pass
-
-    def begin(self) -> StepStreams:
-        return NO_STREAMS
-
-    def end(self, streams: StepStreams, trains: bool) -> None:
-        pass
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=6)
 
 
 def _number(state: Tensor) -> int:

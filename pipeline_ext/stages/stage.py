@@ -1,6 +1,5 @@
 """A module as a stage: forward and backward of one microbatch, the backward whole or split."""
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,8 +23,6 @@ from .split_backward import WeightGradients, find_input_gradients, run_backward
 from .step import Step
 
 Arguments = tuple[tuple, dict[str, Any]]
-
-_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -137,8 +134,9 @@ class Stage:
         popped = self._skips.enter(scope)
         all_received = [tensor for part in (received, *popped) for tensor in part]
         losses: list[tuple[Tensor, float]] = []
+        step.random.enter(self.index, m)
         try:
-            with step.context.forward(step.random.of(self.index, m)), scope:
+            with step.context.forward(), scope:
                 value = self._run_module(arguments)
                 if isinstance(value, WithLoss):
                     losses.append((_checked(value.loss, "the loss in WithLoss"), step.weight(m)))
@@ -174,12 +172,8 @@ class Stage:
         self.thread = this_thread()
         step = self._running()
         step.context.apply()
-        stream = step.random.of(self.index, m, backward=True)
-        if stream is None:
-            self._run_backward(step, m)
-        else:
-            with stream:
-                self._run_backward(step, m)
+        step.random.enter(self.index, m, backward=True)
+        self._run_backward(step, m)
         step.exchange.release(self.index, m)
         self.thread = None
 
@@ -190,8 +184,8 @@ class Stage:
         step.context.apply()
         outputs, grads, in_flight = self._begin_backward(step, m)
         if outputs:
-            with step.random.of(self.index, m, backward=True) or _NOTHING:
-                found = find_input_gradients(outputs, grads, in_flight.leaves())
+            step.random.enter(self.index, m, backward=True)
+            found = find_input_gradients(outputs, grads, in_flight.leaves())
             self._weight_grads[m] = found
             self.unsplit = found.whole
         self._send_back(step, m, in_flight)
@@ -203,8 +197,8 @@ class Stage:
         step = self._running()
         step.context.apply()
         if m in self._weight_grads:
-            with step.random.of(self.index, m, backward=True) or _NOTHING:
-                self._weight_grads.pop(m).add()
+            step.random.enter(self.index, m, backward=True)
+            self._weight_grads.pop(m).add()
         step.exchange.release(self.index, m)
         self.thread = None
 
@@ -252,7 +246,8 @@ class Stage:
     def _evaluate(self, step: Step, m: int) -> None:
         scope = self._skips.receive(step.exchange, m)
         arguments = self._arguments(step, m)
-        with torch.no_grad(), step.context.forward(step.random.of(self.index, m)), scope:
+        step.random.enter(self.index, m)
+        with torch.no_grad(), step.context.forward(), scope:
             value = self._run_module(arguments)
         if isinstance(value, WithLoss):
             value = value.value

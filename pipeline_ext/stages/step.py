@@ -13,7 +13,7 @@ from ..base.tensors import differentiable
 from ..errors import PipelineError
 from ..transport.exchange import Exchange
 from .context import CallerContext
-from .random_streams import NO_STREAMS, StepStreams
+from .random_streams import NoStreams, StepStreams
 
 
 class Step:
@@ -32,7 +32,7 @@ class Step:
         weighted: bool = False,
         scaler: torch.amp.GradScaler | None = None,
         keep_outputs: bool = True,
-        random: StepStreams = NO_STREAMS,
+        random: StepStreams | None = None,
     ) -> None:
         """``rows`` of each microbatch, and ``inputs``: None if another process has the first stage.
 
@@ -40,7 +40,7 @@ class Step:
         """
         self.exchange = exchange
         self.inputs = inputs
-        self.random = random
+        self.random = random or NoStreams()
         self.context = context
         self.targets = targets
         self._target_rows = target_rows
@@ -85,7 +85,7 @@ class Step:
     def passed_on(self, stage: int, m: int) -> list[Any]:
         """What is sent along with microbatch ``m`` from ``stage`` to another process."""
         added = itertools.chain.from_iterable(of_stage[m] for of_stage in self.contributions[: stage + 1])
-        seeds = [] if self.random.base is None else [torch.tensor(self.random.base, device="cpu")]
+        seeds = [torch.tensor(self.random.base, device="cpu")] if self.random.travels else []
         return [self._rows, self._lengths[m], *seeds, *added]
 
     def take_in(self, stage: int, m: int, known: list[Any]) -> None:
@@ -94,7 +94,7 @@ class Step:
         Raises PipelineError if the target has another number of rows than the batch.
         """
         self._rows, self._lengths[m], *added = known
-        if self.random.base is not None:
+        if self.random.travels:
             base, *added = added
             self.random.base = int(base)
         if self._target_rows not in (None, self._rows):

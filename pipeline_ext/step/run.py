@@ -28,7 +28,7 @@ def run_step(
     for stage in stages:
         stage.begin(step)
     try:
-        with within or contextlib.nullcontext():
+        with within or contextlib.nullcontext(), step.random.in_this_thread():
             result = engine.run(route, timeout=timeout, record=record)
     except BaseException as interrupt:
         engine.failed(f"{type(interrupt).__name__}: {interrupt}")

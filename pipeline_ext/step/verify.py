@@ -18,7 +18,7 @@ from ..microbatches.rows import Marked, whole
 from ..model.slice import Slice
 from ..report.verification import Difference, Verification
 from ..stages.modes import evaluation_mode
-from ..stages.random_streams import NO_STREAMS, StepStreams
+from ..stages.random_streams import NoStreams, StepStreams
 from ..stages.split_backward import run_backward
 from ..stages.stage import WithLoss
 from .batch import Batch
@@ -75,20 +75,19 @@ class Unsplit:
     def _drawing(self, streams: StepStreams, m: int) -> Iterator[None]:
         """Inside it, each stage's layers draw from the stage's own stream."""
         handles = []
-        with streams.of_all(m) as stream:
-            if stream is not None:
-                for index, stage in self.stages.items():
-                    first = next(iter(stage.layers)) if isinstance(stage, Slice) else stage
+        for index, stage in self.stages.items():
+            first = next(iter(stage.layers)) if isinstance(stage, Slice) else stage
 
-                    def begin(*_: Any, index: int = index) -> None:
-                        stream.become(streams.seed(index, m))
+            def begin(*_: Any, index: int = index) -> None:
+                streams.enter(index, m)
 
-                    handles.append(first.register_forward_pre_hook(begin))
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+            handles.append(first.register_forward_pre_hook(begin))
+        streams.enter(0, m)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def verify(
@@ -111,8 +110,8 @@ def verify(
     with check.untouched():
         batch = Batch(inputs, target, keep_outputs=False, keep_losses=False, record=False)
         pipelined, found = check.gradients_of(lambda: stepper.train(batch, applies=False).loss)
-    with check.untouched():
-        streams = stepper.random.begin()
+    streams = stepper.random.begin()
+    with check.untouched(), streams.in_this_thread():
         plain, expected = check.gradients_of(
             lambda: _microbatched(unsplit, cut.parts, targets, weights, streams)
         )
@@ -201,15 +200,15 @@ def _microbatched(
         counted = [term * w for term, w in terms if w != 0]
         if counted:
             of_microbatch = functools.reduce(operator.add, counted)
-            with streams.of_all(m, backward=True):
-                run_backward([of_microbatch], [torch.ones_like(of_microbatch)])
+            streams.enter(0, m, backward=True)
+            run_backward([of_microbatch], [torch.ones_like(of_microbatch)])
             total = of_microbatch.detach() if total is None else total + of_microbatch.detach()
     assert total is not None  # something counts, or the step would have been refused
     return total
 
 
 def _whole(unsplit: Unsplit, inputs: Whole, target: Any) -> Tensor:
-    losses = unsplit.losses(_unmarked((inputs.args, inputs.kwargs)), _unmarked(target), NO_STREAMS, 0)
+    losses = unsplit.losses(_unmarked((inputs.args, inputs.kwargs)), _unmarked(target), NoStreams(), 0)
     loss = functools.reduce(operator.add, losses)
     loss.backward()
     return loss

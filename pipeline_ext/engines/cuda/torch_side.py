@@ -40,6 +40,16 @@ def use(stream: Any) -> None:
     torch.cuda.set_stream(stream)
 
 
+def generator(device: torch.device) -> torch.Generator:
+    """The device's default generator."""
+    return torch.cuda.default_generators[device.index]
+
+
+def is_capturing() -> bool:
+    """Whether what the calling thread enqueues now becomes a part of a graph."""
+    return torch.cuda.is_current_stream_capturing()
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager:
     """Inside it, the device is current."""
     return torch.cuda.device(device)
