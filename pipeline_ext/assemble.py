@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import _C
 from .base import arguments
+from .calls.cutting import cut_by_calls
+from .calls.model_loss import ModelLoss
+from .calls.program import Program
+from .calls.stage import CallStage
 from .checkpoint.unsplit import LocalModel, repeated_names
 from .engines import devices as device_choice
 from .engines.choice import described_device, make_engine, make_streams
@@ -20,8 +24,8 @@ from .engines.protocol import Engine
 from .errors import InvalidArgument
 from .microbatches.cutting import Cutter
 from .model.containers import Containers
-from .model.cut import cut
 from .model.skips import NamedSkip, declared_skips, find_skips
+from .partition import by_calls, cut, sample_microbatches
 from .plan.build import check_trainable
 from .plan.first_steps import FirstSteps
 from .plan.ordering import Ordering
@@ -53,6 +57,8 @@ class Assembly:
         stages: the stages of this process.
         local: this process's part of the unsplit model.
         containers: those of the model that were taken apart.
+        program: the calls of a model that was cut by its own forward.
+        has_loss: whether steps train.
         sharing: how processes share the pipeline.
         devices: one for each rank.
         first_steps: resolves every "auto".
@@ -64,6 +70,8 @@ class Assembly:
     stages: list[Stage]
     local: LocalModel
     containers: Containers
+    program: Program | None
+    has_loss: bool
     sharing: OneProcess
     devices: list[torch.device]
     first_steps: FirstSteps
@@ -78,13 +86,10 @@ def assemble(settings: Settings) -> Assembly:
     """Makes the parts of a pipeline. Raises as ``Pipeline`` does, with nothing left running."""
     sharing = sharing_of(settings.mesh, settings.timeout)
     given = device_choice.given(sharing.devices(settings.devices))
-    modules = cut(
-        settings.model,
-        settings.num_stages,
-        cuts=settings.cuts,
-        balance=settings.balance,
-        sample=settings.sample,
-    )
+    modules = _cut(settings, sharing)
+    program = modules[0].program if isinstance(modules[0], CallStage) else None
+    if program is not None:
+        settings = replace(settings, loss_fn=settings.loss_fn or ModelLoss())
     exchange_of = functools.partial(
         Exchange,
         wire=arguments.wires("wire", settings.wire, len(modules) - 1),
@@ -173,6 +178,8 @@ def assemble(settings: Settings) -> Assembly:
         stages=stages,
         local=local_model,
         containers=Containers(settings.model, local),
+        program=program,
+        has_loss=settings.loss_fn is not None,
         sharing=sharing,
         devices=devices,
         first_steps=planned.first_steps,
@@ -180,8 +187,34 @@ def assemble(settings: Settings) -> Assembly:
         routes=routes,
         stepper=stepper,
         graphs=graphs,
-        unsplit=None if reduction is not None else _unsplit(settings, len(modules), local),
+        unsplit=None if reduction is not None else _unsplit(settings, len(modules), local, program),
     )
+
+
+def _cut(settings: Settings, sharing: OneProcess) -> list[Any]:
+    """What becomes of the stages: modules, or functions that make them."""
+    if not by_calls(settings.model):
+        return cut(
+            settings.model,
+            settings.num_stages,
+            cuts=settings.cuts,
+            balance=settings.balance,
+            sample=settings.sample,
+        )
+    assert isinstance(settings.model, nn.Module)
+    cutter = Cutter(_batch_dim(settings, [settings.model]), settings.args_spec, settings.kwargs_spec)
+    specs = settings.args_spec, settings.kwargs_spec
+    return [
+        *cut_by_calls(
+            settings.model,
+            settings.num_stages,
+            sample_microbatches(settings.sample, cutter, settings.microbatches, *specs),
+            cuts=settings.cuts,
+            balance=settings.balance,
+            loss_fn=settings.loss_fn,
+            agreed=sharing.as_in_the_first,
+        )
+    ]
 
 
 class _Planned(NamedTuple):
@@ -218,11 +251,13 @@ def _planned(
     return _Planned(first_steps, local, skips, device_choice.of_ranks(given, plan.num_ranks))
 
 
-def _unsplit(settings: Settings, num_stages: int, local: Mapping[int, nn.Module]) -> Unsplit | None:
+def _unsplit(
+    settings: Settings, num_stages: int, local: Mapping[int, nn.Module], program: Program | None
+) -> Unsplit | None:
     if settings.loss_fn is None or len(local) < num_stages:
         return None
-    model = settings.model if isinstance(settings.model, nn.Sequential) else None
-    return Unsplit(model, local, settings.loss_fn, settings.stage_loss)
+    model = settings.model if isinstance(settings.model, nn.Module) else None
+    return Unsplit(model, local, settings.loss_fn, settings.stage_loss, program)
 
 
 def _ordering(

@@ -16,6 +16,7 @@ from .engines.lifetime import Lifetime
 from .errors import InvalidArgument, PipelineError
 from .microbatches.counting import LossWeight
 from .microbatches.cutting import Presplit, Whole
+from .microbatches.rows import unmarked
 from .plan.build import ScheduleLike
 from .plan.costs import Costs
 from .plan.ordering import PackLike
@@ -162,7 +163,7 @@ class Pipeline(UnsplitModel):
         *,
         devices: DevicesLike = None,
         cuts: Sequence[str | int] | None = None,
-        balance: str = "parameters",
+        balance: str | None = None,
         sample: Any = None,
         batch_dim: int | None = None,
         args_spec: Any = None,
@@ -224,10 +225,11 @@ class Pipeline(UnsplitModel):
         parts = assemble(settings)
         self.microbatches = settings.microbatches
         self.tracing = bool(trace)
-        self._has_loss = loss_fn is not None
+        self._has_loss = parts.has_loss
         self._num_stages = parts.num_stages
         self._stages = parts.stages
         self._containers = parts.containers
+        self._program = parts.program
         self._devices = parts.devices
         self._sharing = parts.sharing
         self._first_steps = parts.first_steps
@@ -288,6 +290,7 @@ class Pipeline(UnsplitModel):
         self._check_usable()
         arguments.check_trains(self._has_loss, losses, target)
         inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=self.microbatches)
+        self._check_sample(inputs)
         target = self._target(target, target_mbs, inputs)
         with self._lifetime.one_at_a_time("step was called"):
             self._first_steps.prepare(self._routes.follow)
@@ -325,8 +328,8 @@ class Pipeline(UnsplitModel):
         inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=1)
         if inputs is not None and self._stepper.cutter.rows(inputs) == 0:
             raise InvalidArgument("the batch has no rows")
-        modules = [] if keep_mode else [stage.module for stage in self._stages]
-        with self._lifetime.one_at_a_time("eval was called"), evaluation_mode(modules):
+        modules = [stage.module for stage in self._stages] if self._program is None else [self._program.model]
+        with self._lifetime.one_at_a_time("eval was called"), evaluation_mode([] if keep_mode else modules):
             return self._stepper.evaluate(inputs)
 
     def verify(
@@ -356,6 +359,7 @@ class Pipeline(UnsplitModel):
             )
         inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=self.microbatches)
         assert inputs is not None  # the first stage is here
+        self._check_sample(inputs)
         target = self._target(target, target_mbs, inputs)
         with self._lifetime.one_at_a_time("verify was called"):
             self._first_steps.prepare(self._routes.follow)
@@ -367,6 +371,15 @@ class Pipeline(UnsplitModel):
         """Raises DeadPipeline; InvalidArgument if the model has changed so that its stages do not follow."""
         self._lifetime.check()
         self._containers.check()
+        if self._program is not None:
+            self._program.check()
+
+    def _check_sample(self, inputs: Whole | Presplit | None) -> None:
+        """Raises InvalidArgument for a training batch of another kind than the sample."""
+        if self._program is not None and inputs is not None:
+            batches = inputs.parts if isinstance(inputs, Presplit) else [unmarked((inputs.args, inputs.kwargs))]
+            for batch in batches:
+                self._program.check_like_sample(batch)
 
     def _target(self, target: Any, target_mbs: Iterable[Any] | None, inputs: Whole | Presplit | None) -> Any:
         """The target of a call with these inputs. Raises InvalidArgument for too few rows."""

@@ -32,7 +32,7 @@ class Settings:
     model: nn.Module | Sequence[nn.Module]
     num_stages: int | None = None
     cuts: Sequence[str | int] | None = None
-    balance: str = "parameters"
+    balance: str | None = None
     sample: Any = None
 
     microbatches: int

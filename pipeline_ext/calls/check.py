@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import Arguments
-from ..stages.random_streams import StepStreams
+from ..stages.random_streams import RandomStreams, StepStreams
 from .model_loss import found_loss
 from .plain import run_whole
 from .program import Program
@@ -30,11 +30,11 @@ def check(
 
     The microbatches run in turns, so that what is kept for one shows in another.
     """
-    streams = StepStreams(0, lambda stage: True, 0)
+    streams = RandomStreams().begin()
     expected = []
     with untouched(program.model):
         for m, arguments in enumerate(microbatches):
-            with torch.enable_grad(), streams.of_all(m):
+            with torch.enable_grad(), _drawing(streams, m):
                 output = run_whole(program.model, program.units, arguments)
                 loss = _loss(output, loss_fn)
             expected.append((_detached(output), loss.detach(), _gradients([loss], program.model, None)))
@@ -85,6 +85,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
                         buffer.copy_(before)
 
 
+@contextlib.contextmanager
+def _drawing(streams: StepStreams, m: int) -> Iterator[None]:
+    with streams.in_this_thread():
+        streams.enter(0, m)
+        yield
+
+
 def _run(
     program: Program,
     stages: Sequence[CallStage],
@@ -101,7 +108,7 @@ def _run(
                 if stage.begin > 0:
                     value, received = _entering(value)
                 args, kwargs = value if stage.begin == 0 else ((value,), {})
-                with streams.of_all(m):
+                with _drawing(streams, m):
                     values[m] = stage(*args, **kwargs)
                     if stage.is_last:
                         values[m] = values[m], _loss(values[m], loss_fn)

@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -18,7 +17,7 @@ from .stage import CallStage
 from .timing import sizes, times
 from .units import coarse_units, openable
 
-Weights = Callable[[list[float]], list[float]]
+Agreed = Callable[[list[float]], list[float]]  # makes all processes take the same weights
 _UNEVEN = 1.5  # the slowest stage, by the mean: beyond it units are opened
 
 
@@ -30,7 +29,7 @@ def cut_by_calls(
     cuts: Sequence[str | int] | None,
     balance: str | None,
     loss_fn: Callable[..., Tensor] | None,
-    agreed: Weights = list,
+    agreed: Agreed = list,
 ) -> list[CallStage]:
     """The stages of a model that is cut by its own forward.
 
@@ -88,7 +87,7 @@ def _balanced(
     arguments: Arguments,
     balance: str | None,
     on_meta: bool,
-    agreed: Weights,
+    agreed: Agreed,
 ) -> tuple[list[int], nn.Module | None]:
     """Where stages begin, and a unit that could be opened for a better balance."""
     if num_stages is None:
@@ -183,5 +182,3 @@ def _position(cut_at: str | int, names: list[str]) -> int:
         f"no unit {cut_at!r} is called, at which a stage could begin; the nearest name is {near[0]!r}. The calls "
         f"are {', '.join(names)}"
     )
-
-

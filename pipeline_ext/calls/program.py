@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..errors import InvalidArgument
+from ..microbatches.cutting import input_name
 from ..stages.parameter_view import prepare
 from .routing import route
 from .values import Leaf, Missing
@@ -82,6 +84,7 @@ class Program:
         calls: in the order of execution.
         output: what the code after the last call needs.
         structure: of the sample's arguments.
+        plain: the leaves of the sample's arguments that are no tensors and no numbers; None for the others.
         partial: what stands in the output for objects of these types, of which each stage has a part.
         written: what code around units writes to, so that each stage needs it as it was.
         collected: inner modules with hooks.
@@ -94,6 +97,7 @@ class Program:
     calls: list[CallOfUnit]
     output: CallOfUnit
     structure: pytree.TreeSpec
+    plain: list[Any]
     exclusive: bool
     partial: dict[type, Missing]
     written: frozenset[Source]
@@ -109,6 +113,13 @@ class Program:
             if effect.kind == "hooks" and effect.module is not None
         }
         route((*self.units, *self.collected))
+        inside = {module for unit in self.units for module in unit.modules()}
+        self._glue = [module for module in self._names if module not in inside]
+        self._tables = [
+            (table, list(table.values()))
+            for module in self._glue
+            for table in (module._modules, module._parameters)
+        ]
 
     def live_at(self, cut: int) -> frozenset[Source]:
         """What calls from ``cut`` on, and the output, need of the inputs and of calls before it."""
@@ -130,3 +141,52 @@ class Program:
             self._holders[owner] = nn.Module()
             self._holders[owner].__dict__["_parameters"] = owner._parameters
         return self._holders[owner]
+
+    def check(self) -> None:
+        """Raises InvalidArgument if the model has changed so that its units are not called any more."""
+        for table, before in self._tables:
+            if len(table) != len(before) or any(a is not b for a, b in zip(table.values(), before)):
+                raise InvalidArgument(
+                    f"{self._where(table, before)} since the model was cut into stages; make the Pipeline when the "
+                    "model is complete (close() the old one), or change what is inside the units, which the "
+                    "stages follow"
+                )
+        route((*self.units, *self.collected))
+
+    def _where(self, table: Any, before: list[Any]) -> str:
+        owner = next(m for m in self._glue if table in (m._modules, m._parameters))
+        name = self._names[owner] or "the model"
+        now = list(table.values())
+        if len(now) != len(before):
+            return f"{name} has {len(now)} modules or parameters in place of {len(before)}"
+        key = next(k for k, a, b in zip(table, now, before) if a is not b)
+        return f"{key!r} of {name} was replaced"
+
+    def check_like_sample(self, arguments: Any) -> None:
+        """Raises InvalidArgument for arguments of another kind than the sample's.
+
+        They might be handled by code that did not run with the sample.
+        """
+        leaves, structure = pytree.tree_flatten(arguments)
+        if structure != self.structure:
+            raise InvalidArgument(
+                f"step was given inputs of another structure than the sample: {_names(structure)} in place of "
+                f"{_names(self.structure)}; give a sample= of the same kind as the batches"
+            )
+        for path_and_leaf, plain in zip(pytree.tree_flatten_with_path(arguments)[0], self.plain):
+            path, leaf = path_and_leaf
+            if plain is not None and leaf is not plain and leaf != plain[0]:
+                raise InvalidArgument(
+                    f"{input_name(path)} is {leaf!r}, and was {plain[0]!r} in the sample, with which the model may "
+                    "do something else; give a sample= of the same kind as the batches"
+                )
+
+
+def _names(structure: pytree.TreeSpec) -> str:
+    args, kwargs = structure.children()
+    return f"{args.num_children} positional and {', '.join(map(str, kwargs.context or [])) or 'no keywords'}"
+
+
+def plain_leaves(leaves: Sequence[Any]) -> list[tuple[Any] | None]:
+    """The leaves that a batch must have too: flags, text, None."""
+    return [(v,) if v is None or isinstance(v, (bool, str)) else None for v in leaves]

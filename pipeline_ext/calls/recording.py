@@ -11,7 +11,7 @@ from ..errors import InvalidArgument
 from ..microbatches.cutting import Arguments
 from ..microbatches.opaque import held_tensors, how_to_open
 from .labels import Labels, Memory, following
-from .program import INPUTS, CallOfUnit, Effect, Held, Program, Source
+from .program import INPUTS, CallOfUnit, Effect, Held, Program, Source, plain_leaves
 from .routing import Call, route, running
 from .values import Missing, describe_leaves
 
@@ -116,7 +116,14 @@ class _Recording:
             for effect in call.effects
         )
         return Program(
-            self._model, self._units, self._calls, self._output, structure, changed or kept, self._partial,
+            self._model,
+            self._units,
+            self._calls,
+            self._output,
+            structure,
+            plain_leaves(leaves),
+            changed or kept,
+            self._partial,
             frozenset(self._written),
         )
 

@@ -33,7 +33,7 @@ class CallStage(nn.Module):
 
     def __init__(self, program: Program, begin: int, end: int) -> None:
         super().__init__()
-        self.__dict__["program"] = program  # no child: it holds the whole model
+        self.__dict__["program"] = program  # no child: it has the whole model
         self.begin, self.end = begin, end
         self.is_last = end == len(program.calls)
         self.sent = frozenset() if self.is_last else program.live_at(end)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..base.comparable import comparable
 from ..microbatches.opaque import how_to_open
 
+
 class Look(NamedTuple):
     """The type and shape of a tensor."""
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..base.imported import is_dtensor
+from ..calls.stage import CallStage
 from ..engines.lifetime import Lifetime
 from ..errors import InvalidArgument
 from ..model.slice import Slice
@@ -51,13 +52,22 @@ class LocalModel:
         ``repeated``: ``repeated_names`` of the model, taken before stages of other processes lose their memory.
         Raises InvalidArgument if the model has a layer with the loss function's name.
         """
-        layers = [s.names if isinstance(s, Slice) else [str(index)] for index, s in enumerate(stages)]
-        self.elsewhere = [name for index, names in enumerate(layers) if index not in local for name in names]
+        layers = [
+            s.names if isinstance(s, (Slice, CallStage)) else [str(index)] for index, s in enumerate(stages)
+        ]
+        here = {name for index in local for name in layers[index]}
+        self.elsewhere = [
+            name
+            for index, names in enumerate(layers)
+            if index not in local
+            for name in names
+            if name not in here
+        ]
         module: nn.Module
         if not isinstance(model, nn.Module):
             module = _numbered(local.items())
         elif self.elsewhere:
-            module = _part(model, {name for index in local for name in layers[index]})
+            module = _part(model, here)
         else:
             module = model
         self.module = _unwrapped(module)

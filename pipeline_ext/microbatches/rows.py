@@ -125,3 +125,10 @@ def mark(value: Any, spec: Any, name: str) -> Any:
         raise InvalidArgument(f"the spec of {name} has {len(spec)} entries, but {name} {given}")
     marked = [mark(v, s, f"{name}[{i}]") for i, (v, s) in enumerate(zip(value, spec, strict=True))]
     return type(value)(*marked) if hasattr(value, "_fields") else type(value)(marked)
+
+
+def unmarked(value: Any) -> Any:
+    """``value`` as the caller has it, without ``rows`` and ``whole``."""
+    return pytree.tree_map(
+        lambda v: v.value if isinstance(v, Marked) else v, value, is_leaf=lambda v: isinstance(v, Marked)
+    )

@@ -53,6 +53,14 @@ def skips_of_all(processes: Processes, here: Iterable[DeclaredSkips], timeout: f
     )
 
 
+def as_in_the_first(processes: Processes, weights: list[float], timeout: float) -> list[float]:
+    """The weights of the first process of the mesh. Raises PeerError as ``check_agreement`` does."""
+    first = processes.everyone[0]
+    if processes.number == first:
+        _tell(processes, "weights", weights)
+    return _hear(processes, "weights", [first], timeout)[first]
+
+
 def _tell(processes: Processes, what: str, value: Any) -> None:
     """Publishes a value, which JSON can hold, for the other processes."""
     processes.store.set(f"{processes.name}/{what}/{processes.number}", json.dumps(value))

@@ -6,9 +6,10 @@ kernel in front of torch's own, which fills in the generator. So nothing has to 
 and code that draws nothing costs nothing.
 """
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -51,8 +52,35 @@ class _Thread(threading.local):
             self._seeded = task
         return self._generator
 
+    @contextlib.contextmanager
+    def branch(self, outer: Task, inner: Task) -> Iterator[None]:
+        state = self._generator.get_state() if self._seeded is outer else None
+        self.task = inner
+        try:
+            yield
+        finally:
+            self.task = outer
+            if state is not None:
+                self._generator.set_state(state)
+                self._seeded = outer
+
 
 _thread = _Thread()
+
+
+def branch(call: int) -> contextlib.AbstractContextManager[None]:
+    """The context in which one call of a module runs: it draws the same numbers in whatever stage that is.
+
+    ``call``: its number in the forward; -1 for what is around calls. Afterwards the task goes on where it was.
+    """
+    outer = _thread.task
+    if outer is None:
+        return _NOTHING
+    seeds, _, part = outer
+    return _thread.branch(outer, (seeds, -2 - call, part))
+
+
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 def enter(task: Task | None) -> None:

@@ -16,7 +16,7 @@ from ..errors import InvalidArgument
 from ..model.skips import DeclaredSkips
 from ..plan.build import AUTO, ScheduleLike
 from ..plan.first_steps import FirstSteps
-from ..processes.agreement import check_agreement, skips_of_all
+from ..processes.agreement import as_in_the_first, check_agreement, skips_of_all
 from ..processes.group import MeshLike, Processes
 from ..reduction import GradientReduction, ProcessGroupMember
 from ..report.trace import Trace
@@ -52,6 +52,10 @@ class OneProcess:
         self, settings: Callable[[], Mapping[str, Any]], modules: Callable[[], Mapping[str, Any]]
     ) -> None:
         """Raises InvalidArgument if two processes differ in what both name; PeerError if one is missing."""
+
+    def as_in_the_first(self, weights: list[float]) -> list[float]:
+        """The first process's weights, by which all cut a model."""
+        return weights
 
     def skips_of_all(self, declared: Sequence[DeclaredSkips]) -> Sequence[DeclaredSkips]:
         """The skips that the stages of all processes declare; ``declared``: by those of this process."""
@@ -109,6 +113,9 @@ class ManyProcesses(OneProcess):
         self, settings: Callable[[], Mapping[str, Any]], modules: Callable[[], Mapping[str, Any]]
     ) -> None:
         check_agreement(self._processes, settings(), self._timeout, modules())
+
+    def as_in_the_first(self, weights: list[float]) -> list[float]:
+        return as_in_the_first(self._processes, weights, self._timeout)
 
     def skips_of_all(self, declared: Sequence[DeclaredSkips]) -> Sequence[DeclaredSkips]:
         return skips_of_all(self._processes, declared, self._timeout)

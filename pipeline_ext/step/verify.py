@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from ..calls.plain import run_whole
+from ..calls.program import Program
 from ..microbatches.cutting import Arguments, Cutter, Presplit, Whole, input_name
 from ..microbatches.joining import join
-from ..microbatches.rows import Marked, whole
+from ..microbatches.rows import Marked, unmarked, whole
 from ..model.slice import Slice
 from ..report.verification import Difference, Verification
 from ..stages.modes import evaluation_mode
@@ -36,12 +38,14 @@ class Unsplit:
         model: what the pipeline was made of, if that is one module; None for a list of stages.
         stages: the modules of all stages, in order.
         loss_fn, stage_loss: as ``Pipeline`` has them.
+        program: the calls of a model that is cut by its own forward.
     """
 
     model: nn.Module | None
     stages: Mapping[int, nn.Module]
     loss_fn: Callable[..., Tensor]
     stage_loss: Callable[[nn.Module], Tensor] | None
+    program: Program | None = None
 
     def output(self, arguments: Arguments) -> Any:
         """The output for one microbatch or a whole batch, and the losses that stages add."""
@@ -59,6 +63,8 @@ class Unsplit:
 
     def _forward(self, arguments: Arguments, added: list[Tensor]) -> Any:
         args, kwargs = arguments
+        if self.program is not None:
+            return run_whole(self.program.model, self.program.units, arguments)
         value: Any = None
         # An nn.Sequential takes one argument, its first layer in a stage any.
         modules = self.stages
@@ -208,16 +214,10 @@ def _microbatched(
 
 
 def _whole(unsplit: Unsplit, inputs: Whole, target: Any) -> Tensor:
-    losses = unsplit.losses(_unmarked((inputs.args, inputs.kwargs)), _unmarked(target), NoStreams(), 0)
+    losses = unsplit.losses(unmarked((inputs.args, inputs.kwargs)), unmarked(target), NoStreams(), 0)
     loss = functools.reduce(operator.add, losses)
     loss.backward()
     return loss
-
-
-def _unmarked(value: Any) -> Any:
-    return pytree.tree_map(
-        lambda v: v.value if isinstance(v, Marked) else v, value, is_leaf=lambda v: isinstance(v, Marked)
-    )
 
 
 def _difference(found: Tensor | None, expected: Tensor | None) -> float:
@@ -267,7 +267,7 @@ def _reasons(
 
 
 def _input_reasons(unsplit: Unsplit, cutter: Cutter, count: int, inputs: Whole) -> list[str]:
-    expected = _output(unsplit, _unmarked((inputs.args, inputs.kwargs)))
+    expected = _output(unsplit, unmarked((inputs.args, inputs.kwargs)))
 
     def agrees(cut_by: Cutter, given: Whole) -> bool:
         try:
