@@ -1,7 +1,7 @@
 """The calls of a model's units in one forward, and what each needs of those before."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -88,6 +88,7 @@ class Program:
         partial: what stands in the output for objects of these types, of which each stage has a part.
         written: what code around units writes to, so that each stage needs it as it was.
         collected: inner modules with hooks.
+        around: the modules whose code is around units.
         exclusive: forwards of several stages must not run at the same time, because the model's code keeps
             values of one forward in attributes.
     """
@@ -114,10 +115,13 @@ class Program:
         }
         route((*self.units, *self.collected))
         inside = {module for unit in self.units for module in unit.modules()}
-        self._glue = [module for module in self._names if module not in inside]
+        self.around = [module for module in self._names if module not in inside]
+        self._look()
+
+    def _look(self) -> None:
         self._tables = [
             (table, list(table.values()))
-            for module in self._glue
+            for module in self.around
             for table in (module._modules, module._parameters)
         ]
 
@@ -142,6 +146,27 @@ class Program:
             self._holders[owner].__dict__["_parameters"] = owner._parameters
         return self._holders[owner]
 
+    def settle(self, stages: Iterable[nn.Module], drops: bool) -> None:
+        """Called when the stages of this process have their memory.
+
+        ``drops``: parameters and buffers of other processes are freed. They are on the meta device then, so that
+        they cannot be used by mistake when training has made them stale.
+        """
+        if drops:
+            self._drop_others(stages)
+        self._look()
+
+    def _drop_others(self, stages: Iterable[nn.Module]) -> None:
+        kept = {tensor for stage in stages for tensor in (*stage.parameters(), *stage.buffers())}
+        kept |= {buffer for module in self.around for buffer in module._buffers.values() if buffer is not None}
+        for module in self._names:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter not in kept:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer not in kept:
+                    module._buffers[name] = buffer.to("meta")
+
     def check(self) -> None:
         """Raises InvalidArgument if the model has changed so that its units are not called any more."""
         for table, before in self._tables:
@@ -154,7 +179,7 @@ class Program:
         route((*self.units, *self.collected))
 
     def _where(self, table: Any, before: list[Any]) -> str:
-        owner = next(m for m in self._glue if table in (m._modules, m._parameters))
+        owner = next(m for m in self.around if table in (m._modules, m._parameters))
         name = self._names[owner] or "the model"
         now = list(table.values())
         if len(now) != len(before):

@@ -358,16 +358,18 @@ def _state_of(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def _entries(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The tensors in the lists and dicts among the arguments of a call, by path."""
+    """The entries that hold tensors, of the lists and dicts among the arguments of a call, by path."""
     if isinstance(value, dict):
         items: Iterable[tuple[Any, Any]] = list(value.items())
     elif isinstance(value, (list, tuple)):
         items = list(enumerate(value))
     else:
         return
+    of_caller = len(path) < 2  # the tuple and the dict of the arguments themselves are the call's own
     for key, inside in items:
-        if isinstance(inside, Tensor):
-            if isinstance(value, (dict, list)) and len(path) > 1:  # of the containers, not the arguments
-                yield (*path, key), inside
-        else:
+        if not (of_caller or isinstance(value, tuple)) and any(
+            isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inside)
+        ):
+            yield (*path, key), inside
+        if not isinstance(inside, Tensor):
             yield from _entries(inside, (*path, key))

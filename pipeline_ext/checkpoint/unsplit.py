@@ -36,7 +36,7 @@ class LocalModel:
     Attributes:
         module: the model, or a copy without the layers of other processes. DistributedDataParallel around
             layers is removed.
-        elsewhere: the names of the layers of other processes.
+        elsewhere: the names of the layers, or tensors, of other processes.
     """
 
     def __init__(
@@ -52,22 +52,16 @@ class LocalModel:
         ``repeated``: ``repeated_names`` of the model, taken before stages of other processes lose their memory.
         Raises InvalidArgument if the model has a layer with the loss function's name.
         """
-        layers = [
-            s.names if isinstance(s, (Slice, CallStage)) else [str(index)] for index, s in enumerate(stages)
-        ]
-        here = {name for index in local for name in layers[index]}
-        self.elsewhere = [
-            name
-            for index, names in enumerate(layers)
-            if index not in local
-            for name in names
-            if name not in here
-        ]
+        layers = [s.names if isinstance(s, Slice) else [str(index)] for index, s in enumerate(stages)]
+        self.elsewhere = [name for index, names in enumerate(layers) if index not in local for name in names]
         module: nn.Module
         if not isinstance(model, nn.Module):
             module = _numbered(local.items())
+        elif isinstance(stages[0], CallStage):
+            self.elsewhere = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+            module = _here(model)
         elif self.elsewhere:
-            module = _part(model, here)
+            module = _part(model, {name for index in local for name in layers[index]})
         else:
             module = model
         self.module = _unwrapped(module)
@@ -186,6 +180,18 @@ def _part(module: nn.Module, layers: Collection[str], prefix: str = "") -> nn.Mo
     return part
 
 
+def _here(module: nn.Module) -> nn.Module:
+    """The module; a shallow copy without what is on the meta device, if anything is."""
+    if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return module
+    part = copy.copy(module)
+    for table in ("_parameters", "_buffers"):
+        held = getattr(module, table)
+        part.__dict__[table] = {n: t for n, t in held.items() if t is None or not t.is_meta}
+    part._modules = {n: None if child is None else _here(child) for n, child in module._modules.items()}
+    return part
+
+
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module without DistributedDataParallel; containers of layers that have it are copied shallowly."""
     if isinstance(module, DistributedDataParallel):
@@ -240,7 +246,7 @@ def _without(state_dict: Mapping[str, Any], prefixes: tuple[str, ...]) -> Mappin
     """The state without the names that begin with a prefix; the versions of modules stay."""
     if not prefixes:
         return state_dict
-    kept = OrderedDict((name, value) for name, value in state_dict.items() if not name.startswith(prefixes))
+    kept = OrderedDict((name, value) for name, value in state_dict.items() if not f"{name}.".startswith(prefixes))
     # torch keeps the versions of modules in this attribute of a plain OrderedDict.
     kept._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
     return kept

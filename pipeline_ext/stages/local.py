@@ -1,7 +1,8 @@
 """The stages of the model that this process runs."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,12 +25,42 @@ def local_stages(
     return {index: _made(index, stage) for index, stage in enumerate(stages) if holds(rank_of_stage[index])}
 
 
-def initialise(modules: Sequence[nn.Module], replicas: dist.ProcessGroup | None) -> None:
-    """Gives parameters on the meta device memory and values, the same in all ``replicas``.
+class Initialise(Protocol):
+    """``initialise`` of a certain model."""
 
-    Raises InvalidArgument for a layer that cannot be initialised.
+    def __call__(self, *, modules: Sequence[nn.Module], replicas: dist.ProcessGroup | None) -> None: ...
+
+
+def initialise(
+    within: nn.Module | None = None,
+    around: Sequence[nn.Module] = (),
+    *,
+    modules: Sequence[nn.Module],
+    replicas: dist.ProcessGroup | None,
+) -> None:
+    """Gives parameters and buffers on the meta device memory and values, the same in all ``replicas``.
+
+    A layer is initialised by the ``_init_weights`` of a model around it, as those of transformers have, or by
+    its own ``reset_parameters``.
+
+    Args:
+        within: the model that ``modules`` are of, if it is one module.
+        around: modules of it of which only the buffers are needed, and the parameters that ``modules`` have too.
+        modules: those of this process.
+        replicas: the processes with the same modules.
+
+    Raises:
+        InvalidArgument: for a layer that cannot be initialised.
     """
-    _initialise(modules)
+    used = {p for module in modules for p in module.parameters()}
+    made: dict[Tensor, Tensor] = {}  # layers that shared a tensor share it again
+    _initialise(around, _initialisers(within), used, made)
+    _initialise(
+        dict.fromkeys(layer for module in modules for layer in module.modules()),
+        _initialisers(within),
+        used,
+        made,
+    )
     if replicas is not None:
         _make_equal(modules, replicas)
 
@@ -46,20 +77,38 @@ def _made(index: int, stage: StageLike) -> nn.Module:
     return module
 
 
-def _initialise(modules: Sequence[nn.Module]) -> None:
-    """Gives layers on the meta device memory, and values by calling their ``reset_parameters``."""
-    made: dict[Tensor, Tensor] = {}  # layers that shared a tensor share it again
-    for owner in dict.fromkeys(layer for module in modules for layer in module.modules()):
+def _initialisers(within: nn.Module | None) -> dict[nn.Module, Callable[[nn.Module], None]]:
+    """By module: the ``_init_weights`` of the innermost model around it that has one."""
+    found: dict[nn.Module, Callable[[nn.Module], None]] = {}
+    for module in [] if within is None else within.modules():  # outer ones first
+        initialise = getattr(module, "_init_weights", None)
+        if callable(initialise):
+            found |= dict.fromkeys(module.modules(), initialise)
+    return found
+
+
+def _initialise(
+    owners: Iterable[nn.Module],
+    others: Mapping[nn.Module, Callable[[nn.Module], None]],
+    used: Collection[Tensor],
+    made: dict[Tensor, Tensor],
+) -> None:
+    """Gives buffers on the meta device, and the parameters that are ``used``, memory and values."""
+    for owner in owners:
         tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
         on_meta = [
             (table, name)
             for table in tables
             for name, tensor in table.items()
-            if tensor is not None and tensor.is_meta
+            if tensor is not None
+            and tensor.is_meta
+            and (not isinstance(tensor, nn.Parameter) or tensor in used)
         ]
         if not on_meta:
             continue
         reset = getattr(owner, "reset_parameters", None)
+        if owner in others:
+            reset = functools.partial(others[owner], owner)
         if not callable(reset):
             names = ", ".join(name for _, name in on_meta)
             raise InvalidArgument(

@@ -20,7 +20,7 @@ from ..processes.agreement import as_in_the_first, check_agreement, skips_of_all
 from ..processes.group import MeshLike, Processes
 from ..reduction import GradientReduction, ProcessGroupMember
 from ..report.trace import Trace
-from ..stages.local import initialise
+from ..stages.local import Initialise
 from ..stages.random_streams import AnyOfAll
 from ..stages.ties import Ties, find_ties
 from .agreed_choice import OneChooses
@@ -62,10 +62,15 @@ class OneProcess:
         return declared
 
     def make_equal(
-        self, stages: Sequence[Any], local: Iterable[nn.Module], loss_fn: Any, rank_of_stage: Sequence[int]
+        self,
+        stages: Sequence[Any],
+        local: Iterable[nn.Module],
+        loss_fn: Any,
+        rank_of_stage: Sequence[int],
+        initialise: Initialise,
     ) -> Ties:
         """Gives the modules of this process memory, and the same values as in others; returns their ties."""
-        initialise(list(local), None)
+        initialise(modules=list(local), replicas=None)
         return Ties([])
 
     def reduction(self) -> GradientReduction | None:
@@ -121,11 +126,16 @@ class ManyProcesses(OneProcess):
         return skips_of_all(self._processes, declared, self._timeout)
 
     def make_equal(
-        self, stages: Sequence[Any], local: Iterable[nn.Module], loss_fn: Any, rank_of_stage: Sequence[int]
+        self,
+        stages: Sequence[Any],
+        local: Iterable[nn.Module],
+        loss_fn: Any,
+        rank_of_stage: Sequence[int],
+        initialise: Initialise,
     ) -> Ties:
         # Find ties first: once modules have memory here and none elsewhere, they look different.
         ties = find_ties(stages, loss_fn, rank_of_stage, self._processes)
-        initialise(list(local), self._processes.replicas)
+        initialise(modules=list(local), replicas=self._processes.replicas)
         ties.make_equal()
         return ties
 
