@@ -22,7 +22,7 @@ from .engines.choice import described_device, make_engine, make_streams
 from .engines.parts import EngineParts
 from .engines.protocol import Engine
 from .errors import InvalidArgument
-from .microbatches.cutting import Cutter
+from .microbatches.cutting import Arguments, Cutter
 from .model.containers import Containers
 from .model.skips import NamedSkip, declared_skips, find_skips
 from .partition import by_calls, cut, sample_microbatches
@@ -82,11 +82,14 @@ class Assembly:
     unsplit: Unsplit | None
 
 
-def assemble(settings: Settings) -> Assembly:
-    """Makes the parts of a pipeline. Raises as ``Pipeline`` does, with nothing left running."""
+def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> Assembly:
+    """Makes the parts of a pipeline. Raises as ``Pipeline`` does, with nothing left running.
+
+    ``sample``: microbatches, if not from the settings.
+    """
     sharing = sharing_of(settings.mesh, settings.timeout)
     given = device_choice.given(sharing.devices(settings.devices))
-    modules = _cut(settings, sharing)
+    modules = _cut(settings, sharing, sample)
     program = modules[0].program if isinstance(modules[0], CallStage) else None
     if program is not None:
         settings = replace(settings, loss_fn=settings.loss_fn or ModelLoss())
@@ -199,7 +202,7 @@ def assemble(settings: Settings) -> Assembly:
     )
 
 
-def _cut(settings: Settings, sharing: OneProcess) -> list[Any]:
+def _cut(settings: Settings, sharing: OneProcess, sample: Sequence[Arguments] | None) -> list[Any]:
     """What becomes of the stages: modules, or functions that make them."""
     if not by_calls(settings.model):
         return cut(
@@ -210,13 +213,11 @@ def _cut(settings: Settings, sharing: OneProcess) -> list[Any]:
             sample=settings.sample,
         )
     assert isinstance(settings.model, nn.Module)
-    cutter = Cutter(_batch_dim(settings, [settings.model]), settings.args_spec, settings.kwargs_spec)
-    specs = settings.args_spec, settings.kwargs_spec
     return [
         *cut_by_calls(
             settings.model,
             settings.num_stages,
-            sample_microbatches(settings.sample, cutter, settings.microbatches, *specs),
+            sample or sample_microbatches(settings),
             cuts=settings.cuts,
             balance=settings.balance,
             loss_fn=settings.loss_fn,

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from .calls.cutting import cut_by_calls
 from .errors import InvalidArgument
-from .microbatches.cutting import Arguments, Cutter, Whole
-from .microbatches.rows import mark_inputs
+from .microbatches.cutting import Arguments, Cutter, Presplit
 from .model.containers import own_code
 from .model.cut import cut as cut_layers
+from .settings import Settings
 
 Stages = list[nn.Module | Callable[[], nn.Module]]
 
@@ -47,7 +47,7 @@ def cut(
     if not by_calls(model):
         return cut_layers(model, num_stages, cuts=cuts, balance=balance or "parameters", sample=sample)
     assert isinstance(model, nn.Module)
-    microbatches = sample_microbatches(sample, Cutter(), 1)
+    microbatches = [_arguments(sample)]
     return [*cut_by_calls(model, num_stages, microbatches, cuts=cuts, balance=balance, loss_fn=loss_fn)]
 
 
@@ -56,25 +56,29 @@ def by_calls(model: Any) -> bool:
     return isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList) and bool(own_code(model))
 
 
-def sample_microbatches(
-    sample: Any, cutter: Cutter, count: int, args_spec: Any = None, kwargs_spec: Any = None
-) -> list[Arguments]:
-    """The first two of a sample's ``count`` microbatches; the whole sample if it has fewer rows.
+def sample_microbatches(settings: Settings) -> list[Arguments]:
+    """The first two microbatches of a pipeline's sample. Raises InvalidArgument for one that cannot be cut."""
+    return given_sample(settings, *_arguments(settings.sample), None, None)
 
-    Raises InvalidArgument for a sample that cannot be cut.
-    """
+
+def given_sample(
+    settings: Settings, args: tuple, kwargs: dict[str, Any], arg_mbs: Any, kwarg_mbs: Any
+) -> list[Arguments]:
+    """The first two microbatches of a batch, given as to ``step``; the whole batch if it has fewer rows."""
+    cutter = Cutter(settings.batch_dim or 0, settings.args_spec, settings.kwargs_spec)
+    counts = range(1, settings.microbatches + 1)
+    inputs = cutter.given_inputs(args, kwargs, arg_mbs, kwarg_mbs, counts)
+    if isinstance(inputs, Presplit):
+        return inputs.parts[:2]
+    return cutter.cut_inputs(inputs, max(1, min(settings.microbatches, cutter.rows(inputs)))).parts[:2]
+
+
+def _arguments(sample: Any) -> Arguments:
     if sample is None:
         raise InvalidArgument(
-            "a model with a forward of its own is cut by the calls that it makes; give a batch as sample=: a dict "
-            "of the keyword inputs of step, or a tuple of the positional ones"
+            "a model with a forward of its own is cut by the calls that it makes; give a batch as sample=: a "
+            "dict of the keyword inputs of step, or a tuple of the positional ones"
         )
-    args: tuple = ()
-    kwargs: dict[str, Any] = {}
     if isinstance(sample, Mapping):
-        kwargs = dict(sample)
-    elif isinstance(sample, tuple):
-        args = sample
-    else:
-        args = (sample,)
-    inputs = Whole(*mark_inputs(args, kwargs, args_spec, kwargs_spec))
-    return cutter.cut_inputs(inputs, max(1, min(count, cutter.rows(inputs)))).parts[:2]
+        return (), dict(sample)
+    return (sample if isinstance(sample, tuple) else (sample,)), {}

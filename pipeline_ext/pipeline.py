@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from .assemble import assemble
+from .assemble import Assembly, assemble
 from .base import arguments
-from .checkpoint.unsplit import UnsplitModel
+from .calls.model_loss import check_sums
+from .checkpoint.unsplit import LocalModel, UnsplitModel, repeated_names
 from .engines.devices import DevicesLike
-from .engines.lifetime import Lifetime
+from .engines.lifetime import Lifetime, NoEngine
 from .errors import InvalidArgument, PipelineError
 from .microbatches.counting import LossWeight
 from .microbatches.cutting import Presplit, Whole
 from .microbatches.rows import unmarked
+from .partition import by_calls, given_sample
 from .plan.build import ScheduleLike
 from .plan.costs import Costs
 from .plan.ordering import PackLike
@@ -33,6 +35,13 @@ from .stages.modes import evaluation_mode
 from .step.batch import Batch
 from .step.graphs import GraphReport
 from .step.verify import verify
+
+# Attributes that there are once the model is cut.
+_PARTS = {
+    f"_{name}"
+    for name in "has_loss num_stages stages containers program devices sharing first_steps engine routes "
+    "stepper graphs unsplit".split()
+}
 
 
 class Pipeline(UnsplitModel):
@@ -222,9 +231,40 @@ class Pipeline(UnsplitModel):
             scaler=scaler,
             mesh=mesh,
         )
-        parts = assemble(settings)
         self.microbatches = settings.microbatches
         self.tracing = bool(trace)
+        self._settings: Settings | None = None  # until the first batch, if that is the sample
+        if by_calls(model) and sample is None:
+            self._wait_for_a_sample(settings)
+        else:
+            self._take(assemble(settings))
+
+    def _wait_for_a_sample(self, settings: Settings) -> None:
+        """The first batch will show the calls of the model."""
+        arguments.check_waits(settings.mesh, settings.num_stages, settings.cuts)
+        self._settings = settings
+        model, loss_fn = settings.model, settings.loss_fn
+        assert isinstance(model, nn.Module)
+        self._local = LocalModel(model, [model], {0: model}, repeated_names(model, loss_fn), loss_fn)
+        self._group = None
+        self._lifetime = Lifetime(self, NoEngine())
+
+    def _cut_with(self, args: tuple, kwargs: dict[str, Any], arg_mbs: Any, kwarg_mbs: Any) -> tuple[Any, Any]:
+        """Cuts the model by the calls that it makes with this batch, if that was not done before.
+
+        Returns the microbatches as lists.
+        """
+        arg_mbs, kwarg_mbs = (mbs if mbs is None else list(mbs) for mbs in (arg_mbs, kwarg_mbs))
+        if self._settings is not None:
+            self._lifetime.check()
+            if args or kwargs or arg_mbs or kwarg_mbs:
+                self._take(
+                    assemble(self._settings, given_sample(self._settings, args, kwargs, arg_mbs, kwarg_mbs))
+                )
+                self._settings = None
+        return arg_mbs, kwarg_mbs
+
+    def _take(self, parts: Assembly) -> None:
         self._has_loss = parts.has_loss
         self._num_stages = parts.num_stages
         self._stages = parts.stages
@@ -242,6 +282,14 @@ class Pipeline(UnsplitModel):
         self._local = parts.local
         self._group = parts.sharing.group
         self._lifetime = Lifetime(self, parts.engine)
+
+    def __getattr__(self, name: str) -> Any:
+        if self.__dict__.get("_settings") is not None and name in _PARTS:
+            raise PipelineError(
+                "the model is cut in the first step, by the calls that it makes with the first batch; give a "
+                "batch as sample= to Pipeline to cut it at once"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # -- training and evaluation
 
@@ -287,6 +335,7 @@ class Pipeline(UnsplitModel):
             the model is None; buffers and random state may have advanced. The next ``step`` works, unless a
             stage's code has never returned, a GPU has failed, or there is a ``reduction``: its group has ended.
         """
+        arg_mbs, kwarg_mbs = self._cut_with(args, kwargs, arg_mbs, kwarg_mbs)
         self._check_usable()
         arguments.check_trains(self._has_loss, losses, target)
         inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=self.microbatches)
@@ -300,6 +349,7 @@ class Pipeline(UnsplitModel):
                 keep_outputs=return_outputs,
                 keep_losses=losses is not None,
                 record=self.tracing,
+                labels=self._labels(inputs, kwargs) if target is None else None,
             )
             if self._graphs is None:
                 outcome = self._stepper.train(batch)
@@ -324,6 +374,7 @@ class Pipeline(UnsplitModel):
         evaluation mode, and are in their own mode again afterwards; with ``keep_mode`` they run in their own.
         Raises as ``step`` does, but leaves every ``.grad`` alone.
         """
+        arg_mbs, kwarg_mbs = self._cut_with(args, kwargs, arg_mbs, kwarg_mbs)
         self._check_usable()
         inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=1)
         if inputs is not None and self._stepper.cutter.rows(inputs) == 0:
@@ -350,6 +401,7 @@ class Pipeline(UnsplitModel):
         state stay as they are. Needs all stages in this process, without replicas, and room for the whole
         model. Raises as ``step`` does.
         """
+        arg_mbs, kwarg_mbs = self._cut_with(args, kwargs, arg_mbs, kwarg_mbs)
         self._check_usable()
         arguments.check_trains(self._has_loss, None, target)
         if self._unsplit is None:
@@ -365,7 +417,8 @@ class Pipeline(UnsplitModel):
             self._first_steps.prepare(self._routes.follow)
             inputs = self._engine.arrive(inputs, 0)
             target = self._engine.arrive(target, self.num_stages - 1)
-            return verify(self._unsplit, self._stepper, inputs, target, dict(self.named_parameters()))
+            labels = self._labels(inputs, kwargs) if target is None else None
+            return verify(self._unsplit, self._stepper, inputs, target, dict(self.named_parameters()), labels)
 
     def _check_usable(self) -> None:
         """Raises DeadPipeline; InvalidArgument if the model has changed so that its stages do not follow."""
@@ -380,6 +433,16 @@ class Pipeline(UnsplitModel):
             batches = inputs.parts if isinstance(inputs, Presplit) else [unmarked((inputs.args, inputs.kwargs))]
             for batch in batches:
                 self._program.check_like_sample(batch)
+                check_sums(batch[1], self._stepper.weighted)
+
+    def _labels(self, inputs: Whole | Presplit | None, kwargs: dict[str, Any]) -> Any:
+        """The labels from which the model computes its loss; None if there are none, or it does not."""
+        if self._program is None or not self._stages[-1].is_last:
+            return None
+        if isinstance(inputs, Presplit):
+            of_each = [of_microbatch.get("labels") for _, of_microbatch in inputs.parts]
+            return None if any(labels is None for labels in of_each) else Presplit(of_each)
+        return kwargs.get("labels")
 
     def _target(self, target: Any, target_mbs: Iterable[Any] | None, inputs: Whole | Presplit | None) -> Any:
         """The target of a call with these inputs. Raises InvalidArgument for too few rows."""

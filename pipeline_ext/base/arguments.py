@@ -158,6 +158,17 @@ def check_trains(has_loss: bool, losses: Any, target: Any) -> None:
         )
 
 
+def check_waits(mesh: Any, num_stages: int | None, cuts: Any) -> None:
+    """Raises InvalidArgument for a pipeline whose model cannot wait for the first batch."""
+    if mesh is not None:
+        raise InvalidArgument(
+            "a model with a forward of its own is cut by the calls that it makes, and with mesh= each process "
+            "must see them before the first step; give a batch as sample=, on the meta device if you like"
+        )
+    if num_stages is None and cuts is None:
+        raise InvalidArgument("num_stages is missing: say into how many stages to cut the model")
+
+
 def check_rows(rows: int, microbatches: int) -> None:
     """Raises InvalidArgument for a batch with fewer rows than microbatches."""
     if rows == 0:

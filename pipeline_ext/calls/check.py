@@ -15,8 +15,10 @@ from .model_loss import found_loss
 from .plain import run_whole
 from .program import Program
 from .stage import CallStage
+from .untouched import gradients, untouched
 
 Gradients = dict[Tensor, Tensor]
+_LEAST = 0.05  # of the largest gradient of all
 _ROUNDING = 64  # units in the last place by which sums of a gradient's parts may differ, of the largest element
 
 
@@ -63,26 +65,6 @@ _INSTEAD = (
     "a value passes between layers in a way that cannot be followed; cut elsewhere (cuts=), or give a list of "
     "stage modules"
 )
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Puts the model's buffers and the random state back."""
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for module, name, buffer, before in buffers:
-                    module._buffers[name] = buffer
-                    if not buffer.is_meta:
-                        buffer.copy_(before)
 
 
 @contextlib.contextmanager
@@ -146,7 +128,7 @@ def _entering(value: Any) -> tuple[Any, list[Tensor]]:
         if id(tensor) not in entered:
             entered[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
         leaf = entered[id(tensor)]
-        return leaf.view_as(leaf) if leaf.requires_grad else leaf  # code around units may write to it
+        return leaf.clone() if leaf.requires_grad else leaf  # the stage may write to it
 
     value = pytree.tree_map_only(Tensor, one, value)
     return value, [leaf for leaf in entered.values() if leaf.requires_grad]
@@ -162,18 +144,15 @@ def _gradients(outputs: list[Tensor], model: nn.Module, grads: Any) -> Gradients
 
 
 def _backward(
-    outputs: list[Tensor], grads: list[Tensor | None] | None, model: nn.Module, received: list[Tensor]
+    outputs: list[Tensor], grads: Sequence[Tensor | None] | None, model: nn.Module, received: list[Tensor]
 ) -> tuple[Gradients, list[Tensor | None]]:
+    """The gradients of parameters, and of what was received."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    pairs = [(t, g) for t, g in zip(outputs, grads or [None] * len(outputs)) if grads is None or g is not None]
-    if not any(t.requires_grad for t, _ in pairs):
+    given = [*map(torch.ones_like, outputs)] if grads is None else grads
+    pairs = [(t, g) for t, g in zip(outputs, given) if g is not None and t.requires_grad]
+    if not pairs:
         return {}, [None] * len(received)
-    found = torch.autograd.grad(
-        [t for t, _ in pairs],
-        [*received, *parameters],
-        [torch.ones_like(t) if g is None else g for t, g in pairs],
-        allow_unused=True,
-    )
+    found = gradients([t for t, _ in pairs], [g for _, g in pairs], [*received, *parameters])
     of_parameters = zip(parameters, found[len(received) :])
     return {p: g for p, g in of_parameters if g is not None}, list(found[: len(received)])
 
@@ -200,6 +179,8 @@ def _compare_outputs(expected: Any, found: Any) -> None:
 
 
 def _compare_gradients(model: nn.Module, expected: Gradients, found: Gradients) -> None:
+    # A gradient that is zero but for rounding, as a bias's before batch norm, has no scale of its own.
+    least = _LEAST * max((float(g.abs().max()) for g in expected.values() if g.numel()), default=0.0)
     for name, parameter in model.named_parameters():
         a, b = expected.get(parameter), found.get(parameter)
         if a is None and b is None:
@@ -209,7 +190,7 @@ def _compare_gradients(model: nn.Module, expected: Gradients, found: Gradients) 
             a, b = (t.to_dense() if t.layout is not torch.strided else t for t in (a, b))
             if _same(a, b):
                 continue
-            scale = float(a.abs().max()) or 1.0
+            scale = max(float(a.abs().max()), least) or 1.0
             difference = float((a - b).abs().max()) / scale
             if difference <= _ROUNDING * torch.finfo(a.dtype).eps:
                 continue

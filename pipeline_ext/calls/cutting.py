@@ -9,13 +9,14 @@ from torch.utils import _pytree as pytree
 from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import Arguments
 from ..model.cut import balanced
-from .check import check, untouched
+from .check import check
 from .program import Program
 from .recording import record
 from .routing import compiled
 from .stage import CallStage
 from .timing import sizes, times
 from .units import coarse_units, openable
+from .untouched import untouched
 
 Agreed = Callable[[list[float]], list[float]]  # makes all processes take the same weights
 _UNEVEN = 1.5  # the slowest stage, by the mean: beyond it units are opened
@@ -121,8 +122,8 @@ def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module not in inside and compiled(module):
             raise InvalidArgument(
-                f"{name or 'the model'} is compiled as a whole, and cannot be cut inside; compile its layers, as "
-                f"in {next(iter(units.values()))}.compile(), before or after they are given to Pipeline"
+                f"{name or 'the model'} is compiled as a whole, and cannot be cut inside; compile its layers, "
+                f"as in {next(iter(units.values()))}.compile(), before or after they are given to Pipeline"
             )
     if type(model).__name__ == "OptimizedModule":
         raise InvalidArgument(
@@ -179,6 +180,6 @@ def _position(cut_at: str | int, names: list[str]) -> int:
             return position
     near = difflib.get_close_matches(cut_at, names[1:], n=1, cutoff=0.0)
     raise InvalidArgument(
-        f"no unit {cut_at!r} is called, at which a stage could begin; the nearest name is {near[0]!r}. The calls "
-        f"are {', '.join(names)}"
+        f"no unit {cut_at!r} is called, at which a stage could begin; the nearest name is {near[0]!r}. The "
+        f"calls are {', '.join(names)}"
     )

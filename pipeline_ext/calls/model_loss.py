@@ -1,5 +1,6 @@
 """The loss that a model computes itself."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -8,7 +9,7 @@ from ..errors import InvalidArgument
 
 
 class ModelLoss:
-    """A loss function that takes the loss out of the model's output: its ``loss``, or the output if a scalar."""
+    """A loss function that takes the loss out of the model's output: its ``loss``, or itself if a scalar."""
 
     def __call__(self, output: Any) -> Tensor:
         loss = found_loss(output)
@@ -32,3 +33,12 @@ def no_loss(output: Any) -> str:
         "loss_fn=, which is called with the output (and target=), or the labels from which the model computes "
         "its loss in the sample and in step"
     )
+
+
+def check_sums(kwargs: Mapping[str, Any], weighted: bool) -> None:
+    """Raises InvalidArgument where models of transformers return parts of a sum, and means were expected."""
+    if weighted and kwargs.get("num_items_in_batch") is not None:
+        raise InvalidArgument(
+            "with num_items_in_batch a model returns its labels' part of the batch's mean, and such parts must "
+            'be added, not averaged; give loss_reduction="sum" to Pipeline'
+        )

@@ -149,8 +149,8 @@ class Program:
     def settle(self, stages: Iterable[nn.Module], drops: bool) -> None:
         """Called when the stages of this process have their memory.
 
-        ``drops``: parameters and buffers of other processes are freed. They are on the meta device then, so that
-        they cannot be used by mistake when training has made them stale.
+        ``drops``: parameters and buffers of other processes are freed. They are on the meta device then, so
+        that they cannot be used by mistake when training has made them stale.
         """
         if drops:
             self._drop_others(stages)
@@ -172,9 +172,9 @@ class Program:
         for table, before in self._tables:
             if len(table) != len(before) or any(a is not b for a, b in zip(table.values(), before)):
                 raise InvalidArgument(
-                    f"{self._where(table, before)} since the model was cut into stages; make the Pipeline when the "
-                    "model is complete (close() the old one), or change what is inside the units, which the "
-                    "stages follow"
+                    f"{self._where(table, before)} since the model was cut into stages; make the Pipeline when "
+                    "the model is complete (close() the old one), or change what is inside the units, which "
+                    "the stages follow"
                 )
         route((*self.units, *self.collected))
 
@@ -187,12 +187,21 @@ class Program:
         key = next(k for k, a, b in zip(table, now, before) if a is not b)
         return f"{key!r} of {name} was replaced"
 
+    def arranged(self, arguments: Any) -> Any:
+        """The arguments, keywords in the order of the sample's."""
+        args, kwargs = arguments
+        names = self.structure.children()[1].context
+        if list(kwargs) != names and set(kwargs) == set(names):
+            kwargs = {name: kwargs[name] for name in names}
+        return args, kwargs
+
     def check_like_sample(self, arguments: Any) -> None:
         """Raises InvalidArgument for arguments of another kind than the sample's.
 
         They might be handled by code that did not run with the sample.
         """
-        leaves, structure = pytree.tree_flatten(arguments)
+        arguments = self.arranged(arguments)
+        structure = pytree.tree_structure(arguments)
         if structure != self.structure:
             raise InvalidArgument(
                 f"step was given inputs of another structure than the sample: {_names(structure)} in place of "
@@ -202,8 +211,8 @@ class Program:
             path, leaf = path_and_leaf
             if plain is not None and leaf is not plain and leaf != plain[0]:
                 raise InvalidArgument(
-                    f"{input_name(path)} is {leaf!r}, and was {plain[0]!r} in the sample, with which the model may "
-                    "do something else; give a sample= of the same kind as the batches"
+                    f"{input_name(path)} is {leaf!r}, and was {plain[0]!r} in the sample, with which the model "
+                    "may do something else; give a sample= of the same kind as the batches"
                 )
 
 

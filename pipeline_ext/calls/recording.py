@@ -97,6 +97,7 @@ class _Recording:
                 self._before = before
                 output = self._model(*args, **kwargs)
                 changed = self._changed or _state_of(self._glue) != before
+                self._refuse_counters(before)
         finally:
             for handle in self._handles:
                 handle.remove()
@@ -126,6 +127,18 @@ class _Recording:
             self._partial,
             frozenset(self._written),
         )
+
+    def _refuse_counters(self, before: list[Any]) -> None:
+        """Code around units runs in every stage, so it must not count its runs."""
+        now = _state_of(self._glue)
+        for (module, name, old), (_, _, new) in zip(before, now) if len(now) == len(before) else ():
+            if type(old) in (int, float) and type(new) is type(old) and old != new and name != "training":
+                where = self._names[module] or "itself"
+                raise InvalidArgument(
+                    f"the forward of {type(self._model).__name__} changes {name} of {where} from {old!r} to "
+                    f"{new!r} in code around its units, which every stage would run; move that into a layer of "
+                    "its own, or out of the forward"
+                )
 
     def _look_into(self, value: Any) -> Labels:
         """The labels of what an object in the output holds; none if it holds what calls left in it."""
@@ -198,8 +211,8 @@ class _Recording:
             self._written.update(self._results.get(_address(tensor), ()))
         if self._inside is None and _address(tensor) in self._states:
             raise InvalidArgument(
-                f"the forward of {type(self._model).__name__} writes to {self._states[_address(tensor)]} in code "
-                "around its units, which every stage would run; move that into a layer of its own"
+                f"the forward of {type(self._model).__name__} writes to {self._states[_address(tensor)]} in "
+                "code around its units, which every stage would run; move that into a layer of its own"
             )
 
     # -- labels
@@ -305,10 +318,10 @@ class _Recording:
 
     def _leak(self, giver: CallOfUnit, taker: CallOfUnit) -> str:
         return (
-            f"{taker.name} uses a tensor that {giver.name} computed, and that it hands on in another way than by "
-            "its result, a hook, an attribute or an entry of a dict or list that it was given; a stage that does "
-            f"not run {giver.name} would not have it. Return it from {giver.name}, or set use_cache=False if it "
-            "is a cache"
+            f"{taker.name} uses a tensor that {giver.name} computed, and that it hands on in another way than "
+            "by its result, a hook, an attribute or an entry of a dict or list that it was given; a stage that "
+            f"does not run {giver.name} would not have it. Return it from {giver.name}, or set use_cache=False "
+            "if it is a cache"
         )
 
 
@@ -347,10 +360,14 @@ def _changes(
 _NOTHING = object()
 
 
+class _Identity(int):
+    """Stands for an object."""
+
+
 def _state_of(modules: Iterable[nn.Module]) -> list[Any]:
     """What the code of these modules may have kept in them: their attributes, by identity or value."""
     return [
-        (name, value if isinstance(value, (int, float, str)) else id(value))
+        (module, name, value if isinstance(value, (int, float, str)) else _Identity(id(value)))
         for module in modules
         for table in (module.__dict__, module._buffers)
         for name, value in table.items()

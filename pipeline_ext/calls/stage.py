@@ -31,6 +31,8 @@ class CallStage(nn.Module):
     the model's output. Its children are the units that it calls.
     """
 
+    program: Program
+
     def __init__(self, program: Program, begin: int, end: int) -> None:
         super().__init__()
         self.__dict__["program"] = program  # no child: it has the whole model
@@ -54,7 +56,7 @@ class CallStage(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.begin == 0:
-            arguments, received = (args, kwargs), {}
+            arguments, received = self.program.arranged((args, kwargs)), {}
         else:
             (received,) = args
             arguments = received["arguments"]

@@ -11,10 +11,14 @@ from ..microbatches.cutting import Arguments
 from ..stages.drawing import branch
 from .program import Program
 from .routing import Call, running
+from .untouched import gradients
 
 
 def times(program: Program, arguments: Arguments, repeats: int = 2) -> list[float]:
-    """Seconds of forward and backward of each call; the last includes the code after it."""
+    """Seconds of forward and backward of each call; the last includes the code after it.
+
+    For use in ``untouched``.
+    """
     runs = []
     for _ in range(repeats):
         run = _Timed(program)
@@ -58,11 +62,9 @@ class _Timed:
         finally:
             self._inside = False
         results = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.requires_grad]
-        entered = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        inputs = [t for t in (*entered, *unit.parameters()) if t.requires_grad]
-        if results and inputs:
-            ones = [torch.ones_like(t) for t in results]
-            torch.autograd.grad(results, inputs, ones, allow_unused=True)
+        inputs = [p for p in unit.parameters() if p.requires_grad]
+        if results:
+            gradients(results, [torch.ones_like(t) for t in results], inputs)
         self.ended = time.perf_counter()
         self.seconds.append(self.ended - begin)
         return pytree.tree_map_only(Tensor, Tensor.detach, value)

@@ -21,7 +21,7 @@ def coarse_units(model: nn.Module, opened: Collection[nn.Module] = ()) -> dict[n
 
 def openable(unit: nn.Module) -> bool:
     """Whether a unit has lists of several members inside, so that it can be cut itself."""
-    return any(_is_list(module) and len(module) > 1 for module in unit.modules())
+    return any(_is_list(module) and len(module._modules) > 1 for module in unit.modules())
 
 
 def _add(
@@ -29,7 +29,7 @@ def _add(
 ) -> None:
     has_list = openable(module)
     if (member and module not in opened) or not has_list:
-        if not _is_list(module) or len(module) > 0:
+        if not _is_list(module) or module._modules:
             units.setdefault(module, name)
         return
     several = _is_list(module) and len(list(module.children())) > 1

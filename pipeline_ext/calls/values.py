@@ -60,8 +60,8 @@ class Missing:
 
     def __init__(self, what: str, kind: str, opens: str) -> None:
         self.__dict__["_why"] = (
-            f"{what} returned a {kind} in another stage of the pipeline, and torch's pytrees do not see what it "
-            f"holds, so it cannot be sent; {opens}"
+            f"{what} returned a {kind} in another stage of the pipeline, and torch's pytrees do not see what "
+            f"it holds, so it cannot be sent; {opens}"
         )
 
     def __getattr__(self, name: str) -> Any:

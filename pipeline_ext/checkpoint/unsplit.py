@@ -246,7 +246,9 @@ def _without(state_dict: Mapping[str, Any], prefixes: tuple[str, ...]) -> Mappin
     """The state without the names that begin with a prefix; the versions of modules stay."""
     if not prefixes:
         return state_dict
-    kept = OrderedDict((name, value) for name, value in state_dict.items() if not f"{name}.".startswith(prefixes))
+    kept = OrderedDict(
+        (name, value) for name, value in state_dict.items() if not f"{name}.".startswith(prefixes)
+    )
     # torch keeps the versions of modules in this attribute of a plain OrderedDict.
     kept._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
     return kept

@@ -12,10 +12,21 @@ from ..errors import DeadPipeline, PipelineError
 from .protocol import Engine
 
 
+class NoEngine:
+    """In place of the engine of a pipeline whose model is not cut yet."""
+
+    dead = False
+    death = ""
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Lifetime:
     """Lets one call at a time use the engine of a pipeline, until it is closed."""
 
-    def __init__(self, pipeline: object, engine: Engine[Any]) -> None:
+    def __init__(self, pipeline: object, engine: "Engine[Any] | NoEngine") -> None:
         """The engine is closed when ``pipeline`` is freed, or at exit."""
         self._engine = engine
         self._in_step = threading.Lock()

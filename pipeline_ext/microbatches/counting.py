@@ -56,7 +56,9 @@ def check_unmasked(targets: Sequence[Any], synchronizes: bool) -> None:
             f"target has labels of {_IGNORED}, which losses leave out, and microbatches have different numbers "
             "of others, so the mean of their means would not be the mean over all labels; give "
             f"loss_weight=pipeline_ext.count_not({_IGNORED}) to Pipeline, or another function that counts what "
-            f'the loss is a mean over, or loss_weight="{ROWS}" to weigh by rows all the same'
+            "the loss is a mean over (a causal language model of transformers leaves out each row's first "
+            f"label: lambda labels: pipeline_ext.count_not({_IGNORED})(labels[:, 1:])), or "
+            f'loss_weight="{ROWS}" to weigh by rows all the same'
         )
 
 

@@ -45,8 +45,8 @@ def initialise(
 
     Args:
         within: the model that ``modules`` are of, if it is one module.
-        around: modules of it of which only the buffers are needed, and the parameters that ``modules`` have too.
-        modules: those of this process.
+        around: modules of it of which only the buffers are needed, and the parameters that ``modules`` have
+        too. modules: those of this process.
         replicas: the processes with the same modules.
 
     Raises:

@@ -15,6 +15,7 @@ class Batch(NamedTuple):
     keep_outputs: bool
     keep_losses: bool
     record: bool  # the times of tasks
+    labels: Any = None  # what loss_weight counts in, where the model computes its loss and there is no target
 
 
 class Outcome(NamedTuple):

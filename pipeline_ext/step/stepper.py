@@ -94,7 +94,7 @@ class Stepper:
             keep_outputs=batch.keep_outputs,
             random=self.random.begin(),
         )
-        counted = self._counted(step.targets)
+        counted = self._counted(step.targets or self.cutter.cut_target(batch.labels, rows, count))
         self.owners.refresh()
         self.hooks.check()
         self.shared.begin()
@@ -191,7 +191,10 @@ class Stepper:
                 check_unmasked(targets, synchronizes=not self._warned)
             return []
         if targets is None:
-            raise InvalidArgument("loss_weight counts in the target, and step was given none; give target=")
+            raise InvalidArgument(
+                "loss_weight counts in the target, or in the keyword input labels if the model computes its "
+                "loss, and step was given neither; give target= or labels="
+            )
         return counts(self.loss_weight, targets)
 
     def _loss_weights(self, counted: list[float]) -> list[float]:

@@ -28,6 +28,7 @@ from .stepper import Stepper
 
 Gradients = dict[str, Tensor | None]
 _CLOSE = 1e-4
+_LEAST = 1e-2  # of the largest gradient of all
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def verify(
     inputs: Whole | Presplit,
     target: Any,
     named_parameters: Mapping[str, nn.Parameter],
+    labels: Any = None,
 ) -> Verification:
     """Compares one step. The model, its gradients and the random state are as before when it returns.
 
@@ -111,10 +113,11 @@ def verify(
     cut = stepper.cutter.cut_inputs(inputs, count)
     rows = sum(cut.lengths)
     targets = stepper.cutter.cut_target(target, rows, count)
-    weights = stepper.weights_of(cut.lengths, targets)
+    counted = targets or stepper.cutter.cut_target(labels, rows, count)
+    weights = stepper.weights_of(cut.lengths, counted)
     check = _Comparison(unsplit, stepper, named_parameters)
     with check.untouched():
-        batch = Batch(inputs, target, keep_outputs=False, keep_losses=False, record=False)
+        batch = Batch(inputs, target, keep_outputs=False, keep_losses=False, record=False, labels=labels)
         pipelined, found = check.gradients_of(lambda: stepper.train(batch, applies=False).loss)
     streams = stepper.random.begin()
     with check.untouched(), streams.in_this_thread():
@@ -134,11 +137,13 @@ def verify(
     else:
         with check.untouched():
             loss_whole, at_once = check.gradients_of(lambda: _whole(unsplit, inputs, target))
+    # A gradient that is zero but for rounding, as a bias's before batch norm, has no scale of its own.
+    least = _LEAST * max((float(g.abs().max()) for g in expected.values() if g is not None), default=0.0)
     parameters = [
         Difference(
             name,
-            _difference(found[name], expected[name]),
-            None if at_once is None else _difference(found[name], at_once[name]),
+            _difference(found[name], expected[name], least),
+            None if at_once is None else _difference(found[name], at_once[name], least),
         )
         for name in named_parameters
     ]
@@ -220,13 +225,13 @@ def _whole(unsplit: Unsplit, inputs: Whole, target: Any) -> Tensor:
     return loss
 
 
-def _difference(found: Tensor | None, expected: Tensor | None) -> float:
+def _difference(found: Tensor | None, expected: Tensor | None, least: float) -> float:
     if found is None or expected is None:
         return 0.0 if found is expected else float("inf")
     found, expected = (t.to_dense() if t.is_sparse else t for t in (found, expected))
     if torch.equal(found, expected):
         return 0.0
-    scale = float(expected.abs().max())
+    scale = max(float(expected.abs().max()), least)
     difference = float((found - expected).abs().max()) / (scale or 1.0)
     return difference if difference == difference else float("inf")
 
