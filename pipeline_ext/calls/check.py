@@ -16,6 +16,7 @@ from .plain import run_whole
 from .program import Program
 from .stage import CallStage
 from .untouched import gradients, untouched
+from .values import copied
 
 Gradients = dict[Tensor, Tensor]
 _LEAST = 0.05  # of the largest gradient of all
@@ -37,7 +38,7 @@ def check(
     with untouched(program.model):
         for m, arguments in enumerate(microbatches):
             with torch.enable_grad(), _drawing(streams, m):
-                output = run_whole(program.model, program.units, arguments)
+                output = run_whole(program.model, program.units, copied(arguments))
                 loss = _loss(output, loss_fn)
             expected.append((_detached(output), loss.detach(), _gradients([loss], program.model, None)))
             del output, loss
@@ -81,7 +82,7 @@ def _run(
     loss_fn: Callable[..., Tensor] | None,
     streams: StepStreams,
 ) -> list[tuple[Any, Tensor, Gradients]]:
-    values: list[Any] = list(microbatches)
+    values: list[Any] = [copied(arguments) for arguments in microbatches]
     passed: list[list[tuple[list[Tensor], list[Tensor]]]] = [[] for _ in microbatches]  # received, sent
     with torch.enable_grad():
         for stage in stages:

@@ -17,6 +17,7 @@ from .stage import CallStage
 from .timing import sizes, times
 from .units import coarse_units, openable
 from .untouched import untouched
+from .values import copied
 
 Agreed = Callable[[list[float]], list[float]]  # makes all processes take the same weights
 _UNEVEN = 1.5  # the slowest stage, by the mean: beyond it units are opened
@@ -54,7 +55,8 @@ def cut_by_calls(
     while True:
         try:
             with untouched(model):
-                model(*microbatches[0][0], **microbatches[0][1])  # may install what later forwards use
+                args, kwargs = copied(microbatches[0])
+                model(*args, **kwargs)  # may install what later forwards use
             with untouched(model):
                 program = record(model, coarse_units(model, opened), microbatches[0])
             if cuts is not None:

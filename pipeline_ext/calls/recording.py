@@ -1,6 +1,6 @@
 """Runs a model on a sample, and finds what each call of a unit needs of those before."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..microbatches.opaque import held_tensors, how_to_open
 from .labels import Labels, Memory, following
 from .program import INPUTS, CallOfUnit, Effect, Held, Program, Source, plain_leaves
 from .routing import Call, route, running
-from .values import Missing, describe_leaves
+from .values import Missing, copied, describe_leaves
 
 Path = tuple[Any, ...]
 
@@ -26,7 +26,7 @@ def record(model: nn.Module, units: Mapping[nn.Module, str], arguments: Argument
     while True:
         route(units)
         recording = _Recording(model, units)
-        program = recording.run(arguments)
+        program = recording.run(copied(arguments))
         # What computes from inputs alone, as rotary embeddings do, every stage computes for itself.
         free = {call.unit for call in program.calls if _is_free(call)}
         free -= {call.unit for call in program.calls if not _is_free(call)}
@@ -89,6 +89,8 @@ class _Recording:
             if isinstance(leaf, Tensor):
                 self._memory.add(leaf, self._bit(Source(INPUTS, part)))
                 self._results.setdefault(_address(leaf), []).append(Source(INPUTS, part))
+                if not leaf.is_floating_point():
+                    self._always |= self._bit(Source(INPUTS, part))
         args, kwargs = arguments
         before = _state_of(self._glue)
         changed = False
@@ -185,6 +187,9 @@ class _Recording:
                 self._label(leaf, Source(number, part), joins=_address(leaf) in known)
                 self._memory.add(leaf, collected)
                 self._results.setdefault(_address(leaf), []).append(Source(number, part))
+                if not (leaf.is_floating_point() or leaf.is_complex()):
+                    # Code around the next calls may use it as an index, where nothing else could stand in.
+                    self._always |= self._bit(Source(number, part))
         for module, name, value in _changes(attributes, _attributes(inner)):
             self._add_effect(call, number, "attribute", module, name, value, results)
         for path, value in _entries((args, kwargs)):
@@ -376,7 +381,7 @@ def _state_of(modules: Iterable[nn.Module]) -> list[Any]:
 
 def _entries(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """The entries that hold tensors, of the lists and dicts among the arguments of a call, by path."""
-    if isinstance(value, dict):
+    if isinstance(value, MutableMapping):
         items: Iterable[tuple[Any, Any]] = list(value.items())
     elif isinstance(value, (list, tuple)):
         items = list(enumerate(value))

@@ -16,7 +16,7 @@ from ..stages.drawing import branch
 from .hooks import run_hooks
 from .program import INPUTS, CallOfUnit, Effect, Program, Source
 from .routing import Call, running
-from .values import Leaf, Look, is_look, read_look, stand_in
+from .values import Leaf, Look, copied, is_look, read_look, stand_in
 
 
 class _Stop(BaseException):
@@ -74,16 +74,9 @@ class CallStage(nn.Module):
         return run.finish(output)
 
     def _own(self, arguments: Any) -> Any:
-        """The arguments, with copies of those that the model's code writes to."""
-        written = {source.part for source in self.program.written if source.call == INPUTS}
-        if not written:
-            return arguments
-        leaves, structure = pytree.tree_flatten(arguments)
-        leaves = [
-            leaf.clone() if part in written and isinstance(leaf, Tensor) else leaf
-            for part, leaf in enumerate(leaves)
-        ]
-        return pytree.tree_unflatten(leaves, structure)
+        """The arguments; copies if the model's code writes to them: the next stage gets them as given."""
+        written = any(source.call == INPUTS for source in self.program.written)
+        return copied(arguments) if written else arguments
 
     def _passed_on(self, arguments: Any) -> Any:
         """The arguments that later stages need; looks of the others."""
@@ -105,6 +98,9 @@ class _StageRun:
         self._program = stage.program
         self._live: dict[str, Tensor] = dict(received.get("live", ()))
         self._looks: list[str] = received["looks"].split(";") if received.get("looks") else []
+        self._plain: dict[str, Any] = dict(
+            received.get("plain", ())
+        )  # numbers that are others than the sample's
         self._number = 0
         self._position = 0  # in the looks
         self._inside = False
@@ -184,10 +180,7 @@ class _StageRun:
             elif leaf.kind == "tensor" or isinstance(value, Tensor):
                 raise PipelineError(f"{name} returned another structure than with the sample")
             elif leaf.kind == "plain" and value != leaf.value:
-                raise PipelineError(
-                    f"{name} returned {value!r} where it returned {leaf.value!r} with the sample; later stages "
-                    "would not know, so let it return a tensor"
-                )
+                self._plain[f"{number}.{part}"] = value
 
     def _keep(self, number: int, part: int, tensor: Tensor) -> None:
         if Source(number, part) in self._stage.sent:
@@ -243,6 +236,8 @@ class _StageRun:
                     received = stand_in(read_look(look), self._device)
                     self._stand_ins[id(received)] = (call.name, received)
                 found.append(received.clone() if Source(number, part) in self._program.written else received)
+            elif leaf.kind == "plain":
+                found.append(self._plain.get(f"{number}.{part}", leaf.value))
             elif leaf.kind == "argument":
                 found.append(pytree.tree_leaves((args, kwargs))[leaf.value])
             else:
@@ -264,7 +259,7 @@ class _StageRun:
         """What later stages get of the calls so far."""
         sent = self._stage.sent
         live = {key: value for key, value in self._live.items() if _source(key) in sent}
-        return {"live": live, "looks": ";".join(self._looks)}
+        return {"live": live, "looks": ";".join(self._looks), "plain": self._plain}
 
     def finish(self, output: Any) -> Any:
         """The model's output, when all calls are done."""

@@ -12,6 +12,7 @@ from ..stages.drawing import branch
 from .program import Program
 from .routing import Call, running
 from .untouched import gradients
+from .values import copied
 
 
 def times(program: Program, arguments: Arguments, repeats: int = 2) -> list[float]:
@@ -22,7 +23,7 @@ def times(program: Program, arguments: Arguments, repeats: int = 2) -> list[floa
     runs = []
     for _ in range(repeats):
         run = _Timed(program)
-        args, kwargs = arguments
+        args, kwargs = copied(arguments)
         with torch.enable_grad(), running(run):
             program.model(*args, **kwargs)
         run.seconds[-1] += 3 * (time.perf_counter() - run.ended)  # a backward takes about two forwards
@@ -64,7 +65,8 @@ class _Timed:
         results = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.requires_grad]
         inputs = [p for p in unit.parameters() if p.requires_grad]
         if results:
-            gradients(results, [torch.ones_like(t) for t in results], inputs)
+            # What the unit left in a dict for later ones leads back here.
+            gradients(results, [torch.ones_like(t) for t in results], inputs, keeps_graph=True)
         self.ended = time.perf_counter()
         self.seconds.append(self.ended - begin)
         return pytree.tree_map_only(Tensor, Tensor.detach, value)

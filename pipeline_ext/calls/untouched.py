@@ -33,7 +33,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def gradients(
-    outputs: Sequence[Tensor], grads: Sequence[Tensor], inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor], grads: Sequence[Tensor], inputs: Sequence[Tensor], *, keeps_graph: bool = False
 ) -> list[Tensor | None]:
     """The gradients of leaves; for use in ``untouched``.
 
@@ -41,10 +41,10 @@ def gradients(
     gradients that are accumulated.
     """
     if any(leaf._post_accumulate_grad_hooks for leaf in inputs):
-        return list(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
+        return list(torch.autograd.grad(outputs, inputs, grads, keeps_graph, allow_unused=True))
     for leaf in inputs:
         leaf.grad = None
-    torch.autograd.backward(outputs, grads)
+    torch.autograd.backward(outputs, grads, keeps_graph)
     found = [leaf.grad for leaf in inputs]
     for leaf in inputs:
         leaf.grad = None

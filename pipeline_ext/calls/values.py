@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..base.comparable import comparable
 from ..microbatches.opaque import how_to_open
@@ -95,3 +96,18 @@ def describe_leaves(name: str, leaves: list[Any], arguments: list[Any]) -> list[
         return Leaf("missing", Missing(name, type(leaf).__name__, how_to_open(leaf)))
 
     return [described(leaf) for leaf in leaves]
+
+
+def copied(value: Any) -> Any:
+    """A pytree with copies of its tensors. What was one tensor, or the same part of one, is one again."""
+    copies: dict[Any, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        key: Any = id(tensor)
+        if type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta:
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in copies:
+            copies[key] = tensor.clone()
+        return copies[key]
+
+    return pytree.tree_map_only(Tensor, copy, value)
