@@ -19,6 +19,7 @@ from .untouched import gradients, untouched
 from .values import copied
 
 Gradients = dict[Tensor, Tensor]
+_SMALLEST = 1e-6
 _LEAST = 0.05  # of the largest gradient of all
 _ROUNDING = 64  # units in the last place by which sums of a gradient's parts may differ, of the largest element
 
@@ -191,7 +192,7 @@ def _compare_gradients(model: nn.Module, expected: Gradients, found: Gradients) 
             a, b = (t.to_dense() if t.layout is not torch.strided else t for t in (a, b))
             if _same(a, b):
                 continue
-            scale = max(float(a.abs().max()), least) or 1.0
+            scale = max(float(a.abs().max()), least, _SMALLEST)
             difference = float((a - b).abs().max()) / scale
             if difference <= _ROUNDING * torch.finfo(a.dtype).eps:
                 continue

@@ -58,6 +58,7 @@ class _Recording:
         self._inside: int | None = None  # the call that runs
         self._hooks = 0  # > 0: hooks of a module inside it run
         self._of_inner: dict[nn.Module, int] = {}
+        self._of_hooks: Labels = 0  # what hooks got in this call
         self._always: Labels = 0  # what Python has looked at
         self._results: dict[int, list[Source]] = {}  # by memory
         self._written: set[Source] = set()
@@ -170,6 +171,7 @@ class _Recording:
         given = pytree.tree_leaves((args, kwargs))
         known = {_address(leaf) for leaf in given if isinstance(leaf, Tensor)}
         self._of_inner = {}
+        self._of_hooks = 0
         self._known = known
         self._inside = number
         try:
@@ -271,7 +273,9 @@ class _Recording:
         if module is call.unit:
             for part, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor):
+                    collected = self._memory.of(leaf) & self._of_hooks
                     self._label(leaf, Source(number, part), joins=_address(leaf) in self._known)
+                    self._memory.add(leaf, collected)
             return
         which = self._of_inner.get(module, 0)
         self._of_inner[module] = which + 1
@@ -282,10 +286,11 @@ class _Recording:
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 bit = self._bit(("hooks", number, first + i))
-                if _address(leaf) in self._known:
-                    self._memory.add(leaf, bit)
-                else:
-                    self._memory.put(leaf, bit)
+                before = self._memory.of(leaf)
+                # Modules one in another may return the same tensor, and each has hooks.
+                kept = before if _address(leaf) in self._known else before & self._of_hooks
+                self._memory.put(leaf, kept | bit)
+                self._of_hooks |= bit
 
     def _number_hooks(self, call: CallOfUnit, number: int, shift: int) -> Labels:
         """Numbers what hooks were given after the leaves of the call's result; returns its labels."""
