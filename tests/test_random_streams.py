@@ -1,5 +1,6 @@
 """The same seed and number of microbatches give the same losses and gradients, whatever else is chosen."""
 
+import copy
 import functools
 import threading
 import warnings
@@ -213,6 +214,21 @@ def test_what_a_stage_draws_past_its_stream_is_warned_of_once(seeds):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             pipe.step(x, target=x)
+
+
+@pytest.mark.filterwarnings("error:Dynamo")
+def test_compiled_stages_draw_from_their_streams():
+    x, y = torch.randn(8, 8), torch.randn(8, 8)
+    torch.manual_seed(0)
+    plain = dropouts()
+    found = []
+    for ranks, schedule in ((1, "interleaved-1f1b"), (4, "1f1b")):
+        model = copy.deepcopy(plain)
+        for layer in model:
+            layer.compile(backend="aot_eager")
+        found.append(train(model, x, y, schedule=schedule, devices=["cpu"] * ranks))
+    assert same(*found)
+    assert len({float(loss) for loss, _ in found[0][0]}) == 3
 
 
 def test_replicas_draw_other_numbers():

@@ -112,6 +112,9 @@ def test_a_mean_over_what_counts(replicas):
 # -- what is drawn
 
 
+TRAINS = (True, False, True)  # a step in evaluation mode draws nothing here; evaluations between steps draw
+
+
 def draw(schedule, recomputed):
     torch.manual_seed(0)
     model, x, y = dropouts(recomputed), torch.randn(8, 8), torch.randn(8, 8)
@@ -120,10 +123,12 @@ def draw(schedule, recomputed):
     with pe.Pipeline(
         model, STAGES if schedule == "interleaved-1f1b" else 2, 4, schedule, F.mse_loss, mesh=dist.group.WORLD
     ) as pipe:
-        for _ in range(3):
+        for trains in TRAINS:
+            model.train(trains)
             model.zero_grad()
             loss = pipe.step(x, target=y)
             found.append((loss, local_gradients(pipe, model)))
+            pipe.eval(x if dist.get_rank() == 0 else None, keep_mode=True)
     return found, torch.rand(1)
 
 
@@ -138,9 +143,11 @@ def test_two_processes_draw_what_one_draws(schedule, recomputed):
     with pe.Pipeline(
         model, STAGES if schedule == "interleaved-1f1b" else 2, 4, loss_fn=F.mse_loss, **options
     ) as pipe:
-        for _ in range(3):
+        for trains in TRAINS:
+            model.train(trains)
             model.zero_grad()
             alone.append((pipe.step(x, target=y), gradients(model)))
+            pipe.eval(x, keep_mode=True)
     after = torch.rand(1)
     for found, after_here in run(2, draw, schedule, recomputed):
         assert torch.equal(after_here, after)
