@@ -115,9 +115,18 @@ def test_a_mean_over_what_counts(replicas):
 TRAINS = (True, False, True)  # a step in evaluation mode draws nothing here; evaluations between steps draw
 
 
-def draw(schedule, recomputed):
+def drawing_model(kind):
+    if kind != "the last stage":
+        return dropouts(False if kind == "recomputed" else None)
+    model = dropouts()
+    for layer in model[:-1]:
+        layer[1].p = 0.0
+    return model
+
+
+def draw(schedule, kind):
     torch.manual_seed(0)
-    model, x, y = dropouts(recomputed), torch.randn(8, 8), torch.randn(8, 8)
+    model, x, y = drawing_model(kind), torch.randn(8, 8), torch.randn(8, 8)
     torch.manual_seed(7)
     found = []
     with pe.Pipeline(
@@ -132,11 +141,11 @@ def draw(schedule, recomputed):
     return found, torch.rand(1)
 
 
-@pytest.mark.parametrize("recomputed", [None, False])
+@pytest.mark.parametrize("kind", ["all stages", "recomputed", "the last stage"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved-1f1b"])
-def test_two_processes_draw_what_one_draws(schedule, recomputed):
+def test_two_processes_draw_what_one_draws(schedule, kind):
     torch.manual_seed(0)
-    model, x, y = dropouts(recomputed), torch.randn(8, 8), torch.randn(8, 8)
+    model, x, y = drawing_model(kind), torch.randn(8, 8), torch.randn(8, 8)
     torch.manual_seed(7)
     alone = []
     options = {"schedule": schedule, "devices": ["cpu"] * 2}
@@ -149,7 +158,7 @@ def test_two_processes_draw_what_one_draws(schedule, recomputed):
             alone.append((pipe.step(x, target=y), gradients(model)))
             pipe.eval(x, keep_mode=True)
     after = torch.rand(1)
-    for found, after_here in run(2, draw, schedule, recomputed):
+    for found, after_here in run(2, draw, schedule, kind):
         assert torch.equal(after_here, after)
         for (loss, grads), (expected, wanted) in zip(found, alone):
             assert torch.equal(loss, expected)
