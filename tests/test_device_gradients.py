@@ -204,3 +204,34 @@ def test_an_evaluation_and_outputs(gpus):
         assert torch.equal(outputs, expected)
         assert torch.equal(pipe.eval(x), expected)
         assert torch.equal(pipe.eval(x[:3]), torch.cat([plain(a) for a in x[:3].tensor_split(3)]))
+
+
+class Noise(nn.Linear):
+    """Draws from the GPU's generator, as a kernel would, and from the CPU's."""
+
+    gpus = None
+
+    def forward(self, x):
+        drawn = self.gpus.generators[0].rand_like(x) + self.gpus.generators[0].rand_like(x)
+        return super().forward(x) * drawn + torch.rand(1)
+
+
+def test_stages_draw_the_same_whatever_the_schedule(gpus):
+    Noise.gpus = gpus
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(*(Noise(6, 6) for _ in range(4))), torch.randn(8, 6), torch.randn(8, 6)
+    gpus.generators[0].manual_seed(5)
+    gpus.generators[0].rand_like(x)
+    found = []
+    for schedule, ranks, overlap in (("1f1b", 4, True), ("gpipe", 4, False), ("interleaved-1f1b", 2, True)):
+        torch.manual_seed(1)
+        options = {"devices": ["cuda:0"] * ranks, "overlap": overlap}
+        with pe.Pipeline(model, 4, 4, schedule, F.mse_loss, **options) as pipe:
+            for _ in range(2):
+                model.zero_grad()
+                found.append((pipe.step(x, target=y), gradients(model)))
+    for (loss, grads), (expected, wanted) in zip(found[2:], found):
+        assert torch.equal(loss, expected)
+        assert all(torch.equal(grads[name], wanted[name]) for name in wanted)
+    assert not torch.equal(found[0][0], found[1][0])
+    assert gpus.generators[0].get_state() == (5, 4)  # the caller's, as before

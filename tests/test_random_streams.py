@@ -1,5 +1,8 @@
 """The same seed and number of microbatches give the same losses and gradients, whatever else is chosen."""
 
+import copy
+import functools
+import threading
 import warnings
 
 import pytest
@@ -7,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from reference import gradients
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import pipeline_ext as pe
+from pipeline_ext.stages import drawing
 
 SCHEDULES = [name for name in pe.schedule_names() if name not in ("dualpipe", "auto", "zb-auto")]
 STAGES = 4
@@ -211,6 +216,22 @@ def test_what_a_stage_draws_past_its_stream_is_warned_of_once(seeds):
             pipe.step(x, target=x)
 
 
+@pytest.mark.filterwarnings("error:Dynamo")
+def test_compiled_stages_draw_from_their_streams():
+    x, y = torch.randn(8, 8), torch.randn(8, 8)
+    torch.manual_seed(0)
+    plain = dropouts()
+    found = []
+    for ranks, schedule in ((1, "interleaved-1f1b"), (4, "1f1b")):
+        model = copy.deepcopy(plain)
+        for layer in model:
+            layer.compile(backend="aot_eager")
+        found.append(train(model, x, y, schedule=schedule, devices=["cpu"] * ranks))
+    assert same(*found)
+    assert len({float(loss) for loss, _ in found[0][0]}) == 3
+
+
+@pytest.mark.filterwarnings("ignore:during a step torch's generator")  # each thread moves it on
 def test_replicas_draw_other_numbers():
     from replicas import Replicas
 
@@ -241,6 +262,21 @@ X = torch.linspace(0.1, 0.9, 40).reshape(8, 5)
 LSTM, ATTENTION = nn.LSTM(5, 5, 2, dropout=0.5), nn.MultiheadAttention(5, 1, dropout=0.5)
 LAYER = nn.TransformerEncoderLayer(5, 1, 10, dropout=0.5)
 traced = torch.jit.trace(lambda x: F.dropout(x, 0.5), X, check_trace=False)
+
+
+class Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.rand_like(grad)
+
+
+def gradient_of(function):
+    x = X.clone().requires_grad_()
+    return torch.autograd.grad(function(x).sum(), x)[0]
 
 
 class Wrapper(torch.Tensor):
@@ -320,5 +356,64 @@ DRAWING = {
     "a mode": in_a_mode,
     "nested": lambda: F.dropout(torch.nested.nested_tensor([X, X]), 0.5).to_padded_tensor(0.0),
     "jagged": lambda: F.dropout(torch.nested.nested_tensor([X, X], layout=torch.jagged), 0.5).values(),
-    "backward": lambda: torch.autograd.grad(Backward.apply(X.clone().requires_grad_()).sum(), [])[0],
+    "a backward": lambda: gradient_of(Backward.apply),
 }
+
+
+class Numbers:
+    """The streams of a step, all with one seed."""
+
+    def __init__(self):
+        self.drew = set()
+
+    def seed(self, stage, part):
+        return 5
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("kind", DRAWING)
+def test_every_function_draws_from_the_task_s_stream(kind):
+    drawing.install()
+    draw = DRAWING[kind]
+    torch.manual_seed(5)
+    expected, after = draw(), torch.rand(1)
+    torch.manual_seed(6)
+    state, numbers = torch.default_generator.get_state(), Numbers()
+    drawing.enter((numbers, 3, 0))
+    try:
+        found, then = draw(), torch.rand(1)
+    finally:
+        drawing.enter(None)
+    assert torch.equal(found, expected) and torch.equal(then, after)
+    assert torch.equal(torch.default_generator.get_state(), state)
+    assert numbers.drew == {3}
+
+
+def test_no_other_operator_of_torch_draws_on_the_cpu():
+    """What this names draws through operators that take a generator, or does not draw on the CPU."""
+    drawing.install()
+    found = set()
+    for name in torch._C._dispatch_get_all_op_names():
+        has_kernel = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, name)
+        if name.startswith("aten::") and has_kernel("CPU") and not has_kernel("BackendSelect"):
+            packet, _, overload = name.removeprefix("aten::").partition(".")
+            operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            if torch.Tag.nondeterministic_seeded in operator.tags:
+                found.add(packet)
+    assert found <= {"native_dropout", "_scaled_dot_product_flash_attention_for_cpu", "_fused_sdp_choice"}
+
+
+def test_other_threads_draw_torch_s_own_numbers():
+    drawing.install()
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    found = []
+    drawing.enter((Numbers(), 0, 0))
+    try:
+        torch.default_generator.manual_seed(5)
+        thread = threading.Thread(target=lambda: found.append(torch.rand(4)))
+        thread.start()
+        thread.join()
+    finally:
+        drawing.enter(None)
+    assert torch.equal(found[0], expected)

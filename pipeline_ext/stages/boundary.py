@@ -156,6 +156,8 @@ def check_aliases(received: list[Received]) -> None:
 
     In an uncut graph, autograd would carry the change into the gradients of the others.
     """
+    if len(received) < 2:
+        return
     dense = [r for r in received if type(r.leaf) is Tensor and r.leaf.layout is torch.strided]
     for r in dense:
         if r.was_written() and any(share_memory([r.leaf, o.leaf]) for o in dense if o is not r):

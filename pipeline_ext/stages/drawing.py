@@ -18,7 +18,7 @@ from torch import Tensor
 # Torch's dispatcher asks it last before the kernels of devices, below autograd, modes and tensors' classes.
 _BEFORE_DEVICES = torch._C.DispatchKey.BackendSelect
 _DEVICES = torch._C._dispatch_keyset_full_after(_BEFORE_DEVICES)
-_CPU = torch._C.DispatchKey.CPU
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _DEFAULT: Any = torch.default_generator
 
 
@@ -96,7 +96,7 @@ def _kernel(operator: Any) -> Callable[..., Any]:
     def draw(keys: Any, *args: Any, **kwargs: Any) -> Any:
         keys = keys & _DEVICES
         task = _thread.task
-        if task is not None and keys.highestPriorityTypeId() == _CPU:
+        if task is not None and keys == _CPU:
             given = args[position] if position < len(args) else kwargs.get("generator")
             if given is None or given._cdata == _DEFAULT._cdata:
                 seeds, stage, _ = task
@@ -105,6 +105,7 @@ def _kernel(operator: Any) -> Callable[..., Any]:
                 args = args[:position]
         return run(keys, *args, **kwargs)
 
+    _leave_to_python(draw)
     return draw
 
 
@@ -150,5 +151,14 @@ def _keep_states_by_task() -> None:
         else:
             _thread.generator(task).set_state(new_state)
 
+    _leave_to_python(get_rng_state)
+    _leave_to_python(set_rng_state)
     torch.get_rng_state = torch.random.get_rng_state = get_rng_state
     torch.set_rng_state = torch.random.set_rng_state = set_rng_state
+
+
+def _leave_to_python(function: Any) -> None:
+    """Keeps torch.compile from compiling a function, and what it calls, where compiled code calls it."""
+    compiler = torch._C._dynamo.eval_frame
+    skip = compiler._FrameAction.SKIP
+    compiler.set_code_exec_strategy(function.__code__, compiler._FrameExecStrategy(skip, skip))

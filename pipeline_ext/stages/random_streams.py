@@ -126,7 +126,7 @@ class RandomStreams:
     def _warn(self, message: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(message, stacklevel=6)
+            warnings.warn(message, stacklevel=5)
 
 
 def _number(state: Tensor) -> int:

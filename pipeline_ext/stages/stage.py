@@ -132,7 +132,7 @@ class Stage:
         arguments, received = self._receive(step, m)
         scope = self._skips.receive(step.exchange, m)
         popped = self._skips.enter(scope)
-        all_received = [tensor for part in (received, *popped) for tensor in part]
+        all_received = [tensor for part in (received, *popped) for tensor in part] if popped else received
         losses: list[tuple[Tensor, float]] = []
         step.random.enter(self.index, m)
         try:
@@ -153,7 +153,8 @@ class Stage:
             self._entrance.failed()
             self._skips.failed()
             raise
-        step.contributions[self.index][m] = [_weighted(loss.detach(), weight) for loss, weight in losses]
+        if losses:
+            step.contributions[self.index][m] = [_weighted(loss.detach(), weight) for loss, weight in losses]
         if self.is_last:
             sent = []
             if step.keep_outputs:
@@ -218,9 +219,12 @@ class Stage:
     def _begin_backward(self, step: Step, m: int) -> tuple[list[Tensor], list[Tensor], InFlight]:
         """Microbatch ``m``'s outputs that its backward begins at, their gradients, and what was kept for it."""
         in_flight = self._in_flight.pop(m)
-        losses = [(loss, weight) for loss, weight in in_flight.losses if loss.requires_grad and weight != 0]
-        outputs = [loss for loss, _ in losses]
-        grads_out = [step.gradient_of(loss, weight) for loss, weight in losses]
+        outputs: list[Tensor] = []
+        grads_out: list[Tensor] = []
+        for loss, weight in in_flight.losses:
+            if loss.requires_grad and weight != 0:
+                outputs.append(loss)
+                grads_out.append(step.gradient_of(loss, weight))
         # Skips first: plain autograd computes the gradients of later uses before those of earlier ones.
         grads = [
             *self._skips.receive_gradients(step.exchange, m),

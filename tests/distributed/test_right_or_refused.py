@@ -112,37 +112,53 @@ def test_a_mean_over_what_counts(replicas):
 # -- what is drawn
 
 
-def draw(schedule, recomputed):
+TRAINS = (True, False, True)  # a step in evaluation mode draws nothing here; evaluations between steps draw
+
+
+def drawing_model(kind):
+    if kind != "the last stage":
+        return dropouts(False if kind == "recomputed" else None)
+    model = dropouts()
+    for layer in model[:-1]:
+        layer[1].p = 0.0
+    return model
+
+
+def draw(schedule, kind):
     torch.manual_seed(0)
-    model, x, y = dropouts(recomputed), torch.randn(8, 8), torch.randn(8, 8)
+    model, x, y = drawing_model(kind), torch.randn(8, 8), torch.randn(8, 8)
     torch.manual_seed(7)
     found = []
     with pe.Pipeline(
         model, STAGES if schedule == "interleaved-1f1b" else 2, 4, schedule, F.mse_loss, mesh=dist.group.WORLD
     ) as pipe:
-        for _ in range(3):
+        for trains in TRAINS:
+            model.train(trains)
             model.zero_grad()
             loss = pipe.step(x, target=y)
             found.append((loss, local_gradients(pipe, model)))
+            pipe.eval(x if dist.get_rank() == 0 else None, keep_mode=True)
     return found, torch.rand(1)
 
 
-@pytest.mark.parametrize("recomputed", [None, False])
+@pytest.mark.parametrize("kind", ["all stages", "recomputed", "the last stage"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved-1f1b"])
-def test_two_processes_draw_what_one_draws(schedule, recomputed):
+def test_two_processes_draw_what_one_draws(schedule, kind):
     torch.manual_seed(0)
-    model, x, y = dropouts(recomputed), torch.randn(8, 8), torch.randn(8, 8)
+    model, x, y = drawing_model(kind), torch.randn(8, 8), torch.randn(8, 8)
     torch.manual_seed(7)
     alone = []
     options = {"schedule": schedule, "devices": ["cpu"] * 2}
     with pe.Pipeline(
         model, STAGES if schedule == "interleaved-1f1b" else 2, 4, loss_fn=F.mse_loss, **options
     ) as pipe:
-        for _ in range(3):
+        for trains in TRAINS:
+            model.train(trains)
             model.zero_grad()
             alone.append((pipe.step(x, target=y), gradients(model)))
+            pipe.eval(x, keep_mode=True)
     after = torch.rand(1)
-    for found, after_here in run(2, draw, schedule, recomputed):
+    for found, after_here in run(2, draw, schedule, kind):
         assert torch.equal(after_here, after)
         for (loss, grads), (expected, wanted) in zip(found, alone):
             assert torch.equal(loss, expected)
