@@ -252,11 +252,14 @@ class Pipeline(UnsplitModel):
     def _cut_with(self, args: tuple, kwargs: dict[str, Any], arg_mbs: Any, kwarg_mbs: Any) -> tuple[Any, Any]:
         """Cuts the model by the calls that it makes with this batch, if that was not done before.
 
-        Returns the microbatches as lists.
+        Returns the microbatches, as lists if they were iterators.
         """
-        arg_mbs, kwarg_mbs = (mbs if mbs is None else list(mbs) for mbs in (arg_mbs, kwarg_mbs))
         if self._settings is not None:
             self._lifetime.check()
+            if isinstance(arg_mbs, Iterator):
+                arg_mbs = list(arg_mbs)
+            if isinstance(kwarg_mbs, Iterator):
+                kwarg_mbs = list(kwarg_mbs)
             if args or kwargs or arg_mbs or kwarg_mbs:
                 self._take(
                     assemble(self._settings, given_sample(self._settings, args, kwargs, arg_mbs, kwarg_mbs))

@@ -1,4 +1,4 @@
-"""Random models with a forward of their own: lists, loops, skips, masks, hooks, caches, and values without a path."""
+"""Random models with a forward of their own: lists, loops, skips, masks, hooks, values without a gradient."""
 
 import random
 from collections.abc import Callable

@@ -137,7 +137,7 @@ def test_what_does_not_go_with_it_is_refused(options, message):
         (lambda t: torch.tensor(float("nan")), True, "at least 0"),
         (lambda t: "many", True, "returned 'many'"),
         (lambda t: 0, True, "returned 0 for every microbatch"),
-        (pe.count_not(0), None, "step was given none; give target="),
+        (pe.count_not(0), None, "step was given neither; give target="),
         (pe.count_not(0), (1, 2), "this one holds 0"),
     ],
 )

@@ -131,42 +131,12 @@ def test_a_sequential_is_cut_by_position():
     assert sizes(cut(model, 3, cuts=[1, 4])) == [1, 3, 1]
 
 
-class Anything(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.a(self.a(x))
-
-
-class Overridden(nn.Sequential):
-    def forward(self, x):
-        return super().forward(x) + 1
-
-
-class Positions(InOrder):
-    def __init__(self):
-        super().__init__()
-        self.positions = nn.Parameter(torch.zeros(4))
-
-
-def hooked():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model.register_forward_hook(lambda *_: None)
-    return model
-
-
 @pytest.mark.parametrize(
     "model, options, message",
     [
-        (Positions(), {"cuts": ["head"]}, r"parameters or buffers of its own \(positions\)"),
-        (hooked(), {"num_stages": 2}, "Sequential has hooks, which would be lost"),
         (nn.Sequential(nn.LazyLinear(4)), {"num_stages": 1}, "lazy parameters"),
         (InOrder(), {"cuts": "head"}, r"cuts is 'head'; give a list.*cuts=\['head'\]"),
         (InOrder(), {"cuts": [1.5]}, "cuts is .1.5.; give a list"),
-        (Anything(), {"num_stages": 1}, r"Anything has a forward of its own.*lost.*Pipeline\(\["),
-        (Overridden(nn.Linear(4, 4)), {"num_stages": 1}, "Overridden has a forward of its own"),
         (nn.Sequential(), {"cuts": ["x"]}, "no child modules"),
         (InOrder(), {"cuts": ["block.2"]}, "no layer 'block.2'.*nearest name is 'blocks.2'"),
         (InOrder(), {"cuts": ["embed"]}, "cuts must ascend"),

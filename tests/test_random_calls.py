@@ -17,7 +17,7 @@ ROUNDING = 1e-5  # a value that is used in several stages has its gradient summe
 
 
 def outcome(seed: int) -> str:
-    """"right", or why the model was refused. Raises AssertionError for a wrong result."""
+    """ "right", or why the model was refused. Raises AssertionError for a wrong result."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     model = Model(seed)
@@ -32,7 +32,9 @@ def outcome(seed: int) -> str:
         schedule = "1f1b"
     specs = {name: pe.rows() for name in batch}
     try:
-        pipe = pe.Pipeline(model, stages, 4, schedule, sample=batch, kwargs_spec=specs, overlap=draw.random() < 0.3)
+        pipe = pe.Pipeline(
+            model, stages, 4, schedule, sample=batch, kwargs_spec=specs, overlap=draw.random() < 0.3
+        )
     except pe.InvalidArgument as error:
         return str(error)
     with pipe:

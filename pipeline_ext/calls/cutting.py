@@ -10,6 +10,7 @@ from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import Arguments
 from ..model.cut import balanced
 from .check import check
+from .model_loss import found_loss, no_loss
 from .program import Program
 from .recording import record
 from .routing import compiled
@@ -56,7 +57,10 @@ def cut_by_calls(
         try:
             with untouched(model):
                 args, kwargs = copied(microbatches[0])
-                model(*args, **kwargs)  # may install what later forwards use
+                output = model(*args, **kwargs)  # may install what later forwards use
+            if loss_fn is None and found_loss(output) is None:
+                raise InvalidArgument(no_loss(output))
+            del output
             with untouched(model):
                 program = record(model, coarse_units(model, opened), microbatches[0])
             if cuts is not None:
@@ -149,11 +153,15 @@ def _opened_for(model: nn.Module, cuts: Sequence[str | int] | None) -> set[nn.Mo
     for cut_at in cuts:
         while isinstance(cut_at, str):
             units = coarse_units(model, opened)
-            around = [u for u, name in units.items() if cut_at.startswith(f"{name}.") and openable(u)]
-            if not around:
+            around = [u for u, name in units.items() if cut_at.startswith(f"{name}.")]
+            if not around or not _has(around[0], cut_at.removeprefix(f"{units[around[0]]}.")):
                 break
             opened.add(around[0])
     return opened
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return any(found == name for found, _ in module.named_modules())
 
 
 def _starts(program: Program, cuts: Sequence[str | int], num_stages: int | None) -> list[int]:

@@ -55,7 +55,9 @@ class _Timed:
         if self._inside or unit not in self._units:
             return compute(*args, **kwargs)
         self._inside = True
-        args, kwargs = pytree.tree_map_only(Tensor, _entering, (args, kwargs))
+        # Lists and dicts stay the objects that they are: the unit may write to them.
+        args = tuple(map(_entering, args))
+        kwargs = {name: _entering(value) for name, value in kwargs.items()}
         begin = time.perf_counter()
         try:
             with branch(len(self.seconds)):
@@ -72,5 +74,6 @@ class _Timed:
         return pytree.tree_map_only(Tensor, Tensor.detach, value)
 
 
-def _entering(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(True).clone() if tensor.is_floating_point() else tensor
+def _entering(value: Any) -> Any:
+    is_cut = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().requires_grad_().clone() if is_cut else value

@@ -27,10 +27,9 @@ def openable(unit: nn.Module) -> bool:
 def _add(
     units: dict[nn.Module, str], module: nn.Module, name: str, *, member: bool, opened: Collection[nn.Module]
 ) -> None:
-    has_list = openable(module)
-    if (member and module not in opened) or not has_list:
-        if not _is_list(module) or module._modules:
-            units.setdefault(module, name)
+    called = not isinstance(module, (nn.ModuleList, nn.ModuleDict))  # others cannot be
+    if called and module not in opened and (member or not openable(module)):
+        units.setdefault(module, name)
         return
     several = _is_list(module) and len(list(module.children())) > 1
     for child_name, child in _children(module):

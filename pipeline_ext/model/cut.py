@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from ..errors import InvalidArgument
-from .containers import only_runs_children, own_code
+from .containers import only_runs_children
 from .skips import Scope
 from .slice import Slice
 
@@ -50,12 +50,6 @@ def cut(
     if not isinstance(model, nn.Module):
         raise InvalidArgument(
             f"model is a {type(model).__name__}; give an nn.Module, or a list of stage modules"
-        )
-    found = own_code(model)
-    if found:
-        raise InvalidArgument(
-            f"{type(model).__name__} has {found}, which would be lost if its children ran one after another as "
-            f"stages; {_LIST_FORM}"
         )
     layers = _open(model)
     if not layers:
