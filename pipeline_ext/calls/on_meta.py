@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import Arguments
+from ..microbatches.opaque import held_tensors
 from .labels import READS_DATA, written
 
 _LARGEST = 1 << 24  # elements of a value that is computed
@@ -38,9 +39,12 @@ class OnMeta:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Inside it the model runs. Raises InvalidArgument for code that needs values of weights."""
+        before = [(module, dict(module.__dict__)) for module in self._model.modules()]
         try:
             with _Operators(self._values):
                 yield
+            for module, attributes in before:
+                _forget_meta(module.__dict__, attributes)
         except PipelineError:
             raise
         except Exception as error:
@@ -97,6 +101,16 @@ class _Values:
 
     def forget(self, tensor: Tensor) -> None:
         self._twins.pop(_key(tensor), None)
+
+
+def _forget_meta(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Puts a module's attributes back if the forward has left tensors in them, as masks for later forwards."""
+    changed = [name for name, value in now.items() if before.get(name, now) is not value]
+    if any(tensor.is_meta for name in changed for tensor in held_tensors(now[name])):
+        for name in changed:
+            now.pop(name)
+            if name in before:
+                now[name] = before[name]
 
 
 def _key(tensor: Tensor) -> int:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,13 @@ from ..model.slice import Slice
 LOSS = "loss_fn."  # prefix of the names of a loss function's parameters and buffers
 
 
-def repeated_names(model: nn.Module | Sequence[Any], loss_fn: Any = None) -> set[str]:
-    """The names of tied parameters, except the first name of each, as ``LocalModel`` takes them."""
+def repeated_names(model: nn.Module | Sequence[Any], loss_fn: Any = None) -> dict[str, str]:
+    """The names of tied parameters, except the first name of each, with that one, as ``LocalModel`` takes them."""
     whole = model if isinstance(model, nn.Module) else _numbered(enumerate(model))
     trained = _with_loss(_unwrapped(whole), loss_fn)
-    every = {name for name, _ in trained.named_parameters(remove_duplicate=False)}
-    return every - {name for name, _ in trained.named_parameters()}
+    first = {parameter: name for name, parameter in trained.named_parameters()}
+    every = trained.named_parameters(remove_duplicate=False)
+    return {name: first[parameter] for name, parameter in every if name != first[parameter]}
 
 
 class LocalModel:
@@ -37,6 +38,7 @@ class LocalModel:
         module: the model, or a copy without the layers of other processes. DistributedDataParallel around
             layers is removed.
         elsewhere: the names of the layers, or tensors, of other processes.
+        repeated: the names of tied parameters, except the first name of each, with that one.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class LocalModel:
         model: nn.Module | Sequence[Any],
         stages: Sequence[Any],
         local: Mapping[int, nn.Module],
-        repeated: Collection[str],
+        repeated: Mapping[str, str],
         loss_fn: Any = None,
     ) -> None:
         """``stages``: what ``cut`` made of ``model``; ``local``: the modules of this process, by stage.
@@ -66,7 +68,7 @@ class LocalModel:
             module = model
         self.module = _unwrapped(module)
         self._loss_fn = loss_fn if len(stages) - 1 in local else None
-        self._repeated = repeated
+        self.repeated = repeated
 
     @property
     def trained(self) -> nn.Module:
@@ -75,7 +77,7 @@ class LocalModel:
 
     def counted_parameters(self) -> list[nn.Parameter]:
         """The parameters, without those that an earlier layer of another process holds too; each once."""
-        return [p for name, p in self.trained.named_parameters() if name not in self._repeated]
+        return [p for name, p in self.trained.named_parameters() if name not in self.repeated]
 
 
 class UnsplitModel:
@@ -158,6 +160,26 @@ class UnsplitModel:
         norms = [torch.empty_like(sent) for _ in range(group.size())]
         dist.all_gather(norms, sent, group=group)
         return [received.to(torch.promote_types(norm.dtype, torch.float32)) for received in norms]
+
+
+class Weights(NamedTuple):
+    """What this process holds of a model's weights."""
+
+    module: nn.Module
+    repeated: Mapping[str, str]  # the names of tied parameters, except the first name of each, with that one
+    alone: bool  # it holds all of them
+
+
+@contextlib.contextmanager
+def weights_of(model: UnsplitModel | nn.Module, what: str) -> Iterator[Weights]:
+    """Yields the weights of a pipeline or a plain model. Raises PipelineError while a step runs."""
+    if isinstance(model, UnsplitModel):
+        with model._lifetime.one_at_a_time(what):
+            yield Weights(model._local.module, model._local.repeated, model._group is None)
+    elif isinstance(model, nn.Module):
+        yield Weights(model, repeated_names(model), alone=True)
+    else:
+        raise InvalidArgument(f"a {type(model).__name__} is given; give a Pipeline or an nn.Module")
 
 
 def _numbered(stages: Iterable[tuple[int, Any]]) -> nn.Sequential:
