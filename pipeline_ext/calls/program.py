@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import input_name
 from ..stages.parameter_view import prepare
 from .routing import not_here, route
@@ -183,6 +183,8 @@ class Program:
                         if tensor not in dropped:
                             dropped[tensor] = _without_memory(tensor)
                         table[name] = dropped[tensor]
+        if any(tensor.is_meta for tensor in (*self.model.parameters(), *self.model.buffers())):
+            self.model.register_state_dict_pre_hook(refuse_a_part)
         for unit, name in self.units.items():
             if any(tensor.is_meta for tensor in (*unit.parameters(), *unit.buffers())):
                 not_here(unit, name)
@@ -234,6 +236,14 @@ class Program:
                     f"{input_name(path)} is {leaf!r}, and was {plain[0]!r} in the sample, with which the model "
                     "may do something else; give a sample= of the same kind as the batches"
                 )
+
+
+def refuse_a_part(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """A hook of a model whose state is in several processes."""
+    raise PipelineError(
+        f"this process has only its own part of the {type(model).__name__}; call save_pretrained(pipe, folder) or "
+        "save_checkpoint(folder, pipe) of pipeline_ext in all processes, or state_dict() of the Pipeline for its part"
+    )
 
 
 def _without_memory(tensor: Tensor) -> Tensor:

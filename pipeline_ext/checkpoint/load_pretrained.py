@@ -14,7 +14,7 @@ from ..errors import InvalidArgument
 from .key_names import ignored, names_in_model
 from .safetensors_folder import SafetensorsFolder
 from .together import of_all, together
-from .unsplit import UnsplitModel, Weights, weights_of
+from .unsplit import UnsplitModel, weights_of
 
 
 class LoadedNames(NamedTuple):
@@ -66,6 +66,7 @@ def load_pretrained(
                 raise InvalidArgument(_refusal(answer))
             wanted = found.for_tensors(here)
             _check_looks(files, wanted, here, cast)
+            _check_ties(files, wanted)
         with together(what, weights.alone), torch.no_grad():
             for in_file, tensor in wanted:
                 _copy(files, in_file, tensor)
@@ -137,6 +138,18 @@ def _check_looks(
             raise InvalidArgument(
                 f"{in_file!r} is {look} where the model's {name_of[id(tensor)]!r} is "
                 f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}; {advice}"
+            )
+
+
+def _check_ties(files: SafetensorsFolder, wanted: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuses two values for one tensor."""
+    first: dict[Tensor, str] = {}
+    for name, tensor in wanted:
+        other = first.setdefault(tensor, name)
+        if other != name and not all(torch.equal(a, b) for (_, a), (_, b) in zip(files.read(other), files.read(name))):
+            raise InvalidArgument(
+                f"{other!r} and {name!r} have different values, and the model ties them; give a model that does "
+                "not (tie_word_embeddings=False in the config of transformers)"
             )
 
 

@@ -156,7 +156,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _nothing_there(folder: Path) -> str:
     if not folder.is_dir():
-        return "there is no such folder"
+        return "there is no such folder; huggingface_hub.snapshot_download makes one of a model of the hub"
     if any(folder.glob("pytorch_model*.bin")):
         return (
             "it holds a pickle (pytorch_model.bin), which can run code when it is read; write safetensors first, "

@@ -19,7 +19,7 @@ from ..base.imported import is_dtensor
 from ..errors import InvalidArgument
 from .safetensors_folder import INDEX, WEIGHTS, file_names, library, write_file
 from .together import of_all, together
-from .unsplit import UnsplitModel, Weights, weights_of
+from .unsplit import UnsplitModel, weights_of
 
 
 def save_pretrained(
@@ -45,28 +45,32 @@ def save_pretrained(
     path = Path(os.path.realpath(folder))
     with weights_of(model, "save_pretrained was called") as weights:
         what = f"{str(path)!r} cannot be written"
-        writes = weights.alone or dist.get_rank() == 0
+        rank = 0 if weights.alone else dist.get_rank()
         new = path.with_name(f".{path.name}.saving")
         with together(what, weights.alone):
             _check(path, max_shard_size)
             library()
             here = weights.module.state_dict()
-            if writes:
+            looks = _looks(here, weights.repeated)
+            if rank == 0:
                 _begin(new, path)
-        shards = _shards(of_all(_looks(here, weights.repeated), weights.alone), max_shard_size)
+        shards = _shards(of_all(looks, weights.alone), max_shard_size)
         names = file_names(len(shards))
         for file_name, shard in zip(names, shards):
             with together(what, weights.alone):
-                tensors = {entry.name: tensor for entry in shard if (tensor := _gathered(entry, here)) is not None}
-                if writes:
+                tensors = {entry.name: tensor for entry in shard if (tensor := _gathered(entry, here, rank)) is not None}
+                if rank == 0:
                     write_file(new / file_name, tensors)
                 del tensors
         with together(what, weights.alone):
-            if writes:
+            if rank == 0:
                 if len(shards) > 1:
                     _write_index(new / INDEX, dict(zip(names, shards)))
                 _write_configurations(weights.module, here, new)
                 put_folder(new, path)
+
+
+_Look = tuple[str, torch.dtype, tuple[int, ...]]
 
 
 class _Entry(NamedTuple):
@@ -101,14 +105,28 @@ def _begin(new: Path, path: Path) -> None:
     def weights(folder: str, names: list[str]) -> list[str]:
         return [n for n in names if Path(folder) == before and any(fnmatch(n, pattern) for pattern in WEIGHTS)]
 
-    shutil.copytree(before, new, symlinks=True, ignore=weights)
+    shutil.copytree(before, new, symlinks=True, ignore=weights, copy_function=_link)
 
 
-def _looks(here: Mapping[str, Tensor], repeated: Mapping[str, str]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+def _link(source: str, target: str) -> None:
+    """Lets a file have a second name; copies it where that cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _looks(here: Mapping[str, Any], repeated: Mapping[str, str]) -> list[_Look]:
+    """The tensors of this process, by the first name of each."""
+    for name, value in here.items():
+        if not isinstance(value, Tensor):
+            raise InvalidArgument(
+                f"{name!r} is a {type(value).__name__}, and safetensors files hold tensors only; use save_checkpoint"
+            )
     return [(name, t.dtype, tuple(t.shape)) for name, t in here.items() if repeated.get(name, name) == name]
 
 
-def _shards(looks: Sequence[list[tuple[str, torch.dtype, tuple[int, ...]]]], largest: int) -> list[list[_Entry]]:
+def _shards(looks: Sequence[list[_Look]], largest: int) -> list[list[_Entry]]:
     """The tensors of each file. ``looks``: by process."""
     entries: dict[str, _Entry] = {}
     for rank, of_process in enumerate(looks):
@@ -122,15 +140,14 @@ def _shards(looks: Sequence[list[tuple[str, torch.dtype, tuple[int, ...]]]], lar
     return shards
 
 
-def _gathered(entry: _Entry, here: Mapping[str, Tensor]) -> Tensor | None:
-    """A tensor in process 0, from the first that has it; None in the others."""
-    rank = dist.get_rank() if dist.is_initialized() and len(entry.holders) else 0
+def _gathered(entry: _Entry, here: Mapping[str, Tensor], rank: int) -> Tensor | None:
+    """A tensor in process 0, from the first that has it; None in the others. ``rank``: of this process."""
     own = here.get(entry.name) if rank in entry.holders else None
     if is_dtensor(own):
         own = own.full_tensor()  # all that hold it do this together
     first = entry.holders[0]
     if first == 0:
-        return None if own is None or rank != 0 else own.contiguous()
+        return own.contiguous() if own is not None and rank == 0 else None
     over_cpus = "gloo" in dist.get_backend_config()
     if rank == first:
         assert own is not None

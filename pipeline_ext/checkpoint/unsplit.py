@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..base.imported import is_dtensor
+from ..calls.program import refuse_a_part
 from ..calls.stage import CallStage
 from ..engines.lifetime import Lifetime
 from ..errors import InvalidArgument
@@ -60,7 +61,7 @@ class LocalModel:
         if not isinstance(model, nn.Module):
             module = _numbered(local.items())
         elif isinstance(stages[0], CallStage):
-            self.elsewhere = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+            self.elsewhere = [name for name, tensor in _tensors(model) if tensor.is_meta]
             module = _here(model)
         elif self.elsewhere:
             module = _part(model, {name for index in local for name in layers[index]})
@@ -204,14 +205,22 @@ def _part(module: nn.Module, layers: Collection[str], prefix: str = "") -> nn.Mo
 
 def _here(module: nn.Module) -> nn.Module:
     """The module; a shallow copy without what is on the meta device, if anything is."""
-    if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+    if not any(tensor.is_meta for _, tensor in _tensors(module)):
         return module
     part = copy.copy(module)
+    hooks = module._state_dict_pre_hooks.items()
+    part._state_dict_pre_hooks = OrderedDict((n, hook) for n, hook in hooks if hook is not refuse_a_part)
     for table in ("_parameters", "_buffers"):
         held = getattr(module, table)
         part.__dict__[table] = {n: t for n, t in held.items() if t is None or not t.is_meta}
     part._modules = {n: None if child is None else _here(child) for n, child in module._modules.items()}
     return part
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers under all their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
