@@ -31,7 +31,7 @@ def load_pretrained(
 
     The folder holds ``model.safetensors``, or several files and ``model.safetensors.index.json``. If the pipeline
     is in many processes, all processes of torch.distributed call it together; each reads only the tensors of its
-    own stages, 64 MiB at a time. A tied parameter needs one of its names in the files. Names that transformers
+    own stages, 16 MiB at a time. A tied parameter needs one of its names in the files. Names that transformers
     has changed, and the prefix of a base model, are understood. Nothing is unpickled. Example::
 
         with torch.device("meta"):

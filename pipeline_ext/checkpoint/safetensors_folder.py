@@ -15,7 +15,7 @@ from ..errors import InvalidArgument, PipelineError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")  # of earlier saves too
-_MAPPED = 64 << 20  # bytes of a file that are read before it is opened anew
+_MAPPED = 16 << 20  # bytes of a file that are read before it is opened anew
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
