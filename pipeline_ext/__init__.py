@@ -40,9 +40,11 @@ __all__ = [
     "build_plan",
     "count_not",
     "load_checkpoint",
+    "load_pretrained",
     "pop",
     "rows",
     "save_checkpoint",
+    "save_pretrained",
     "schedule_names",
     "simulate",
     "skips",
@@ -52,6 +54,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .checkpoint.files import load_checkpoint, save_checkpoint
+    from .checkpoint.load_pretrained import load_pretrained
+    from .checkpoint.save_pretrained import save_pretrained
     from .errors import (
         DeadPipeline,
         DeviceError,
@@ -84,6 +88,8 @@ else:
     # Module -> its names. It is imported when one of them is first used, and with it torch if it needs that.
     _NAMES = {
         "checkpoint.files": ("load_checkpoint", "save_checkpoint"),
+        "checkpoint.load_pretrained": ("load_pretrained",),
+        "checkpoint.save_pretrained": ("save_pretrained",),
         "errors": (
             "DeadPipeline",
             "DeviceError",

@@ -32,7 +32,8 @@ from .plan.ordering import Ordering
 from .plan.simulation import simulate
 from .reduction import GradientReduction
 from .settings import Settings
-from .stages.local import initialise, local_stages
+from .stages.initialisation import initialise
+from .stages.local import local_stages
 from .stages.loss_view import LossView
 from .stages.parameter_hooks import ParameterHooks
 from .stages.reach import Owners
@@ -105,6 +106,8 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
     here = list(local.values())
     if len(modules) - 1 in local and isinstance(settings.loss_fn, nn.Module):
         here.append(settings.loss_fn)
+    if program is not None and 0 in local:
+        here.append(program.unused)
     ties = sharing.make_equal(
         modules,
         here,
@@ -113,7 +116,7 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
         functools.partial(initialise, *(() if program is None else (program.model, program.around))),
     )
     if program is not None:
-        program.settle(local.values(), drops=sharing.group is not None)
+        program.settle(here, drops=sharing.group is not None)
     reduction = sharing.reduction() if settings.reduction is None else settings.reduction
     shared, owners, loss_view = _ownership(settings, modules, planned, reduction)
     elsewhere = {i: m for i, m in enumerate(modules) if i not in local and isinstance(m, nn.Module)}

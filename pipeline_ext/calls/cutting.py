@@ -1,16 +1,17 @@
 """From a model and a sample to stages."""
 
+import contextlib
 import difflib
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import Arguments
 from ..model.cut import balanced
 from .check import check
 from .model_loss import found_loss, no_loss
+from .on_meta import OnMeta
 from .program import Program
 from .recording import record
 from .routing import compiled
@@ -49,19 +50,20 @@ def cut_by_calls(
     """
     _check_model(model)
     on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    if on_meta:
-        microbatches = [_on_meta(arguments) for arguments in microbatches]
+    meta = OnMeta(model) if on_meta else None
+    if meta is not None:
+        microbatches = [meta.arguments(arguments) for arguments in microbatches]
     opened = _opened_for(model, cuts)
     best: list[CallStage] | None = None
     while True:
         try:
-            with untouched(model):
+            with untouched(model), _running(meta):
                 args, kwargs = copied(microbatches[0])
                 output = model(*args, **kwargs)  # may install what later forwards use
             if loss_fn is None and found_loss(output) is None:
                 raise InvalidArgument(no_loss(output))
             del output
-            with untouched(model):
+            with untouched(model), _running(meta):
                 program = record(model, coarse_units(model, opened), microbatches[0])
             if cuts is not None:
                 starts = _starts(program, cuts, num_stages)
@@ -138,8 +140,8 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _on_meta(arguments: Arguments) -> Arguments:
-    return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments)
+def _running(meta: OnMeta | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if meta is None else meta.running()
 
 
 def _opened_for(model: nn.Module, cuts: Sequence[str | int] | None) -> set[nn.Module]:

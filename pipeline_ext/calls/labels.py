@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Labels = int  # a set, as bits
 
-_READS_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+READS_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _TO_PYTHON = {
     Tensor.numpy,
     Tensor.tolist,
@@ -103,9 +103,9 @@ class _Operators(TorchDispatchMode):
         result = operator(*args, **kwargs)
         made = self._watcher.made(read)
         tags = getattr(operator, "tags", ())
-        if any(tag in _READS_DATA for tag in tags) and not _indexes_by_numbers(operator, args):
+        if any(tag in READS_DATA for tag in tags) and not _indexes_by_numbers(operator, args):
             self._watcher.looked_at(read)
-        for tensor in _written(operator, args, kwargs):
+        for tensor in written(operator, args, kwargs):
             self._watcher.wrote(tensor)
             self._memory.add(tensor, made)
         for tensor in _tensors(result):
@@ -139,7 +139,8 @@ def _indexes_by_numbers(operator: Any, args: tuple) -> bool:
     return not any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
 
 
-def _written(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Iterable[Tensor]:
+def written(operator: Any, args: tuple, kwargs: dict[str, Any]) -> Iterable[Tensor]:
+    """The tensors that an operator writes to."""
     schema = getattr(operator, "_schema", None)
     if schema is None:
         return

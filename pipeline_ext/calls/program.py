@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import input_name
 from ..stages.parameter_view import prepare
-from .routing import route
+from .routing import not_here, route
 from .values import Leaf, Missing
 
 INPUTS = -1  # stands for a call: the arguments of the forward
@@ -89,6 +89,7 @@ class Program:
         written: what code around units writes to, so that each stage needs it as it was.
         collected: inner modules with hooks.
         around: the modules whose code is around units.
+        unused: holds the parameters and buffers that no call uses; they belong to the first stage.
         exclusive: forwards of several stages must not run at the same time, because the model's code keeps
             values of one forward in attributes.
     """
@@ -116,6 +117,7 @@ class Program:
         route((*self.units, *self.collected))
         inside = {module for unit in self.units for module in unit.modules()}
         self.around = [module for module in self._names if module not in inside]
+        self.unused = self._unused()
         self._look()
 
     def _look(self) -> None:
@@ -146,26 +148,46 @@ class Program:
             self._holders[owner].__dict__["_parameters"] = owner._parameters
         return self._holders[owner]
 
-    def settle(self, stages: Iterable[nn.Module], drops: bool) -> None:
-        """Called when the stages of this process have their memory.
+    def _unused(self) -> nn.Module:
+        called = {module for call in self.calls for module in call.unit.modules()}
+        used = {p for module in called for p in module.parameters(recurse=False)}
+        used |= {
+            held.owner._parameters[held.name] for call in (*self.calls, self.output) for held in call.parameters
+        }
+        unused = nn.Module()
+        for module, name in self._names.items():
+            if module not in called:
+                own = unused._modules[name or "itself"] = nn.Module()
+                own._parameters = {n: p for n, p in module._parameters.items() if p is not None and p not in used}
+                own._buffers = dict(module._buffers)
+        return unused
+
+    def settle(self, here: Iterable[nn.Module], drops: bool) -> None:
+        """Called when the modules of this process have their memory.
 
         ``drops``: parameters and buffers of other processes are freed. They are on the meta device then, so
         that they cannot be used by mistake when training has made them stale.
         """
         if drops:
-            self._drop_others(stages)
+            self._drop_others(here)
         self._look()
 
-    def _drop_others(self, stages: Iterable[nn.Module]) -> None:
-        kept = {tensor for stage in stages for tensor in (*stage.parameters(), *stage.buffers())}
+    def _drop_others(self, here: Iterable[nn.Module]) -> None:
+        kept = {tensor for module in here for tensor in (*module.parameters(), *module.buffers())}
         kept |= {buffer for module in self.around for buffer in module._buffers.values() if buffer is not None}
+        dropped: dict[Tensor, Tensor] = {}  # what was tied stays tied
         for module in self._names:
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter not in kept:
-                    module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer not in kept:
-                    module._buffers[name] = buffer.to("meta")
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None and tensor not in kept and not tensor.is_meta:
+                        if tensor not in dropped:
+                            dropped[tensor] = _without_memory(tensor)
+                        table[name] = dropped[tensor]
+        if any(tensor.is_meta for tensor in (*self.model.parameters(), *self.model.buffers())):
+            self.model.register_state_dict_pre_hook(refuse_a_part)
+        for unit, name in self.units.items():
+            if any(tensor.is_meta for tensor in (*unit.parameters(), *unit.buffers())):
+                not_here(unit, name)
 
     def check(self) -> None:
         """Raises InvalidArgument if the model has changed so that its units are not called any more."""
@@ -214,6 +236,19 @@ class Program:
                     f"{input_name(path)} is {leaf!r}, and was {plain[0]!r} in the sample, with which the model "
                     "may do something else; give a sample= of the same kind as the batches"
                 )
+
+
+def refuse_a_part(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """A hook of a model whose state is in several processes."""
+    raise PipelineError(
+        f"this process has only its own part of the {type(model).__name__}; call save_pretrained(pipe, folder) or "
+        "save_checkpoint(folder, pipe) of pipeline_ext in all processes, or state_dict() of the Pipeline for its part"
+    )
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    on_meta = tensor.detach().to("meta")
+    return nn.Parameter(on_meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else on_meta
 
 
 def _names(structure: pytree.TreeSpec) -> str:

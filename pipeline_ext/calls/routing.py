@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..errors import PipelineError
+
 Call = Callable[..., Any]
 
 
@@ -46,6 +48,11 @@ def route(units: Iterable[nn.Module]) -> None:
             unit.__dict__["_compiled_call_impl"] = _Router(unit, unit._compiled_call_impl)
 
 
+def not_here(unit: nn.Module, name: str) -> None:
+    """Lets a call of a routed unit outside the pipeline raise PipelineError, as another process has its memory."""
+    unit._compiled_call_impl.elsewhere = name
+
+
 def compiled(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called."""
     found = module._compiled_call_impl
@@ -58,10 +65,16 @@ class _Router:
     def __init__(self, unit: nn.Module, compiled: Call | None) -> None:
         self._unit = unit
         self.compiled = compiled
+        self.elsewhere: str | None = None  # its name, if another process has its memory
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = _thread.run
         compute = self._unit._call_impl if self.compiled is None else self.compiled
+        if run is None and self.elsewhere is not None:
+            raise PipelineError(
+                f"the weights of {self.elsewhere} are in another process, so the model cannot run here; call eval "
+                "of the Pipeline in all processes, or save_pretrained(pipe, folder) and load the model from there"
+            )
         # A backward that recomputes a unit is no part of the forward.
         if run is None or torch._C._current_graph_task_id() != -1:
             return compute(*args, **kwargs)

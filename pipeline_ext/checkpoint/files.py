@@ -7,15 +7,11 @@ import contextlib
 import io
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
@@ -24,8 +20,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..base.files import folder_at, put_folder, whole_file
-from ..errors import InvalidArgument, PipelineError
+from ..errors import InvalidArgument
 from . import optimizer_state
+from .together import together
 from .unsplit import LOSS, UnsplitModel
 
 _EXTRA = "extra.pt"
@@ -58,14 +55,14 @@ def save_checkpoint(
     """
     path = Path(os.path.realpath(path))
     what = f"the checkpoint {str(path)!r} cannot be written"
-    with _together(what):
+    with together(what):
         _check_target(path)
         packed = _packed(extra)
         with _at_rest(model, "save_checkpoint was called") as module:
             state = dict(module.state_dict())
         if optimizer is not None:
             state |= optimizer_state.by_name(optimizer, optimizer_state.names(model, optimizer))
-    with _together(what):
+    with together(what):
         save(state, storage_writer=_WholeWriter(path, packed))
 
 
@@ -94,7 +91,7 @@ def load_checkpoint(
     """
     path = Path(os.path.realpath(path))
     what = f"the checkpoint {str(path)!r} cannot be loaded"
-    with _together(what):
+    with together(what):
         folder = folder_at(path)
         if folder is None:
             raise InvalidArgument("there is none")
@@ -105,12 +102,12 @@ def load_checkpoint(
             state = module.state_dict()
         names = {} if optimizer is None else optimizer_state.names(model, optimizer)
         kept = optimizer_state.room_for(reader.read_metadata().state_dict_metadata, names)
-    with _together(what):
+    with together(what):
         load(kept, storage_reader=reader)
-    with _together(what):
+    with together(what):
         optimizer_dict = {} if optimizer is None else optimizer_state.positional(optimizer, names, kept)
     loaded = dict(state)
-    with _together(what):
+    with together(what):
         load(loaded, storage_reader=reader, planner=_StrictPlanner())
     state.update(loaded)
     with _at_rest(model, "load_checkpoint was called") as module:
@@ -193,32 +190,3 @@ def _packed(extra: dict[str, Any]) -> bytes:
             "its state_dict()"
         ) from error
     return file.getvalue()
-
-
-@contextlib.contextmanager
-def _together(what: str) -> Iterator[None]:
-    """If the block raises in any process, raises in all of them, and none waits for it."""
-    error = None
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            yield
-    except CheckpointException as report:
-        error, _ = next(iter(report.failures.values()))
-        if not isinstance(error, Exception):
-            raise error from None  # Ctrl-C, for one
-    except Exception as raised:
-        error = raised
-    for failure in _of_all(error and (isinstance(error, InvalidArgument), str(error))):
-        if failure is not None:
-            refused, text = failure
-            raise (InvalidArgument if refused else PipelineError)(f"{what}: {text}") from error
-
-
-def _of_all(value: Any) -> list[Any]:
-    """The value of each process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..base.imported import is_dtensor
+from ..calls.program import refuse_a_part
 from ..calls.stage import CallStage
 from ..engines.lifetime import Lifetime
 from ..errors import InvalidArgument
@@ -22,12 +23,13 @@ from ..model.slice import Slice
 LOSS = "loss_fn."  # prefix of the names of a loss function's parameters and buffers
 
 
-def repeated_names(model: nn.Module | Sequence[Any], loss_fn: Any = None) -> set[str]:
-    """The names of tied parameters, except the first name of each, as ``LocalModel`` takes them."""
+def repeated_names(model: nn.Module | Sequence[Any], loss_fn: Any = None) -> dict[str, str]:
+    """The names of tied parameters, except the first name of each, with that one, as ``LocalModel`` takes them."""
     whole = model if isinstance(model, nn.Module) else _numbered(enumerate(model))
     trained = _with_loss(_unwrapped(whole), loss_fn)
-    every = {name for name, _ in trained.named_parameters(remove_duplicate=False)}
-    return every - {name for name, _ in trained.named_parameters()}
+    first = {parameter: name for name, parameter in trained.named_parameters()}
+    every = trained.named_parameters(remove_duplicate=False)
+    return {name: first[parameter] for name, parameter in every if name != first[parameter]}
 
 
 class LocalModel:
@@ -37,6 +39,7 @@ class LocalModel:
         module: the model, or a copy without the layers of other processes. DistributedDataParallel around
             layers is removed.
         elsewhere: the names of the layers, or tensors, of other processes.
+        repeated: the names of tied parameters, except the first name of each, with that one.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class LocalModel:
         model: nn.Module | Sequence[Any],
         stages: Sequence[Any],
         local: Mapping[int, nn.Module],
-        repeated: Collection[str],
+        repeated: Mapping[str, str],
         loss_fn: Any = None,
     ) -> None:
         """``stages``: what ``cut`` made of ``model``; ``local``: the modules of this process, by stage.
@@ -58,7 +61,7 @@ class LocalModel:
         if not isinstance(model, nn.Module):
             module = _numbered(local.items())
         elif isinstance(stages[0], CallStage):
-            self.elsewhere = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+            self.elsewhere = [name for name, tensor in _tensors(model) if tensor.is_meta]
             module = _here(model)
         elif self.elsewhere:
             module = _part(model, {name for index in local for name in layers[index]})
@@ -66,7 +69,7 @@ class LocalModel:
             module = model
         self.module = _unwrapped(module)
         self._loss_fn = loss_fn if len(stages) - 1 in local else None
-        self._repeated = repeated
+        self.repeated = repeated
 
     @property
     def trained(self) -> nn.Module:
@@ -75,7 +78,7 @@ class LocalModel:
 
     def counted_parameters(self) -> list[nn.Parameter]:
         """The parameters, without those that an earlier layer of another process holds too; each once."""
-        return [p for name, p in self.trained.named_parameters() if name not in self._repeated]
+        return [p for name, p in self.trained.named_parameters() if name not in self.repeated]
 
 
 class UnsplitModel:
@@ -160,6 +163,26 @@ class UnsplitModel:
         return [received.to(torch.promote_types(norm.dtype, torch.float32)) for received in norms]
 
 
+class Weights(NamedTuple):
+    """What this process holds of a model's weights."""
+
+    module: nn.Module
+    repeated: Mapping[str, str]  # the names of tied parameters, except the first name of each, with that one
+    alone: bool  # it holds all of them
+
+
+@contextlib.contextmanager
+def weights_of(model: UnsplitModel | nn.Module, what: str) -> Iterator[Weights]:
+    """Yields the weights of a pipeline or a plain model. Raises PipelineError while a step runs."""
+    if isinstance(model, UnsplitModel):
+        with model._lifetime.one_at_a_time(what):
+            yield Weights(model._local.module, model._local.repeated, model._group is None)
+    elif isinstance(model, nn.Module):
+        yield Weights(model, repeated_names(model), alone=True)
+    else:
+        raise InvalidArgument(f"a {type(model).__name__} is given; give a Pipeline or an nn.Module")
+
+
 def _numbered(stages: Iterable[tuple[int, Any]]) -> nn.Sequential:
     """The stage modules, named as in ``nn.Sequential(*stages)``; functions that make modules are left out."""
     whole = nn.Sequential()
@@ -182,14 +205,22 @@ def _part(module: nn.Module, layers: Collection[str], prefix: str = "") -> nn.Mo
 
 def _here(module: nn.Module) -> nn.Module:
     """The module; a shallow copy without what is on the meta device, if anything is."""
-    if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+    if not any(tensor.is_meta for _, tensor in _tensors(module)):
         return module
     part = copy.copy(module)
+    hooks = module._state_dict_pre_hooks.items()
+    part._state_dict_pre_hooks = OrderedDict((n, hook) for n, hook in hooks if hook is not refuse_a_part)
     for table in ("_parameters", "_buffers"):
         held = getattr(module, table)
         part.__dict__[table] = {n: t for n, t in held.items() if t is None or not t.is_meta}
     part._modules = {n: None if child is None else _here(child) for n, child in module._modules.items()}
     return part
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers under all their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

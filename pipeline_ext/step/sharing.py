@@ -20,7 +20,7 @@ from ..processes.agreement import as_in_the_first, check_agreement, skips_of_all
 from ..processes.group import MeshLike, Processes
 from ..reduction import GradientReduction, ProcessGroupMember
 from ..report.trace import Trace
-from ..stages.local import Initialise
+from ..stages.initialisation import Initialise
 from ..stages.random_streams import AnyOfAll
 from ..stages.ties import Ties, find_ties
 from .agreed_choice import OneChooses
