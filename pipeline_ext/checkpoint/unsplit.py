@@ -67,6 +67,7 @@ class LocalModel:
         self.module = _unwrapped(module)
         self._loss_fn = loss_fn if len(stages) - 1 in local else None
         self._repeated = repeated
+        self._counted_elsewhere = _first_held_elsewhere(stages, local)
 
     @property
     def trained(self) -> nn.Module:
@@ -75,7 +76,11 @@ class LocalModel:
 
     def counted_parameters(self) -> list[nn.Parameter]:
         """The parameters, without those that an earlier layer of another process holds too; each once."""
-        return [p for name, p in self.trained.named_parameters() if name not in self._repeated]
+        return [
+            p
+            for name, p in self.trained.named_parameters()
+            if name not in self._repeated and p not in self._counted_elsewhere
+        ]
 
 
 class UnsplitModel:
@@ -158,6 +163,15 @@ class UnsplitModel:
         norms = [torch.empty_like(sent) for _ in range(group.size())]
         dist.all_gather(norms, sent, group=group)
         return [received.to(torch.promote_types(norm.dtype, torch.float32)) for received in norms]
+
+
+def _first_held_elsewhere(stages: Sequence[Any], local: Mapping[int, nn.Module]) -> set[nn.Parameter]:
+    """Parameters that an earlier stage of another process holds too, where every process has the whole model."""
+    first: dict[nn.Parameter, int] = {}
+    for index, stage in enumerate(stages):
+        for parameter in stage.parameters() if isinstance(stage, CallStage) else ():
+            first.setdefault(parameter, index)
+    return {parameter for parameter, index in first.items() if index not in local}
 
 
 def _numbered(stages: Iterable[tuple[int, Any]]) -> nn.Sequential:
