@@ -105,6 +105,10 @@ class UnsplitModel:
         """The parameters of ``named_parameters``, each once, for an optimizer."""
         return self._local.trained.parameters()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """``nn.Module.zero_grad`` of the unsplit model."""
+        self._local.trained.zero_grad(set_to_none)
+
     def state_dict(self) -> dict[str, Any]:
         """The parameters and buffers under the names of the unsplit model.
 
@@ -166,7 +170,7 @@ class UnsplitModel:
 
 
 def _first_held_elsewhere(stages: Sequence[Any], local: Mapping[int, nn.Module]) -> set[nn.Parameter]:
-    """Parameters that an earlier stage of another process holds too, where every process has the whole model."""
+    """Parameters that an earlier stage of another process holds too, of a model that each process has whole."""
     first: dict[nn.Parameter, int] = {}
     for index, stage in enumerate(stages):
         for parameter in stage.parameters() if isinstance(stage, CallStage) else ():

@@ -25,17 +25,19 @@ from .refusals import check_arguments, check_options, check_trainer
 from .weighing import differ, fitting, rules, sizes
 
 
+Items = Tensor | int | float | None  # ``num_items_in_batch``, if that is counted
+
+
 class _Call(NamedTuple):
     """What the model gets for a batch or a microbatch, and what its loss is made of beside the output.
 
     Attributes:
         labels: None if the model computes its loss itself.
-        items: ``num_items_in_batch``, if that is counted.
     """
 
     arguments: dict[str, Any]
     labels: Any
-    items: Tensor | None
+    items: Items
 
 
 class _Share(NamedTuple):
@@ -46,7 +48,7 @@ class _Share(NamedTuple):
     """
 
     labels: Any
-    items: Tensor | None
+    items: Items
     weight: float
 
 
@@ -92,6 +94,7 @@ class PipelineTrainer(Trainer):
             "schedule": schedule,
             **options,
         }
+        self._cut_model: nn.Module | None = None
         self._rule: str | None = None  # by which microbatches add up, once a batch has shown it
         super().__init__(*args, **kwargs)
         check_trainer(self, PipelineTrainer, self._many)
@@ -121,6 +124,7 @@ class PipelineTrainer(Trainer):
         if self.pipe is None or self._cut_model is not self.model:
             if self.train_dataset is not None:
                 batch = self._first_batch()
+            assert self.model is not None
             batch = self._prepare_inputs(batch)
             items = self._get_num_items_in_batch([batch], self.args.device)
             scaler = getattr(self.accelerator, "scaler", None)
@@ -158,7 +162,7 @@ class PipelineTrainer(Trainer):
         """The microbatches that a batch fills."""
         return min(find_batch_size(batch) or 1, self._microbatches)
 
-    def _call(self, batch: Any, items: Tensor | None, count: int) -> _Call:
+    def _call(self, batch: Any, items: Items, count: int) -> _Call:
         """What the model and the loss function get for each of ``count`` parts of a batch.
 
         A loss that is divided by the items of one of M equal parts is M times its part of the batch's. Means
@@ -172,13 +176,15 @@ class PipelineTrainer(Trainer):
             arguments["num_items_in_batch"] = items
         return _Call(arguments, labels, items)
 
-    def _loss(self, output: Any, labels: Any, items: Tensor | None) -> Tensor:
+    def _loss(self, output: Any, labels: Any, items: Items) -> Tensor:
         """The loss as ``compute_loss`` of Trainer finds it."""
         if self.compute_loss_func is not None:
             return self.compute_loss_func(output, labels, num_items_in_batch=items)
         if labels is not None:
-            model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+            model: Any = self.model  # or that inside peft's
+            model = model.get_base_model() if hasattr(model, "get_base_model") else model
             shifts = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+            assert self.label_smoother is not None
             return self.label_smoother(output, labels, shift_labels=shifts, num_items_in_batch=items)
         if isinstance(output, dict) and output.get("loss") is None:
             raise PipelineError(
@@ -193,7 +199,7 @@ class PipelineTrainer(Trainer):
             return torch.stack([t.nan_to_num().float().sum() for t in floating]).sum() * 0
         return self._loss(output, share.labels, share.items) * share.weight
 
-    def _weights(self, batch: Any, items: Tensor | None) -> list[float]:
+    def _weights(self, batch: Any, items: Items) -> list[float]:
         """By microbatch, its share of the batch's loss."""
         count, labels = self._count(batch), batch.get("labels")
         rows = find_batch_size(batch) or 1
@@ -227,12 +233,13 @@ class PipelineTrainer(Trainer):
     # -- steps
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Items = None
     ) -> Tensor:
         """A batch forward and backward through all stages; returns its loss."""
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "train", None)):
+            optimizer.train()
         batch = self._prepare_inputs(inputs)
         pipe = self._pipeline(batch)
         weights = self._weights(batch, num_items_in_batch)
@@ -245,12 +252,14 @@ class PipelineTrainer(Trainer):
         shares += [_Share(shares[0].labels, call.items, 0.0)] * missing
         arguments = _filled_up(call.arguments, rows, missing) if missing else call.arguments
         loss = pipe.step(**arguments, target_mbs=shares)
+        assert isinstance(loss, Tensor)
         return loss.to(self.args.device)
 
-    def _scaled(self, items: Tensor | None) -> bool:
+    def _scaled(self, items: Items) -> bool:
         """Whether losses are divided by what a whole accumulation has; as ``training_step`` of Trainer says."""
-        if getattr(self, "loss_is_scaled_for_ga", None) is not None:
-            return self.loss_is_scaled_for_ga
+        said: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        if said is not None:
+            return said
         return (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
 
     def prediction_step(
@@ -265,15 +274,16 @@ class PipelineTrainer(Trainer):
         def run(**batch: Any) -> Any:
             return self._evaluated(batch, None, not prediction_loss_only)[1]
 
-        run.keeps_outputs = not prediction_loss_only  # type: ignore[attr-defined]
-        return super().prediction_step(run, inputs, prediction_loss_only, ignore_keys)
+        in_place: Any = run  # of the model
+        in_place.keeps_outputs = not prediction_loss_only
+        return super().prediction_step(in_place, inputs, prediction_loss_only, ignore_keys)
 
     def compute_loss(
         self,
         model: Any,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Items = None,
     ) -> Any:
         """The loss of a batch without gradients; ``model`` is what ``prediction_step`` made of it."""
         weights = self._weights(inputs, num_items_in_batch)
@@ -281,7 +291,7 @@ class PipelineTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _evaluated(
-        self, batch: Any, items: Tensor | None, keeps_outputs: bool, weights: list[float] | None = None
+        self, batch: Any, items: Items, keeps_outputs: bool, weights: list[float] | None = None
     ) -> tuple[Tensor | None, Any]:
         """The loss, if there are ``weights`` of microbatches, and the outputs, or nothing in their place."""
         pipe, count = self._pipeline(batch), self._count(batch)
@@ -325,6 +335,7 @@ class PipelineTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._many:
+            assert self.optimizer is not None
             state = whole_optimizer(self.optimizer)
             if self.args.should_save:
                 torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
