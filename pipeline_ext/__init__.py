@@ -120,7 +120,7 @@ else:
         "step.graphs": ("GraphReport",),
     }
     _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-    _SUBMODULES = ("packing", "partition", "pipelining")  # public ones
+    _SUBMODULES = ("packing", "partition", "pipelining", "transformers")  # public ones
 
     def __getattr__(name: str) -> Any:
         if name in _SUBMODULES:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import _C
 from .assemble import Assembly, assemble
 from .base import arguments
+from .base.no_module import NoModule, instead
 from .calls.model_loss import check_sums
 from .checkpoint.unsplit import LocalModel, UnsplitModel, repeated_names
 from .engines.devices import DevicesLike
@@ -34,6 +35,7 @@ from .settings import Settings, WireLike
 from .stages.modes import evaluation_mode
 from .step.batch import Batch
 from .step.graphs import GraphReport
+from .step.loss import step_loss
 from .step.verify import verify
 
 # Attributes that there are once the model is cut.
@@ -44,7 +46,7 @@ _PARTS = {
 }
 
 
-class Pipeline(UnsplitModel):
+class Pipeline(UnsplitModel, NoModule):
     """A model cut into stages that trains on microbatches, with the gradients of plain autograd.
 
     Example::
@@ -292,7 +294,7 @@ class Pipeline(UnsplitModel):
                 "the model is cut in the first step, by the calls that it makes with the first batch; give a "
                 "batch as sample= to Pipeline to cut it at once"
             )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise instead(name)
 
     # -- training and evaluation
 
@@ -360,7 +362,8 @@ class Pipeline(UnsplitModel):
                 outcome = self._graphs.step(batch, self._stepper)
         if losses is not None:
             losses[:] = [loss for loss in outcome.losses if loss is not None]
-        return (outcome.loss, outcome.outputs) if return_outputs else outcome.loss
+        loss = step_loss(outcome.loss)
+        return (loss, outcome.outputs) if return_outputs else loss
 
     def eval(
         self,

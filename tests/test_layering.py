@@ -15,6 +15,8 @@ LAYERS = (
     "lm",
     "pipelining",
     "__init__",
+    "transformers",
+    "hf",
     "pipeline",
     "assemble",
     "partition",

@@ -12,7 +12,7 @@ from test_stub import of_docstring
 import pipeline_ext as pe
 
 RECORD = Path(__file__).with_name("public_names.txt")
-MODULES = ("pipeline_ext", "pipeline_ext.packing", "pipeline_ext.partition", "pipeline_ext.pipelining")
+MODULES = tuple(f"pipeline_ext{room}" for room in ("", ".packing", ".partition", ".pipelining", ".transformers"))
 
 
 def public_names() -> list[str]:

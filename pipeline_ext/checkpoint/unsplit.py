@@ -70,6 +70,7 @@ class LocalModel:
         self.module = _unwrapped(module)
         self._loss_fn = loss_fn if len(stages) - 1 in local else None
         self.repeated = repeated
+        self._counted_elsewhere = _first_held_elsewhere(stages, local)
 
     @property
     def trained(self) -> nn.Module:
@@ -78,7 +79,11 @@ class LocalModel:
 
     def counted_parameters(self) -> list[nn.Parameter]:
         """The parameters, without those that an earlier layer of another process holds too; each once."""
-        return [p for name, p in self.trained.named_parameters() if name not in self.repeated]
+        return [
+            p
+            for name, p in self.trained.named_parameters()
+            if name not in self.repeated and p not in self._counted_elsewhere
+        ]
 
 
 class UnsplitModel:
@@ -102,6 +107,10 @@ class UnsplitModel:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of ``named_parameters``, each once, for an optimizer."""
         return self._local.trained.parameters()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """``nn.Module.zero_grad`` of the unsplit model."""
+        self._local.trained.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """The parameters and buffers under the names of the unsplit model.
@@ -181,6 +190,15 @@ def weights_of(model: UnsplitModel | nn.Module, what: str) -> Iterator[Weights]:
         yield Weights(model, repeated_names(model), alone=True)
     else:
         raise InvalidArgument(f"a {type(model).__name__} is given; give a Pipeline or an nn.Module")
+
+
+def _first_held_elsewhere(stages: Sequence[Any], local: Mapping[int, nn.Module]) -> set[nn.Parameter]:
+    """Parameters that an earlier stage of another process holds too, of a model that each process has whole."""
+    first: dict[nn.Parameter, int] = {}
+    for index, stage in enumerate(stages):
+        for parameter in stage.parameters() if isinstance(stage, CallStage) else ():
+            first.setdefault(parameter, index)
+    return {parameter for parameter, index in first.items() if index not in local}
 
 
 def _numbered(stages: Iterable[tuple[int, Any]]) -> nn.Sequential:

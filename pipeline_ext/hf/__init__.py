@@ -1,0 +1,1 @@
+"""A pipeline inside Hugging Face's Trainer."""

@@ -1,0 +1,66 @@
+"""PipelineTrainer in two processes, as torchrun starts them, trains as Trainer does in one."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run
+
+sys.path.append(str(Path(__file__).parents[1]))
+from trainers import MODELS, PipelineTrainer, Trainer, assert_same_history, history, trainer
+
+
+def as_torchrun_says():
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+
+
+def total(prediction):
+    return {"sum": float(abs(prediction.predictions).sum())}
+
+
+OPTIONS = {
+    "gradient_accumulation_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "compute_metrics": total,
+}
+
+
+def train(name, folder, resume):
+    """Trains, and goes on from the first checkpoint; returns histories, and how much of the model is here."""
+    as_torchrun_says()
+    trained = trainer(PipelineTrainer, name, folder, **OPTIONS)
+    trained.train()
+    resumed = trainer(PipelineTrainer, name, folder, **OPTIONS)
+    resumed.train(resume_from_checkpoint=resume or f"{folder}/checkpoint-2")
+    resumed.save_model(f"{folder}/saved")
+    here = sum(p.numel() for p in trained.model.parameters() if not p.is_meta)
+    return history(trained), history(resumed), here / sum(p.numel() for p in trained.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "lora"])
+def test_losses_checkpoints_and_evaluation_are_those_of_trainer(name, tmp_path):
+    plain = trainer(Trainer, name, tmp_path / "plain", **OPTIONS)
+    plain.train()
+    theirs = str(tmp_path / "plain" / "checkpoint-2") if name == "gpt2" else None
+    (first, rest, part), (second, *_, other) = run(2, train, name, tmp_path / "two", theirs, timeout=200)
+    assert first == second
+    assert_same_history(first, history(plain))
+    assert_same_history(rest[:-1], history(plain)[:-1])  # the last has the mean of the steps since it went on
+    assert part < 0.8 and other < 0.8
+
+    torch.manual_seed(0)
+    again = MODELS[name]()
+    if name == "gpt2":
+        again = type(again).from_pretrained(tmp_path / "two" / "saved")
+    else:
+        again.load_adapter(tmp_path / "two" / "saved", "default")
+    for key, value in plain.model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value, rtol=1e-4, atol=1e-4, msg=key)
