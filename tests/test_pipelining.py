@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
-from pipeline_ext import InvalidArgument, StageError
+from pipeline_ext import InvalidArgument, Pipeline, StageError
 
 torch_pipelining = pytest.importorskip("torch.distributed.pipelining")
 
@@ -335,11 +335,57 @@ assert get_schedule_class("gpipe") is ScheduleGPipe is pipeline_ext.pipelining.S
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_schedule_let_go_of_ends_its_engine():
-    schedule, _ = schedule_of("Interleaved1F1B")
+@pytest.fixture
+def no_collector():
+    """Without the garbage collector, so that what goes, goes by its last reference."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("last", ["step", "eval", "a failed step"])
+@pytest.mark.parametrize("name", SINGLE + MULTI)
+def test_a_schedule_is_freed_with_its_last_reference(name, last, no_collector):
+    schedule, modules = schedule_of(name)
     x, y = batch()
     schedule.step(x, target=y)
-    runner = weakref.ref(schedule._runner)
-    del schedule
-    gc.collect()
-    assert runner() is None
+    if last == "eval":
+        schedule.eval(x, target=y)
+    elif last == "a failed step":
+        with pytest.raises(StageError) as caught:
+            schedule.step(x[:, :3], target=y)
+        del caught
+    runner = schedule._runner
+    parts = [schedule, runner, runner._engine, *runner._stages.values(), *modules]
+    parts += [stage.torch_stage for stage in runner._stages.values()]
+    alive = [weakref.ref(part) for part in parts]
+    close = runner._lifetime._close
+    assert close.alive
+    del schedule, modules, runner, parts
+    assert [ref() for ref in alive if ref() is not None] == []
+    assert not close.alive  # its threads have ended
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zbv", "dualpipev"])
+def test_a_pipeline_is_freed_with_its_last_reference(name, overlap, no_collector):
+    model = nn.Sequential(*layers(4))
+    x, y = batch()
+    pipe = Pipeline(
+        model,
+        num_stages=4,
+        microbatches=M,
+        schedule=name,
+        loss_fn=mse_loss,
+        devices=[CPU] * (2 if name in ("interleaved-1f1b", "zbv", "dualpipev") else 4),
+        overlap=overlap,
+    )
+    pipe.step(x, target=y)
+    pipe.eval(x)
+    with pytest.raises(StageError) as caught:
+        pipe.step(x[:, :3], target=y)
+    del caught
+    alive = [weakref.ref(pipe), weakref.ref(model)]
+    del pipe, model
+    assert [ref() for ref in alive if ref() is not None] == []

@@ -113,6 +113,7 @@ class _OnEngine(_torch._PipelineSchedule):
         if self._runner is None:
             self._runner = Runner(self, self._local_stages())
         self._runner.run(
+            self,
             list(zip(arg_mbs, kwarg_mbs)),
             target_mbs,
             losses,
@@ -137,6 +138,11 @@ class _OnEngine(_torch._PipelineSchedule):
         missing = mb_index + 1 - len(self._internal_losses)
         self._internal_losses.extend([None] * missing)  # type: ignore[list-item]  # until they are computed
         self._internal_losses[mb_index] = self._compute_loss(output, target, loss_kwargs)
+
+    def _compute_loss(self, output: Any, target: Any, loss_kwargs: dict[str, Any] | None = None) -> Any:
+        """Calls the loss function. Torch 2.11 gives it no keyword arguments."""
+        assert self._loss_fn is not None
+        return self._loss_fn(output, target, **(loss_kwargs or {}))
 
 
 class PipelineScheduleSingle(_OnEngine, _torch.PipelineScheduleSingle):

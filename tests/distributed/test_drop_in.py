@@ -1,7 +1,9 @@
 """The drop-in for torch.distributed.pipelining with a process for each rank."""
 
 import functools
+import gc
 import itertools
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -379,6 +381,26 @@ def test_receives_listed_ahead_of_sends_do_not_hold_them_up(tmp_path):
         "1RECV_F0,1RECV_F1,1F0,1B0,1SEND_B0,1F1,1B1,1SEND_B1\n"
     )
     run(2, train_as_listed, str(path), 2, "compute_comms")
+
+
+def free(name):
+    x, y = batch(8)
+    schedule, modules, count = make(name, 4)
+    gc.collect()
+    gc.disable()  # what goes, goes by its last reference
+    for run in (schedule.step, schedule.eval):
+        run(*([x] if 0 in modules else []), target=y if count - 1 in modules else None)
+    runner = schedule._runner
+    parts = [schedule, runner, runner._engine, *runner._stages.values(), *modules.values()]
+    alive = [weakref.ref(part) for part in parts]
+    dist.barrier()  # a process that ends its engine ends the connections
+    del schedule, modules, runner, parts, run
+    return [type(ref()).__name__ for ref in alive if ref() is not None]
+
+
+@pytest.mark.parametrize("name", SINGLE + MULTI)
+def test_a_schedule_is_freed_with_its_last_reference_in_each_process(name):
+    assert run(2, free, name) == [[], []]
 
 
 def differ():
