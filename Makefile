@@ -1,6 +1,7 @@
 # make train   trains a small language model through a pipeline; ARGS="--help" shows the options
 # make test    runs the test suite on all cores; ARGS="-k name" selects tests, ARGS="-n 0" takes one process
 # make test-all  runs it with all repetitions of random tests and of combinations
+# make versions  runs a part of it with the oldest and the newest torch; PART=tests runs all
 # make lint    checks style, types and spelling; changes nothing
 # make docs    builds the documentation as a site: build/docs/index.html
 # make bench   runs the benchmarks; writes bench/results/, and the tables and charts of README and docs
@@ -13,10 +14,14 @@ BIN := .venv/bin
 # A plain "torch" may fetch gigabytes of CUDA packages; the package itself accepts a wide range.
 # Without numpy torch prints a warning.
 TORCH := torch==2.13.0 numpy
+# The releases of torch beside it that the suite passes with, and the part of the suite that uses most of torch.
+VERSIONS := 2.11.0 2.14.1
+PART := tests/test_pipelining.py tests/test_gradients.py tests/test_split_backward.py tests/test_state_dict.py \
+    tests/test_right_kinds.py
 ISSUE_FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: train test test-all lint docs bench gpu clean
+.PHONY: train test test-all versions lint docs bench gpu clean
 
 train: .venv/installed
 	@$(BIN)/pipeline-ext train $(ARGS)
@@ -26,6 +31,18 @@ test: .venv/installed-test
 
 test-all: .venv/installed-test
 	@$(BIN)/pytest -n auto --dist worksteal --all $(ARGS)
+
+# A folder on Python's path goes before the torch of .venv.
+versions: $(VERSIONS:%=build/torch-%/installed)
+	@for version in $(VERSIONS); do \
+	    echo "torch $$version"; \
+	    PYTHONPATH="$(CURDIR)/build/torch-$$version" $(BIN)/pytest -n auto --dist worksteal $(PART) $(ARGS) || exit 1; \
+	done
+
+build/torch-%/installed: .venv/installed-test tools/install_torch
+	@rm -rf $(@D)
+	@$(BIN)/python tools/install_torch $* $(@D)
+	@touch $@
 
 # .pre-commit-config.yaml runs the same commands.
 lint: .venv/installed-lint

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import _C
 from .assemble import assemble
-from .base import arguments
+from .base import arguments, torch_release
 from .checkpoint.unsplit import UnsplitModel
 from .engines.devices import DevicesLike
 from .engines.lifetime import Lifetime
@@ -32,6 +32,8 @@ from .stages.modes import evaluation_mode
 from .step.batch import Batch
 from .step.graphs import GraphReport
 from .step.verify import verify
+
+torch_release.check(torch.__version__)
 
 
 class Pipeline(UnsplitModel):

@@ -103,18 +103,54 @@ def test_eval_leaves_pending_gradients_alone(name):
     assert len(losses) == M
 
 
+class Scaled(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x, factor=None):
+        return self.body(x if factor is None else x * factor)
+
+
 @pytest.mark.parametrize("name", SINGLE + MULTI)
 def test_microbatches_may_be_given_as_in_torch_2_14(name):
-    schedule, modules = schedule_of(name)
+    schedule, modules = schedule_of(name, [Scaled(layer) for layer in layers(1 if name in SINGLE else 2)])
     x, y = batch()
-    parts = {"arg_mbs": [(part,) for part in x.chunk(M)], "target_mbs": list(y.chunk(M))}
-    schedule.step(**parts)
+    args, targets = [(part,) for part in x.chunk(M)], list(y.chunk(M))
+    losses = []
+    schedule.step(arg_mbs=args, kwarg_mbs=[{}] * M, target_mbs=targets, losses=losses)
     same = layers(len(modules))
     torch.testing.assert_close(grads(modules), reference(same, (x, y)))
-    out = schedule.eval(arg_mbs=parts["arg_mbs"], kwarg_mbs=None, target_mbs=None)
-    torch.testing.assert_close(out, nn.Sequential(*same)(x).detach())
-    with pytest.raises(InvalidArgument, match="both given"):
-        schedule.step(x, **parts)
+    expected = nn.Sequential(*same)(x).detach()
+    each = [mse_loss(a, b) for a, b in zip(expected.chunk(M), targets)]
+    torch.testing.assert_close(losses, each)
+    out = schedule.eval(arg_mbs=args, kwarg_mbs=None, target_mbs=targets, losses=losses)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(losses, each)
+    torch.testing.assert_close(schedule.eval(x, target=y, losses=losses), expected)
+    torch.testing.assert_close(schedule.eval(arg_mbs=args), expected)
+    if name in SINGLE:  # each stage of a process gets the same keyword arguments
+        out = schedule.eval(arg_mbs=args, kwarg_mbs=[{"factor": float(m)} for m in range(M)])
+        scaled = torch.cat([part * m for m, part in enumerate(x.chunk(M))])
+        torch.testing.assert_close(out, nn.Sequential(*same)(scaled).detach())
+
+
+def test_microbatches_that_do_not_fit_are_refused():
+    schedule, modules = schedule_of("1F1B")
+    x, y = batch()
+    args, targets = [(part,) for part in x.chunk(M)], list(y.chunk(M))
+    for call in (schedule.step, schedule.eval):
+        with pytest.raises(InvalidArgument, match="both given"):
+            call(x, arg_mbs=args, target_mbs=targets)
+        with pytest.raises(InvalidArgument, match="both given"):
+            call(arg_mbs=args, target_mbs=targets, target=y)
+        with pytest.raises(TypeError, match=r"arg_mbs\[0\] is a Tensor; give a tuple for each microbatch"):
+            call(arg_mbs=list(x.chunk(M)), target_mbs=targets)
+        with pytest.raises(TypeError, match=r"kwarg_mbs\[0\] is a tuple; give a dict"):
+            call(kwarg_mbs=args, target_mbs=targets)
+        with pytest.raises(ValueError, match="4 arg_mbs but got 3"):
+            call(arg_mbs=args[1:], target_mbs=targets)
+    assert grads(modules) == [None, None]
 
 
 @pytest.mark.parametrize("rows", [7, 10])

@@ -78,6 +78,7 @@ class _OnEngine(_torch._PipelineSchedule):
 
         Raises:
             RuntimeError: under ``torch.no_grad()``.
+            TypeError: for a microbatch whose arguments are no tuple, or whose keyword arguments are no dict.
             InvalidArgument: for a whole batch beside its microbatches.
             PipelineError: as ``Pipeline.step`` does.
         """
@@ -88,6 +89,8 @@ class _OnEngine(_torch._PipelineSchedule):
             arg_mbs, kwarg_mbs = self._split_inputs(args, kwargs)
         elif args or kwargs:
             raise InvalidArgument("a whole batch and its microbatches are both given; give one of them")
+        _check_each(arg_mbs, "arg_mbs", tuple)
+        _check_each(kwarg_mbs, "kwarg_mbs", dict)
         if target is not None:
             if target_mbs is not None:
                 raise InvalidArgument("target and target_mbs are both given; give one of them")
@@ -143,6 +146,13 @@ class _OnEngine(_torch._PipelineSchedule):
         """Calls the loss function. Torch 2.11 gives it no keyword arguments."""
         assert self._loss_fn is not None
         return self._loss_fn(output, target, **(loss_kwargs or {}))
+
+
+def _check_each(parts: list[Any] | None, name: str, kind: type) -> None:
+    """Raises TypeError for a microbatch of another type: a tensor would be spread over the arguments by rows."""
+    for m, part in enumerate(parts or ()):
+        if not isinstance(part, kind):
+            raise TypeError(f"{name}[{m}] is a {type(part).__name__}; give a {kind.__name__} for each microbatch")
 
 
 class PipelineScheduleSingle(_OnEngine, _torch.PipelineScheduleSingle):

@@ -111,6 +111,28 @@ def test_two_processes_give_the_gradients_of_the_model(name):
     assert run(2, train, name, 13, 4) == ["done"] * 2
 
 
+def train_on_microbatches(name):
+    schedule, modules, count = make(name, 4)
+    x, y = batch(8)
+    parts = {
+        "arg_mbs": [(part,) for part in x.chunk(4)] if 0 in modules else None,
+        "kwarg_mbs": None,
+        "target_mbs": list(y.chunk(4)) if count - 1 in modules else None,
+    }
+    out = schedule.step(**parts)
+    expected, model = reference(count, (x, y))
+    torch.testing.assert_close(grads(modules), {s: expected[s] for s in modules})
+    evaluated = schedule.eval(**parts)
+    assert (out is None) == (evaluated is None) == (count - 1 not in modules)
+    if out is not None:
+        torch.testing.assert_close([out, evaluated], [model(x).detach()] * 2)
+
+
+@pytest.mark.parametrize("name", SINGLE + MULTI)
+def test_microbatches_may_be_given_in_each_process(name):
+    run(2, train_on_microbatches, name)
+
+
 def train_staged(name):
     """As on a GPU, but for the copies, which go from the CPU to the CPU."""
     from pipeline_ext.pipelining import make_engine as engine
@@ -167,6 +189,8 @@ def compare(name):
 
 @pytest.mark.parametrize("name", ["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
 def test_gradients_losses_and_outputs_are_those_of_torch_s_own_classes(name):
+    if name == "ZBVZeroBubble" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 sends from a process to itself here, which gloo cannot")
     run(2, compare, name)
 
 
