@@ -37,7 +37,7 @@ class Client(NamedTuple):
     has_last: bool
 
     def step(self, tokens: Tensor, labels: Tensor) -> list[Tensor]:
-        """A training step, as in torchtitan's trainer; returns the microbatches' losses, in the last process."""
+        """A training step as in torchtitan's trainer. In the last process it returns each microbatch's loss."""
         losses: list[Tensor] = []
         self.schedule.step(
             *([tokens] if self.has_first else []),

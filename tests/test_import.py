@@ -87,7 +87,9 @@ def test_public_modules_are_attributes() -> None:
 def with_torch(version: str, statements: str) -> str:
     """What a new interpreter writes to stderr where torch says that it is this version."""
     code = f"import torch; torch.__version__ = {version!r}; {statements}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
+    )
     return done.stderr
 
 

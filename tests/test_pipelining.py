@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import inspect
 import subprocess
 import sys
 import weakref
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import config
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +23,7 @@ from custom_pairs import run_pair  # noqa: E402
 
 from pipeline_ext import pipelining  # noqa: E402
 from pipeline_ext.pipelining import schedules  # noqa: E402
+from pipeline_ext.pipelining import stage as stage_module  # noqa: E402
 
 SINGLE = ["GPipe", "1F1B"]
 MULTI = ["Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
@@ -352,6 +355,35 @@ def test_ddp_stages_reduce_once_a_step():
     schedule.step(x, target=y)
     assert len(reduced) == 2
     torch.testing.assert_close(grads(modules), reference(layers(2), (x, y)))
+
+
+@pytest.mark.parametrize("name", MULTI)
+def test_switches_of_later_torch_for_receives_are_taken(name):
+    schedule, modules = schedule_of(name, defer_pp_recv=True, reuse_recv_buffers=True)
+    x, y = batch()
+    schedule.step(x, target=y)
+    torch.testing.assert_close(grads(modules), reference(layers(2), (x, y)))
+
+
+SWITCHES = [name for name in stage_module._SWITCHES if hasattr(config, name)]
+
+
+@pytest.mark.skipif(not SWITCHES, reason="this torch has no switches for communicators")
+def test_switches_for_communicators_are_taken_where_the_group_cannot_be_split():
+    with config.patch(dict.fromkeys(SWITCHES, True)):
+        with pytest.raises(RuntimeError, match="not safe to split"):
+            torch_pipelining.PipelineStage(layers(1)[0], 0, 2, CPU)
+        schedule, modules = schedule_of("Interleaved1F1B")
+        x, y = batch()
+        schedule.step(x, target=y)
+        assert all(getattr(config, name) for name in SWITCHES)
+    torch.testing.assert_close(grads(modules), reference(layers(2), (x, y)))
+
+
+def test_a_stage_is_one_of_torch_s_with_its_signature():
+    assert issubclass(pipelining.PipelineStage, torch_pipelining.PipelineStage)
+    ours, torchs = (inspect.signature(kind.PipelineStage) for kind in (pipelining, torch_pipelining))
+    assert ours == torchs
 
 
 def test_it_is_put_in_place_of_torch_s_in_sys_modules():

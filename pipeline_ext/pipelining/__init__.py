@@ -9,7 +9,7 @@ import sys
 
 from torch import __version__ as _torch_version
 from torch.distributed import pipelining as _torch
-from torch.distributed.pipelining import Pipe, PipelineStage, SplitPoint, build_stage, pipe_split, pipeline
+from torch.distributed.pipelining import Pipe, SplitPoint, pipe_split, pipeline
 
 from ..base import torch_release as _torch_release
 from . import microbatch, schedules, stage
@@ -23,6 +23,7 @@ from .schedules import (
     ScheduleZBVZeroBubble,
     _ScheduleForwardOnly,
 )
+from .stage import PipelineStage, build_stage
 
 __all__ = [
     "Pipe",

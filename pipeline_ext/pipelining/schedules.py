@@ -149,10 +149,12 @@ class _OnEngine(_torch._PipelineSchedule):
 
 
 def _check_each(parts: list[Any] | None, name: str, kind: type) -> None:
-    """Raises TypeError for a microbatch of another type: a tensor would be spread over the arguments by rows."""
+    """Raises TypeError for another type: a tensor's rows would be taken for the arguments."""
     for m, part in enumerate(parts or ()):
         if not isinstance(part, kind):
-            raise TypeError(f"{name}[{m}] is a {type(part).__name__}; give a {kind.__name__} for each microbatch")
+            raise TypeError(
+                f"{name}[{m}] is a {type(part).__name__}; give a {kind.__name__} for each microbatch"
+            )
 
 
 class PipelineScheduleSingle(_OnEngine, _torch.PipelineScheduleSingle):
@@ -187,6 +189,12 @@ class Schedule1F1B(PipelineScheduleSingle, _torch.Schedule1F1B):
 
 class PipelineScheduleMulti(_OnEngine, _torch.PipelineScheduleMulti):
     """Base of the schedules with several stages per process; ``_load_csv`` sets another order."""
+
+    def __init__(
+        self, *args: Any, defer_pp_recv: bool = False, reuse_recv_buffers: bool = False, **kwargs: Any
+    ) -> None:
+        """Takes torch's arguments, and ignores two of later torch: the engine always does what they ask."""
+        super().__init__(*args, **kwargs)
 
     def _local_stages(self) -> list[_PipelineStageBase]:
         return self._stages

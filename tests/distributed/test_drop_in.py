@@ -412,13 +412,13 @@ def free(name):
     schedule, modules, count = make(name, 4)
     gc.collect()
     gc.disable()  # what goes, goes by its last reference
-    for run in (schedule.step, schedule.eval):
-        run(*([x] if 0 in modules else []), target=y if count - 1 in modules else None)
+    for call in (schedule.step, schedule.eval):
+        call(*([x] if 0 in modules else []), target=y if count - 1 in modules else None)
     runner = schedule._runner
     parts = [schedule, runner, runner._engine, *runner._stages.values(), *modules.values()]
     alive = [weakref.ref(part) for part in parts]
     dist.barrier()  # a process that ends its engine ends the connections
-    del schedule, modules, runner, parts, run
+    del schedule, modules, runner, parts, call
     return [type(ref()).__name__ for ref in alive if ref() is not None]
 
 

@@ -1,4 +1,4 @@
-"""torchtitan trains on this engine as on torch's own: bit for bit, with its own code and only imports changed."""
+"""torchtitan trains on this engine as on torch's own, bit for bit; only imports are changed."""
 
 import hashlib
 import importlib.util
@@ -13,8 +13,8 @@ from processes import run
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
-import titan  # noqa: E402
-from titan import OURS, TORCH  # noqa: E402
+import titan
+from titan import OURS, TORCH
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("torchtitan") is None, reason="needs torchtitan"),
