@@ -16,7 +16,7 @@ import torch
 from environment import write_results
 from side_by_side import Contender, Run, Span, in_turn, one_thread_a_process, spread
 
-LENGTH = 256  # tokens of a row
+LENGTH = 128  # tokens of a row
 # Torch's split backward runs twice through a layer, which selective checkpointing refuses.
 REFUSED = {(schedule, "selective checkpointing") for schedule in ("InterleavedZeroBubble", "ZBVZeroBubble")}
 

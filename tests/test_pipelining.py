@@ -338,6 +338,18 @@ def test_sums_are_not_scaled():
     torch.testing.assert_close(grads(modules), reference(layers(2), (x, y), loss_fn=total))
 
 
+@pytest.mark.parametrize("name", SINGLE + MULTI)
+def test_the_loss_function_gets_its_keyword_arguments(name):
+    def scaled(out, target, *, factor):
+        return mse_loss(out, target) * factor
+
+    schedule, modules = schedule_of(name, loss_fn=scaled)
+    x, y = batch()
+    schedule.step(x, target=y, loss_kwargs={"factor": 3.0})
+    expected = reference(layers(len(modules)), (x, y), loss_fn=functools.partial(scaled, factor=3.0))
+    torch.testing.assert_close(grads(modules), expected)
+
+
 def test_ddp_stages_reduce_once_a_step():
     modules = [nn.parallel.DistributedDataParallel(layer) for layer in layers(2)]
     reduced = []
