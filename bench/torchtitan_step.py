@@ -7,6 +7,7 @@ bench/results/torchtitan_step.json.
 import argparse
 import itertools
 import os
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -14,25 +15,30 @@ from pathlib import Path
 import titan
 import torch
 from environment import write_results
-from side_by_side import Contender, Run, Span, in_turn, one_thread_a_process, spread
+from side_by_side import Contender, Run, Span, one_thread_a_process, running, spread, wait_until_quiet
 
 LENGTH = 128  # tokens of a row
 # Torch's split backward runs twice through a layer, which selective checkpointing refuses.
 REFUSED = {(schedule, "selective checkpointing") for schedule in ("InterleavedZeroBubble", "ZBVZeroBubble")}
 
 
-def client(package: str, schedule: str, wrap: str, store: str, rank: int) -> Run:
-    """One of the two processes."""
+def wraps_of(package: str, schedule: str) -> list[str]:
+    """Those with which it runs."""
+    return [wrap for wrap in titan.WRAPS if package == titan.OURS or (schedule, wrap) not in REFUSED]
+
+
+def client(package: str, schedule: str, steps: int, store: str, rank: int) -> Run:
+    """One of the two processes. What it returns runs ``steps`` steps of the wrap with a number."""
     import torch.distributed as dist
 
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.set_num_threads(1)
     titan.use(package)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    made, batch = titan.make(schedule, wrap), titan.batch(LENGTH)
+    clients, batch = [titan.make(schedule, wrap) for wrap in wraps_of(package, schedule)], titan.batch(LENGTH)
 
-    def run(steps: int) -> list[Span]:
-        spans = []
+    def run(number: int) -> list[Span]:
+        made, spans = clients[number], []
         for _ in range(steps + 1):  # the first is left out
             for part in made.parts:
                 part.zero_grad()
@@ -45,23 +51,34 @@ def client(package: str, schedule: str, wrap: str, store: str, rank: int) -> Run
     return run
 
 
-def measure(schedule: str, wrap: str, rounds: int, steps: int) -> dict:
-    """One row."""
-    packages = [titan.OURS] if (schedule, wrap) in REFUSED else [titan.OURS, titan.TORCH]
+def measure(schedule: str, rounds: int, steps: int) -> list[dict]:
+    """A row for each wrap."""
     with tempfile.TemporaryDirectory() as folder:
         contenders = {
-            package: Contender(package, client, package, schedule, wrap, str(Path(folder) / package), ranks=2)
-            for package in packages
+            package: Contender(package, client, package, schedule, steps, str(Path(folder) / package), ranks=2)
+            for package in (titan.OURS, titan.TORCH)
         }
-        turns = in_turn(contenders, rounds, steps)
-    seconds = turns.seconds
+        seconds: dict[str, dict[str, list[float]]] = {wrap: {} for wrap in titan.WRAPS}
+        with running(list(contenders.values())):
+            quiet = wait_until_quiet()
+            for _ in range(rounds):
+                for wrap, (package, contender) in itertools.product(titan.WRAPS, contenders.items()):
+                    if wrap in wraps_of(package, schedule):
+                        spans = zip(*contender.run(wraps_of(package, schedule).index(wrap)))
+                        lasted = [max(s[1] for s in ranks) - min(s[0] for s in ranks) for ranks in spans]
+                        seconds[wrap].setdefault(package, []).append(statistics.median(lasted))
+    return [row_of(schedule, wrap, quiet, seconds[wrap]) for wrap in titan.WRAPS]
+
+
+def row_of(schedule: str, wrap: str, quiet: bool, seconds: dict[str, list[float]]) -> dict:
+    """``seconds``: by package, of each round."""
     row = {
         "schedule": schedule,
         "wrap": wrap,
-        "quiet": turns.quiet,
-        "step_ms": {package: spread([s * 1e3 for s in seconds[package]]) for package in packages},
+        "quiet": quiet,
+        "step_ms": {package: spread([s * 1e3 for s in found]) for package, found in seconds.items()},
     }
-    if len(packages) == 2:
+    if titan.TORCH in seconds:
         faster = [theirs / ours for ours, theirs in zip(seconds[titan.OURS], seconds[titan.TORCH])]
         row["faster_than_torch"] = spread(faster)
     return row
@@ -72,14 +89,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2, help="of a round")
     parser.add_argument("--schedules", nargs="+", default=list(titan.SCHEDULES), choices=titan.SCHEDULES)
-    parser.add_argument("--wraps", nargs="+", default=list(titan.WRAPS), choices=titan.WRAPS)
     options = parser.parse_args()
     one_thread_a_process()
     rows = []
-    for schedule, wrap in itertools.product(options.schedules, options.wraps):
-        row = measure(schedule, wrap, options.rounds, options.steps)
+    for row in itertools.chain(*(measure(name, options.rounds, options.steps) for name in options.schedules)):
         rows.append(row)
-        print(f"{schedule}, {wrap}")
+        print(f"{row['schedule']}, {row['wrap']}")
         for package, figures in row["step_ms"].items():
             print("  {:30} {min:8.1f} {median:8.1f} {max:8.1f} ms".format(package, **figures))
         if "faster_than_torch" in row:
