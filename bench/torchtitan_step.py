@@ -92,7 +92,9 @@ def main() -> None:
     options = parser.parse_args()
     one_thread_a_process()
     rows = []
-    for row in itertools.chain(*(measure(name, options.rounds, options.steps) for name in options.schedules)):
+    for row in itertools.chain.from_iterable(
+        measure(name, options.rounds, options.steps) for name in options.schedules
+    ):
         rows.append(row)
         print(f"{row['schedule']}, {row['wrap']}")
         for package, figures in row["step_ms"].items():
