@@ -1,6 +1,7 @@
 # make train   trains a small language model through a pipeline; ARGS="--help" shows the options
 # make test    runs the test suite on all cores; ARGS="-k name" selects tests, ARGS="-n 0" takes one process
 # make test-all  runs it with all repetitions of random tests and of combinations
+# make versions  runs a part of it with the oldest and the newest torch; PART=tests runs all
 # make lint    checks style, types and spelling; changes nothing
 # make docs    builds the documentation as a site: build/docs/index.html
 # make bench   runs the benchmarks; writes bench/results/, and the tables and charts of README and docs
@@ -13,10 +14,17 @@ BIN := .venv/bin
 # A plain "torch" may fetch gigabytes of CUDA packages; the package itself accepts a wide range.
 # Without numpy torch prints a warning.
 TORCH := torch==2.13.0 numpy
+# A client of the drop-in, with what it imports: all that it requires would fetch much more.
+TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring-parser
+# The releases of torch beside it that the suite passes with, and the part of the suite that uses most of torch.
+VERSIONS := 2.11.0 2.14.1
+PART := $(addprefix tests/,test_pipelining.py test_gradients.py test_split_backward.py test_state_dict.py \
+    test_context.py test_scaler.py test_checkpoint.py test_public_names.py $(addprefix distributed/,test_drop_in.py \
+    test_torchtitan.py test_wrapped_stages.py test_tensor_parallel.py test_process_gradients.py))
 ISSUE_FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: train test test-all lint docs bench gpu clean
+.PHONY: train test test-all versions lint docs bench gpu clean
 
 train: .venv/installed
 	@$(BIN)/pipeline-ext train $(ARGS)
@@ -26,6 +34,18 @@ test: .venv/installed-test
 
 test-all: .venv/installed-test
 	@$(BIN)/pytest -n auto --dist worksteal --all $(ARGS)
+
+# A folder on Python's path goes before the torch of .venv.
+versions: $(VERSIONS:%=build/torch-%/installed)
+	@for version in $(VERSIONS); do \
+	    echo "torch $$version"; \
+	    PYTHONPATH="$(CURDIR)/build/torch-$$version" $(BIN)/pytest -n auto --dist worksteal $(PART) $(ARGS) || exit 1; \
+	done
+
+build/torch-%/installed: .venv/installed-test tools/install_torch
+	@rm -rf $(@D)
+	@$(BIN)/python tools/install_torch $* $(@D)
+	@touch $@
 
 # .pre-commit-config.yaml runs the same commands.
 lint: .venv/installed-lint
@@ -41,8 +61,8 @@ docs: .venv/installed-test
 	@$(BIN)/python -m sphinx -W --keep-going --quiet -E -a -d build/doctrees docs build/docs
 	@echo build/docs/index.html
 
-bench: .venv/installed
-	@for script in cpu_step dist_step overlap_dp dispatch simulate reaction planner_quality pack k_tradeoff recompute; do $(BIN)/python bench/$$script.py || exit 1; done
+bench: .venv/installed-test
+	@for script in cpu_step dist_step overlap_dp dispatch simulate reaction planner_quality pack k_tradeoff recompute torchtitan_step; do $(BIN)/python bench/$$script.py || exit 1; done
 	@$(BIN)/python bench/tables.py
 
 gpu: .venv/installed-gpu
@@ -70,6 +90,7 @@ gpu: .venv/installed-gpu
 # Of the package that is installed already pip takes what an extra asks for, and does not compile it again.
 .venv/installed-test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check 'pipeline_ext[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(TORCHTITAN)
 	@touch $@
 
 .venv/installed-lint: .venv/installed-test

@@ -207,6 +207,19 @@ def recompute(results: dict) -> list[str]:
     return lines
 
 
+def torchtitan_step(results: dict) -> list[str]:
+    ours, torch = "pipeline_ext.pipelining", "torch.distributed.pipelining"
+    lines = ["| schedule | | ours, ms | torch's, ms | ours faster by |", "|---|---|---|---|---|"]
+    for row in results["rows"]:
+        times = row["step_ms"]
+        theirs = _spread(times[torch], ".0f") if torch in times else "refused"
+        faster = _spread(row["faster_than_torch"]) if "faster_than_torch" in row else ""
+        lines.append(
+            f"| {row['schedule']} | {row['wrap']} | {_spread(times[ours], '.0f')} | {theirs} | {faster} |"
+        )
+    return lines
+
+
 def gpu_step(results: dict) -> list[str]:
     names = list(dict.fromkeys(name for row in results["rows"] for name in row["peak_gib"]))
     lines = [
@@ -254,6 +267,7 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
     "pack": pack,
     "k_tradeoff": k_tradeoff,
     "recompute": recompute,
+    "torchtitan_step": torchtitan_step,
     "gpu_step": gpu_step,
     "gpu_host": gpu_host,
 }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import _C
 from .assemble import Assembly, assemble
-from .base import arguments
+from .base import arguments, torch_release
 from .base.no_module import NoModule, instead
 from .calls.model_loss import check_sums
 from .checkpoint.unsplit import LocalModel, UnsplitModel, repeated_names
@@ -37,6 +37,8 @@ from .step.batch import Batch
 from .step.graphs import GraphReport
 from .step.loss import step_loss
 from .step.verify import verify
+
+torch_release.check(torch.__version__)
 
 # Attributes that there are once the model is cut.
 _PARTS = {

@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
+import torch
 
 import pipeline_ext as pe
+from pipeline_ext.base import torch_release
 
 SLOW = (
     "torch.distributed.tensor",
@@ -82,3 +85,33 @@ def test_every_public_name_is_there() -> None:
 
 def test_public_modules_are_attributes() -> None:
     run("import pipeline_ext as pe; pe.partition.cut; pe.packing.Layout; pe.pipelining.PipelineStage")
+
+
+def with_torch(version: str, statements: str) -> str:
+    """What a new interpreter writes to stderr where torch says that it is this version."""
+    code = f"import torch; torch.__version__ = {version!r}; {statements}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
+    )
+    return done.stderr
+
+
+BOTH = "import pipeline_ext.pipelining; from pipeline_ext import Pipeline"
+
+
+def test_a_torch_newer_than_those_tested_is_named_in_one_warning() -> None:
+    said = with_torch("2.99.0.dev20991231+cpu", BOTH)
+    assert said.count("UserWarning") == 1
+    assert "this is torch 2.99.0.dev20991231+cpu; pipeline_ext is tested with torch 2.11 to 2.14" in said
+
+
+def test_a_torch_older_than_those_tested_is_refused() -> None:
+    said = with_torch("2.10.1", "from pipeline_ext import Pipeline")
+    assert "ImportError: pipeline_ext needs torch 2.11 or newer; this is torch 2.10.1" in said
+
+
+@pytest.mark.parametrize("version", [torch.__version__, "2.11.0", "2.14.1+cu130", "built here"])
+def test_a_torch_that_is_tested_or_has_no_number_is_taken_as_it_is(version: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch_release.check.__wrapped__(version)

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import inspect
 import subprocess
 import sys
 import weakref
@@ -10,10 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import config
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
-from pipeline_ext import InvalidArgument, StageError
+from pipeline_ext import InvalidArgument, Pipeline, StageError
 
 torch_pipelining = pytest.importorskip("torch.distributed.pipelining")
 
@@ -21,6 +23,7 @@ from custom_pairs import run_pair  # noqa: E402
 
 from pipeline_ext import pipelining  # noqa: E402
 from pipeline_ext.pipelining import schedules  # noqa: E402
+from pipeline_ext.pipelining import stage as stage_module  # noqa: E402
 
 SINGLE = ["GPipe", "1F1B"]
 MULTI = ["Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
@@ -103,18 +106,54 @@ def test_eval_leaves_pending_gradients_alone(name):
     assert len(losses) == M
 
 
+class Scaled(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x, factor=None):
+        return self.body(x if factor is None else x * factor)
+
+
 @pytest.mark.parametrize("name", SINGLE + MULTI)
 def test_microbatches_may_be_given_as_in_torch_2_14(name):
-    schedule, modules = schedule_of(name)
+    schedule, modules = schedule_of(name, [Scaled(layer) for layer in layers(1 if name in SINGLE else 2)])
     x, y = batch()
-    parts = {"arg_mbs": [(part,) for part in x.chunk(M)], "target_mbs": list(y.chunk(M))}
-    schedule.step(**parts)
+    args, targets = [(part,) for part in x.chunk(M)], list(y.chunk(M))
+    losses = []
+    schedule.step(arg_mbs=args, kwarg_mbs=[{}] * M, target_mbs=targets, losses=losses)
     same = layers(len(modules))
     torch.testing.assert_close(grads(modules), reference(same, (x, y)))
-    out = schedule.eval(arg_mbs=parts["arg_mbs"], kwarg_mbs=None, target_mbs=None)
-    torch.testing.assert_close(out, nn.Sequential(*same)(x).detach())
-    with pytest.raises(InvalidArgument, match="both given"):
-        schedule.step(x, **parts)
+    expected = nn.Sequential(*same)(x).detach()
+    each = [mse_loss(a, b) for a, b in zip(expected.chunk(M), targets)]
+    torch.testing.assert_close(losses, each)
+    out = schedule.eval(arg_mbs=args, kwarg_mbs=None, target_mbs=targets, losses=losses)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(losses, each)
+    torch.testing.assert_close(schedule.eval(x, target=y, losses=losses), expected)
+    torch.testing.assert_close(schedule.eval(arg_mbs=args), expected)
+    if name in SINGLE:  # each stage of a process gets the same keyword arguments
+        out = schedule.eval(arg_mbs=args, kwarg_mbs=[{"factor": float(m)} for m in range(M)])
+        scaled = torch.cat([part * m for m, part in enumerate(x.chunk(M))])
+        torch.testing.assert_close(out, nn.Sequential(*same)(scaled).detach())
+
+
+def test_microbatches_that_do_not_fit_are_refused():
+    schedule, modules = schedule_of("1F1B")
+    x, y = batch()
+    args, targets = [(part,) for part in x.chunk(M)], list(y.chunk(M))
+    for call in (schedule.step, schedule.eval):
+        with pytest.raises(InvalidArgument, match="both given"):
+            call(x, arg_mbs=args, target_mbs=targets)
+        with pytest.raises(InvalidArgument, match="both given"):
+            call(arg_mbs=args, target_mbs=targets, target=y)
+        with pytest.raises(TypeError, match=r"arg_mbs\[0\] is a Tensor; give a tuple for each microbatch"):
+            call(arg_mbs=list(x.chunk(M)), target_mbs=targets)
+        with pytest.raises(TypeError, match=r"kwarg_mbs\[0\] is a tuple; give a dict"):
+            call(kwarg_mbs=args, target_mbs=targets)
+        with pytest.raises(ValueError, match="4 arg_mbs but got 3"):
+            call(arg_mbs=args[1:], target_mbs=targets)
+    assert grads(modules) == [None, None]
 
 
 @pytest.mark.parametrize("rows", [7, 10])
@@ -299,6 +338,18 @@ def test_sums_are_not_scaled():
     torch.testing.assert_close(grads(modules), reference(layers(2), (x, y), loss_fn=total))
 
 
+@pytest.mark.parametrize("name", SINGLE + MULTI)
+def test_the_loss_function_gets_its_keyword_arguments(name):
+    def scaled(out, target, *, factor):
+        return mse_loss(out, target) * factor
+
+    schedule, modules = schedule_of(name, loss_fn=scaled)
+    x, y = batch()
+    schedule.step(x, target=y, loss_kwargs={"factor": 3.0})
+    expected = reference(layers(len(modules)), (x, y), loss_fn=functools.partial(scaled, factor=3.0))
+    torch.testing.assert_close(grads(modules), expected)
+
+
 def test_ddp_stages_reduce_once_a_step():
     modules = [nn.parallel.DistributedDataParallel(layer) for layer in layers(2)]
     reduced = []
@@ -318,6 +369,35 @@ def test_ddp_stages_reduce_once_a_step():
     torch.testing.assert_close(grads(modules), reference(layers(2), (x, y)))
 
 
+@pytest.mark.parametrize("name", MULTI)
+def test_switches_of_later_torch_for_receives_are_taken(name):
+    schedule, modules = schedule_of(name, defer_pp_recv=True, reuse_recv_buffers=True)
+    x, y = batch()
+    schedule.step(x, target=y)
+    torch.testing.assert_close(grads(modules), reference(layers(2), (x, y)))
+
+
+SWITCHES = [name for name in stage_module._SWITCHES if hasattr(config, name)]
+
+
+@pytest.mark.skipif(not SWITCHES, reason="this torch has no switches for communicators")
+def test_switches_for_communicators_are_taken_where_the_group_cannot_be_split():
+    with config.patch(dict.fromkeys(SWITCHES, True)):
+        with pytest.raises(RuntimeError, match="not safe to split"):
+            torch_pipelining.PipelineStage(layers(1)[0], 0, 2, CPU)
+        schedule, modules = schedule_of("Interleaved1F1B")
+        x, y = batch()
+        schedule.step(x, target=y)
+        assert all(getattr(config, name) for name in SWITCHES)
+    torch.testing.assert_close(grads(modules), reference(layers(2), (x, y)))
+
+
+def test_a_stage_is_one_of_torch_s_with_its_signature():
+    assert issubclass(pipelining.PipelineStage, torch_pipelining.PipelineStage)
+    ours, torchs = (inspect.signature(kind.PipelineStage) for kind in (pipelining, torch_pipelining))
+    assert ours == torchs
+
+
 def test_it_is_put_in_place_of_torch_s_in_sys_modules():
     code = """
 import sys
@@ -335,11 +415,57 @@ assert get_schedule_class("gpipe") is ScheduleGPipe is pipeline_ext.pipelining.S
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_schedule_let_go_of_ends_its_engine():
-    schedule, _ = schedule_of("Interleaved1F1B")
+@pytest.fixture
+def no_collector():
+    """Without the garbage collector, so that what goes, goes by its last reference."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("last", ["step", "eval", "a failed step"])
+@pytest.mark.parametrize("name", SINGLE + MULTI)
+def test_a_schedule_is_freed_with_its_last_reference(name, last, no_collector):
+    schedule, modules = schedule_of(name)
     x, y = batch()
     schedule.step(x, target=y)
-    runner = weakref.ref(schedule._runner)
-    del schedule
-    gc.collect()
-    assert runner() is None
+    if last == "eval":
+        schedule.eval(x, target=y)
+    elif last == "a failed step":
+        with pytest.raises(StageError) as caught:
+            schedule.step(x[:, :3], target=y)
+        del caught
+    runner = schedule._runner
+    parts = [schedule, runner, runner._engine, *runner._stages.values(), *modules]
+    parts += [stage.torch_stage for stage in runner._stages.values()]
+    alive = [weakref.ref(part) for part in parts]
+    close = runner._lifetime._close
+    assert close.alive
+    del schedule, modules, runner, parts
+    assert [ref() for ref in alive if ref() is not None] == []
+    assert not close.alive  # its threads have ended
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved-1f1b", "zb-h1", "zbv", "dualpipev"])
+def test_a_pipeline_is_freed_with_its_last_reference(name, overlap, no_collector):
+    model = nn.Sequential(*layers(4))
+    x, y = batch()
+    pipe = Pipeline(
+        model,
+        num_stages=4,
+        microbatches=M,
+        schedule=name,
+        loss_fn=mse_loss,
+        devices=[CPU] * (2 if name in ("interleaved-1f1b", "zbv", "dualpipev") else 4),
+        overlap=overlap,
+    )
+    pipe.step(x, target=y)
+    pipe.eval(x)
+    with pytest.raises(StageError) as caught:
+        pipe.step(x[:, :3], target=y)
+    del caught
+    alive = [weakref.ref(pipe), weakref.ref(model)]
+    del pipe, model
+    assert [ref() for ref in alive if ref() is not None] == []

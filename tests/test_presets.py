@@ -27,6 +27,8 @@ def gpus(request, monkeypatch):
     """How many GPUs torch sees."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param > 0)
+    # Built for CUDA, an optimizer would look at the current stream of a GPU.
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     return request.param
 
 

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pipeline_ext as pe
+from pipeline_ext.base import torch_release
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -35,6 +36,18 @@ def test_ci_tests_the_oldest_and_the_newest_release_that_is_supported():
     assert tested == [(oldest, f"torch=={torch}.*"), (pythons[-1], "torch")]
     wheels = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]["build"]
     assert wheels.split() == [f"cp{python.replace('.', '')}-manylinux_*" for python in pythons]
+
+
+def test_the_oldest_and_the_newest_torch_that_are_accepted_are_tested_here():
+    makefile = (ROOT / "Makefile").read_text()
+    (versions,) = re.findall(r"^VERSIONS := (.*)$", makefile, re.M)
+    releases = [tuple(map(int, version.split(".")[:2])) for version in versions.split()]
+    assert releases == [torch_release.OLDEST, torch_release.NEWEST]
+    assert f"torch>={versions.split('.0 ')[0]}" in PROJECT["dependencies"]
+    (part,) = re.findall(r"^PART := ((?:.*\\\n)*.*)$", makefile, re.M)
+    files = re.findall(r"\w+\.py", part)
+    assert len(files) > 10 and all(list((ROOT / "tests").rglob(file)) for file in files)
+    assert "make versions" in (ROOT / ".ci" / "run").read_text() and "make versions" in CI
 
 
 def exists(name, sources):

@@ -158,7 +158,9 @@ class Program:
         for module, name in self._names.items():
             if module not in called:
                 own = unused._modules[name or "itself"] = nn.Module()
-                own._parameters = {n: p for n, p in module._parameters.items() if p is not None and p not in used}
+                own._parameters = {
+                    n: p for n, p in module._parameters.items() if p is not None and p not in used
+                }
                 own._buffers = dict(module._buffers)
         return unused
 

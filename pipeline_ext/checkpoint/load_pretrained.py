@@ -60,7 +60,9 @@ def load_pretrained(
         known = [name for names in of_all(list(here), weights.alone) for name in names]
         with together(what, weights.alone):
             files = SafetensorsFolder(folder_at(path) or path)
-            found = _Found(files.names, names_in_model(weights.module, files.names, set(known)), weights.repeated)
+            found = _Found(
+                files.names, names_in_model(weights.module, files.names, set(known)), weights.repeated
+            )
             answer = _compared(weights.module, found, known)
             if strict and any(answer):
                 raise InvalidArgument(_refusal(answer))
@@ -76,7 +78,9 @@ def load_pretrained(
 class _Found:
     """Which tensors of a folder are which of the model's."""
 
-    def __init__(self, in_file: Sequence[str], in_model: Mapping[str, str], repeated: Mapping[str, str]) -> None:
+    def __init__(
+        self, in_file: Sequence[str], in_model: Mapping[str, str], repeated: Mapping[str, str]
+    ) -> None:
         self._repeated = repeated
         self._in_file: dict[str, list[str]] = {}  # by the first name of a tied parameter
         self.names = in_model
@@ -117,7 +121,9 @@ def _refusal(answer: LoadedNames) -> str:
     ]
     advice = "give strict=False to load the others"
     if answer.missing_keys and answer.unexpected_keys:
-        advice += "; if the files hold the same weights in another layout, as experts one by one, write them with "
+        advice += (
+            "; if the files hold the same weights in another layout, as experts one by one, write them with "
+        )
         advice += "save_pretrained(folder, save_original_format=False) of transformers"
     return f"{', and '.join(parts)}, where the other side has nothing; {advice}"
 
@@ -146,7 +152,9 @@ def _check_ties(files: SafetensorsFolder, wanted: Iterable[tuple[str, Tensor]]) 
     first: dict[Tensor, str] = {}
     for name, tensor in wanted:
         other = first.setdefault(tensor, name)
-        if other != name and not all(torch.equal(a, b) for (_, a), (_, b) in zip(files.read(other), files.read(name))):
+        if other != name and not all(
+            torch.equal(a, b) for (_, a), (_, b) in zip(files.read(other), files.read(name))
+        ):
             raise InvalidArgument(
                 f"{other!r} and {name!r} have different values, and the model ties them; give a model that does "
                 "not (tie_word_embeddings=False in the config of transformers)"

@@ -14,7 +14,12 @@ from ..errors import InvalidArgument, PipelineError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-WEIGHTS = ("model*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")  # of earlier saves too
+WEIGHTS = (
+    "model*.safetensors",
+    INDEX,
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+)  # of earlier saves too
 _MAPPED = 16 << 20  # bytes of a file that are read before it is opened anew
 _DTYPES = {
     "F64": torch.float64,
@@ -71,7 +76,9 @@ class SafetensorsFolder:
                 inside = set(file.keys())
                 for name in of_file:
                     if name not in inside:
-                        raise InvalidArgument(f"the index says that {file_name} holds {name!r}, which it does not")
+                        raise InvalidArgument(
+                            f"the index says that {file_name} holds {name!r}, which it does not"
+                        )
                     part = file.get_slice(name)
                     dtype = part.get_dtype()
                     found[name] = Look(_DTYPES.get(dtype, dtype), tuple(part.get_shape()))

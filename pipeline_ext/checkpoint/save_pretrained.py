@@ -58,7 +58,11 @@ def save_pretrained(
         names = file_names(len(shards))
         for file_name, shard in zip(names, shards):
             with together(what, weights.alone):
-                tensors = {entry.name: tensor for entry in shard if (tensor := _gathered(entry, here, rank)) is not None}
+                tensors = {
+                    entry.name: tensor
+                    for entry in shard
+                    if (tensor := _gathered(entry, here, rank)) is not None
+                }
                 if rank == 0:
                     write_file(new / file_name, tensors)
                 del tensors

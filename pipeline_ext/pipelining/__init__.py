@@ -7,9 +7,11 @@ import importlib
 import pkgutil
 import sys
 
+from torch import __version__ as _torch_version
 from torch.distributed import pipelining as _torch
-from torch.distributed.pipelining import Pipe, PipelineStage, SplitPoint, build_stage, pipe_split, pipeline
+from torch.distributed.pipelining import Pipe, SplitPoint, pipe_split, pipeline
 
+from ..base import torch_release as _torch_release
 from . import microbatch, schedules, stage
 from .schedules import (
     Schedule1F1B,
@@ -21,6 +23,7 @@ from .schedules import (
     ScheduleZBVZeroBubble,
     _ScheduleForwardOnly,
 )
+from .stage import PipelineStage, build_stage
 
 __all__ = [
     "Pipe",
@@ -41,6 +44,8 @@ __all__ = [
     "schedules",
     "stage",
 ]
+
+_torch_release.check(_torch_version)
 
 for _module in pkgutil.iter_modules(_torch.__path__):
     if _module.name not in globals():

@@ -26,6 +26,8 @@ class Runner:
 
     Tasks run in exactly torch's order: stages may run collectives of other groups (tensor parallelism, FSDP),
     whose order must be the same in all processes.
+
+    Holds the schedule during a step only: the schedule holds this object, and is freed with its last reference.
     """
 
     def __init__(self, schedule: Any, stages: list[Any]) -> None:
@@ -33,7 +35,6 @@ class Runner:
 
         Raises InvalidArgument if the schedules of several processes differ.
         """
-        self._schedule = schedule
         self._losses = Losses()
         self._stages = {stage.stage_index: TorchStage(stage, self._losses) for stage in stages}
         first, count = stages[0], schedule._n_microbatches
@@ -59,6 +60,7 @@ class Runner:
 
     def run(
         self,
+        schedule: Any,
         inputs: list[tuple[tuple, dict[str, Any]]],
         targets: list[Any] | None,
         losses: list[Tensor] | None,
@@ -67,20 +69,20 @@ class Runner:
         weights: list[float],
         keep_outputs: bool,
     ) -> None:
-        """Runs one step, or an evaluation if the schedule has no backward. All arguments are by microbatch.
+        """Runs one step, or an evaluation if ``schedule`` has no backward. The lists are by microbatch.
 
         The last stage's ``output_chunks`` get the outputs. Raises as ``Pipeline.step`` does.
         """
         self._lifetime.check()
-        trains = self._schedule._has_backward and self._train is not None
+        trains = schedule._has_backward and self._train is not None
         route = self._train if trains and self._train is not None else self._eval
         caller = CallerContext.of_this_thread()
         arg_mbs, kwarg_mbs = (list(column) for column in zip(*inputs))
-        context = _PipelineContext(self._schedule, arg_mbs, kwarg_mbs, targets, losses)
+        context = _PipelineContext(schedule, arg_mbs, kwarg_mbs, targets, losses)
         with self._lifetime.one_at_a_time("step was called"), replaced_methods(self._stages, trains):
             step = TorchStep(route.exchange, caller, inputs, weights, keep_outputs)
             self._tasks.begin(context, caller)
-            self._losses.begin(self._schedule, targets, loss_kwargs)
+            self._losses.begin(schedule, targets, loss_kwargs)
             try:
                 with self._wrapped.accumulating() if trains else contextlib.nullcontext():
                     run_step(self._engine, route, list(self._stages.values()), step, timeout=self._timeout)

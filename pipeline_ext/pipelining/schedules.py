@@ -78,6 +78,7 @@ class _OnEngine(_torch._PipelineSchedule):
 
         Raises:
             RuntimeError: under ``torch.no_grad()``.
+            TypeError: for a microbatch whose arguments are no tuple, or whose keyword arguments are no dict.
             InvalidArgument: for a whole batch beside its microbatches.
             PipelineError: as ``Pipeline.step`` does.
         """
@@ -88,6 +89,8 @@ class _OnEngine(_torch._PipelineSchedule):
             arg_mbs, kwarg_mbs = self._split_inputs(args, kwargs)
         elif args or kwargs:
             raise InvalidArgument("a whole batch and its microbatches are both given; give one of them")
+        _check_each(arg_mbs, "arg_mbs", tuple)
+        _check_each(kwarg_mbs, "kwarg_mbs", dict)
         if target is not None:
             if target_mbs is not None:
                 raise InvalidArgument("target and target_mbs are both given; give one of them")
@@ -113,6 +116,7 @@ class _OnEngine(_torch._PipelineSchedule):
         if self._runner is None:
             self._runner = Runner(self, self._local_stages())
         self._runner.run(
+            self,
             list(zip(arg_mbs, kwarg_mbs)),
             target_mbs,
             losses,
@@ -137,6 +141,20 @@ class _OnEngine(_torch._PipelineSchedule):
         missing = mb_index + 1 - len(self._internal_losses)
         self._internal_losses.extend([None] * missing)  # type: ignore[list-item]  # until they are computed
         self._internal_losses[mb_index] = self._compute_loss(output, target, loss_kwargs)
+
+    def _compute_loss(self, output: Any, target: Any, loss_kwargs: dict[str, Any] | None = None) -> Any:
+        """Calls the loss function. Torch 2.11 gives it no keyword arguments."""
+        assert self._loss_fn is not None
+        return self._loss_fn(output, target, **(loss_kwargs or {}))
+
+
+def _check_each(parts: list[Any] | None, name: str, kind: type) -> None:
+    """Raises TypeError for another type: a tensor's rows would be taken for the arguments."""
+    for m, part in enumerate(parts or ()):
+        if not isinstance(part, kind):
+            raise TypeError(
+                f"{name}[{m}] is a {type(part).__name__}; give a {kind.__name__} for each microbatch"
+            )
 
 
 class PipelineScheduleSingle(_OnEngine, _torch.PipelineScheduleSingle):
@@ -171,6 +189,12 @@ class Schedule1F1B(PipelineScheduleSingle, _torch.Schedule1F1B):
 
 class PipelineScheduleMulti(_OnEngine, _torch.PipelineScheduleMulti):
     """Base of the schedules with several stages per process; ``_load_csv`` sets another order."""
+
+    def __init__(
+        self, *args: Any, defer_pp_recv: bool = False, reuse_recv_buffers: bool = False, **kwargs: Any
+    ) -> None:
+        """Takes torch's arguments, and ignores two of later torch: the engine always does what they ask."""
+        super().__init__(*args, **kwargs)
 
     def _local_stages(self) -> list[_PipelineStageBase]:
         return self._stages

@@ -82,11 +82,19 @@ def _empty_like(tensor: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _hidden(owners: Sequence[nn.Module], new: Collection[Tensor]) -> Iterator[None]:
     """Inside it, tensors that have values already are on the meta device, so that nothing overwrites them."""
-    given = {t for owner in owners for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None}
-    kept = [(table, name, table[name]) for table, name in _places(owners, given - set(new)) if not table[name].is_meta]
+    given = {
+        t for owner in owners for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None
+    }
+    kept = [
+        (table, name, table[name])
+        for table, name in _places(owners, given - set(new))
+        if not table[name].is_meta
+    ]
     for table, name, tensor in kept:
         on_meta = tensor.detach().to("meta")
-        table[name] = nn.Parameter(on_meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else on_meta
+        table[name] = (
+            nn.Parameter(on_meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else on_meta
+        )
     try:
         yield
     finally:
@@ -140,7 +148,9 @@ class _Initialising:
         self._seen[module] = False
         by = _initialiser(module) or by
         own_tensors = [
-            t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t in self._new
+            t
+            for t in (*module._parameters.values(), *module._buffers.values())
+            if t is not None and t in self._new
         ]
         inside = [self._visit(child, by) for child in module.children()]
         self._seen[module] = bool(own_tensors) or any(inside)

@@ -1,7 +1,9 @@
 """Pipelines that the same processes make one after another: what each has opened ends with it."""
 
+import gc
 import os
 import time
+import weakref
 
 import pytest
 import torch
@@ -47,3 +49,22 @@ def make_and_close(count, replicas):
 def test_pipelines_that_are_closed_leave_no_threads_or_files(count, replicas):
     for first, last in run(2, make_and_close, count, replicas):
         assert last[0] <= first[0] and last[1] <= first[1], (first, last)
+
+
+def make_and_forget(schedule):
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "pp"))
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    pipe = pe.Pipeline(model, 4, 4, schedule=schedule, loss_fn=F.mse_loss, mesh=mesh, timeout=20)
+    gc.collect()
+    gc.disable()  # what goes, goes by its last reference
+    pipe.step(torch.ones(4, 4), target=torch.zeros(4, 4))
+    pipe.eval(torch.ones(4, 4))
+    alive = [weakref.ref(pipe), weakref.ref(model)]
+    dist.barrier()
+    del pipe, model
+    return [type(ref()).__name__ for ref in alive if ref() is not None]
+
+
+@pytest.mark.parametrize("schedule", ["interleaved-1f1b", "zbv"])
+def test_a_pipeline_is_freed_with_its_last_reference_in_each_process(schedule):
+    assert run(2, make_and_forget, schedule) == [[], []]
