@@ -12,7 +12,7 @@ from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import input_name
 from ..stages.parameter_view import prepare
 from .routing import not_here, route
-from .values import Leaf, Missing
+from .values import Leaf, Missing, is_elsewhere, without_memory
 
 INPUTS = -1  # stands for a call: the arguments of the forward
 
@@ -87,6 +87,7 @@ class Program:
         plain: the leaves of the sample's arguments that are no tensors and no numbers; None for the others.
         partial: what stands in the output for objects of these types, of which each stage has a part.
         written: what code around units writes to, so that each stage needs it as it was.
+        touched: parameters that code around units reads, in stages too that do not need what comes of it.
         collected: inner modules with hooks.
         around: the modules whose code is around units.
         unused: holds the parameters and buffers that no call uses; they belong to the first stage.
@@ -103,6 +104,7 @@ class Program:
     exclusive: bool
     partial: dict[type, Missing]
     written: frozenset[Source]
+    touched: list[Held]
     turns: Any = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -177,18 +179,19 @@ class Program:
     def _drop_others(self, here: Iterable[nn.Module]) -> None:
         kept = {tensor for module in here for tensor in (*module.parameters(), *module.buffers())}
         kept |= {buffer for module in self.around for buffer in module._buffers.values() if buffer is not None}
+        touched = {held.owner._parameters[held.name] for held in self.touched}
         dropped: dict[Tensor, Tensor] = {}  # what was tied stays tied
         for module in self._names:
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
-                    if tensor is not None and tensor not in kept and not tensor.is_meta:
+                    if tensor is not None and tensor not in kept and (tensor in touched or not tensor.is_meta):
                         if tensor not in dropped:
-                            dropped[tensor] = _without_memory(tensor)
+                            dropped[tensor] = without_memory(tensor, is_read=tensor in touched)
                         table[name] = dropped[tensor]
-        if any(tensor.is_meta for tensor in (*self.model.parameters(), *self.model.buffers())):
+        if any(map(is_elsewhere, (*self.model.parameters(), *self.model.buffers()))):
             self.model.register_state_dict_pre_hook(refuse_a_part)
         for unit, name in self.units.items():
-            if any(tensor.is_meta for tensor in (*unit.parameters(), *unit.buffers())):
+            if any(map(is_elsewhere, (*unit.parameters(), *unit.buffers()))):
                 not_here(unit, name)
 
     def check(self) -> None:
@@ -246,11 +249,6 @@ def refuse_a_part(model: nn.Module, prefix: str, keep_vars: bool) -> None:
         f"this process has only its own part of the {type(model).__name__}; call save_pretrained(pipe, folder) or "
         "save_checkpoint(folder, pipe) of pipeline_ext in all processes, or state_dict() of the Pipeline for its part"
     )
-
-
-def _without_memory(tensor: Tensor) -> Tensor:
-    on_meta = tensor.detach().to("meta")
-    return nn.Parameter(on_meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else on_meta
 
 
 def _names(structure: pytree.TreeSpec) -> str:

@@ -58,6 +58,7 @@ class _Recording:
         self._inside: int | None = None  # the call that runs
         self._hooks = 0  # > 0: hooks of a module inside it run
         self._of_inner: dict[nn.Module, int] = {}
+        self._touched: Labels = 0  # what code around units has read
         self._of_hooks: Labels = 0  # what hooks got in this call
         self._always: Labels = 0  # what Python has looked at
         self._results: dict[int, list[Source]] = {}  # by memory
@@ -129,6 +130,7 @@ class _Recording:
             changed or kept,
             self._partial,
             frozenset(self._written),
+            [s for bit, s in enumerate(self._sources) if isinstance(s, Held) and self._touched >> bit & 1],
         )
 
     def _refuse_counters(self, before: list[Any]) -> None:
@@ -203,6 +205,7 @@ class _Recording:
 
     def made(self, read: Labels) -> Labels:
         if self._inside is None:
+            self._touched |= read
             return read
         self._read[self._inside] |= read
         return read | self._bit(self._inside) if read and not self._hooks else read

@@ -4,7 +4,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..base.comparable import comparable
@@ -54,6 +54,29 @@ def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
         value = False if dtype is torch.bool else torch.iinfo(dtype).min
     with torch.inference_mode(False), torch.no_grad():
         return torch.full((), value, dtype=dtype, device=device)
+
+
+def without_memory(tensor: Tensor, is_read: bool) -> Tensor:
+    """What is left of a parameter or buffer that another process holds.
+
+    It is on the meta device; unless code around units reads it, so that it must be on the CPU: then it is a
+    stand-in, not a number.
+    """
+    left = tensor.detach().to("meta")
+    if is_read:
+        left = stand_in(Look.of(tensor), torch.device("cpu"))
+    if isinstance(tensor, nn.Parameter):
+        left = nn.Parameter(left, tensor.requires_grad)
+    left.__dict__[_ELSEWHERE] = True
+    return left
+
+
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Whether another process holds the values of a parameter or buffer."""
+    return tensor.is_meta or _ELSEWHERE in tensor.__dict__
+
+
+_ELSEWHERE = "_of_another_process"
 
 
 class Missing:

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ..base.imported import is_dtensor
 from ..calls.program import refuse_a_part
 from ..calls.stage import CallStage
+from ..calls.values import is_elsewhere
 from ..engines.lifetime import Lifetime
 from ..errors import InvalidArgument
 from ..model.slice import Slice
@@ -61,7 +62,7 @@ class LocalModel:
         if not isinstance(model, nn.Module):
             module = _numbered(local.items())
         elif isinstance(stages[0], CallStage):
-            self.elsewhere = [name for name, tensor in _tensors(model) if tensor.is_meta]
+            self.elsewhere = [name for name, tensor in _tensors(model) if is_elsewhere(tensor)]
             module = _here(model)
         elif self.elsewhere:
             module = _part(model, {name for index in local for name in layers[index]})
@@ -223,14 +224,14 @@ def _part(module: nn.Module, layers: Collection[str], prefix: str = "") -> nn.Mo
 
 def _here(module: nn.Module) -> nn.Module:
     """The module; a shallow copy without what is on the meta device, if anything is."""
-    if not any(tensor.is_meta for _, tensor in _tensors(module)):
+    if not any(is_elsewhere(tensor) for _, tensor in _tensors(module)):
         return module
     part = copy.copy(module)
     hooks = module._state_dict_pre_hooks.items()
     part._state_dict_pre_hooks = OrderedDict((n, hook) for n, hook in hooks if hook is not refuse_a_part)
     for table in ("_parameters", "_buffers"):
         held = getattr(module, table)
-        part.__dict__[table] = {n: t for n, t in held.items() if t is None or not t.is_meta}
+        part.__dict__[table] = {n: t for n, t in held.items() if t is None or not is_elsewhere(t)}
     part._modules = {n: None if child is None else _here(child) for n, child in module._modules.items()}
     return part
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..calls.values import is_elsewhere
 from ..pipeline import Pipeline
 
 
@@ -23,7 +24,7 @@ def whole_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
     """
     packed = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    here = {n: state for n, state in packed["state"].items() if not parameters[n].is_meta}
+    here = {n: state for n, state in packed["state"].items() if not is_elsewhere(parameters[n])}
     state = _merged(here)
     return None if state is None else {**packed, "state": dict(sorted(state.items()))}
 

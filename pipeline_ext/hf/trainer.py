@@ -24,7 +24,6 @@ from .gathering import whole_optimizer, whole_state
 from .refusals import check_arguments, check_options, check_trainer
 from .weighing import differ, fitting, rules, sizes
 
-
 Items = Tensor | int | float | None  # ``num_items_in_batch``, if that is counted
 
 
