@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", ["gpu_step", "gpu_host"])
 def test_a_benchmark_for_gpus_runs_small_on_the_cpu_and_writes_nothing(name):
+    if name == "gpu_step" and torch.__version__ < "2.12":
+        pytest.skip("torch's own schedules of 2.11 send from a process to itself, which gloo cannot")
     before = sorted(ROOT.glob("bench/results/**/*"))
     run = [sys.executable, f"bench/{name}.py", "--smoke"]
     result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -28,6 +28,8 @@ def reference(stages, microbatches):
 @pytest.mark.parametrize("name", [n for n in pe.schedule_names() if n != "dualpipe"])
 @pytest.mark.parametrize("microbatches", [4, 7])
 def test_an_exported_order_gives_the_gradients_in_torch_s_runtime(runtime, name, microbatches):
+    if torch.__version__ < "2.12" and name in _C.schedule_names() and _C.layout_of(name) == "v":
+        pytest.skip("torch 2.11 sends from a process to itself here, which gloo cannot")
     looped = name in _C.schedule_names() and _C.layout_of(name) in ("looped", "v")
     stages = 4 if looped else 2
     plan = pe.build_plan(name, num_stages=stages, num_ranks=2, microbatches=microbatches)

@@ -124,7 +124,7 @@ class WrappedStages:
     def _clear(self) -> None:
         for module in self._all(self._sharded):
             if module._get_fsdp_state()._is_root:
-                module.reset_iter_state()
+                _reset(module)
             for parameter in module.parameters():
                 parameter.grad = None
 
@@ -174,3 +174,32 @@ def _set_reduces(module: "FSDPModule", reduces: bool) -> None:
     module.set_requires_gradient_sync(reduces, recurse=False)
     module.set_is_last_backward(reduces)
     module.set_reshard_after_backward(False, recurse=False)
+
+
+def _reset(root: "FSDPModule") -> None:
+    """Makes sharded modules forget a forward or backward that failed."""
+    if hasattr(root, "reset_iter_state"):
+        root.reset_iter_state()
+        return
+    # Torch 2.11 has no method for it.
+    state: Any = root._get_fsdp_state()
+    if state._device.type == "cuda":
+        torch.cuda.synchronize(state._device)  # collectives may still run
+    shared = state._state_ctx
+    for inner in shared.all_states:
+        inner._modules_to_run_forward.clear()
+        inner._training_state = type(inner._training_state).IDLE
+        group = inner._fsdp_param_group
+        if group is None:
+            continue
+        if group._all_gather_result is not None:
+            group.wait_for_unshard()
+        group._post_reduce_event = group._all_reduce_state = group._partial_reduce_output = None
+        group._reshard_after_forward_event = None
+        group._post_forward_indices.clear()
+        group._training_state = type(group._training_state).IDLE
+        group._to_sharded()
+    state._comm_ctx.all_gather_state = state._comm_ctx.reduce_scatter_state = None
+    state._comm_ctx.post_forward_order.clear()
+    shared.iter_forward_root = None
+    shared.post_backward_final_callback_queued = False

@@ -167,6 +167,11 @@ def fail(wrap):
         assert all(p.grad is None for p in parameters(both.stages))
 
 
+GATHER, REDUCE = "all_gather_single", "reduce_scatter_single"
+if not hasattr(dist, GATHER):  # torch 2.11
+    GATHER, REDUCE = "all_gather_into_tensor", "reduce_scatter_tensor"
+
+
 def counted(schedule):
     """Collectives in a step of sharded stages, and in an eval."""
     both = Both(chain(4), sharded_as_one, schedule)
@@ -174,8 +179,8 @@ def counted(schedule):
     counts = []
     for call in (both.step, lambda: both.pipe.eval(torch.ones(4, 12))):
         with (
-            mock.patch.object(dist, "all_gather_single", wraps=dist.all_gather_single) as gather,
-            mock.patch.object(dist, "reduce_scatter_single", wraps=dist.reduce_scatter_single) as reduce,
+            mock.patch.object(dist, GATHER, wraps=getattr(dist, GATHER)) as gather,
+            mock.patch.object(dist, REDUCE, wraps=getattr(dist, REDUCE)) as reduce,
         ):
             call()
         counts.append((gather.call_count, reduce.call_count))
