@@ -12,7 +12,9 @@ from test_stub import of_docstring
 import pipeline_ext as pe
 
 RECORD = Path(__file__).with_name("public_names.txt")
-MODULES = tuple(f"pipeline_ext{room}" for room in ("", ".packing", ".partition", ".pipelining", ".transformers"))
+MODULES = tuple(
+    f"pipeline_ext{room}" for room in ("", ".packing", ".partition", ".pipelining", ".transformers")
+)
 
 
 def public_names() -> list[str]:
