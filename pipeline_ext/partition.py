@@ -12,6 +12,8 @@ from .model.containers import own_code
 from .model.cut import cut as cut_layers
 from .settings import Settings
 
+__all__ = ["cut"]
+
 Stages = list[nn.Module | Callable[[], nn.Module]]
 
 

@@ -14,7 +14,7 @@ from pipeline_ext.checkpoint import save_pretrained as saving
 transformers = pytest.importorskip("transformers", reason="needs transformers, of the extra `test`")
 pytest.importorskip("safetensors", reason="needs safetensors, of the extra `test`")
 
-from tiny_models import NAMES, auto_class, batch, made
+from tiny_models import NAMES, auto_class, batch, made  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:input keyword .'labels'.")  # of a ViT: one for each row
 
@@ -154,7 +154,9 @@ def test_code_that_needs_values_of_weights_is_refused_by_its_place():
 
     with torch.device("meta"):
         model = Looks()
-    refused(r"Looks cannot run on the meta device.*test_pretrained.py:\d+, if self.embed.*on the CPU in each", model)
+    refused(
+        r"Looks cannot run on the meta device.*test_pretrained.py:\d+, if self.embed.*on the CPU in each", model
+    )
 
 
 def test_a_tensor_that_the_forward_keeps_for_later_is_made_again_on_the_cpu():
@@ -247,8 +249,14 @@ def linear(**changes):
     [
         ({"weight": torch.ones(2, 3)}, "the model has bias, where the other side has nothing"),
         (linear(more=torch.ones(1)), "the files have more, where .*strict=False"),
-        (linear(weight=torch.ones(3, 3)), r"'weight' is float32\[3, 3\] where the model's .* is float32\[2, 3\]"),
-        (linear(bias=torch.ones(2).bfloat16()), r"'bias' is bfloat16\[2\] where .*float32\[2\]; give cast=True"),
+        (
+            linear(weight=torch.ones(3, 3)),
+            r"'weight' is float32\[3, 3\] where the model's .* is float32\[2, 3\]",
+        ),
+        (
+            linear(bias=torch.ones(2).bfloat16()),
+            r"'bias' is bfloat16\[2\] where .*float32\[2\]; give cast=True",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name_and_nothing_changes(tensors, match, tmp_path):
@@ -335,6 +343,7 @@ def test_a_folder_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(pe.PipelineError, match="cannot be written: No space left"):
         pe.save_pretrained(model, tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model"]
 
 
 def test_without_safetensors_it_says_what_to_install(tmp_path, monkeypatch):

@@ -26,7 +26,9 @@ def config(name: str) -> transformers.PretrainedConfig:
         "t5": lambda: transformers.T5Config(
             vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
         ),
-        "mixtral": lambda: transformers.MixtralConfig(**DECODER, num_local_experts=2, output_router_logits=True),
+        "mixtral": lambda: transformers.MixtralConfig(
+            **DECODER, num_local_experts=2, output_router_logits=True
+        ),
         "vit": lambda: transformers.ViTConfig(
             hidden_size=16,
             intermediate_size=32,

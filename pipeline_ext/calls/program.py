@@ -150,15 +150,16 @@ class Program:
 
     def _unused(self) -> nn.Module:
         called = {module for call in self.calls for module in call.unit.modules()}
-        used = {p for module in called for p in module.parameters(recurse=False)}
-        used |= {
-            held.owner._parameters[held.name] for call in (*self.calls, self.output) for held in call.parameters
-        }
+        used: set[Tensor | None] = {p for module in called for p in module.parameters(recurse=False)}
+        for call in (*self.calls, self.output):
+            used |= {held.owner._parameters[held.name] for held in call.parameters}
         unused = nn.Module()
         for module, name in self._names.items():
             if module not in called:
                 own = unused._modules[name or "itself"] = nn.Module()
-                own._parameters = {n: p for n, p in module._parameters.items() if p is not None and p not in used}
+                own._parameters = {
+                    n: p for n, p in module._parameters.items() if p is not None and p not in used
+                }
                 own._buffers = dict(module._buffers)
         return unused
 
@@ -241,8 +242,9 @@ class Program:
 def refuse_a_part(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     """A hook of a model whose state is in several processes."""
     raise PipelineError(
-        f"this process has only its own part of the {type(model).__name__}; call save_pretrained(pipe, folder) or "
-        "save_checkpoint(folder, pipe) of pipeline_ext in all processes, or state_dict() of the Pipeline for its part"
+        f"this process has only its own part of the {type(model).__name__}; call "
+        "save_pretrained(pipe, folder) or save_checkpoint(folder, pipe) of pipeline_ext in all processes, or "
+        "state_dict() of the Pipeline for its part"
     )
 
 

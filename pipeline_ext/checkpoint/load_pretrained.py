@@ -29,10 +29,12 @@ def load_pretrained(
 ) -> LoadedNames:
     """Copies in the weights of a folder of safetensors files, as ``save_pretrained`` of transformers writes it.
 
-    The folder holds ``model.safetensors``, or several files and ``model.safetensors.index.json``. If the pipeline
-    is in many processes, all processes of torch.distributed call it together; each reads only the tensors of its
-    own stages, 16 MiB at a time. A tied parameter needs one of its names in the files. Names that transformers
-    has changed, and the prefix of a base model, are understood. Nothing is unpickled. Example::
+    The folder holds ``model.safetensors``, or several files and ``model.safetensors.index.json``. If the
+    pipeline is in many processes, all processes of torch.distributed call it together; each reads only the
+    tensors of its own stages, 16 MiB at a time. A tied parameter needs one of its names in the files. Names
+    that transformers has changed, and the prefix of a base model, are understood. Nothing is unpickled.
+
+    Example::
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -49,8 +51,8 @@ def load_pretrained(
         ``missing_keys`` and ``unexpected_keys``, of the whole model, the same in all processes.
 
     Raises:
-        InvalidArgument: there are no safetensors files, or one is damaged; or, by name, tensors that are missing or
-            unexpected, or of another shape or type. Nothing has changed.
+        InvalidArgument: there are no safetensors files, or one is damaged; or, by name, tensors that are
+            missing or unexpected, or of another shape or type. Nothing has changed.
         PipelineError: safetensors is not installed, a file cannot be read, or a step is running.
     """
     path = Path(os.path.realpath(folder))
@@ -60,7 +62,9 @@ def load_pretrained(
         known = [name for names in of_all(list(here), weights.alone) for name in names]
         with together(what, weights.alone):
             files = SafetensorsFolder(folder_at(path) or path)
-            found = _Found(files.names, names_in_model(weights.module, files.names, set(known)), weights.repeated)
+            found = _Found(
+                files.names, names_in_model(weights.module, files.names, set(known)), weights.repeated
+            )
             answer = _compared(weights.module, found, known)
             if strict and any(answer):
                 raise InvalidArgument(_refusal(answer))
@@ -76,7 +80,9 @@ def load_pretrained(
 class _Found:
     """Which tensors of a folder are which of the model's."""
 
-    def __init__(self, in_file: Sequence[str], in_model: Mapping[str, str], repeated: Mapping[str, str]) -> None:
+    def __init__(
+        self, in_file: Sequence[str], in_model: Mapping[str, str], repeated: Mapping[str, str]
+    ) -> None:
         self._repeated = repeated
         self._in_file: dict[str, list[str]] = {}  # by the first name of a tied parameter
         self.names = in_model
@@ -117,7 +123,9 @@ def _refusal(answer: LoadedNames) -> str:
     ]
     advice = "give strict=False to load the others"
     if answer.missing_keys and answer.unexpected_keys:
-        advice += "; if the files hold the same weights in another layout, as experts one by one, write them with "
+        advice += (
+            "; if the files hold the same weights in another layout, as experts one by one, write them with "
+        )
         advice += "save_pretrained(folder, save_original_format=False) of transformers"
     return f"{', and '.join(parts)}, where the other side has nothing; {advice}"
 
@@ -146,10 +154,12 @@ def _check_ties(files: SafetensorsFolder, wanted: Iterable[tuple[str, Tensor]]) 
     first: dict[Tensor, str] = {}
     for name, tensor in wanted:
         other = first.setdefault(tensor, name)
-        if other != name and not all(torch.equal(a, b) for (_, a), (_, b) in zip(files.read(other), files.read(name))):
+        if other != name and not all(
+            torch.equal(a, b) for (_, a), (_, b) in zip(files.read(other), files.read(name))
+        ):
             raise InvalidArgument(
-                f"{other!r} and {name!r} have different values, and the model ties them; give a model that does "
-                "not (tie_word_embeddings=False in the config of transformers)"
+                f"{other!r} and {name!r} have different values, and the model ties them; give a model that "
+                "does not (tie_word_embeddings=False in the config of transformers)"
             )
 
 

@@ -14,7 +14,12 @@ from ..errors import InvalidArgument, PipelineError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-WEIGHTS = ("model*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")  # of earlier saves too
+WEIGHTS = (
+    "model*.safetensors",
+    INDEX,
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+)  # of earlier saves too
 _MAPPED = 16 << 20  # bytes of a file that are read before it is opened anew
 _DTYPES = {
     "F64": torch.float64,
@@ -71,7 +76,9 @@ class SafetensorsFolder:
                 inside = set(file.keys())
                 for name in of_file:
                     if name not in inside:
-                        raise InvalidArgument(f"the index says that {file_name} holds {name!r}, which it does not")
+                        raise InvalidArgument(
+                            f"the index says that {file_name} holds {name!r}, which it does not"
+                        )
                     part = file.get_slice(name)
                     dtype = part.get_dtype()
                     found[name] = Look(_DTYPES.get(dtype, dtype), tuple(part.get_shape()))
@@ -156,10 +163,10 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _nothing_there(folder: Path) -> str:
     if not folder.is_dir():
-        return "there is no such folder; huggingface_hub.snapshot_download makes one of a model of the hub"
+        return "there is no such folder; huggingface_hub.snapshot_download makes one of the hub's models"
     if any(folder.glob("pytorch_model*.bin")):
         return (
-            "it holds a pickle (pytorch_model.bin), which can run code when it is read; write safetensors first, "
-            "with from_pretrained(folder).save_pretrained(other) of transformers"
+            "it holds a pickle (pytorch_model.bin), which can run code when it is read; write safetensors "
+            "first, with from_pretrained(folder).save_pretrained(other) of transformers"
         )
     return f"it holds neither {SINGLE} nor {INDEX}"

@@ -31,9 +31,9 @@ def initialise(
 ) -> None:
     """Gives parameters and buffers on the meta device memory and values, the same in all ``replicas``.
 
-    Layers are initialised from the inside out, as when a model is made: by the ``_init_weights`` of the innermost
-    model around them, as those of transformers have, and by ``reset_parameters`` where that leaves something out.
-    Tensors of other processes stay on the meta device, where initialising them does nothing.
+    Layers are initialised from the inside out, as when a model is made: by the ``_init_weights`` of the
+    innermost model around them, as those of transformers have, and by ``reset_parameters`` where that leaves
+    something out. Tensors of other processes stay on the meta device, where initialising them does nothing.
 
     Args:
         within: the model that ``modules`` are of, if it is one module.
@@ -82,11 +82,19 @@ def _empty_like(tensor: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _hidden(owners: Sequence[nn.Module], new: Collection[Tensor]) -> Iterator[None]:
     """Inside it, tensors that have values already are on the meta device, so that nothing overwrites them."""
-    given = {t for owner in owners for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None}
-    kept = [(table, name, table[name]) for table, name in _places(owners, given - set(new)) if not table[name].is_meta]
+    given = {
+        t for owner in owners for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None
+    }
+    kept = [
+        (table, name, table[name])
+        for table, name in _places(owners, given - set(new))
+        if not table[name].is_meta
+    ]
     for table, name, tensor in kept:
         on_meta = tensor.detach().to("meta")
-        table[name] = nn.Parameter(on_meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else on_meta
+        table[name] = (
+            nn.Parameter(on_meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else on_meta
+        )
     try:
         yield
     finally:
@@ -140,7 +148,9 @@ class _Initialising:
         self._seen[module] = False
         by = _initialiser(module) or by
         own_tensors = [
-            t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t in self._new
+            t
+            for t in (*module._parameters.values(), *module._buffers.values())
+            if t is not None and t in self._new
         ]
         inside = [self._visit(child, by) for child in module.children()]
         self._seen[module] = bool(own_tensors) or any(inside)
@@ -179,8 +189,8 @@ def _refuse_unwritten(owners: Iterable[nn.Module], new: Collection[Tensor], writ
         ]
         if left:
             raise InvalidArgument(
-                f"{type(owner).__name__} has {', '.join(left)} on the meta device and no reset_parameters() that "
-                "could initialise them; give it one, or make the stage on the CPU"
+                f"{type(owner).__name__} has {', '.join(left)} on the meta device and no reset_parameters() "
+                "that could initialise them; give it one, or make the stage on the CPU"
             )
 
 
