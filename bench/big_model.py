@@ -1,8 +1,9 @@
 """The memory of processes that share a model which none of them could hold.
 
-A Llama of 1 GB in float32 lies in safetensors files. Each of 4 processes makes it on the meta device, cuts it, and
-loads its own stage. Its peak resident size, without that of a process that has only imported the packages, stands
-beside the bytes of its stage. So does the peak after the model was saved again. Writes bench/results/big_model.json.
+A Llama of 1 GB in float32 lies in safetensors files. Each of 4 processes makes it on the meta device, cuts it,
+and loads its own stage. Its peak resident size, without that of a process that has only imported the packages,
+stands beside the bytes of its stage. So does the peak after the model was saved again. Writes
+bench/results/big_model.json.
 """
 
 import argparse
@@ -29,7 +30,7 @@ _spawn = multiprocessing.get_context("spawn")
 
 def imported() -> Any:
     """Imports what the processes use; returns transformers."""
-    import torch.distributed
+    import torch.distributed  # noqa: F401
     import transformers
 
     transformers.logging.set_verbosity_error()

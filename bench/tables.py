@@ -220,6 +220,18 @@ def torchtitan_step(results: dict) -> list[str]:
     return lines
 
 
+def big_model(results: dict) -> list[str]:
+    lines = [
+        "| stage | bytes, MB | peak of the process, MB | by the bytes | aim | after saving, by the bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for stage, row in enumerate(results["rows"]):
+        peak = (row["peak"] - results["empty_process"]) / 1e6
+        figures = f"{row['over_share']:.2f} | under {results['aim']} | {row['saved_over_share']:.2f}"
+        lines.append(f"| {stage} | {row['share'] / 1e6:.0f} | {peak:.0f} | {figures} |")
+    return lines
+
+
 def gpu_step(results: dict) -> list[str]:
     names = list(dict.fromkeys(name for row in results["rows"] for name in row["peak_gib"]))
     lines = [
@@ -268,6 +280,7 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
     "k_tradeoff": k_tradeoff,
     "recompute": recompute,
     "torchtitan_step": torchtitan_step,
+    "big_model": big_model,
     "gpu_step": gpu_step,
     "gpu_host": gpu_host,
 }

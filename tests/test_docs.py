@@ -19,7 +19,8 @@ from pipeline_ext.cli import main
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PROCESSES = ROOT / "docs" / "tutorials" / "many_processes.md"  # its script is for torchrun
-TUTORIALS = sorted(set(PROCESSES.parent.glob("*.md")) - {PROCESSES})
+BIG_MODELS = PROCESSES.with_name("big_models.md")  # so is its first
+TUTORIALS = sorted(set(PROCESSES.parent.glob("*.md")) - {PROCESSES, BIG_MODELS})
 PLANNING = (ROOT / "docs" / "planner.md").read_text()
 ERRORS = (ROOT / "docs" / "errors.md").read_text()
 BEGINNING = re.search(r"```python\n(.*?)```", ERRORS, re.S)[1]
@@ -75,6 +76,18 @@ def test_the_script_for_many_processes_runs(size, tmp_path):
     result = torchrun(size, ["train.py"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"{size // 2} x 2 processes, loss 0." in result.stdout
+
+
+def test_the_script_for_big_models_runs_and_transformers_reads_what_it_saves(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="needs transformers, of the extra `test`")
+    monkeypatch.chdir(tmp_path)
+    script, after = re.findall(r"```python\n(.*?)```", BIG_MODELS.read_text(), re.S)
+    (tmp_path / "big.py").write_text(script)
+    result = torchrun(2, ["big.py"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"loss \d\.\d{3}\n", result.stdout)
+    exec(after, names := {})
+    assert not any(p.is_meta for p in names["model"].parameters())
 
 
 def test_the_example_of_the_scheduler_page_runs():

@@ -14,7 +14,7 @@ from pipeline_ext.checkpoint import save_pretrained as saving
 transformers = pytest.importorskip("transformers", reason="needs transformers, of the extra `test`")
 pytest.importorskip("safetensors", reason="needs safetensors, of the extra `test`")
 
-from tiny_models import NAMES, auto_class, batch, made
+from tiny_models import NAMES, auto_class, batch, made  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:input keyword .'labels'.")  # of a ViT: one for each row
 
@@ -343,6 +343,7 @@ def test_a_folder_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(pe.PipelineError, match="cannot be written: No space left"):
         pe.save_pretrained(model, tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model"]
 
 
 def test_without_safetensors_it_says_what_to_install(tmp_path, monkeypatch):

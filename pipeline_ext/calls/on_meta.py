@@ -55,8 +55,8 @@ class OnMeta:
 
 
 _INSTEAD = (
-    "if sample= is on the meta device, give one with values; if the code looks at values that depend on weights, "
-    "make the model on the CPU in each process, which keeps only its own stages of it"
+    "if sample= is on the meta device, give one with values; if the code looks at values that depend on "
+    "weights, make the model on the CPU in each process, which keeps only its own stages of it"
 )
 
 
@@ -84,7 +84,7 @@ class _Values:
         if twin is None:
             return None
         own = torch.empty(0, dtype=tensor.dtype)
-        return own.set_(twin, tensor.storage_offset(), tensor.shape, tensor.stride())  # type: ignore[call-overload]
+        return own.set_(twin, tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def put(self, tensor: Tensor, value: Tensor) -> None:
         """``value`` is that of a tensor whose memory is new."""

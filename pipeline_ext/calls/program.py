@@ -152,10 +152,9 @@ class Program:
 
     def _unused(self) -> nn.Module:
         called = {module for call in self.calls for module in call.unit.modules()}
-        used = {p for module in called for p in module.parameters(recurse=False)}
-        used |= {
-            held.owner._parameters[held.name] for call in (*self.calls, self.output) for held in call.parameters
-        }
+        used: set[Tensor | None] = {p for module in called for p in module.parameters(recurse=False)}
+        for call in (*self.calls, self.output):
+            used |= {held.owner._parameters[held.name] for held in call.parameters}
         unused = nn.Module()
         for module, name in self._names.items():
             if module not in called:
@@ -246,8 +245,9 @@ class Program:
 def refuse_a_part(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     """A hook of a model whose state is in several processes."""
     raise PipelineError(
-        f"this process has only its own part of the {type(model).__name__}; call save_pretrained(pipe, folder) or "
-        "save_checkpoint(folder, pipe) of pipeline_ext in all processes, or state_dict() of the Pipeline for its part"
+        f"this process has only its own part of the {type(model).__name__}; call "
+        "save_pretrained(pipe, folder) or save_checkpoint(folder, pipe) of pipeline_ext in all processes, or "
+        "state_dict() of the Pipeline for its part"
     )
 
 

@@ -49,8 +49,10 @@ def route(units: Iterable[nn.Module]) -> None:
 
 
 def not_here(unit: nn.Module, name: str) -> None:
-    """Lets a call of a routed unit outside the pipeline raise PipelineError, as another process has its memory."""
-    unit._compiled_call_impl.elsewhere = name
+    """Lets calls of a routed unit outside the pipeline raise PipelineError: another process has its memory."""
+    router = unit._compiled_call_impl
+    assert isinstance(router, _Router)
+    router.elsewhere = name
 
 
 def compiled(module: nn.Module) -> bool:
@@ -72,8 +74,9 @@ class _Router:
         compute = self._unit._call_impl if self.compiled is None else self.compiled
         if run is None and self.elsewhere is not None:
             raise PipelineError(
-                f"the weights of {self.elsewhere} are in another process, so the model cannot run here; call eval "
-                "of the Pipeline in all processes, or save_pretrained(pipe, folder) and load the model from there"
+                f"the weights of {self.elsewhere} are in another process, so the model cannot run here; call "
+                "eval of the Pipeline in all processes, or save_pretrained(pipe, folder) and load the model "
+                "from there"
             )
         # A backward that recomputes a unit is no part of the forward.
         if run is None or torch._C._current_graph_task_id() != -1:

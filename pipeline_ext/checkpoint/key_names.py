@@ -12,8 +12,8 @@ from ..base.imported import imported_class
 def names_in_model(model: nn.Module, in_file: Iterable[str], known: Collection[str]) -> dict[str, str]:
     """The name in the model of each tensor in a file; its own name where the model has none like it.
 
-    ``known``: the names in the unsplit model. Checkpoints of transformers may have older names, which the library
-    knows, and names with or without the prefix of the base model, as ``model.`` of a Llama.
+    ``known``: the names in the unsplit model. Checkpoints of transformers may have older names, which the
+    library knows, and names with or without the prefix of the base model, as ``model.`` of a Llama.
     """
     renamings = _renamings(model)
     prefix = getattr(model, "base_model_prefix", "")

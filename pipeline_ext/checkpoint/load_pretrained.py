@@ -29,10 +29,12 @@ def load_pretrained(
 ) -> LoadedNames:
     """Copies in the weights of a folder of safetensors files, as ``save_pretrained`` of transformers writes it.
 
-    The folder holds ``model.safetensors``, or several files and ``model.safetensors.index.json``. If the pipeline
-    is in many processes, all processes of torch.distributed call it together; each reads only the tensors of its
-    own stages, 16 MiB at a time. A tied parameter needs one of its names in the files. Names that transformers
-    has changed, and the prefix of a base model, are understood. Nothing is unpickled. Example::
+    The folder holds ``model.safetensors``, or several files and ``model.safetensors.index.json``. If the
+    pipeline is in many processes, all processes of torch.distributed call it together; each reads only the
+    tensors of its own stages, 16 MiB at a time. A tied parameter needs one of its names in the files. Names
+    that transformers has changed, and the prefix of a base model, are understood. Nothing is unpickled.
+
+    Example::
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -49,8 +51,8 @@ def load_pretrained(
         ``missing_keys`` and ``unexpected_keys``, of the whole model, the same in all processes.
 
     Raises:
-        InvalidArgument: there are no safetensors files, or one is damaged; or, by name, tensors that are missing or
-            unexpected, or of another shape or type. Nothing has changed.
+        InvalidArgument: there are no safetensors files, or one is damaged; or, by name, tensors that are
+            missing or unexpected, or of another shape or type. Nothing has changed.
         PipelineError: safetensors is not installed, a file cannot be read, or a step is running.
     """
     path = Path(os.path.realpath(folder))
@@ -156,8 +158,8 @@ def _check_ties(files: SafetensorsFolder, wanted: Iterable[tuple[str, Tensor]]) 
             torch.equal(a, b) for (_, a), (_, b) in zip(files.read(other), files.read(name))
         ):
             raise InvalidArgument(
-                f"{other!r} and {name!r} have different values, and the model ties them; give a model that does "
-                "not (tie_word_embeddings=False in the config of transformers)"
+                f"{other!r} and {name!r} have different values, and the model ties them; give a model that "
+                "does not (tie_word_embeddings=False in the config of transformers)"
             )
 
 

@@ -163,10 +163,10 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _nothing_there(folder: Path) -> str:
     if not folder.is_dir():
-        return "there is no such folder; huggingface_hub.snapshot_download makes one of a model of the hub"
+        return "there is no such folder; huggingface_hub.snapshot_download makes one of the hub's models"
     if any(folder.glob("pytorch_model*.bin")):
         return (
-            "it holds a pickle (pytorch_model.bin), which can run code when it is read; write safetensors first, "
-            "with from_pretrained(folder).save_pretrained(other) of transformers"
+            "it holds a pickle (pytorch_model.bin), which can run code when it is read; write safetensors "
+            "first, with from_pretrained(folder).save_pretrained(other) of transformers"
         )
     return f"it holds neither {SINGLE} nor {INDEX}"

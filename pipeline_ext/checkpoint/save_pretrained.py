@@ -1,11 +1,12 @@
 """Saves a model as a folder of safetensors files, gathered from the processes that hold it, file by file."""
 
+import contextlib
 import copy
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +26,12 @@ from .unsplit import UnsplitModel, weights_of
 def save_pretrained(
     model: UnsplitModel | nn.Module, folder: str | os.PathLike, *, max_shard_size: int = 1 << 30
 ) -> None:
-    """Saves the weights as safetensors files, which ``from_pretrained`` of transformers and ``load_pretrained`` read.
+    """Saves the weights as safetensors files, for ``from_pretrained`` of transformers and ``load_pretrained``.
 
-    If the pipeline is in many processes, all processes of torch.distributed call it together; process 0 writes, and
-    holds one file's tensors at a time beside its own. Tied parameters are written once, under their first name.
-    With them go the index, and the configurations of a model of transformers. Other files of the folder, as a
-    tokenizer's, stay. A crash at any moment leaves the old folder or the new one.
+    If the pipeline is in many processes, all processes of torch.distributed call it together; process 0 writes,
+    and holds one file's tensors at a time beside its own. Tied parameters are written once, under their first
+    name. With them go the index, and the configurations of a model of transformers. Other files of the folder,
+    as a tokenizer's, stay. A crash at any moment leaves the old folder or the new one.
 
     Args:
         model: a Pipeline, or a plain module.
@@ -39,8 +40,8 @@ def save_pretrained(
 
     Raises:
         InvalidArgument: ``max_shard_size`` is no positive number, or ``folder`` is a file.
-        PipelineError: safetensors is not installed, the folder cannot be written, or a step is running. What was
-            there is unchanged.
+        PipelineError: safetensors is not installed, the folder cannot be written, or a step is running. What
+            was there is unchanged.
     """
     path = Path(os.path.realpath(folder))
     with weights_of(model, "save_pretrained was called") as weights:
@@ -52,26 +53,34 @@ def save_pretrained(
             library()
             here = weights.module.state_dict()
             looks = _looks(here, weights.repeated)
-            if rank == 0:
-                _begin(new, path)
         shards = _shards(of_all(looks, weights.alone), max_shard_size)
-        names = file_names(len(shards))
-        for file_name, shard in zip(names, shards):
+        with _removed_on_failure(new):
             with together(what, weights.alone):
-                tensors = {
-                    entry.name: tensor
-                    for entry in shard
-                    if (tensor := _gathered(entry, here, rank)) is not None
-                }
                 if rank == 0:
-                    write_file(new / file_name, tensors)
-                del tensors
-        with together(what, weights.alone):
-            if rank == 0:
-                if len(shards) > 1:
-                    _write_index(new / INDEX, dict(zip(names, shards)))
-                _write_configurations(weights.module, here, new)
-                put_folder(new, path)
+                    _begin(new, path)
+            names = file_names(len(shards))
+            for file_name, shard in zip(names, shards):
+                with together(what, weights.alone):
+                    gathered = ((entry.name, _gathered(entry, here, rank)) for entry in shard)
+                    tensors = {name: tensor for name, tensor in gathered if tensor is not None}
+                    if rank == 0:
+                        write_file(new / file_name, tensors)
+                    del tensors
+            with together(what, weights.alone):
+                if rank == 0:
+                    if len(shards) > 1:
+                        _write_index(new / INDEX, dict(zip(names, shards)))
+                    _write_configurations(weights.module, here, new)
+                    put_folder(new, path)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 _Look = tuple[str, torch.dtype, tuple[int, ...]]
@@ -92,7 +101,7 @@ class _Entry(NamedTuple):
 
 
 def _check(path: Path, max_shard_size: int) -> None:
-    if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
+    if type(max_shard_size) is not int or max_shard_size < 1:
         raise InvalidArgument(f"max_shard_size is {max_shard_size!r}; give a number of bytes, as 1 << 30")
     if path.exists() and not path.is_dir():
         raise InvalidArgument("it is a file; give a folder")
@@ -125,7 +134,8 @@ def _looks(here: Mapping[str, Any], repeated: Mapping[str, str]) -> list[_Look]:
     for name, value in here.items():
         if not isinstance(value, Tensor):
             raise InvalidArgument(
-                f"{name!r} is a {type(value).__name__}, and safetensors files hold tensors only; use save_checkpoint"
+                f"{name!r} is a {type(value).__name__}, and safetensors files hold tensors only; use "
+                "save_checkpoint"
             )
     return [(name, t.dtype, tuple(t.shape)) for name, t in here.items() if repeated.get(name, name) == name]
 

@@ -25,7 +25,7 @@ LOSS = "loss_fn."  # prefix of the names of a loss function's parameters and buf
 
 
 def repeated_names(model: nn.Module | Sequence[Any], loss_fn: Any = None) -> dict[str, str]:
-    """The names of tied parameters, except the first name of each, with that one, as ``LocalModel`` takes them."""
+    """The names of tied parameters, except the first name of each, and that one; for ``LocalModel``."""
     whole = model if isinstance(model, nn.Module) else _numbered(enumerate(model))
     trained = _with_loss(_unwrapped(whole), loss_fn)
     first = {parameter: name for name, parameter in trained.named_parameters()}

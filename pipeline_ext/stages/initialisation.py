@@ -31,9 +31,9 @@ def initialise(
 ) -> None:
     """Gives parameters and buffers on the meta device memory and values, the same in all ``replicas``.
 
-    Layers are initialised from the inside out, as when a model is made: by the ``_init_weights`` of the innermost
-    model around them, as those of transformers have, and by ``reset_parameters`` where that leaves something out.
-    Tensors of other processes stay on the meta device, where initialising them does nothing.
+    Layers are initialised from the inside out, as when a model is made: by the ``_init_weights`` of the
+    innermost model around them, as those of transformers have, and by ``reset_parameters`` where that leaves
+    something out. Tensors of other processes stay on the meta device, where initialising them does nothing.
 
     Args:
         within: the model that ``modules`` are of, if it is one module.
@@ -189,8 +189,8 @@ def _refuse_unwritten(owners: Iterable[nn.Module], new: Collection[Tensor], writ
         ]
         if left:
             raise InvalidArgument(
-                f"{type(owner).__name__} has {', '.join(left)} on the meta device and no reset_parameters() that "
-                "could initialise them; give it one, or make the stage on the CPU"
+                f"{type(owner).__name__} has {', '.join(left)} on the meta device and no reset_parameters() "
+                "that could initialise them; give it one, or make the stage on the CPU"
             )
 
 
