@@ -60,12 +60,12 @@ class Pipeline(UnsplitModel, NoModule):
             optimizer.step()
 
     Model and cut:
-        model: any module. An ``nn.Sequential`` that does nothing but run its layers is cut between layers; each
-            stage of another runs the model's own forward and computes its share of the calls of layers. Or a
-            list of stage modules, each of which takes the result of the previous one as its one argument. The
-            list may hold functions without arguments that make the modules. Each process of a ``mesh`` then calls only those of its own stages,
-            and parameters tied between processes are not recognised. To tie parameters across processes, give
-            modules, on the meta device if they are large.
+        model: any module. An ``nn.Sequential`` that does nothing but run its layers is cut between layers;
+            each stage of another runs the model's own forward and computes its share of the calls of layers.
+            Or a list of stage modules, each of which takes the result of the previous one as its one argument.
+            The list may hold functions without arguments that make the modules. Each process of a ``mesh``
+            then calls only those of its own stages, and parameters tied between processes are not recognised.
+            To tie parameters across processes, give modules, on the meta device if they are large.
         num_stages: the number of stages. Optional if ``model`` or ``cuts`` say it.
         cuts, balance, sample: where to cut; see ``pipeline_ext.partition.cut``. A model that is cut by its own
             forward needs a ``sample``, a batch of the kind that ``step`` gets; without one, and without
@@ -138,7 +138,8 @@ class Pipeline(UnsplitModel, NoModule):
     Numbers:
         loss_fn: called as ``loss_fn(output, target)``, or ``loss_fn(output)`` for a step without target;
             returns a tensor without dimensions. None: for a model cut by its own forward, the output's
-            ``loss``, or the output itself if it is a scalar; others do not train. If it is a module, its parameters are trained too.
+            ``loss``, or the output itself if it is a scalar; others do not train. If it is a module, its
+            parameters are trained too.
         stage_loss: called as ``stage_loss(module)`` with each stage's module after each of its forwards;
             returns a scalar that adds to the total loss, weighted like the microbatch's own. For penalties on
             weights, and for losses that layers keep in attributes. ``loss_fn`` is refused if it reaches for
@@ -148,10 +149,11 @@ class Pipeline(UnsplitModel, NoModule):
         loss_weight: called with a microbatch's target, or with its keyword input ``labels`` if the model
             computes the loss and there is no target; returns what the mean in its loss is over, as
             ``pipeline_ext.count_not(-100)`` for masked labels. The total is then the mean over all that count,
-            sum(w * loss) / sum(w), over all replicas too; a microbatch with w = 0 is left out. With replicas, a
-            step's loss is this replica's part of the total, times their number, so that the mean of theirs is
-            the total. What ``stage_loss`` and ``WithLoss`` add is weighted by rows. ``"rows"``: weigh by rows;
-            so does None, but refuses a target of which microbatches have different numbers of labels of -100.
+            sum(w * loss) / sum(w), over all replicas too; a microbatch with w = 0 is left out. With replicas,
+            a step's loss is this replica's part of the total, times their number, so that the mean of theirs
+            is the total. What ``stage_loss`` and ``WithLoss`` add is weighted by rows. ``"rows"``: weigh by
+            rows; so does None, but refuses a target of which microbatches have different numbers of labels of
+            -100.
         optimizer: its ``step`` is called at the end of each step, and is part of the graph if there is one. A
             graph needs torch's SGD, or an optimizer made with ``capturable=True``.
         scaler: scales each loss before its backward. The losses that ``step`` returns are unscaled. After
