@@ -30,6 +30,7 @@ _context.set_forkserver_preload(
         "pipeline_ext.checkpoint.files",
         "pipeline_ext.pipeline",
         "pipeline_ext.pipelining",
+        "pipeline_ext.transformers",
         "pytest",
         "torch._dynamo",  # which the first optimizer imports
         "torch.distributed.checkpoint.state_dict",
