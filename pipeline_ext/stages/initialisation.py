@@ -15,6 +15,8 @@ from ..errors import InvalidArgument
 from ..processes.connections import own_part
 from .wrapped import reduced_in
 
+Place = tuple[dict[str, Any], str]  # where a module holds a tensor: the table, and the name in it
+
 
 class Initialise(Protocol):
     """``initialise`` of a certain model."""
@@ -54,7 +56,10 @@ def initialise(
         table[name] = made[table[name]]
     if made:
         new = set(made.values())
-        with _hidden(owners, new), torch.no_grad(), _Writes() as writes:
+        given = {t for owner in owners for t in (*owner._parameters.values(), *owner._buffers.values())}
+        with_values = {t for t in given - new if t is not None and not t.is_meta}
+        hidden = [*_places(owners, with_values), *_repeated(owners, new)]
+        with _hidden(hidden), torch.no_grad(), _Writes() as writes:
             for root in roots:
                 _Initialising(root, new, writes).run()
         _refuse_unwritten(owners, new, writes)
@@ -62,13 +67,13 @@ def initialise(
         _make_equal(modules, replicas)
 
 
-def _places(owners: Iterable[nn.Module], tensors: Collection[Tensor]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where modules hold these tensors."""
-    for owner in owners:
-        for table in (owner._parameters, owner._buffers):
-            for name, tensor in list(table.items()):
-                if tensor is not None and tensor in tensors:
-                    yield table, name
+def _places(owners: Iterable[nn.Module], tensors: Collection[Tensor]) -> Iterator[Place]:
+    """Where modules hold these tensors, each place once: modules may share a table."""
+    tables = {id(table): table for owner in owners for table in (owner._parameters, owner._buffers)}
+    for table in tables.values():
+        for name, tensor in list(table.items()):
+            if tensor is not None and tensor in tensors:
+                yield table, name
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
@@ -79,17 +84,19 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return empty
 
 
+def _repeated(owners: Iterable[nn.Module], new: Collection[Tensor]) -> Iterator[Place]:
+    """The places of tied tensors, except the first: models are initialised before they are tied."""
+    seen: set[Tensor] = set()
+    for table, name in _places(owners, new):
+        if table[name] in seen:
+            yield table, name
+        seen.add(table[name])
+
+
 @contextlib.contextmanager
-def _hidden(owners: Sequence[nn.Module], new: Collection[Tensor]) -> Iterator[None]:
-    """Inside it, tensors that have values already are on the meta device, so that nothing overwrites them."""
-    given = {
-        t for owner in owners for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None
-    }
-    kept = [
-        (table, name, table[name])
-        for table, name in _places(owners, given - set(new))
-        if not table[name].is_meta
-    ]
+def _hidden(places: Iterable[Place]) -> Iterator[None]:
+    """Inside it, the tensors in these places are on the meta device, so that nothing overwrites them."""
+    kept = [(table, name, table[name]) for table, name in places]
     for table, name, tensor in kept:
         on_meta = tensor.detach().to("meta")
         table[name] = (
@@ -147,24 +154,22 @@ class _Initialising:
             return self._seen[module]
         self._seen[module] = False
         by = _initialiser(module) or by
-        own_tensors = [
-            t
-            for t in (*module._parameters.values(), *module._buffers.values())
-            if t is not None and t in self._new
-        ]
         inside = [self._visit(child, by) for child in module.children()]
-        self._seen[module] = bool(own_tensors) or any(inside)
-        if not self._seen[module]:
-            return False
+        own = list(_places([module], self._new))
+        self._seen[module] = bool(own) or any(inside)
+        if self._seen[module]:
+            self._initialise(module, by, own)
+        return self._seen[module]
+
+    def _initialise(self, module: nn.Module, by: Callable[[nn.Module], None] | None, own: list[Place]) -> None:
         if by is not None:
             by(module)
-        if not all(map(self._writes.filled, own_tensors)):
+        if not all(self._writes.filled(table[name]) for table, name in own):
             reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
             if callable(reset):
                 reset()
                 if by is not None:
                     by(module)
-        return True
 
 
 def _initialiser(model: nn.Module) -> Callable[[nn.Module], None] | None:
