@@ -48,9 +48,7 @@ def made(case: Case, microbatches: int, schedule: str, form: str, rank: int) -> 
 
 def measure(case: Case, microbatches: int, schedule: str, rounds: int) -> dict:
     """The times of both forms, and how much longer the own forward takes, round by round."""
-    contenders = {
-        form: Contender(form, made, case, microbatches, schedule, form) for form in (LIST, OWN)
-    }
+    contenders = {form: Contender(form, made, case, microbatches, schedule, form) for form in (LIST, OWN)}
     turns = in_turn(contenders, rounds, STEPS[case.name])
     ratios = [own / of_list for own, of_list in zip(turns.seconds[OWN], turns.seconds[LIST])]
     return {
