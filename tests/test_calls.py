@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from reference import twin
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import pipeline_ext as pe
 from pipeline_ext.calls import stage as call_stage
@@ -502,3 +503,35 @@ def test_random_numbers_do_not_depend_on_the_cut(stages):
             torch.manual_seed(1)
             losses.append(pipe.step(x, target=y))
     assert torch.equal(*losses)
+
+
+class Recomputed(Expert):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Global(Experts):
+    """Its hooks collect in a list that no module holds, and its layers are recomputed."""
+
+    def __init__(self):
+        super().__init__("entry")
+        self.blocks = nn.ModuleList(Recomputed() for _ in range(4))
+        self.collected = collected = []
+        for block in self.blocks:
+            block.router.register_forward_hook(lambda module, args, out: collected.append(out.square()))
+
+    def forward(self, x):
+        self.collected.clear()
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        kept = sum(block.kept for block in self.blocks)
+        return self.last(x) + kept + sum(scores.mean() for scores in self.collected[: len(self.blocks)])
+
+
+def test_stages_that_share_a_models_memory_take_turns():
+    model, (x, y) = Global(), batch()
+    with pe.Pipeline(model, 3, 4, "zb-h1", F.mse_loss, sample=x, devices=["cpu"] * 3) as pipe:
+        for _ in range(20):
+            report = pipe.verify(x, target=y)
+            assert report.loss == report.loss_microbatched and report.worst_microbatched <= ROUNDING

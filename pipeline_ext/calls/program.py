@@ -91,8 +91,8 @@ class Program:
         collected: inner modules with hooks.
         around: the modules whose code is around units.
         unused: holds the parameters and buffers that no call uses; they belong to the first stage.
-        exclusive: forwards of several stages must not run at the same time, because the model's code keeps
-            values of one forward in attributes.
+        exclusive: several stages must not run at the same time, because the model's code keeps values of one
+            forward in attributes, or hooks collect them.
     """
 
     model: nn.Module

@@ -16,6 +16,7 @@ from .routing import Call, route, running
 from .values import Missing, copied, describe_leaves
 
 Path = tuple[Any, ...]
+_SAFE = {"transformers.utils.output_capturing"}  # whose hooks collect for each thread
 
 
 def record(model: nn.Module, units: Mapping[nn.Module, str], arguments: Arguments) -> Program:
@@ -120,6 +121,12 @@ class _Recording:
             for n, call in enumerate(self._calls)
             for effect in call.effects
         )
+        hooked = any(
+            getattr(hook, "__module__", "") not in _SAFE
+            for unit in self._units
+            for module in unit.modules()
+            for hook in module._forward_hooks.values()
+        )
         return Program(
             self._model,
             self._units,
@@ -127,7 +134,7 @@ class _Recording:
             self._output,
             structure,
             plain_leaves(leaves),
-            changed or kept,
+            changed or kept or hooked,
             self._partial,
             frozenset(self._written),
             [s for bit, s in enumerate(self._sources) if isinstance(s, Held) and self._touched >> bit & 1],

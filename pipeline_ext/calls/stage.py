@@ -32,10 +32,12 @@ class CallStage(nn.Module):
     """
 
     program: Program
+    turns: contextlib.AbstractContextManager[Any]  # with other stages, if they cannot run at the same time
 
     def __init__(self, program: Program, begin: int, end: int) -> None:
         super().__init__()
         self.__dict__["program"] = program  # no child: it has the whole model
+        self.__dict__["turns"] = program.turns if program.exclusive else contextlib.nullcontext()
         self.begin, self.end = begin, end
         self.is_last = end == len(program.calls)
         self.sent = frozenset() if self.is_last else program.live_at(end)
@@ -60,7 +62,7 @@ class CallStage(nn.Module):
         else:
             (received,) = args
             arguments = received["arguments"]
-        with self.program.turns if self.program.exclusive else contextlib.nullcontext():
+        with self.turns:
             return self._run(arguments, received)
 
     def _run(self, arguments: Any, received: dict[str, Any]) -> Any:

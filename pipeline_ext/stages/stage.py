@@ -1,5 +1,6 @@
 """A module as a stage: forward and backward of one microbatch, the backward whole or split."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from .split_backward import WeightGradients, find_input_gradients, run_backward
 from .step import Step
 
 Arguments = tuple[tuple, dict[str, Any]]
+
+_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Stage:
         self.is_last = is_last
         self._loss_fn = loss_fn
         self._stage_loss = stage_loss
+        # Where stages take turns, because their code keeps values in modules that they share.
+        self._turns: contextlib.AbstractContextManager[Any] = getattr(module, "turns", _NOTHING)
         self._owners = owners
         self._elsewhere = elsewhere or {}
         self._loss_view = loss_view
@@ -186,7 +191,8 @@ class Stage:
         outputs, grads, in_flight = self._begin_backward(step, m)
         if outputs:
             step.random.enter(self.index, m, backward=True)
-            found = find_input_gradients(outputs, grads, in_flight.leaves())
+            with self._turns:
+                found = find_input_gradients(outputs, grads, in_flight.leaves())
             self._weight_grads[m] = found
             self.unsplit = found.whole
         self._send_back(step, m, in_flight)
@@ -199,7 +205,8 @@ class Stage:
         step.context.apply()
         if m in self._weight_grads:
             step.random.enter(self.index, m, backward=True)
-            self._weight_grads.pop(m).add()
+            with self._turns:
+                self._weight_grads.pop(m).add()
         step.exchange.release(self.index, m)
         self.thread = None
 
@@ -213,7 +220,8 @@ class Stage:
     def _run_backward(self, step: Step, m: int) -> None:
         outputs, grads, in_flight = self._begin_backward(step, m)
         if outputs:
-            run_backward(outputs, grads)
+            with self._turns:
+                run_backward(outputs, grads)
         self._send_back(step, m, in_flight)
 
     def _begin_backward(self, step: Step, m: int) -> tuple[list[Tensor], list[Tensor], InFlight]:
