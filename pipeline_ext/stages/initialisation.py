@@ -59,9 +59,11 @@ def initialise(
         given = {t for owner in owners for t in (*owner._parameters.values(), *owner._buffers.values())}
         with_values = {t for t in given - new if t is not None and not t.is_meta}
         hidden = [*_places(owners, with_values), *_repeated(owners, new)]
-        with _hidden(hidden), torch.no_grad(), _Writes() as writes:
-            for root in roots:
-                _Initialising(root, new, writes).run()
+        seed = int(torch.randint(1 << 62, ()))
+        if within is None and dist.is_initialized():
+            seed += dist.get_rank() << 32  # other processes number other layers
+        with _hidden(hidden), torch.no_grad(), torch.random.fork_rng(devices=[]), _Writes() as writes:
+            _Initialising(new, writes, seed).run(roots)
         _refuse_unwritten(owners, new, writes)
     if replicas is not None:
         _make_equal(modules, replicas)
@@ -137,27 +139,34 @@ def _memory(tensor: Tensor) -> int:
 
 
 class _Initialising:
-    """The initialisation of a module and what is inside it."""
+    """The initialisation of modules and what is inside them.
 
-    def __init__(self, root: nn.Module, new: Collection[Tensor], writes: _Writes) -> None:
-        self._root = root
+    Each module draws from a seed of its own, so that its values do not depend on which others are in this
+    process, and all processes' generators go on alike.
+    """
+
+    def __init__(self, new: Collection[Tensor], writes: _Writes, seed: int) -> None:
+        self._seed = seed
         self._new = new
         self._writes = writes
         self._seen: dict[nn.Module, bool] = {}  # whether it holds any of the new tensors
 
-    def run(self) -> None:
-        self._visit(self._root, None)
+    def run(self, roots: Iterable[nn.Module]) -> None:
+        for root in roots:
+            self._visit(root, None)
 
     def _visit(self, module: nn.Module, by: Callable[[nn.Module], None] | None) -> bool:
         """Initialises what is inside a module, then itself; says whether it holds new tensors."""
         if module in self._seen:
             return self._seen[module]
         self._seen[module] = False
+        number = len(self._seen)
         by = _initialiser(module) or by
         inside = [self._visit(child, by) for child in module.children()]
         own = list(_places([module], self._new))
         self._seen[module] = bool(own) or any(inside)
         if self._seen[module]:
+            torch.default_generator.manual_seed(self._seed + number)
             self._initialise(module, by, own)
         return self._seen[module]
 
