@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from trainers import PipelineTrainer, Trainer, assert_same_history, history, trainer
+from trainers import Tagger, assert_same_history, history, trainer
+from transformers import Trainer
 
 import pipeline_ext as pe
+from pipeline_ext.transformers import PipelineTrainer
 
 
 def both(name, tmp_path, **options):
@@ -113,3 +115,24 @@ def test_a_trainer_with_its_own_loss_is_refused_and_a_loss_function_is_the_way(t
     with pytest.raises(pe.InvalidArgument, match="Own has its own compute_loss.*give compute_loss_func="):
         trainer(Own, "gpt2", tmp_path)
     trainer(PipelineTrainer, "gpt2", tmp_path, compute_loss_func=mean_loss).train()
+
+
+class Spread(Tagger):
+    """Its loss is no mean over rows or labels."""
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        output = super().forward(input_ids)
+        output.loss = output.logits.std()
+        return output
+
+
+def test_a_loss_that_does_not_follow_from_its_parts_is_refused(tmp_path):
+    with pytest.raises(pe.PipelineError, match="no mean of its microbatches' losses.*or microbatches=1"):
+        trainer(PipelineTrainer, Spread(), tmp_path).train()
+    histories = []
+    for cls, options in ((PipelineTrainer, {"microbatches": 1}), (Trainer, {})):
+        torch.manual_seed(0)
+        trained = trainer(cls, Spread(), tmp_path, num_train_epochs=1, **options)
+        trained.train()
+        histories.append(history(trained))
+    assert_same_history(*histories)

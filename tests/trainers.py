@@ -12,7 +12,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    Trainer,
     TrainingArguments,
 )
 from transformers.modeling_outputs import TokenClassifierOutput
@@ -120,6 +119,3 @@ def assert_same_history(ours, theirs, rel=2e-6):
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs):
         assert a == pytest.approx(b, rel=rel, abs=1e-7)
-
-
-__all__ = ["PipelineTrainer", "Trainer"]

@@ -1,6 +1,7 @@
 """A Trainer whose model is a pipeline."""
 
 import contextlib
+import functools
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import OPTIMIZER_NAME
@@ -143,6 +145,14 @@ class PipelineTrainer(Trainer):
         loader = self.get_train_dataloader()
         with _random_state_kept():
             return next(iter(getattr(loader, "base_dataloader", loader)))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's, with the random numbers of process 0 in the workers of all."""
+        loader = super().get_train_dataloader()
+        plain = getattr(loader, "base_dataloader", loader)
+        if self._many and isinstance(plain.worker_init_fn, functools.partial):
+            plain.worker_init_fn = functools.partial(plain.worker_init_fn, rank=0)
+        return loader
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Cuts the model first, so that parameters of other processes are not kept in memory."""

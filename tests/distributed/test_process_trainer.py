@@ -10,7 +10,10 @@ import torch.distributed as dist
 from processes import run
 
 sys.path.append(str(Path(__file__).parents[1]))
-from trainers import MODELS, PipelineTrainer, Trainer, assert_same_history, history, trainer
+from trainers import MODELS, assert_same_history, history, trainer
+from transformers import Trainer
+
+from pipeline_ext.transformers import PipelineTrainer
 
 
 def as_torchrun_says():
@@ -41,6 +44,8 @@ def train(name, folder, resume):
     resumed = trainer(PipelineTrainer, name, folder, **OPTIONS)
     resumed.train(resume_from_checkpoint=resume or f"{folder}/checkpoint-2")
     resumed.save_model(f"{folder}/saved")
+    with_workers = trainer(PipelineTrainer, name, folder, dataloader_num_workers=1).get_train_dataloader()
+    assert with_workers.base_dataloader.worker_init_fn.keywords["rank"] == 0
     here = sum(p.numel() for p in trained.model.parameters() if not p.is_meta)
     return history(trained), history(resumed), here / sum(p.numel() for p in trained.model.parameters())
 
