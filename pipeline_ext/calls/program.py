@@ -1,5 +1,6 @@
 """The calls of a model's units in one forward, and what each needs of those before."""
 
+import functools
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,12 @@ class CallOfUnit:
     needs: frozenset[Source] = frozenset()
     parameters: list[Held] = field(default_factory=list)
 
+    @functools.cached_property
+    def is_one_tensor(self) -> bool:
+        """Whether a tensor is all that it leaves."""
+        assert self.spec is not None
+        return self.spec.is_leaf() and self.leaves[0].kind == "tensor" and not self.effects
+
     def parts(self) -> int:
         """The number of leaves of its result and of its effects."""
         return len(self.leaves) + sum(len(effect.leaves) for effect in self.effects)
@@ -91,6 +98,7 @@ class Program:
         collected: inner modules with hooks.
         around: the modules whose code is around units.
         unused: holds the parameters and buffers that no call uses; they belong to the first stage.
+        floats: the numbers of those that are tensors of floating point.
         exclusive: several stages must not run at the same time, because the model's code keeps values of one
             forward in attributes, or hooks collect them.
     """
@@ -101,6 +109,7 @@ class Program:
     output: CallOfUnit
     structure: pytree.TreeSpec
     plain: list[Any]
+    floats: frozenset[int]
     exclusive: bool
     partial: dict[type, Missing]
     written: frozenset[Source]
@@ -128,6 +137,10 @@ class Program:
             for module in self.around
             for table in (module._modules, module._parameters)
         ]
+
+    def dropped_at(self, cut: int) -> frozenset[int]:
+        """The numbers of the arguments that nothing from ``cut`` on needs; integers may be indices anywhere."""
+        return self.floats - {source.part for source in self.live_at(cut) if source.call == INPUTS}
 
     def live_at(self, cut: int) -> frozenset[Source]:
         """What calls from ``cut`` on, and the output, need of the inputs and of calls before it."""

@@ -134,6 +134,9 @@ class _Recording:
             self._output,
             structure,
             plain_leaves(leaves),
+            frozenset(
+                n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+            ),
             changed or kept or hooked,
             self._partial,
             frozenset(self._written),

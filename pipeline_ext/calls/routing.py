@@ -1,8 +1,7 @@
 """Hands the calls of units to the run of the calling thread, if it has one."""
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -28,14 +27,17 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-@contextlib.contextmanager
-def running(run: Run | None) -> Iterator[None]:
-    """Inside it, ``run`` gets this thread's calls of units; None: units run as they are."""
-    before, _thread.run = _thread.run, run
-    try:
-        yield
-    finally:
-        _thread.run = before
+class running:
+    """Inside it, ``run`` gets this thread's calls of units."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __enter__(self) -> None:
+        self._before, _thread.run = _thread.run, self._run
+
+    def __exit__(self, *_: object) -> None:
+        _thread.run = self._before
 
 
 def route(units: Iterable[nn.Module]) -> None:

@@ -41,7 +41,9 @@ class CallStage(nn.Module):
         self.begin, self.end = begin, end
         self.is_last = end == len(program.calls)
         self.sent = frozenset() if self.is_last else program.live_at(end)
-        self._needs_inputs = {source.part for source in self.sent if source.call == INPUTS}
+        self._drops = frozenset() if self.is_last else program.dropped_at(end)
+        self._lacks = begin > 0 and bool(program.dropped_at(begin))  # arguments: looks may stand in their place
+        self._writes = any(source.call == INPUTS for source in program.written)
         calls = [*program.calls[begin:end], *([program.output] if self.is_last else [])]
         # Names with dots, which add_module refuses, give parameters the names of the unsplit model.
         for call in program.calls[begin:end]:
@@ -67,7 +69,9 @@ class CallStage(nn.Module):
 
     def _run(self, arguments: Any, received: dict[str, Any]) -> Any:
         run = _StageRun(self, received)
-        args, kwargs = self._own(pytree.tree_map_only(str, run.opened, arguments) if received else arguments)
+        # Copies if the model's code writes to them: the next stage gets them as given.
+        given = copied(arguments) if self._writes else arguments
+        args, kwargs = pytree.tree_map_only(str, run.opened, given) if self._lacks else given
         try:
             with running(run), branch(INPUTS):
                 output = self.program.model(*args, **kwargs)
@@ -75,18 +79,15 @@ class CallStage(nn.Module):
             return {"arguments": self._passed_on(arguments), **run.passed_on()}
         return run.finish(output)
 
-    def _own(self, arguments: Any) -> Any:
-        """The arguments; copies if the model's code writes to them: the next stage gets them as given."""
-        written = any(source.call == INPUTS for source in self.program.written)
-        return copied(arguments) if written else arguments
-
     def _passed_on(self, arguments: Any) -> Any:
         """The arguments that later stages need; looks of the others."""
+        if not self._drops:
+            return arguments
         leaves, structure = pytree.tree_flatten(arguments)
         if structure != self.program.structure:
             return arguments
         passed = [
-            str(Look.of(leaf)) if isinstance(leaf, Tensor) and part not in self._needs_inputs else leaf
+            str(Look.of(leaf)) if part in self._drops and isinstance(leaf, Tensor) else leaf
             for part, leaf in enumerate(leaves)
         ]
         return pytree.tree_unflatten(passed, structure)
@@ -99,10 +100,9 @@ class _StageRun:
         self._stage = stage
         self._program = stage.program
         self._live: dict[str, Tensor] = dict(received.get("live", ()))
-        self._looks: list[str] = received["looks"].split(";") if received.get("looks") else []
-        self._plain: dict[str, Any] = dict(
-            received.get("plain", ())
-        )  # numbers that are others than the sample's
+        self._looks: list[str] = list(_split(received["looks"])) if received else []
+        # Numbers, where they are others than the sample's.
+        self._plain: dict[str, Any] = dict(received.get("plain", ()))
         self._number = 0
         self._position = 0  # in the looks
         self._inside = False
@@ -144,7 +144,7 @@ class _StageRun:
         """Keeps what a call has left for later stages."""
         if self._stage.is_last:
             return
-        if isinstance(value, Tensor) and call.spec is not None and call.spec.is_leaf() and not call.effects:
+        if call.is_one_tensor and isinstance(value, Tensor):
             self._keep(number, 0, value)
             return
         leaves, spec = pytree.tree_flatten(value)
@@ -185,8 +185,8 @@ class _StageRun:
                 self._plain[f"{number}.{part}"] = value
 
     def _keep(self, number: int, part: int, tensor: Tensor) -> None:
-        if Source(number, part) in self._stage.sent:
-            is_written = Source(number, part) in self._program.written
+        if (number, part) in self._stage.sent:
+            is_written = (number, part) in self._program.written
             self._live[f"{number}.{part}"] = tensor.clone() if is_written else tensor
         self._looks.append(str(Look.of(tensor)))
 
@@ -194,8 +194,8 @@ class _StageRun:
         """What the code around units gets for a call of an earlier stage."""
         if self._trains and not torch.is_grad_enabled():
             self._refuse_without_grad(call)
-        assert call.spec is not None
         leaves = self._leaves(call, number, 0, call.leaves, args, kwargs)
+        assert call.spec is not None
         result = leaves[0] if call.spec.is_leaf() else pytree.tree_unflatten(leaves, call.spec)
         for effect in call.effects:
             value = pytree.tree_unflatten(
@@ -237,7 +237,7 @@ class _StageRun:
                 if received is None:
                     received = stand_in(read_look(look), self._device)
                     self._stand_ins[id(received)] = (call.name, received)
-                found.append(received.clone() if Source(number, part) in self._program.written else received)
+                found.append(received.clone() if (number, part) in self._program.written else received)
             elif leaf.kind == "plain":
                 found.append(self._plain.get(f"{number}.{part}", leaf.value))
             elif leaf.kind == "argument":
@@ -261,7 +261,7 @@ class _StageRun:
         """What later stages get of the calls so far."""
         sent = self._stage.sent
         live = {key: value for key, value in self._live.items() if _source(key) in sent}
-        return {"live": live, "looks": ";".join(self._looks), "plain": self._plain}
+        return {"live": live, "looks": _joined(tuple(self._looks)), "plain": self._plain}
 
     def finish(self, output: Any) -> Any:
         """The model's output, when all calls are done."""
@@ -271,7 +271,7 @@ class _StageRun:
                 f"the forward has ended without call {self._number} of the sample's, of "
                 f"{calls[self._number].name}; {_SAME}"
             )
-        for leaf in pytree.tree_leaves(output):
+        for leaf in pytree.tree_leaves(output) if self._stand_ins else ():
             if id(leaf) in self._stand_ins:
                 raise PipelineError(
                     f"the output holds what {self._stand_ins[id(leaf)][0]} returned, which with the sample it "
@@ -286,6 +286,16 @@ _SAME = (
     "each microbatch must make the calls of the sample in their order: give a sample that takes the same way "
     "through the model, or put code that depends on data inside a unit"
 )
+
+
+@functools.lru_cache(maxsize=4096)
+def _joined(looks: tuple[str, ...]) -> str:
+    return ";".join(looks)
+
+
+@functools.lru_cache(maxsize=4096)
+def _split(looks: str) -> list[str]:
+    return looks.split(";") if looks else []
 
 
 @functools.lru_cache(maxsize=4096)

@@ -22,7 +22,12 @@ class Look(NamedTuple):
         return cls(tensor.dtype, tuple(tensor.shape))
 
     def __str__(self) -> str:
-        return f"{_MARK}{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+        return _text(*self)
+
+
+@functools.lru_cache(maxsize=4096)
+def _text(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{_MARK}{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
 _MARK = "\0"  # begins the text of a look, which no other text does
@@ -40,6 +45,7 @@ def read_look(text: str) -> Look:
     return Look(getattr(torch, dtype), tuple(int(n) for n in shape.split(",") if n.strip()))
 
 
+@functools.lru_cache(maxsize=4096)
 def stand_in(look: Look, device: torch.device) -> Tensor:
     """A tensor that has one element of memory. Its values are such that their use is seen: not a number."""
     return _one(look.dtype, device).expand(look.shape)

@@ -9,7 +9,7 @@ and code that draws nothing costs nothing.
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -52,23 +52,35 @@ class _Thread(threading.local):
             self._seeded = task
         return self._generator
 
-    @contextlib.contextmanager
-    def branch(self, outer: Task, inner: Task) -> Iterator[None]:
-        state = self._generator.get_state() if self._seeded is outer else None
-        self.task = inner
-        try:
-            yield
-        finally:
-            self.task = outer
-            if state is not None:
-                self._generator.set_state(state)
-                self._seeded = outer
+    def leave(self, outer: Task) -> Tensor | None:
+        """The state of the generator, if ``outer`` has drawn."""
+        return self._generator.get_state() if self._seeded is outer else None
+
+    def come_back(self, outer: Task, state: Tensor | None) -> None:
+        self.task = outer
+        if state is not None:
+            self._generator.set_state(state)
+            self._seeded = outer
+
+
+class _Branch:
+    """A part of a task that draws from a stream of its own."""
+
+    def __init__(self, outer: Task, inner: Task) -> None:
+        self._outer, self._inner = outer, inner
+
+    def __enter__(self) -> None:
+        self._state = _thread.leave(self._outer)
+        _thread.task = self._inner
+
+    def __exit__(self, *_: object) -> None:
+        _thread.come_back(self._outer, self._state)
 
 
 _thread = _Thread()
 
 
-def branch(call: int) -> contextlib.AbstractContextManager[None]:
+def branch(call: int) -> contextlib.AbstractContextManager[Any]:
     """The context in which one call of a module runs: it draws the same numbers in whatever stage that is.
 
     ``call``: its number in the forward; -1 for what is around calls. Afterwards the task goes on where it was.
@@ -77,7 +89,7 @@ def branch(call: int) -> contextlib.AbstractContextManager[None]:
     if outer is None:
         return _NOTHING
     seeds, _, part = outer
-    return _thread.branch(outer, (seeds, -2 - call, part))
+    return _Branch(outer, (seeds, -2 - call, part))
 
 
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
