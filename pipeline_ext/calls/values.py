@@ -45,7 +45,6 @@ def read_look(text: str) -> Look:
     return Look(getattr(torch, dtype), tuple(int(n) for n in shape.split(",") if n.strip()))
 
 
-@functools.lru_cache(maxsize=4096)
 def stand_in(look: Look, device: torch.device) -> Tensor:
     """A tensor that has one element of memory. Its values are such that their use is seen: not a number."""
     return _one(look.dtype, device).expand(look.shape)
