@@ -103,10 +103,11 @@ class PipelineTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """All processes train on the same batches, so Accelerate and Trainer must see only one.
 
-        Each keeps its number, by which only process 0 logs and saves.
+        Each keeps its number, by which only process 0 logs and saves. The state is Accelerate's one of this
+        process, so a plain Trainer with the same ``args`` sees one process too.
         """
         state = self.args.distributed_state
-        self._many = state.num_processes > 1
+        self._many = dist.is_initialized() and dist.get_world_size() > 1
         check_arguments(self.args, self._microbatches, self._many)
         self.args._n_gpu = min(self.args.n_gpu, 1)  # no DataParallel
         state.distributed_type, state.num_processes = DistributedType.NO, 1
