@@ -1,0 +1,485 @@
+#!/usr/bin/env python3
+"""Which models of transformers are cut into stages rightly: tiny ones with random weights, made without a network.
+
+    tools/architectures.py names [--only REGEX]             the classes tried, one a line
+    tools/architectures.py make [--only REGEX] --out F.json which of them can be made tiny, and why not
+    tools/architectures.py sweep [--stages 2] [--jobs 1] [--only REGEX] [--with pipeline|prototype] --out F.json
+
+A name is a class of transformers, with variants behind a plus: "MixtralForCausalLM+router". ``make(name)`` gives a model
+and the keyword inputs of a batch of 8 rows. Configurations are made by rule: every field whose name says that it is a
+size gets a small value, every one that says that it is a dropout gets 0; what the rules get wrong stands in OVERRIDES.
+Each class runs in a process of its own, so that one which hangs or dies stops nothing.
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import re
+import resource
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a class that wants a file says so at once
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+WORDS, ROWS, LENGTH, CLASSES = 96, 8, 12, 2
+SECONDS, BYTES = 60, 8 << 30  # of one class
+MADE = Path(__file__).with_suffix(".txt")  # the classes that `make` made
+
+# The heads whose loss comes with the output. (MODEL_FOR_<this>_MAPPING_NAMES of transformers.)
+HEADS = """CAUSAL_LM MASKED_LM SEQ_TO_SEQ_CAUSAL_LM SEQUENCE_CLASSIFICATION TOKEN_CLASSIFICATION QUESTION_ANSWERING
+    MULTIPLE_CHOICE NEXT_SENTENCE_PREDICTION PRETRAINING IMAGE_CLASSIFICATION ZERO_SHOT_IMAGE_CLASSIFICATION
+    SEMANTIC_SEGMENTATION MASKED_IMAGE_MODELING VIDEO_CLASSIFICATION CAUSAL_IMAGE_MODELING IMAGE_TEXT_TO_TEXT MULTIMODAL_LM
+    VISUAL_QUESTION_ANSWERING SPEECH_SEQ_2_SEQ CTC AUDIO_CLASSIFICATION AUDIO_FRAME_CLASSIFICATION AUDIO_XVECTOR
+    DOCUMENT_QUESTION_ANSWERING TABLE_QUESTION_ANSWERING DEPTH_ESTIMATION OBJECT_DETECTION RNNT
+    TIME_SERIES_PREDICTION TIME_SERIES_CLASSIFICATION TIME_SERIES_REGRESSION""".split()
+
+# Fields of configurations by name. None as the default of a field stays None where the name is in KEEP_NONE.
+SMALL = {name: value for value, names in {
+    96: "vocab_size n_vocab decoder_vocab_size encoder_vocab_size text_vocab_size",
+    64: "max_position_embeddings n_positions max_source_positions max_target_positions n_ctx max_seq_len "
+        "max_sequence_length max_seq_length max_2d_position_embeddings original_max_position_embeddings",
+    48: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff n_inner mlp_dim ffn_hidden_size d_inner "
+        "decoder_intermediate_size hidden_dim_ffn feed_forward_size",
+    32: "hidden_size d_model n_embd embed_dim hidden_dim dim decoder_hidden_size encoder_hidden_size out_hidden_size "
+        "projection_dim embedding_size text_hidden_size word_embed_proj_dim emb_dim d_embed encoder_hidden_dim "
+        "cross_attention_hidden_size text_embed_dim vision_embed_dim audio_embed_dim lru_width embedding_dim "
+        "attention_hidden_size classifier_proj_size output_hidden_size hidden_size_per_layer_input d_head_total "
+        "image_size fusion_hidden_size pooler_hidden_size num_conv_pos_embeddings",
+    16: "moe_intermediate_size shared_expert_intermediate_size kv_lora_rank q_lora_rank num_mel_bins "
+        "moe_shared_expert_intermediate_size expert_ffn_hidden_size state_size",
+    8: "head_dim d_kv v_head_dim qk_nope_head_dim qk_rope_head_dim attention_head_dim global_head_dim d_head "
+       "mamba_d_state mamba_d_head mamba_headdim mamba_n_heads mamba_num_heads mamba_head_dim linear_key_head_dim linear_value_head_dim num_queries "
+       "patch_size encoder_stride swa_head_dim kv_channels index_head_dim qk_head_dim",
+    4: "num_hidden_layers n_layer n_layers num_layers depth num_attention_heads n_head n_heads num_heads "
+       "encoder_attention_heads decoder_attention_heads num_experts num_local_experts n_routed_experts "
+       "sliding_window moe_num_experts num_blocks decoder_num_attention_heads encoder_num_attention_heads "
+       "window_size linear_num_value_heads num_decoder_attention_heads num_encoder_attention_heads index_n_heads "
+       "index_topk num_image_tokens encoder_n_head n_routed_expert num_moe_experts",
+    2: "num_key_value_heads num_experts_per_tok type_vocab_size encoder_layers decoder_layers num_decoder_layers "
+       "num_encoder_layers moe_top_k moe_topk num_experts_per_token num_kv_heads n_head_kv multi_query_num "
+       "decoder_num_hidden_layers encoder_num_hidden_layers num_global_key_value_heads linear_num_key_heads "
+       "decoder_depth num_conv_pos_embedding_groups mask_time_min_masks max_window_layers",
+    1: "n_group topk_group n_shared_experts num_shared_experts first_k_dense_replace moe_num_shared_experts "
+       "num_dense_layers moe_layer_start_index num_nextn_predict_layers n_groups",
+    0: "mask_time_prob mask_feature_prob router_jitter_noise",
+    False: "apply_spec_augment",
+}.items() for name in names.split()}
+KEEP_NONE = "sliding_window q_lora_rank n_inner num_key_value_heads head_dim decoder_layers num_decoder_layers".split()
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": 2,
+          "sep_token_id": 2, "cls_token_id": 1, "blank_token_id": 0}
+DROPOUT = re.compile(r"(dropout|drop|dropout_prob|pdrop|layerdrop|dropout_rate|drop_rate|drop_path_rate|drop_prob|"
+                     r"dropout_p|dropout_ratio|attention_probs_dropout_prob|router_jitter_noise|noise_epsilon)$")
+
+
+def small_fields(config_class, above=""):
+    """Small values for the fields of a configuration, and of the configurations in it."""
+    default, found = config_class(), {}
+    for field in dataclasses.fields(config_class):
+        name, value = field.name, getattr(default, field.name, None)
+        if isinstance(value, transformers.PreTrainedConfig):
+            found[name] = small_config(type(value), name)
+        elif DROPOUT.search(name) and isinstance(value, int | float):
+            found[name] = type(value)(0)
+        elif name in TOKENS:
+            found[name] = TOKENS[name]
+        elif re.search(r"_token_(id|index)$", name) and isinstance(value, int):
+            # Above the ids that a text draws. One of its own for each name, the same in each configuration.
+            found[name] = 80 + sum(map(ord, name)) % 16
+        elif isinstance(field.default, tuple) and value and all(isinstance(v, int) for v in value):
+            found[name] = small_tuple(name, value)
+        elif name in SMALL and not (value is None and name in KEEP_NONE) and not isinstance(value, tuple | list | dict):
+            found[name] = SMALL[name]
+            if above not in ("", "text_config", "decoder") and name in ("num_hidden_layers", "depth", "num_layers"):
+                found[name] = 2
+        elif isinstance(value, int) and value >= 128 and re.search("(_size|_dim|_channels|_features)$", name):
+            found[name] = 32
+    if "kv_lora_rank" in found and "num_key_value_heads" in found:
+        found["num_key_value_heads"] = 4  # latent attention has as many as heads
+    return found | FIELDS.get(config_class.__name__, {})
+
+
+def small_tuple(name, value):
+    if name in ("depths", "num_blocks", "layer_depths"):
+        return type(value)(min(v, 2) for v in value)
+    if name in ("hidden_sizes", "embed_dims", "neck_hidden_sizes", "channels", "encoder_hidden_sizes"):
+        return type(value)(16 * 2**i for i in range(len(value)))
+    if name in ("num_attention_heads", "num_heads"):
+        return type(value)(2**i for i in range(len(value)))
+    return type(value)(32 if v >= 64 else v for v in value)
+
+
+def small_config(config_class, above="", **more):
+    return config_class(**small_fields(config_class, above) | more)
+
+
+# Where the rules fall short: by configuration class (also within others) ...
+FIELDS = {
+    "Swinv2Config": dict(image_size=64, patch_size=4),
+}
+# ... and, by model class, a function of the model and its inputs that changes the inputs.
+INPUTS = {}
+
+
+def candidates():
+    """Names of classes with a loss, and of those with experts a second time with the router's loss."""
+    found = {}
+    for head in HEADS:
+        for names in getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES").values():
+            for name in names if isinstance(names, tuple | list) else [names]:
+                found[name] = None
+    return sorted(found)
+
+
+NAMES = MADE.read_text().split() if MADE.exists() else candidates()
+
+
+def ids(seed=0, length=LENGTH, low=4, high=80):
+    return torch.randint(low, high, (ROWS, length), generator=torch.Generator().manual_seed(seed))
+
+
+def noise(*shape, seed=0):
+    return torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def configs(config):
+    """A configuration and all within it."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, transformers.PreTrainedConfig):
+            yield from configs(value)
+
+
+def lookup(config, *names):
+    """The first of these fields in a configuration or in those within it."""
+    for one in configs(config):
+        for name in names:
+            if isinstance(getattr(one, name, None), int | tuple | list):
+                return getattr(one, name)
+    return None
+
+
+def inputs_for(model, name):
+    """The keyword inputs of a batch that the signature of the model's forward and the name of its head ask for."""
+    config, fields = model.config, inspect.signature(model.forward).parameters
+    found, classes = {}, torch.arange(ROWS) % CLASSES
+    text, encoder_decoder = "input_ids" in fields, "decoder_input_ids" in fields
+    main = getattr(model, "main_input_name", "input_ids")
+
+    def has(*words):
+        return any(word in name for word in words)
+
+    if "pixel_values" in fields or "pixel_values_videos" == main:
+        size = lookup(config, "image_size", "input_size") or 32
+        high, wide = size if isinstance(size, tuple | list) else (size, size)
+        channels = lookup(config, "num_channels", "in_channels") or 3
+        channels = channels if isinstance(channels, int) else 3
+        key = "pixel_values" if "pixel_values" in fields else main
+        frames = lookup(config, "num_frames") if has("Video", "Timesformer", "Vivit", "VJEPA2") else None
+        found[key] = noise(*[frames] if frames else [], channels, high, wide)
+        if "bool_masked_pos" in fields:
+            patch = lookup(config, "patch_size") or 4
+            found["bool_masked_pos"] = torch.arange(ROWS * (high // patch) * (wide // patch)).view(ROWS, -1) % 3 == 0
+    if "input_values" in fields:
+        found["input_values"] = noise(1600)
+    if "input_features" in fields:
+        found["input_features"] = noise(lookup(config, "num_mel_bins", "input_feat_per_channel") or 16, 128)
+    if text and (main == "input_ids" or "pixel_values" not in fields or not has("ForImageClassification")):
+        found["input_ids"] = ids()
+        if "attention_mask" in fields:
+            found["attention_mask"] = torch.ones(ROWS, LENGTH, dtype=torch.long)
+            found["attention_mask"][::2, -3:] = 0
+    if "bbox" in fields:
+        found["bbox"] = ids(2, 4 * LENGTH, 1, 30).view(ROWS, LENGTH, 4).sort(-1).values
+    if encoder_decoder and has("SequenceClassification"):
+        found["input_ids"][:, 7] = TOKENS["eos_token_id"]  # what it reads its result at
+    if has("ForMultipleChoice"):
+        found = {k: v[:, None].expand(-1, 3, *v.shape[1:]).contiguous() for k, v in found.items()}
+    if "return_loss" in fields:
+        found["return_loss"] = True
+    if "start_positions" in fields and has("QuestionAnswering"):
+        found["start_positions"], found["end_positions"] = torch.arange(ROWS) % 5, torch.arange(ROWS) % 5 + 2
+    elif has("NextSentence"):
+        found["labels"] = classes
+    elif has("SequenceClassification", "ForImageClassification", "ForMultipleChoice", "VideoClassification",
+             "ForAudioClassification", "ForSpeechClassification", "XVector"):
+        found["labels"] = classes
+    elif has("TokenClassification"):
+        found["labels"] = found["input_ids"] % CLASSES
+    elif has("SemanticSegmentation"):
+        found["labels"] = torch.arange(ROWS * high * wide).view(ROWS, high, wide) // 3 % CLASSES
+    elif has("DepthEstimation"):
+        found["labels"] = noise(high, wide).abs()
+    elif has("CTC", "RNNT", "TDT"):
+        found["labels"] = ids(1, 3)
+    elif "labels" in fields and encoder_decoder:
+        found["labels"] = ids(1, 7)
+    elif "labels" in fields and "input_ids" in found:
+        found["labels"] = found["input_ids"].clone()
+    elif "labels" in fields:
+        found["labels"] = ids(1, 7)
+    if "next_sentence_label" in fields:
+        found["next_sentence_label"] = classes
+    if "sentence_order_label" in fields:
+        found["sentence_order_label"] = classes
+    if has("ElectraForPreTraining"):
+        found["labels"] = found["input_ids"] % 2
+    return INPUTS[name](model, found) if name in INPUTS else found
+
+
+def model_of(name):
+    name, *variants = name.split("+")
+    model_class = getattr(transformers, name)
+    config = small_config(model_class.config_class)
+    for token, value in TOKENS.items():
+        if getattr(config, token, None) is None and config.is_encoder_decoder:
+            setattr(config, token, value)
+    for one in configs(config):
+        if "router" in variants and hasattr(one, "output_router_logits"):
+            one.output_router_logits = True
+        if "nocache" in variants and hasattr(one, "use_cache"):
+            one.use_cache = False
+    if "eager" in variants:
+        config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = model_class(config)
+    with torch.no_grad():
+        # A weight of zeros (a gate, the last layer of a head) would hide every gradient behind it.
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not parameter.any():
+                parameter.normal_(std=0.02)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0  # some stand in no configuration
+    return model.train()
+
+
+def make(name):
+    """A tiny model with random weights and the keyword inputs of a batch."""
+    model = model_of(name)
+    return model, with_image_tokens(model, inputs_for(model, name.split("+")[0]))
+
+
+def with_image_tokens(model, inputs):
+    """The ids with as many places for images (or sounds) in front as the model has features for: its message tells."""
+    token = lookup(model.config, "image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
+    if token is None or "input_ids" not in inputs or not {"pixel_values", "input_features", "input_values"} & set(inputs):
+        return inputs
+    try:
+        copy.deepcopy(model)(**inputs)
+        return inputs
+    except (ValueError, RuntimeError) as error:
+        counts = [int(n) for n in re.findall(r"features:? (\d+)", str(error))]
+        if not counts:
+            raise
+    wide = lookup(getattr(model.config, "text_config", model.config), "hidden_size", "d_model") or 1
+    for places in (counts[0] // ROWS, counts[0] // ROWS // wide):  # some count features, others their elements
+        front = torch.full((ROWS, places), token)
+        longer = dict(inputs, input_ids=torch.cat([front, inputs["input_ids"]], 1))
+        for key, value in (("attention_mask", 1), ("labels", -100), ("token_type_ids", 0), ("mm_token_type_ids", 1)):
+            if key in inputs and inputs[key].shape[1:] == (LENGTH,):
+                longer[key] = torch.cat([torch.full_like(front, value), inputs[key]], 1)
+        with contextlib.suppress(ValueError, RuntimeError):
+            copy.deepcopy(model)(**longer)
+            break
+    return longer
+
+
+def gradients(model, inputs, microbatches=1):
+    """Loss and gradients of plain autograd over the microbatches."""
+    model.zero_grad(set_to_none=True)
+    losses = []
+    for i in range(microbatches):
+        rows = {k: v.chunk(microbatches)[i] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        loss = model(**rows).loss
+        (loss / microbatches).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses), {n: p.grad for n, p in model.named_parameters()}
+
+
+def check_made(name):
+    """None, or why this class does not count."""
+    model, inputs = make(name)
+    runs = []
+    for _ in range(2):
+        output = copy.deepcopy(model)(**inputs)
+        loss = getattr(output, "loss", None)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            return f"no loss: {type(loss).__name__} {getattr(loss, 'shape', '')}"
+        runs.append(gradients(copy.deepcopy(model), inputs, 4))
+    (loss, grads), (again_loss, again) = runs
+    if not loss.isfinite().all():
+        return "the loss is not finite"
+    if not torch.equal(loss, again_loss):
+        return "another loss the second time"
+    if loss.dim() != 1:
+        return f"a loss of shape {tuple(loss.shape[1:])}"
+    reached = {n: g for n, g in grads.items() if g is not None}
+    if not any(g.any() for g in reached.values()):
+        return "no gradient"
+    for n, g in reached.items():
+        if not g.isfinite().all():
+            return f"the gradient of {n} is not finite"
+        if not torch.equal(g, again[n]):
+            return f"another gradient of {n} the second time"
+    return None
+
+
+def run_make(name, _):
+    fault = check_made(name)
+    return {"result": "not made", "message": fault} if fault else {"result": "made"}
+
+
+def run_pipeline(model, inputs, stages):
+    import pipeline_ext as pe
+
+    with pe.Pipeline(model, num_stages=stages, microbatches=4, sample=inputs) as pipe:
+        return pipe.step(**inputs)
+
+
+def run_prototype(model, inputs, stages):
+    sys.path.insert(0, os.environ.get("OWN_FORWARD", "/work/shared/own_forward"))
+    import own_forward
+    import pipeline_ext as pe
+
+    # Its stages take tensors only.
+    fixed = {k: v for k, v in inputs.items() if not isinstance(v, torch.Tensor)}
+    tensors = {k: v for k, v in inputs.items() if k not in fixed}
+    if fixed:
+        model.forward = functools.partial(model.forward, **fixed)
+    parts = own_forward.Program(model, {k: v[: ROWS // 4] for k, v in tensors.items()}).stages(stages)
+    with pe.Pipeline(parts, microbatches=4, loss_fn=lambda output: output.loss) as pipe:
+        return pipe.step(**tensors)
+
+
+def run_sweep(name, arguments):
+    if fault := check_made(name):
+        return {"result": "not made", "message": fault}
+    model, inputs = make(name)
+    reference = copy.deepcopy(model)
+    losses, expected = gradients(reference, inputs, 4)
+    run = run_prototype if arguments.way == "prototype" else run_pipeline
+    try:
+        loss = run(model, inputs, arguments.stages)
+    except Exception as error:
+        frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
+        place = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-3:]]
+        refused = isinstance(error, ValueError | TypeError) and "own_forward.py" in place[-1] or "Refus" in type(error).__name__
+        cause = error.__cause__ or error
+        return {"result": "refused" if refused else "crashed", "message": f"{type(cause).__name__}: {cause}"[:600], "at": place}
+    return compare(model, reference, expected, loss, losses)
+
+
+def compare(model, reference, expected, loss, losses):
+    worst, where, same = 0.0, "", True
+    for n, p in model.named_parameters():
+        if p.grad is None and expected[n] is None:
+            continue
+        if p.grad is None or expected[n] is None:
+            # A zero gradient and none are told apart: an optimizer with weight decay does.
+            off, note = (9.0, "none instead of a gradient") if p.grad is None else (8.0, "a gradient instead of none")
+            same = False
+            if off > worst:
+                worst, where = off, f"{n}: {note}"
+            continue
+        same = same and torch.equal(p.grad, expected[n])
+        off = float((p.grad - expected[n]).abs().max() / expected[n].abs().max().clamp(min=1e-30))
+        if off > worst or off != off:
+            worst, where = off, n
+    found = {"result": "right" if same else "tied" if worst < 1e-6 else "wrong", "worst": worst, "where": where}
+    if isinstance(loss, torch.Tensor) and not torch.allclose(loss.detach().mean(), losses.mean(), rtol=1e-5):
+        found |= {"result": "wrong", "loss": [float(loss.detach().mean()), float(losses.mean())]}
+    other = dict(reference.named_buffers())
+    changed = [n for n, b in model.named_buffers() if n in other and not torch.equal(b, other[n])]
+    return found | ({"buffers": changed[:3]} if changed else {})
+
+
+def in_a_process(task, name, arguments):
+    """What the task returns, run in a fork with limits on time and memory."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            os.close(read)
+            resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            try:
+                found = task(name, arguments)
+            except BaseException as error:
+                frames = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
+                found = {"result": "not made", "message": f"{type(error).__name__}: {error}"[:600], "at": frames[-3:]}
+            os.write(write, json.dumps(found).encode())
+        os._exit(0)
+    os.close(write)
+    return child, read
+
+
+def run_all(task, names, arguments):
+    """The results by name, written after each one; at most so many processes at a time."""
+    out, found, running, todo = Path(arguments.out), {}, {}, list(names)
+    if arguments.resume and out.exists():
+        found = json.loads(out.read_text())
+        todo = [name for name in todo if name not in found]
+    while todo or running:
+        while todo and len(running) < arguments.jobs:
+            name = todo.pop(0)
+            running[name] = (*in_a_process(task, name, arguments), time.monotonic())
+        time.sleep(0.02)
+        for name, (child, read, began) in list(running.items()):
+            late = time.monotonic() - began > SECONDS
+            if late:
+                os.kill(child, signal.SIGKILL)
+            if late or os.waitpid(child, os.WNOHANG)[0]:
+                if late:
+                    os.waitpid(child, 0)
+                with os.fdopen(read, "rb") as pipe:
+                    text = pipe.read()
+                ended = {"result": "crashed", "message": f"no end in {SECONDS} s" if late else "the process died"}
+                found[name] = (json.loads(text) if text else ended) | {"seconds": round(time.monotonic() - began, 1)}
+                del running[name]
+                out.write_text(json.dumps(found, indent=1))
+                line = {k: v for k, v in found[name].items() if k not in ("result", "seconds")}
+                print(f"{found[name]['result']:9} {name} {str(line)[:300] if line else ''}", flush=True)
+    print(dict(Counter(one["result"] for one in found.values())))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["names", "make", "sweep"])
+    parser.add_argument("--only", default="", metavar="REGEX")
+    parser.add_argument("--all", action="store_true", help="every candidate, not only those once made")
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--with", dest="way", choices=["pipeline", "prototype"], default="pipeline")
+    parser.add_argument("--resume", action="store_true", help="keep what the file has")
+    parser.add_argument("--out", metavar="FILE.json")
+    arguments = parser.parse_args()
+    names = [n for n in (candidates() if arguments.all else NAMES) if re.search(arguments.only, n)]
+    if arguments.what == "names":
+        print("\n".join(names))
+        return
+    if not arguments.out:
+        parser.error("--out says where the results go")
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    run_all(run_make if arguments.what == "make" else run_sweep, names, arguments)
+
+
+if __name__ == "__main__":
+    main()
