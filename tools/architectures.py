@@ -34,6 +34,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import transformers
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 WORDS, ROWS, LENGTH, CLASSES = 96, 8, 12, 2
 SECONDS, BYTES = 60, 8 << 30  # of one class
@@ -49,21 +50,21 @@ HEADS = """CAUSAL_LM MASKED_LM SEQ_TO_SEQ_CAUSAL_LM SEQUENCE_CLASSIFICATION TOKE
 
 # Fields of configurations by name. None as the default of a field stays None where the name is in KEEP_NONE.
 SMALL = {name: value for value, names in {
-    96: "vocab_size n_vocab decoder_vocab_size encoder_vocab_size text_vocab_size",
+    96: "vocab_size n_vocab decoder_vocab_size unpadded_vocab_size vocab_size_per_layer_input encoder_vocab_size text_vocab_size",
     64: "max_position_embeddings n_positions max_source_positions max_target_positions n_ctx max_seq_len "
         "max_sequence_length max_seq_length max_2d_position_embeddings original_max_position_embeddings",
     48: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff n_inner mlp_dim ffn_hidden_size d_inner "
         "decoder_intermediate_size hidden_dim_ffn feed_forward_size",
     32: "hidden_size d_model n_embd embed_dim hidden_dim dim decoder_hidden_size encoder_hidden_size out_hidden_size "
         "projection_dim embedding_size text_hidden_size word_embed_proj_dim emb_dim d_embed encoder_hidden_dim "
-        "cross_attention_hidden_size text_embed_dim vision_embed_dim audio_embed_dim lru_width embedding_dim "
-        "attention_hidden_size classifier_proj_size output_hidden_size hidden_size_per_layer_input d_head_total "
+        "cross_attention_hidden_size text_embed_dim vision_embed_dim audio_embed_dim lru_width embedding_dim adapter_out_dim "
+        "attention_hidden_size classifier_proj_size output_hidden_size adapter_in_dim "
         "image_size fusion_hidden_size pooler_hidden_size num_conv_pos_embeddings",
     16: "moe_intermediate_size shared_expert_intermediate_size kv_lora_rank q_lora_rank num_mel_bins "
         "moe_shared_expert_intermediate_size expert_ffn_hidden_size state_size",
     8: "head_dim d_kv v_head_dim qk_nope_head_dim qk_rope_head_dim attention_head_dim global_head_dim d_head "
        "mamba_d_state mamba_d_head mamba_headdim mamba_n_heads mamba_num_heads mamba_head_dim linear_key_head_dim linear_value_head_dim num_queries "
-       "patch_size encoder_stride swa_head_dim kv_channels index_head_dim qk_head_dim",
+       "patch_size encoder_stride swa_head_dim kv_channels hidden_size_per_layer_input laurel_rank linear_head_dim index_head_dim qk_head_dim",
     4: "num_hidden_layers n_layer n_layers num_layers depth num_attention_heads n_head n_heads num_heads "
        "encoder_attention_heads decoder_attention_heads num_experts num_local_experts n_routed_experts "
        "sliding_window moe_num_experts num_blocks decoder_num_attention_heads encoder_num_attention_heads "
@@ -78,7 +79,7 @@ SMALL = {name: value for value, names in {
     0: "mask_time_prob mask_feature_prob router_jitter_noise",
     False: "apply_spec_augment",
 }.items() for name in names.split()}
-KEEP_NONE = "sliding_window q_lora_rank n_inner num_key_value_heads head_dim decoder_layers num_decoder_layers".split()
+KEEP_NONE = "sliding_window q_lora_rank n_inner num_key_value_heads decoder_layers num_decoder_layers".split()
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": 2,
           "sep_token_id": 2, "cls_token_id": 1, "blank_token_id": 0}
 DROPOUT = re.compile(r"(dropout|drop|dropout_prob|pdrop|layerdrop|dropout_rate|drop_rate|drop_path_rate|drop_prob|"
@@ -89,7 +90,10 @@ def small_fields(config_class, above=""):
     """Small values for the fields of a configuration, and of the configurations in it."""
     default, found = config_class(), {}
     for field in dataclasses.fields(config_class):
-        name, value = field.name, getattr(default, field.name, None)
+        try:
+            name, value = field.name, getattr(default, field.name, None)
+        except AttributeError:  # it differs from layer to layer
+            value = field.default
         if isinstance(value, transformers.PreTrainedConfig):
             found[name] = small_config(type(value), name)
         elif DROPOUT.search(name) and isinstance(value, int | float):
@@ -126,25 +130,44 @@ def small_config(config_class, above="", **more):
     return config_class(**small_fields(config_class, above) | more)
 
 
+HYBRID = ["sliding_attention", "full_attention"] * 2
 # Where the rules fall short: by configuration class (also within others) ...
 FIELDS = {
+    "Gemma3nTextConfig": dict(num_kv_shared_layers=2),
+    "Gemma4TextConfig": dict(num_kv_shared_layers=2, global_head_dim=8, layer_types=HYBRID),
+    "Gemma4UnifiedTextConfig": dict(global_head_dim=8),
+    "JambaConfig": dict(attn_layer_period=2, attn_layer_offset=1),
+    "KimiLinearConfig": dict(layer_types=["linear_attention", "full_attention"] * 2, linear_num_heads=4),
+    "Dots3NoteVisionConfig": dict(mlp_layer_types=["dense"] * 2),
+    "BailingHybridConfig": dict(layer_group_size=2, head_dim=8),
+    "DoryConfig": dict(n_input_layers=1, n_output_layers=1),
+    "Ernie4_5_MoeConfig": dict(moe_k=2),
+    "GPTNeoConfig": dict(attention_types=[[["global", "local"], 2]]),
+    "GPTJConfig": dict(rotary_dim=4),
+    "CodeGenConfig": dict(rotary_dim=4),
+    "FalconH1Config": dict(mamba_d_ssm=64),
     "Swinv2Config": dict(image_size=64, patch_size=4),
 }
 # ... and, by model class, a function of the model and its inputs that changes the inputs.
 INPUTS = {}
 
 
+def has_router(kind):
+    with contextlib.suppress(Exception):  # some kinds have no default configuration
+        return any(hasattr(one, "output_router_logits") for one in configs(CONFIG_MAPPING[kind]()))
+    return False
+
+
 def candidates():
     """Names of classes with a loss, and of those with experts a second time with the router's loss."""
-    found = {}
+    found = set()
     for head in HEADS:
-        for names in getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES").values():
-            for name in names if isinstance(names, tuple | list) else [names]:
-                found[name] = None
+        for kind, names in getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES").items():
+            names = names if isinstance(names, tuple | list) else [names]
+            found.update(names)
+            if re.search("CAUSAL_LM|IMAGE_TEXT_TO_TEXT", head) and has_router(kind):
+                found.update(name + "+router" for name in names)
     return sorted(found)
-
-
-NAMES = MADE.read_text().split() if MADE.exists() else candidates()
 
 
 def ids(seed=0, length=LENGTH, low=4, high=80):
@@ -457,6 +480,9 @@ def run_all(task, names, arguments):
                 print(f"{found[name]['result']:9} {name} {str(line)[:300] if line else ''}", flush=True)
     print(dict(Counter(one["result"] for one in found.values())))
     return found
+
+
+NAMES = MADE.read_text().split() if MADE.exists() else candidates()
 
 
 def main():
