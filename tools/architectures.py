@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import inspect
 import json
 import os
@@ -50,7 +49,7 @@ HEADS = """CAUSAL_LM MASKED_LM SEQ_TO_SEQ_CAUSAL_LM SEQUENCE_CLASSIFICATION TOKE
 
 # Fields of configurations by name. None as the default of a field stays None where the name is in KEEP_NONE.
 SMALL = {name: value for value, names in {
-    96: "vocab_size n_vocab decoder_vocab_size unpadded_vocab_size vocab_size_per_layer_input encoder_vocab_size text_vocab_size",
+    96: "vocab_size n_vocab decoder_vocab_size unpadded_vocab_size vocab_size_per_layer_input src_vocab_size tgt_vocab_size encoder_vocab_size text_vocab_size",
     64: "max_position_embeddings n_positions max_source_positions max_target_positions n_ctx max_seq_len "
         "max_sequence_length max_seq_length max_2d_position_embeddings original_max_position_embeddings",
     48: "intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim d_ff n_inner mlp_dim ffn_hidden_size d_inner "
@@ -77,8 +76,7 @@ SMALL = {name: value for value, names in {
     1: "n_group topk_group n_shared_experts num_shared_experts first_k_dense_replace moe_num_shared_experts "
        "num_dense_layers moe_layer_start_index num_nextn_predict_layers n_groups",
     0: "mask_time_prob mask_feature_prob router_jitter_noise",
-    False: "apply_spec_augment",
-}.items() for name in names.split()}
+}.items() for name in names.split()} | {"apply_spec_augment": False}
 KEEP_NONE = "sliding_window q_lora_rank n_inner num_key_value_heads decoder_layers num_decoder_layers".split()
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": 2,
           "sep_token_id": 2, "cls_token_id": 1, "blank_token_id": 0}
@@ -92,7 +90,7 @@ def small_fields(config_class, above=""):
     for field in dataclasses.fields(config_class):
         try:
             name, value = field.name, getattr(default, field.name, None)
-        except AttributeError:  # it differs from layer to layer
+        except Exception:  # it differs from layer to layer
             value = field.default
         if isinstance(value, transformers.PreTrainedConfig):
             found[name] = small_config(type(value), name)
@@ -100,7 +98,9 @@ def small_fields(config_class, above=""):
             found[name] = type(value)(0)
         elif name in TOKENS:
             found[name] = TOKENS[name]
-        elif re.search(r"_token_(id|index)$", name) and isinstance(value, int):
+        elif name == "rope_parameters" and "mrope_section" in getattr(config_class, "ignore_keys_at_rope_validation", ()):
+            found[name] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+        elif re.search(r"_token_(id|index)$", name) and (isinstance(value, int) or re.match("image|audio", name)):
             # Above the ids that a text draws. One of its own for each name, the same in each configuration.
             found[name] = 80 + sum(map(ord, name)) % 16
         elif isinstance(field.default, tuple) and value and all(isinstance(v, int) for v in value):
@@ -113,10 +113,14 @@ def small_fields(config_class, above=""):
             found[name] = 32
     if "kv_lora_rank" in found and "num_key_value_heads" in found:
         found["num_key_value_heads"] = 4  # latent attention has as many as heads
+    if isinstance(found.get("depths"), tuple | list):  # it halves the image again and again
+        found |= {name: value for name, value in (("image_size", 64), ("patch_size", 4)) if isinstance(found.get(name), int)}
     return found | FIELDS.get(config_class.__name__, {})
 
 
 def small_tuple(name, value):
+    if name in ("deepstack_visual_indexes", "fullatt_block_indexes"):
+        return type(value)((0, 1))
     if name in ("depths", "num_blocks", "layer_depths"):
         return type(value)(min(v, 2) for v in value)
     if name in ("hidden_sizes", "embed_dims", "neck_hidden_sizes", "channels", "encoder_hidden_sizes"):
@@ -139,6 +143,23 @@ FIELDS = {
     "JambaConfig": dict(attn_layer_period=2, attn_layer_offset=1),
     "KimiLinearConfig": dict(layer_types=["linear_attention", "full_attention"] * 2, linear_num_heads=4),
     "Dots3NoteVisionConfig": dict(mlp_layer_types=["dense"] * 2),
+    "Qwen2_5_VLVisionConfig": dict(window_size=32),
+    "Gemma3Config": dict(mm_tokens_per_image=4),
+    "T5Gemma2EncoderConfig": dict(mm_tokens_per_image=4),
+    "LlavaNextConfig": dict(image_grid_pinpoints=[[32, 32]]),
+    "LlavaNextVideoConfig": dict(image_grid_pinpoints=[[32, 32]]),
+    "LlavaOnevisionConfig": dict(image_grid_pinpoints=[[32, 32]]),
+    "Kosmos2Config": dict(latent_query_num=4),
+    "ASTConfig": dict(max_length=32),
+    "BitConfig": dict(num_groups=4),
+    "BeitConfig": dict(_out_indices=[1, 2, 3, 4], out_indices=[1, 2, 3, 4]),
+    "SwinConfig": dict(encoder_stride=32),
+    "Swinv2Config": dict(image_size=64, patch_size=4, encoder_stride=32),
+    "FocalNetConfig": dict(image_size=64, patch_size=4, encoder_stride=32),
+    "ReformerConfig": dict(is_decoder=True, axial_pos_shape=[4, 3], axial_pos_embds_dim=[16, 16], attn_layers=["local"] * 4),
+    "BambaConfig": dict(attn_layer_indices=[1, 3]),
+    "GraniteMoeHybridConfig": dict(layer_types=["mamba", "attention"] * 2),
+    "Lfm2MoeConfig": dict(layer_types=["conv", "full_attention"] * 2),
     "BailingHybridConfig": dict(layer_group_size=2, head_dim=8),
     "DoryConfig": dict(n_input_layers=1, n_output_layers=1),
     "Ernie4_5_MoeConfig": dict(moe_k=2),
@@ -146,10 +167,12 @@ FIELDS = {
     "GPTJConfig": dict(rotary_dim=4),
     "CodeGenConfig": dict(rotary_dim=4),
     "FalconH1Config": dict(mamba_d_ssm=64),
-    "Swinv2Config": dict(image_size=64, patch_size=4),
 }
 # ... and, by model class, a function of the model and its inputs that changes the inputs.
 INPUTS = {}
+# Sounds come as [rows, time, bins]; elsewhere as [rows, bins, time].
+TIME_FIRST = re.compile("Parakeet|Canary|CohereAsr|GraniteSpeech|Speech2Text|Seamless|Wav2Vec2Bert|Lasr|ASTFor|Kyutai")
+MORE_IMAGES = re.compile("Idefics|SmolVLM|GraniteDocling")  # [rows, images, channels, height, width]
 
 
 def has_router(kind):
@@ -206,25 +229,44 @@ def inputs_for(model, name):
         return any(word in name for word in words)
 
     if "pixel_values" in fields or "pixel_values_videos" == main:
-        size = lookup(config, "image_size", "input_size") or 32
+        size = lookup(config, "image_size", "input_size") or 64
         high, wide = size if isinstance(size, tuple | list) else (size, size)
         channels = lookup(config, "num_channels", "in_channels") or 3
         channels = channels if isinstance(channels, int) else 3
         key = "pixel_values" if "pixel_values" in fields else main
         frames = lookup(config, "num_frames") if has("Video", "Timesformer", "Vivit", "VJEPA2") else None
         found[key] = noise(*[frames] if frames else [], channels, high, wide)
+        if "image_grid_thw" in fields:  # the patches of all images in one row
+            patch, times = lookup(config, "patch_size") or 8, lookup(config, "temporal_patch_size") or 1
+            found[key] = noise(16, channels * times * patch * patch).flatten(0, 1)
+            found["image_grid_thw"] = torch.tensor([[1, 4, 4]] * ROWS)
+        elif MORE_IMAGES.match(name):
+            found[key] = found[key][:, None]
+        elif "image_sizes" in fields and re.match("LlavaNext|LlavaOne", name):
+            found[key] = noise(2, channels, high, wide)
+            found["image_sizes"] = torch.tensor([[high, wide]] * ROWS)
         if "bool_masked_pos" in fields:
             patch = lookup(config, "patch_size") or 4
             found["bool_masked_pos"] = torch.arange(ROWS * (high // patch) * (wide // patch)).view(ROWS, -1) % 3 == 0
     if "input_values" in fields:
-        found["input_values"] = noise(1600)
+        found["input_values"] = noise(4800)
+        if has("ASTFor"):
+            found["input_values"] = noise(config.max_length, config.num_mel_bins)
     if "input_features" in fields:
         found["input_features"] = noise(lookup(config, "num_mel_bins", "input_feat_per_channel") or 16, 128)
+        if TIME_FIRST.match(name):
+            found["input_features"] = found["input_features"].mT.contiguous()
     if text and (main == "input_ids" or "pixel_values" not in fields or not has("ForImageClassification")):
         found["input_ids"] = ids()
         if "attention_mask" in fields:
             found["attention_mask"] = torch.ones(ROWS, LENGTH, dtype=torch.long)
             found["attention_mask"][::2, -3:] = 0
+    if "mm_token_type_ids" in fields:
+        found["mm_token_type_ids"] = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    if "qformer_input_ids" in fields:
+        found["qformer_input_ids"] = ids(3)
+    if "image_embeds_position_mask" in fields and "latent_query_num" in vars(config):
+        found["image_embeds_position_mask"] = ((torch.arange(LENGTH) > 0) & (torch.arange(LENGTH) < 5)).expand(ROWS, -1).clone()
     if "bbox" in fields:
         found["bbox"] = ids(2, 4 * LENGTH, 1, 30).view(ROWS, LENGTH, 4).sort(-1).values
     if encoder_decoder and has("SequenceClassification"):
@@ -246,9 +288,12 @@ def inputs_for(model, name):
         found["labels"] = torch.arange(ROWS * high * wide).view(ROWS, high, wide) // 3 % CLASSES
     elif has("DepthEstimation"):
         found["labels"] = noise(high, wide).abs()
+    elif has("AudioFrame"):
+        frames = int(model._get_feat_extract_output_lengths(4800))
+        found["labels"] = torch.nn.functional.one_hot(ids(1, frames) % CLASSES, CLASSES)
     elif has("CTC", "RNNT", "TDT"):
         found["labels"] = ids(1, 3)
-    elif "labels" in fields and encoder_decoder:
+    elif "labels" in fields and encoder_decoder and not has("InstructBlip", "FSMT", "PPFormula"):
         found["labels"] = ids(1, 7)
     elif "labels" in fields and "input_ids" in found:
         found["labels"] = found["input_ids"].clone()
@@ -277,6 +322,8 @@ def model_of(name):
             one.use_cache = False
     if "eager" in variants:
         config._attn_implementation = "eager"
+    if "hidden" in variants:
+        config.output_hidden_states = True
     torch.manual_seed(0)
     model = model_class(config)
     with torch.no_grad():
@@ -287,13 +334,24 @@ def model_of(name):
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0  # some stand in no configuration
+    if "checkpoint" in variants:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
 def make(name):
-    """A tiny model with random weights and the keyword inputs of a batch."""
+    """A tiny model with random weights and the keyword inputs of a batch.
+
+    Variants: +router (the router's loss), +nocache, +eager (attention), +hidden (states of all layers in the output),
+    +checkpoint, +positions (ids of positions that broadcast), +mask4d (a mask that broadcasts over rows and heads).
+    """
     model = model_of(name)
-    return model, with_image_tokens(model, inputs_for(model, name.split("+")[0]))
+    inputs = with_image_tokens(model, inputs_for(model, name.split("+")[0]))
+    if "+positions" in name:
+        inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1])[None]
+    if "+mask4d" in name:
+        inputs["attention_mask"] = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None]
+    return model, inputs
 
 
 def with_image_tokens(model, inputs):
@@ -321,29 +379,28 @@ def with_image_tokens(model, inputs):
     return longer
 
 
+def has_rows(value):
+    return isinstance(value, torch.Tensor) and value.dim() and len(value) % ROWS == 0
+
+
 def gradients(model, inputs, microbatches=1):
     """Loss and gradients of plain autograd over the microbatches."""
     model.zero_grad(set_to_none=True)
     losses = []
     for i in range(microbatches):
-        rows = {k: v.chunk(microbatches)[i] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        rows = {k: v.chunk(microbatches)[i] if has_rows(v) else v for k, v in inputs.items()}
         loss = model(**rows).loss
         (loss / microbatches).backward()
         losses.append(loss.detach())
     return torch.stack(losses), {n: p.grad for n, p in model.named_parameters()}
 
 
-def check_made(name):
+def fault_of(model, inputs):
     """None, or why this class does not count."""
-    model, inputs = make(name)
-    runs = []
-    for _ in range(2):
-        output = copy.deepcopy(model)(**inputs)
-        loss = getattr(output, "loss", None)
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            return f"no loss: {type(loss).__name__} {getattr(loss, 'shape', '')}"
-        runs.append(gradients(copy.deepcopy(model), inputs, 4))
-    (loss, grads), (again_loss, again) = runs
+    loss = getattr(copy.deepcopy(model)(**inputs), "loss", None)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        return f"no loss: {type(loss).__name__} {getattr(loss, 'shape', '')}"
+    (loss, grads), (again_loss, again) = (gradients(copy.deepcopy(model), inputs, 4) for _ in range(2))
     if not loss.isfinite().all():
         return "the loss is not finite"
     if not torch.equal(loss, again_loss):
@@ -362,7 +419,7 @@ def check_made(name):
 
 
 def run_make(name, _):
-    fault = check_made(name)
+    fault = fault_of(*make(name))
     return {"result": "not made", "message": fault} if fault else {"result": "made"}
 
 
@@ -374,24 +431,29 @@ def run_pipeline(model, inputs, stages):
 
 
 def run_prototype(model, inputs, stages):
-    sys.path.insert(0, os.environ.get("OWN_FORWARD", "/work/shared/own_forward"))
     import own_forward
     import pipeline_ext as pe
 
-    # Its stages take tensors only.
-    fixed = {k: v for k, v in inputs.items() if not isinstance(v, torch.Tensor)}
-    tensors = {k: v for k, v in inputs.items() if k not in fixed}
-    if fixed:
-        model.forward = functools.partial(model.forward, **fixed)
-    parts = own_forward.Program(model, {k: v[: ROWS // 4] for k, v in tensors.items()}).stages(stages)
+    # Its stages take tensors with rows only.
+    fixed = {k: v for k, v in inputs.items() if not has_rows(v)}
+    packed = {k for k, v in inputs.items() if has_rows(v) and len(v) > ROWS}  # the patches of all images
+    tensors = {k: v.view(ROWS, -1, *v.shape[1:]) if k in packed else v for k, v in inputs.items() if k not in fixed}
+    if fixed or packed:
+        own = model.forward
+
+        def forward(**rows):
+            return own(**{k: v.flatten(0, 1) if k in packed else v for k, v in rows.items()}, **fixed)
+
+        model.forward = forward
+    parts = own_forward.Program(model, {k: v.chunk(4)[0] for k, v in tensors.items()}).stages(stages)
     with pe.Pipeline(parts, microbatches=4, loss_fn=lambda output: output.loss) as pipe:
         return pipe.step(**tensors)
 
 
 def run_sweep(name, arguments):
-    if fault := check_made(name):
-        return {"result": "not made", "message": fault}
     model, inputs = make(name)
+    if fault := fault_of(model, inputs):
+        return {"result": "not made", "message": fault}
     reference = copy.deepcopy(model)
     losses, expected = gradients(reference, inputs, 4)
     run = run_prototype if arguments.way == "prototype" else run_pipeline
@@ -409,7 +471,7 @@ def run_sweep(name, arguments):
 def compare(model, reference, expected, loss, losses):
     worst, where, same = 0.0, "", True
     for n, p in model.named_parameters():
-        if p.grad is None and expected[n] is None:
+        if p.grad is None and expected[n] is None or not p.numel():
             continue
         if p.grad is None or expected[n] is None:
             # A zero gradient and none are told apart: an optimizer with weight decay does.
@@ -455,6 +517,11 @@ def in_a_process(task, name, arguments):
 def run_all(task, names, arguments):
     """The results by name, written after each one; at most so many processes at a time."""
     out, found, running, todo = Path(arguments.out), {}, {}, list(names)
+    make("LlamaForCausalLM")  # imports here what each fork would import anew, in seconds
+    sys.path.insert(0, os.environ.get("OWN_FORWARD", "/work/shared/own_forward"))
+    import pipeline_ext
+
+    pipeline_ext.Pipeline  # noqa: B018  (its own imports are late ones)
     if arguments.resume and out.exists():
         found = json.loads(out.read_text())
         todo = [name for name in todo if name not in found]
