@@ -185,7 +185,8 @@ FIELDS = {
     "ASTConfig": {"max_length": 32},
     "BitConfig": {"num_groups": 4},
     "BeitConfig": {"_out_indices": [1, 2, 3, 4], "out_indices": [1, 2, 3, 4]},
-    "SwinConfig": {"encoder_stride": 32},
+    "SwinConfig": {"encoder_stride": 32, "window_size": 2},
+    "DonutSwinConfig": {"window_size": 2},
     "Swinv2Config": {"image_size": 64, "patch_size": 4, "encoder_stride": 32},
     "FocalNetConfig": {"image_size": 64, "patch_size": 4, "encoder_stride": 32},
     "ReformerConfig": {
@@ -256,7 +257,7 @@ def lookup(config, *names):
 
 
 def inputs_for(model, name):
-    """The keyword inputs of a batch that the signature of the model's forward and the name of its head ask for."""
+    """The keyword inputs of a batch that the model's forward and the name of its head ask for."""
     config, fields = model.config, inspect.signature(model.forward).parameters
     found, classes = {}, torch.arange(ROWS) % CLASSES
     text, encoder_decoder = "input_ids" in fields, "decoder_input_ids" in fields
@@ -400,9 +401,9 @@ def model_of(name):
 def make(name):
     """A tiny model with random weights and the keyword inputs of a batch.
 
-    Variants: +router (the router's loss), +nocache, +eager (attention), +hidden (states of all layers in the output),
-    +checkpoint, +positions (ids of positions that broadcast), +mask4d (a mask that broadcasts over rows and heads),
-    +packed (the patches of all images in one row, as Qwen2-VL and its like want them).
+    Variants: +router (the router's loss), +nocache, +eager (attention), +hidden (states of all layers in the
+    output), +checkpoint, +positions (ids of positions that broadcast), +mask4d (a mask that broadcasts over rows and
+    heads), +packed (the patches of all images in one row, as Qwen2-VL and its like want them).
     """
     model = model_of(name)
     inputs = with_image_tokens(model, inputs_for(model, name.split("+")[0]))
@@ -416,7 +417,7 @@ def make(name):
 
 
 def with_image_tokens(model, inputs):
-    """The ids with as many places for images (or sounds) in front as the model has features for: its message tells."""
+    """The ids with as many places for images or sounds in front as the model's message says that it wants."""
     token = lookup(model.config, "image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
     if (
         token is None
