@@ -402,8 +402,8 @@ def make(name):
     """A tiny model with random weights and the keyword inputs of a batch.
 
     Variants: +router (the router's loss), +nocache, +eager (attention), +hidden (states of all layers in the
-    output), +checkpoint, +positions (ids of positions that broadcast), +mask4d (a mask that broadcasts over rows
-    and heads), +packed (the patches of all images in one row, as Qwen2-VL and its like want them).
+    output), +checkpoint, +positions (ids of positions that broadcast), +mask4d (a mask that broadcasts over
+    rows and heads), +packed (the patches of all images in one row, as Qwen2-VL and its like want them).
     """
     model = model_of(name)
     inputs = with_image_tokens(model, inputs_for(model, name.split("+")[0]))
