@@ -29,6 +29,8 @@ from pathlib import Path
 import torch
 from tiny_models import NAMES, ROWS, candidates, make
 
+import pipeline_ext as pe
+
 SECONDS, BYTES = 60, 8 << 30  # of one class
 
 
@@ -77,8 +79,6 @@ def run_make(name, _):
 
 
 def run_pipeline(model, inputs, stages):
-    import pipeline_ext as pe
-
     with pe.Pipeline(model, num_stages=stages, microbatches=4, sample=inputs) as pipe:
         return pipe.step(**inputs)
 
@@ -110,9 +110,9 @@ def run_sweep(name, arguments):
     except Exception as error:
         frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
         place = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-3:]]
-        refused = (
-            isinstance(error, ValueError | TypeError) and "own_forward.py" in place[-1]
-        ) or "Refus" in type(error).__name__
+        # A step's error of the engine's own has no cause; with one, the model's own code went wrong in a stage.
+        prototype = isinstance(error, ValueError) and "own_forward.py" in place[-1]
+        refused = prototype or (isinstance(error, pe.PipelineError) and not error.__cause__)
         cause = error.__cause__ or error
         return {
             "result": "refused" if refused else "crashed",
@@ -182,9 +182,7 @@ def run_all(task, names, arguments):
     out, found, running, todo = Path(arguments.out), {}, {}, list(names)
     make("LlamaForCausalLM")  # imports here what each fork would import anew, in seconds
     sys.path.insert(0, os.environ.get("OWN_FORWARD", "/work/shared/own_forward"))
-    import pipeline_ext
-
-    pipeline_ext.Pipeline  # noqa: B018  (its own imports are late ones)
+    pe.Pipeline  # noqa: B018  (its own imports are late ones)
     if arguments.resume and out.exists():
         found = json.loads(out.read_text())
         todo = [name for name in todo if name not in found]

@@ -172,6 +172,8 @@ FIELDS = {
     "Gemma3nTextConfig": {"num_kv_shared_layers": 2},
     "Gemma4TextConfig": {"num_kv_shared_layers": 2, "global_head_dim": 8, "layer_types": HYBRID},
     "Gemma4UnifiedTextConfig": {"global_head_dim": 8},
+    "Mamba2Config": {"num_heads": 8},
+    "EsmcConfig": {"num_key_value_heads": 4},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "KimiLinearConfig": {"layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_heads": 4},
     "Dots3NoteVisionConfig": {"mlp_layer_types": ["dense"] * 2},
