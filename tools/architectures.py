@@ -3,7 +3,8 @@
 
     tools/architectures.py names [--all] [--only REGEX]
     tools/architectures.py make [--all] [--only REGEX] --out FILE.json
-    tools/architectures.py sweep [--stages 2] [--with pipeline|prototype] [--only REGEX] --out FILE.json
+    tools/architectures.py sweep [--stages 2] [--only REGEX] --out FILE.json
+    tools/architectures.py table --of FILE.json
 
 `make` says which classes can be made tiny, and why not; `sweep` cuts each of them into stages and compares its
 gradients with plain autograd's over the same microbatches. Each runs in a process of its own: one that hangs or
@@ -13,13 +14,12 @@ dies stops nothing. The models are those of tiny_models.py.
 import argparse
 import contextlib
 import copy
-import functools
 import json
 import os
 import re
 import resource
 import signal
-import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -27,10 +27,12 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import transformers
 from tiny_models import NAMES, ROWS, candidates, make
 
 import pipeline_ext as pe
 
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 SECONDS, BYTES = 60, 8 << 30  # of one class
 
 
@@ -83,36 +85,19 @@ def run_pipeline(model, inputs, stages):
         return pipe.step(**inputs)
 
 
-def run_prototype(model, inputs, stages):
-    import own_forward
-
-    import pipeline_ext as pe
-
-    # Its stages take tensors with rows only.
-    fixed = {k: v for k, v in inputs.items() if not has_rows(v)}
-    tensors = {k: v for k, v in inputs.items() if k not in fixed}
-    if fixed:
-        model.forward = functools.partial(model.forward, **fixed)
-    parts = own_forward.Program(model, {k: v.chunk(4)[0] for k, v in tensors.items()}).stages(stages)
-    with pe.Pipeline(parts, microbatches=4, loss_fn=lambda output: output.loss) as pipe:
-        return pipe.step(**tensors)
-
-
 def run_sweep(name, arguments):
     model, inputs = make(name)
     if fault := fault_of(model, inputs):
         return {"result": "not made", "message": fault}
     reference = copy.deepcopy(model)
     losses, expected = gradients(reference, inputs, 4)
-    run = run_prototype if arguments.way == "prototype" else run_pipeline
     try:
-        loss = run(model, inputs, arguments.stages)
+        loss = run_pipeline(model, inputs, arguments.stages)
     except Exception as error:
         frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
         place = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-3:]]
         # A step's error of the engine's own has no cause; with one, the model's own code went wrong in a stage.
-        prototype = isinstance(error, ValueError) and "own_forward.py" in place[-1]
-        refused = prototype or (isinstance(error, pe.PipelineError) and not error.__cause__)
+        refused = isinstance(error, pe.PipelineError) and not error.__cause__
         cause = error.__cause__ or error
         return {
             "result": "refused" if refused else "crashed",
@@ -181,7 +166,6 @@ def run_all(task, names, arguments):
     """The results by name, written after each one; at most so many processes at a time."""
     out, found, running, todo = Path(arguments.out), {}, {}, list(names)
     make("LlamaForCausalLM")  # imports here what each fork would import anew, in seconds
-    sys.path.insert(0, os.environ.get("OWN_FORWARD", "/work/shared/own_forward"))
     pe.Pipeline  # noqa: B018  (its own imports are late ones)
     if arguments.resume and out.exists():
         found = json.loads(out.read_text())
@@ -215,17 +199,68 @@ def run_all(task, names, arguments):
     return found
 
 
+INTRODUCTION = (
+    "Made by `tools/architectures.py sweep` and `table`: tiny models of transformers {} with random weights and "
+    "every class's own defaults, without dropout, in two stages and four microbatches, beside plain autograd over "
+    "the same microbatches. A name with `+router` returns the router's logits, whose loss enters the model's."
+)
+
+
+def page(found):
+    """The page of the documentation."""
+    tried = {name: one for name, one in found.items() if one["result"] != "not made"}
+    by_result = {
+        result: sorted(name for name, one in tried.items() if one["result"] == result)
+        for result in ("right", "tied", "refused", "crashed", "wrong")
+    }
+    counts = {result: len(names) for result, names in by_result.items()}
+    others = [*by_result["refused"], *by_result["crashed"], *by_result["wrong"]]
+    rows = [
+        f"| {name} | {tried[name]['result']} | {tried[name].get('message', '').partition(chr(10))[0][:160]} |"
+        for name in others
+    ]
+    return "\n".join(
+        [
+            "# Architectures",
+            "",
+            *textwrap.wrap(INTRODUCTION.format(transformers.__version__), 110),
+            "",
+            "| outcome | models |",
+            "|---|---|",
+            f"| the bits of plain autograd | {counts['right']} |",
+            f"| within 1e-6, as a tied weight's sum | {counts['tied']} |",
+            f"| refused, or stopped with an error | {counts['refused'] + counts['crashed']} |",
+            f"| wrong | {counts['wrong']} |",
+            "",
+            *(["| not right | outcome | why |", "|---|---|---|", *rows, ""] if others else []),
+            "## The bits of plain autograd",
+            "",
+            *textwrap.wrap(", ".join(by_result["right"]), 110),
+            "",
+            "## Within 1e-6",
+            "",
+            *textwrap.wrap(", ".join(by_result["tied"]), 110),
+            "",
+        ]
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["names", "make", "sweep"])
+    parser.add_argument("what", choices=["names", "make", "sweep", "table"])
     parser.add_argument("--only", default="", metavar="REGEX")
     parser.add_argument("--all", action="store_true", help="every candidate, not only those once made")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--with", dest="way", choices=["pipeline", "prototype"], default="pipeline")
     parser.add_argument("--resume", action="store_true", help="keep what the file has")
     parser.add_argument("--out", metavar="FILE.json")
+    parser.add_argument("--of", metavar="FILE.json", help="the results of a sweep")
     arguments = parser.parse_args()
+    if arguments.what == "table":
+        if not arguments.of:
+            parser.error("--of names the results of a sweep")
+        PAGE.write_text(page(json.loads(Path(arguments.of).read_text())))
+        return
     names = [n for n in (candidates() if arguments.all else NAMES) if re.search(arguments.only, n)]
     if arguments.what == "names":
         print("\n".join(names))
