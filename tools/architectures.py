@@ -200,9 +200,10 @@ def run_all(task, names, arguments):
 
 
 INTRODUCTION = (
-    "Made by `tools/architectures.py sweep` and `table`: tiny models of transformers {} with random weights and "
-    "every class's own defaults, without dropout, in two stages and four microbatches, beside plain autograd over "
-    "the same microbatches. A name with `+router` returns the router's logits, whose loss enters the model's."
+    "Made by `tools/architectures.py sweep` and `table`: tiny models of transformers {} with random weights "
+    "and every class's own defaults, without dropout, in two stages and four microbatches, beside plain "
+    "autograd over the same microbatches. A name with `+router` returns the router's logits, whose loss enters "
+    "the model's."
 )
 
 

@@ -5,7 +5,9 @@ import difflib
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from ..base.imported import is_fully_sharded
 from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import Arguments
 from ..model.cut import balanced
@@ -124,7 +126,7 @@ def _balanced(
 
 
 def _check_model(model: nn.Module) -> None:
-    """Refuses a compiled model: its code would not be run call by call."""
+    """Refuses a model whose code would not be run call by call, or whose hooks communicate."""
     units = coarse_units(model)
     inside = {module for unit in units for module in unit.modules()}
     for name, module in model.named_modules():
@@ -133,6 +135,15 @@ def _check_model(model: nn.Module) -> None:
                 f"{name or 'the model'} is compiled as a whole, and cannot be cut inside; compile its layers, "
                 f"as in {next(iter(units.values()))}.compile(), before or after they are given to Pipeline"
             )
+    wrapped = next(
+        (m for m in model.modules() if isinstance(m, DistributedDataParallel) or is_fully_sharded(m)), None
+    )
+    if wrapped is not None:
+        raise InvalidArgument(
+            f"the model has a {type(wrapped).__name__} inside, whose hooks would run in stages that do not "
+            'hold it; leave it out, and give a mesh with a dimension "dp", over which Pipeline averages '
+            "gradients; or give a list of stage modules that are wrapped"
+        )
     if type(model).__name__ == "OptimizedModule":
         raise InvalidArgument(
             "the model is a result of torch.compile, and cannot be cut inside; give the model itself, and "

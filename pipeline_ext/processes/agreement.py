@@ -53,12 +53,15 @@ def skips_of_all(processes: Processes, here: Iterable[DeclaredSkips], timeout: f
     )
 
 
-def as_in_the_first(processes: Processes, weights: list[float], timeout: float) -> list[float]:
-    """The weights of the first process of the mesh. Raises PeerError as ``check_agreement`` does."""
+def as_in_the_first(processes: Processes, what: str, weights: list[float], timeout: float) -> list[float]:
+    """The weights of the first process of the mesh. Raises PeerError as ``check_agreement`` does.
+
+    ``what``: a name that is used once.
+    """
     first = processes.everyone[0]
     if processes.number == first:
-        _tell(processes, "weights", weights)
-    return _hear(processes, "weights", [first], timeout)[first]
+        _tell(processes, what, weights)
+    return _hear(processes, what, [first], timeout)[first]
 
 
 def _tell(processes: Processes, what: str, value: Any) -> None:

@@ -104,6 +104,7 @@ class ManyProcesses(OneProcess):
         self._processes = processes
         self._timeout = timeout
         self._gathering = TraceGathering(processes, timeout)
+        self._agreed = 0  # weights so far
         self.group = processes.group
         self.in_order = processes.in_order
         self.engines = EngineTypes(*(functools.partial(made, processes=processes) for made in MANY_PROCESSES))
@@ -120,7 +121,8 @@ class ManyProcesses(OneProcess):
         check_agreement(self._processes, settings(), self._timeout, modules())
 
     def as_in_the_first(self, weights: list[float]) -> list[float]:
-        return as_in_the_first(self._processes, weights, self._timeout)
+        self._agreed += 1
+        return as_in_the_first(self._processes, f"weights {self._agreed}", weights, self._timeout)
 
     def skips_of_all(self, declared: Sequence[DeclaredSkips]) -> Sequence[DeclaredSkips]:
         return skips_of_all(self._processes, declared, self._timeout)

@@ -1,5 +1,6 @@
 """Models that are cut by their own forward, with a process for each stage."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from processes import run
+from torch.nn.parallel import DistributedDataParallel
 
 import pipeline_ext as pe
 
@@ -120,3 +122,33 @@ def wait_for_a_sample():
 
 def test_many_processes_need_a_sample():
     assert run(2, wait_for_a_sample) == [True, True]
+
+
+def train_replicas():
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
+    model, inputs = of_kind("Net")
+    batch = {"x": inputs["x"] + mesh["dp"].get_local_rank()}
+    return trained(model, batch, mesh, loss_fn=F.mse_loss)[1]
+
+
+def test_replicas_of_a_pipeline_average_their_gradients():
+    model, inputs = of_kind("Net")
+    grads = [
+        trained(copy.deepcopy(model), {"x": inputs["x"] + replica}, None, loss_fn=F.mse_loss)[1]
+        for replica in range(2)
+    ]
+    for of_process in run(4, train_replicas):
+        for name, grad in of_process.items():
+            assert torch.allclose(grad, (grads[0][name] + grads[1][name]) / 2, rtol=1e-5, atol=1e-7), name
+
+
+def wrap():
+    model, inputs = of_kind("Net")
+    model.blocks[0] = DistributedDataParallel(model.blocks[0])
+    with pytest.raises(pe.InvalidArgument, match="DistributedDataParallel inside.*dimension .dp."):
+        pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss, sample=inputs, mesh=dist.group.WORLD)
+    return True
+
+
+def test_wrapped_layers_are_refused():
+    assert run(2, wrap) == [True, True]
