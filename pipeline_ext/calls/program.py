@@ -53,7 +53,7 @@ class Effect:
     first: int
 
 
-@dataclass
+@dataclass(eq=False)
 class CallOfUnit:
     """One call of a unit.
 

@@ -1,6 +1,6 @@
 """Runs a model on a sample, and finds what each call of a unit needs of those before."""
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,12 +10,12 @@ from torch.utils import _pytree as pytree
 from ..errors import InvalidArgument
 from ..microbatches.cutting import Arguments
 from ..microbatches.opaque import held_tensors, how_to_open
+from .kept import attributes_of, changes, entries_of, state_of
 from .labels import Labels, Memory, following
 from .program import INPUTS, CallOfUnit, Effect, Held, Program, Source, plain_leaves
 from .routing import Call, route, running
 from .values import Missing, copied, describe_leaves
 
-Path = tuple[Any, ...]
 _SAFE = {"transformers.utils.output_capturing"}  # whose hooks collect for each thread
 
 
@@ -61,7 +61,9 @@ class _Recording:
         self._of_inner: dict[nn.Module, int] = {}
         self._touched: Labels = 0  # what code around units has read
         self._of_hooks: Labels = 0  # what hooks got in this call
-        self._always: Labels = 0  # what Python has looked at
+        self._always: Labels = 0  # what Python has looked at, and what may be an index
+        self._before: list[Any] = []  # what modules around units hold
+        self._changed = False  # whether that has changed since
         self._results: dict[int, list[Source]] = {}  # by memory
         self._written: set[Source] = set()
         self._partial: dict[type, Missing] = {}
@@ -95,14 +97,12 @@ class _Recording:
                 if not leaf.is_floating_point():
                     self._always |= self._bit(Source(INPUTS, part))
         args, kwargs = arguments
-        before = _state_of(self._glue)
-        changed = False
+        self._before = state_of(self._glue)
         try:
             with torch.enable_grad(), running(self), following(self._memory, self):
-                self._before = before
                 output = self._model(*args, **kwargs)
-                changed = self._changed or _state_of(self._glue) != before
-                self._refuse_counters(before)
+            self._look_for_changes()
+            self._refuse_counters()
         finally:
             for handle in self._handles:
                 handle.remove()
@@ -112,40 +112,50 @@ class _Recording:
                 read |= self._memory.of(leaf)
             else:
                 read |= self._look_into(leaf)
-        for call, of_call in zip((*self._calls, self._output), (*self._read, read)):
-            self._resolve(call, of_call)
+        for number, (call, of_call) in enumerate(zip((*self._calls, self._output), (*self._read, read))):
+            self._resolve(number, call, of_call)
+        floats = [n for n, v in enumerate(leaves) if isinstance(v, Tensor) and v.is_floating_point()]
+        return Program(
+            model=self._model,
+            units=self._units,
+            calls=self._calls,
+            output=self._output,
+            structure=structure,
+            plain=plain_leaves(leaves),
+            floats=frozenset(floats),
+            exclusive=self._changed or self._keeps() or self._collects(),
+            partial=self._partial,
+            written=frozenset(self._written),
+            touched=[
+                s for bit, s in enumerate(self._sources) if isinstance(s, Held) and self._touched >> bit & 1
+            ],
+        )
+
+    def _keeps(self) -> bool:
+        """Whether units leave in attributes what later code needs."""
         needed = {source for call in (*self._calls, self._output) for source in call.needs}
-        kept = any(
+        return any(
             effect.kind == "attribute"
             and any(Source(n, effect.first + i) in needed for i in range(len(effect.leaves)))
             for n, call in enumerate(self._calls)
             for effect in call.effects
         )
-        hooked = any(
+
+    def _collects(self) -> bool:
+        """Whether modules have hooks that may collect in memory which stages would share."""
+        return any(
             getattr(hook, "__module__", "") not in _SAFE
             for unit in self._units
             for module in unit.modules()
             for hook in module._forward_hooks.values()
         )
-        return Program(
-            self._model,
-            self._units,
-            self._calls,
-            self._output,
-            structure,
-            plain_leaves(leaves),
-            frozenset(
-                n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()
-            ),
-            changed or kept or hooked,
-            self._partial,
-            frozenset(self._written),
-            [s for bit, s in enumerate(self._sources) if isinstance(s, Held) and self._touched >> bit & 1],
-        )
 
-    def _refuse_counters(self, before: list[Any]) -> None:
+    def _look_for_changes(self) -> None:
+        self._changed = self._changed or state_of(self._glue) != self._before
+
+    def _refuse_counters(self) -> None:
         """Code around units runs in every stage, so it must not count its runs."""
-        now = _state_of(self._glue)
+        before, now = self._before, state_of(self._glue)
         for (module, name, old), (_, _, new) in zip(before, now) if len(now) == len(before) else ():
             if type(old) in (int, float) and type(new) is type(old) and old != new and name != "training":
                 where = self._names[module] or "itself"
@@ -160,14 +170,12 @@ class _Recording:
         labels = 0
         for tensor in held_tensors(value):
             labels |= self._memory.of(tensor)
-        if any(isinstance(s, int) and labels >> bit & 1 for bit, s in enumerate(self._sources)):
+        if any(isinstance(source, int) for source in self._named(labels)):
             self._partial[type(value)] = Missing(
                 f"a layer of {type(self._model).__name__}", type(value).__name__, how_to_open(value)
             )
             return 0
         return labels
-
-    _changed = False
 
     def call(self, unit: nn.Module, compute: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self._inside is not None or unit not in self._units:
@@ -176,10 +184,10 @@ class _Recording:
         call = CallOfUnit(unit, self._units[unit])
         self._calls.append(call)
         self._read.append(self._always)
-        self._changed = self._changed or _state_of(self._glue) != self._before
+        self._look_for_changes()
         self._bracket(unit)
         inner = list(unit.modules())
-        attributes, entries = _attributes(inner), dict(_entries((args, kwargs)))
+        attributes, entries = attributes_of(inner), dict(entries_of((args, kwargs)))
         given = pytree.tree_leaves((args, kwargs))
         known = {_address(leaf) for leaf in given if isinstance(leaf, Tensor)}
         self._of_inner = {}
@@ -204,9 +212,9 @@ class _Recording:
                 if not (leaf.is_floating_point() or leaf.is_complex()):
                     # Code around the next calls may use it as an index, where nothing else could stand in.
                     self._always |= self._bit(Source(number, part))
-        for module, name, value in _changes(attributes, _attributes(inner)):
+        for module, name, value in changes(attributes, attributes_of(inner)):
             self._add_effect(call, number, "attribute", module, name, value, results)
-        for path, value in _entries((args, kwargs)):
+        for path, value in entries_of((args, kwargs)):
             if path not in entries or entries[path] is not value:
                 self._add_effect(call, number, "entry", None, path, value, results)
         return result
@@ -236,6 +244,9 @@ class _Recording:
             )
 
     # -- labels
+
+    def _named(self, labels: Labels) -> list[Source | Held | int]:
+        return [source for bit, source in enumerate(self._sources) if labels >> bit & 1]
 
     def _bit(self, source: Any) -> Labels:
         if source not in self._bits:
@@ -321,19 +332,16 @@ class _Recording:
         if self._inside is not None:
             self._hooks -= 1
 
-    def _resolve(self, call: CallOfUnit, read: Labels) -> None:
+    def _resolve(self, number: int, call: CallOfUnit, read: Labels) -> None:
         """Says what a call needs, from the labels of all that it read."""
-        number = self._calls.index(call) if call is not self._output else len(self._calls)
         own = self._own.get(call.unit, 0) if call is not self._output else 0
         needs: set[Source] = set()
-        for bit, source in enumerate(self._sources):
-            if not read >> bit & 1:
-                continue
+        for source in self._named(read):
             if isinstance(source, Source):
                 if source.call != number:
                     needs.add(source)
             elif isinstance(source, Held):
-                if not own >> bit & 1:
+                if not own & self._bit(source):
                     call.parameters.append(source)
             elif source != number:
                 raise InvalidArgument(self._leak(self._calls[source], call))
@@ -357,59 +365,3 @@ def _address(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return id(tensor)
-
-
-_TABLES = {"_parameters", "_buffers", "_modules", "_compiled_call_impl"}
-
-
-def _attributes(modules: Iterable[nn.Module]) -> dict[tuple[nn.Module, str], Any]:
-    return {
-        (module, name): value
-        for module in modules
-        for name, value in module.__dict__.items()
-        if name not in _TABLES and not name.endswith("_hooks")
-    }
-
-
-def _changes(
-    before: Mapping[tuple[nn.Module, str], Any], after: Mapping[tuple[nn.Module, str], Any]
-) -> Iterator[tuple[nn.Module, str, Any]]:
-    """The attributes whose values hold tensors and were set in between."""
-    for (module, name), value in after.items():
-        if before.get((module, name), _NOTHING) is not value and next(held_tensors(value), None) is not None:
-            yield module, name, value
-
-
-_NOTHING = object()
-
-
-class _Identity(int):
-    """Stands for an object."""
-
-
-def _state_of(modules: Iterable[nn.Module]) -> list[Any]:
-    """What the code of these modules may have kept in them: their attributes, by identity or value."""
-    return [
-        (module, name, value if isinstance(value, (int, float, str)) else _Identity(id(value)))
-        for module in modules
-        for table in (module.__dict__, module._buffers)
-        for name, value in table.items()
-    ]
-
-
-def _entries(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The entries that hold tensors, of the lists and dicts among the arguments of a call, by path."""
-    if isinstance(value, MutableMapping):
-        items: Iterable[tuple[Any, Any]] = list(value.items())
-    elif isinstance(value, (list, tuple)):
-        items = list(enumerate(value))
-    else:
-        return
-    of_caller = len(path) < 2  # the tuple and the dict of the arguments themselves are the call's own
-    for key, inside in items:
-        if not (of_caller or isinstance(value, tuple)) and any(
-            isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inside)
-        ):
-            yield (*path, key), inside
-        if not isinstance(inside, Tensor):
-            yield from _entries(inside, (*path, key))
