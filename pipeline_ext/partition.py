@@ -1,5 +1,6 @@
 """Cuts a model into stages, in the way that it allows."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,15 @@ def given_sample(
     if isinstance(inputs, Presplit):
         return inputs.parts[:2]
     return cutter.cut_inputs(inputs, max(1, min(settings.microbatches, cutter.rows(inputs)))).parts[:2]
+
+
+def takes_by_name(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a model's forward takes these inputs as keywords."""
+    try:
+        inspect.signature(model.forward).bind(**inputs)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _arguments(sample: Any) -> Arguments:

@@ -12,6 +12,7 @@ from .assemble import Assembly, assemble
 from .base import arguments, torch_release
 from .base.no_module import NoModule, instead
 from .calls.model_loss import check_sums
+from .calls.program import Program
 from .checkpoint.unsplit import LocalModel, UnsplitModel, repeated_names
 from .engines.devices import DevicesLike
 from .engines.lifetime import Lifetime, NoEngine
@@ -19,7 +20,7 @@ from .errors import InvalidArgument, PipelineError
 from .microbatches.counting import LossWeight
 from .microbatches.cutting import Presplit, Whole
 from .microbatches.rows import unmarked
-from .partition import by_calls, given_sample
+from .partition import by_calls, given_sample, takes_by_name
 from .plan.build import ScheduleLike
 from .plan.costs import Costs
 from .plan.ordering import PackLike
@@ -278,12 +279,23 @@ class Pipeline(UnsplitModel, NoModule):
                 self._settings = None
         return arg_mbs, kwarg_mbs
 
+    def _spread(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """A mapping, as a tokenizer's, in place of all keyword inputs."""
+        if len(args) == 1 and not kwargs and isinstance(args[0], Mapping):
+            program: Program | None = self.__dict__.get("_program")
+            waits = self._settings is not None and not isinstance(args[0], dict)
+            if (waits and takes_by_name(self._local.module, args[0])) or (
+                program is not None and program.takes_keywords
+            ):
+                return (), dict(args[0])
+        return args, kwargs
+
     def _take(self, parts: Assembly) -> None:
         self._has_loss = parts.has_loss
         self._num_stages = parts.num_stages
         self._stages = parts.stages
         self._containers = parts.containers
-        self._program = parts.program
+        self._program: Program | None = parts.program
         self._devices = parts.devices
         self._sharing = parts.sharing
         self._first_steps = parts.first_steps
@@ -321,7 +333,8 @@ class Pipeline(UnsplitModel, NoModule):
         """Runs one batch forward and backward; adds the gradients to the parameters' ``.grad``.
 
         Args:
-            args, kwargs: inputs of the first stage, any pytrees. A tensor of one dimension or more has a row
+            args, kwargs: inputs of the first stage, any pytrees. A model that is cut by its own forward takes a
+                mapping in place of its keyword inputs. A tensor of one dimension or more has a row
                 for each sample along ``batch_dim``, and is cut there; all have the same number of rows, at
                 least ``microbatches``. So have nested tensors and FlexAttention's BlockMask. What is different
                 is said with ``pipeline_ext.rows`` and ``pipeline_ext.whole``, or specs. Tensors without
@@ -349,6 +362,7 @@ class Pipeline(UnsplitModel, NoModule):
             the model is None; buffers and random state may have advanced. The next ``step`` works, unless a
             stage's code has never returned, a GPU has failed, or there is a ``reduction``: its group has ended.
         """
+        args, kwargs = self._spread(args, kwargs)
         arg_mbs, kwarg_mbs = self._cut_with(args, kwargs, arg_mbs, kwarg_mbs)
         self._check_usable()
         arguments.check_trains(self._has_loss, losses, target)
@@ -389,6 +403,7 @@ class Pipeline(UnsplitModel, NoModule):
         evaluation mode, and are in their own mode again afterwards; with ``keep_mode`` they run in their own.
         Raises as ``step`` does, but leaves every ``.grad`` alone.
         """
+        args, kwargs = self._spread(args, kwargs)
         arg_mbs, kwarg_mbs = self._cut_with(args, kwargs, arg_mbs, kwarg_mbs)
         self._check_usable()
         inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=1)
@@ -416,6 +431,7 @@ class Pipeline(UnsplitModel, NoModule):
         state stay as they are. Needs all stages in this process, without replicas, and room for the whole
         model. Raises as ``step`` does.
         """
+        args, kwargs = self._spread(args, kwargs)
         arg_mbs, kwarg_mbs = self._cut_with(args, kwargs, arg_mbs, kwarg_mbs)
         self._check_usable()
         arguments.check_trains(self._has_loss, None, target)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import UserDict
 
 import pytest
 import torch
@@ -414,6 +415,16 @@ def test_the_first_batch_serves_as_the_sample():
         assert pipe.verify(x, target=y).bit_for_bit
         assert pipe.num_stages == 2
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values()))
+
+
+@pytest.mark.parametrize("when", ["sample", "first batch"])
+def test_a_mapping_stands_for_the_keyword_inputs(when):
+    x, y = batch()
+    given = UserDict(x=x, y=y)  # as what a tokenizer returns
+    with pe.Pipeline(Returned(), 2, 4, sample=given if when == "sample" else None) as pipe:
+        assert pipe.verify(given).bit_for_bit
+        assert torch.equal(pipe.eval(given)["out"], pipe.eval(x=x, y=y)["out"])
+        assert torch.equal(pipe.step(given), pipe.step(**given))
 
 
 @pytest.mark.parametrize("sample", ["dict", "tuple", "tensor", "rows fewer than microbatches"])

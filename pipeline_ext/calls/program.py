@@ -226,6 +226,11 @@ class Program:
         key = next(k for k, a, b in zip(table, now, before) if a is not b)
         return f"{key!r} of {name} was replaced"
 
+    @functools.cached_property
+    def takes_keywords(self) -> bool:
+        """Whether the sample's arguments are keywords alone."""
+        return self.structure.children()[0].num_children == 0
+
     def arranged(self, arguments: Any) -> Any:
         """The arguments, keywords in the order of the sample's."""
         args, kwargs = arguments
