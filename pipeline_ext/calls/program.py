@@ -1,8 +1,9 @@
 """The calls of a model's units in one forward, and what each needs of those before."""
 
+import contextlib
 import functools
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -260,8 +261,27 @@ class Program:
                 )
 
 
+class _Thread(threading.local):
+    takes_parts = False
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def parts_taken() -> Iterator[None]:
+    """Inside it, ``state_dict`` of a model gives what this process has; the rest is on the meta device."""
+    before, _thread.takes_parts = _thread.takes_parts, True
+    try:
+        yield
+    finally:
+        _thread.takes_parts = before
+
+
 def refuse_a_part(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     """A hook of a model whose state is in several processes."""
+    if _thread.takes_parts:
+        return
     raise PipelineError(
         f"this process has only its own part of the {type(model).__name__}; call "
         "save_pretrained(pipe, folder) or save_checkpoint(folder, pipe) of pipeline_ext in all processes, or "

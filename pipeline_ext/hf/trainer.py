@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_pt_utils import find_batch_size
 
+from ..calls.program import parts_taken
 from ..errors import PipelineError
 from ..pipeline import Pipeline
 from ..plan.build import ScheduleLike
@@ -349,6 +350,15 @@ class PipelineTrainer(Trainer):
             state = whole_optimizer(self.optimizer)
             if self.args.should_save:
                 torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+
+    def _load_best_model(self) -> None:
+        """Each process takes what it holds; peft asks the model for its names."""
+        with parts_taken():
+            super()._load_best_model()
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with parts_taken():
+            super()._load_from_checkpoint(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Of process 0: all draw the same numbers."""
