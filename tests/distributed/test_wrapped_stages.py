@@ -200,7 +200,8 @@ def test_sharded_stages_are_gathered_once_and_reduced_once_in_a_step(schedule):
 @pytest.mark.parametrize("wrap", [sharded, replicated])
 def test_a_failure_in_one_replica_ends_the_other_too(wrap):
     ours, theirs = outcomes(2, fail, wrap)
-    assert ours.kind is pe.StageError and theirs.kind is pe.StageError
+    # Ours ends in its own collective, or hears of it while it waits for the replica.
+    assert ours.kind in (pe.StageError, pe.ReductionError) and theirs.kind is pe.StageError
     assert "ValueError: poisoned" in theirs.message
 
 
