@@ -391,6 +391,26 @@ def test_changes_inside_units_are_followed_and_others_refused():
             pipe.step(x, target=y)
 
 
+class Scaled(nn.Module):
+    """Two modules around units have parameters of one name."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.weight = Net(), nn.Parameter(torch.ones(2))
+        self.net.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return self.net(x) * self.weight * self.net.weight
+
+
+def test_a_parameter_around_units_that_is_replaced_is_named():
+    model, (x, y) = Scaled(), batch()
+    with pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss, sample=x) as pipe:
+        model.net.weight = nn.Parameter(torch.zeros(2))
+        with pytest.raises(pe.InvalidArgument, match="'weight' of net was replaced since the model was cut"):
+            pipe.step(x, target=y)
+
+
 def test_a_copy_and_a_pickle_of_the_model_know_nothing_of_the_stages():
     model, (x, y) = Net(), batch()
     with pe.Pipeline(model, 2, 4, loss_fn=F.mse_loss, sample=x) as pipe:

@@ -134,7 +134,7 @@ class Program:
 
     def _look(self) -> None:
         self._tables = [
-            (table, list(table.values()))
+            (module, table, list(table.values()))
             for module in self.around
             for table in (module._modules, module._parameters)
         ]
@@ -209,17 +209,16 @@ class Program:
 
     def check(self) -> None:
         """Raises InvalidArgument if the model has changed so that its units are not called any more."""
-        for table, before in self._tables:
+        for owner, table, before in self._tables:
             if len(table) != len(before) or any(a is not b for a, b in zip(table.values(), before)):
                 raise InvalidArgument(
-                    f"{self._where(table, before)} since the model was cut into stages; make the Pipeline when "
-                    "the model is complete (close() the old one), or change what is inside the units, which "
-                    "the stages follow"
+                    f"{self._changed(owner, table, before)} since the model was cut into stages; make the "
+                    "Pipeline when the model is complete (close() the old one), or change what is inside the "
+                    "units, which the stages follow"
                 )
         route((*self.units, *self.collected))
 
-    def _where(self, table: Any, before: list[Any]) -> str:
-        owner = next(m for m in self.around if table in (m._modules, m._parameters))
+    def _changed(self, owner: nn.Module, table: Mapping[str, Any], before: list[Any]) -> str:
         name = self._names[owner] or "the model"
         now = list(table.values())
         if len(now) != len(before):

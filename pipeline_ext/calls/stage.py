@@ -53,11 +53,6 @@ class CallStage(nn.Module):
             if owner not in inside:
                 self._modules[program.name_of(owner)] = program.holder(owner)
 
-    @property
-    def names(self) -> list[str]:
-        """The names of its units in the unsplit model."""
-        return list(self._modules)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.begin == 0:
             arguments, received = self.program.arranged((args, kwargs)), {}
