@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,18 +19,27 @@ import pipeline_ext as pe
 MICROBATCHES = 4
 
 
-class Faulty(nn.Module):
-    """Does ``fault`` in its sixth forward: that of microbatch 1 in the second step."""
+class Counted(nn.Linear):
+    """A stage that says when it is in the second step; in microbatch 1 of that step it does ``fault``, if any.
 
-    def __init__(self, fault):
-        super().__init__()
-        self.inner, self.fault, self.forwards = nn.Linear(4, 4), fault, 0
+    The fault waits until every stage is there: a process that hears of a failure before its step is refused it
+    (DeadPipeline), and its gradients stay.
+    """
+
+    def __init__(self, fault=None):
+        super().__init__(4, 4)
+        self.fault, self.forwards = fault, 0
+        self.store = dist.distributed_c10d._get_default_store().clone()
 
     def forward(self, x):
         self.forwards += 1
-        if self.forwards == MICROBATCHES + 2:
+        if self.forwards == MICROBATCHES + 1:
+            self.store.add("in the second step", 1)
+        elif self.forwards == MICROBATCHES + 2 and self.fault is not None:
+            while self.store.add("in the second step", 0) < dist.get_world_size():
+                time.sleep(0.01)
             self.fault()
-        return self.inner(x)
+        return super().forward(x)
 
 
 def complain():
@@ -38,8 +48,7 @@ def complain():
 
 def two_steps(victim, fault, timeout):
     """A pipeline of one stage for each process, and what its second step raised."""
-    stages = [nn.Linear(4, 4) for _ in range(dist.get_world_size())]
-    stages[victim] = Faulty(fault)
+    stages = [Counted(fault if rank == victim else None) for rank in range(dist.get_world_size())]
     pipe = pe.Pipeline(stages, None, MICROBATCHES, "1f1b", F.mse_loss, mesh=dist.group.WORLD, timeout=timeout)
     x, y = torch.randn(8, 4), torch.randn(8, 4)
     pipe.step(x, target=y)
