@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .flat import is_flat
+
 # Types that a wire type may replace, and all floating-point types that messages may carry.
 REPLACEABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FLOATING = (*REPLACEABLE, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -15,7 +17,8 @@ def differentiable(value: Any) -> list[Tensor]:
     """The tensors of ``value`` that require a gradient, in pytree order, each once."""
     if isinstance(value, Tensor):
         return [value] if value.requires_grad else []
-    tensors = (v for v in pytree.tree_leaves(value) if isinstance(v, Tensor) and v.requires_grad)
+    leaves = value if is_flat(value) else pytree.tree_leaves(value)
+    tensors = (v for v in leaves if isinstance(v, Tensor) and v.requires_grad)
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 

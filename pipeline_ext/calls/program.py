@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..base.flat import is_flat
 from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import input_name
 from ..stages.parameter_view import prepare
@@ -238,6 +239,32 @@ class Program:
         if list(kwargs) != names and set(kwargs) == set(names):
             kwargs = {name: kwargs[name] for name in names}
         return args, kwargs
+
+    @functools.cached_property
+    def _arity(self) -> tuple[int, list[str]] | None:
+        """The number of positional arguments and the names of the others, if each is one leaf."""
+        args, kwargs = self.structure.children()
+        if not all(child.is_leaf() for child in (*args.children(), *kwargs.children())):
+            return None
+        return args.num_children, kwargs.context
+
+    def leaves_of(self, arguments: Any) -> list[Any] | None:
+        """The leaves of arguments that have the structure of the sample's; None if they have not."""
+        args, kwargs = arguments
+        if self._arity is not None:
+            count, names = self._arity
+            leaves = (*args, *kwargs.values())
+            if len(args) == count and list(kwargs) == names and is_flat(leaves):
+                return list(leaves)
+        flat, structure = pytree.tree_flatten(arguments)
+        return flat if structure == self.structure else None
+
+    def arguments_of(self, leaves: Sequence[Any]) -> Any:
+        """The arguments that have these leaves, and the structure of the sample's."""
+        if self._arity is None:
+            return pytree.tree_unflatten(leaves, self.structure)
+        count, names = self._arity
+        return tuple(leaves[:count]), dict(zip(names, leaves[count:]))
 
     def check_like_sample(self, arguments: Any) -> None:
         """Raises InvalidArgument for arguments of another kind than the sample's.

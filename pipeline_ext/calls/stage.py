@@ -1,7 +1,6 @@
 """A stage that runs the model's own forward and computes its share of the calls."""
 
 import contextlib
-import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import PipelineError
 from ..stages.drawing import branch
 from .hooks import run_hooks
+from .message import Message, sources_of_calls
 from .program import INPUTS, CallOfUnit, Effect, Program, Source
 from .routing import Call, running
 from .values import Leaf, Look, copied, is_look, read_look, stand_in
@@ -26,9 +26,8 @@ class _Stop(BaseException):
 class CallStage(nn.Module):
     """The calls ``begin`` to ``end`` of a program.
 
-    The first stage takes the model's arguments; each other one what the stage before returns: a dict of
-    the values that later calls need, the arguments, and the looks of what they do not need. The last returns
-    the model's output. Its children are the units that it calls.
+    The first stage takes the model's arguments; each other one a tuple, the ``Message`` of the stage before.
+    The last returns the model's output. Its children are the units that it calls.
     """
 
     program: Program
@@ -41,6 +40,8 @@ class CallStage(nn.Module):
         self.begin, self.end = begin, end
         self.is_last = end == len(program.calls)
         self.sent = frozenset() if self.is_last else program.live_at(end)
+        self.received = sources_of_calls(program.live_at(begin))
+        self.passed = sources_of_calls(self.sent)
         self._drops = frozenset() if self.is_last else program.dropped_at(end)
         self._lacks = begin > 0 and bool(program.dropped_at(begin))  # arguments: looks may stand in their place
         self._writes = any(source.call == INPUTS for source in program.written)
@@ -55,49 +56,51 @@ class CallStage(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.begin == 0:
-            arguments, received = self.program.arranged((args, kwargs)), {}
+            arguments = self.program.arranged((args, kwargs))
+            message = Message((), None, {}, self.program.leaves_of(arguments), arguments)
         else:
-            (received,) = args
-            arguments = received["arguments"]
+            message = Message.read(*args, self.received)
         with self.turns:
-            return self._run(arguments, received)
+            return self._run(message)
 
-    def _run(self, arguments: Any, received: dict[str, Any]) -> Any:
-        run = _StageRun(self, received)
-        # Copies if the model's code writes to them: the next stage gets them as given.
-        given = copied(arguments) if self._writes else arguments
-        args, kwargs = pytree.tree_map_only(str, run.opened, given) if self._lacks else given
+    def _run(self, message: Message) -> Any:
+        run = _StageRun(self, message)
+        args, kwargs = self._given(run, message)
         try:
             with running(run), branch(INPUTS):
                 output = self.program.model(*args, **kwargs)
         except _Stop:
-            return {"arguments": self._passed_on(arguments), **run.passed_on()}
+            return run.message(self._left(message.leaves), message.arguments).write(self.passed)
         return run.finish(output)
 
-    def _passed_on(self, arguments: Any) -> Any:
-        """The arguments that later stages need; looks of the others."""
-        if not self._drops:
-            return arguments
-        leaves, structure = pytree.tree_flatten(arguments)
-        if structure != self.program.structure:
-            return arguments
-        passed = [
+    def _given(self, run: "_StageRun", message: Message) -> Any:
+        """The arguments of the model's forward."""
+        arguments = message.arguments
+        if message.leaves is not None and self.begin > 0:
+            opened = [run.opened(leaf) for leaf in message.leaves] if self._lacks else message.leaves
+            arguments = self.program.arguments_of(opened)
+        # Copies if the model's code writes to them: the next stage gets them as given.
+        return copied(arguments) if self._writes else arguments
+
+    def _left(self, leaves: list[Any] | None) -> list[Any] | None:
+        """The leaves of the arguments that later stages need; looks of the others."""
+        if not self._drops or leaves is None:
+            return leaves
+        return [
             str(Look.of(leaf)) if part in self._drops and isinstance(leaf, Tensor) else leaf
             for part, leaf in enumerate(leaves)
         ]
-        return pytree.tree_unflatten(passed, structure)
 
 
 class _StageRun:
     """One forward of a stage."""
 
-    def __init__(self, stage: CallStage, received: dict[str, Any]) -> None:
+    def __init__(self, stage: CallStage, message: Message) -> None:
         self._stage = stage
         self._program = stage.program
-        self._live: dict[str, Tensor] = dict(received.get("live", ()))
-        self._looks: list[str] = list(_split(received["looks"])) if received else []
-        # Numbers, where they are others than the sample's.
-        self._plain: dict[str, Any] = dict(received.get("plain", ()))
+        self._live = message.live.copy()
+        self._looks = list(message.looks)
+        self._plain = dict(message.plain or ())
         self._number = 0
         self._position = 0  # in the looks
         self._inside = False
@@ -177,12 +180,12 @@ class _StageRun:
             elif leaf.kind == "tensor" or isinstance(value, Tensor):
                 raise PipelineError(f"{name} returned another structure than with the sample")
             elif leaf.kind == "plain" and value != leaf.value:
-                self._plain[f"{number}.{part}"] = value
+                self._plain[Source(number, part)] = value
 
     def _keep(self, number: int, part: int, tensor: Tensor) -> None:
         if (number, part) in self._stage.sent:
             is_written = (number, part) in self._program.written
-            self._live[f"{number}.{part}"] = tensor.clone() if is_written else tensor
+            self._live[Source(number, part)] = tensor.clone() if is_written else tensor
         self._looks.append(str(Look.of(tensor)))
 
     def _skip(self, number: int, call: CallOfUnit, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -228,13 +231,13 @@ class _StageRun:
             if leaf.kind == "tensor":
                 look = self._looks[self._position]
                 self._position += 1
-                received = self._live.get(f"{number}.{part}")
+                received = self._live.get((number, part))  # type: ignore[call-overload]
                 if received is None:
                     received = stand_in(read_look(look), self._device)
                     self._stand_ins[id(received)] = (call.name, received)
                 found.append(received.clone() if (number, part) in self._program.written else received)
             elif leaf.kind == "plain":
-                found.append(self._plain.get(f"{number}.{part}", leaf.value))
+                found.append(self._plain.get(Source(number, part), leaf.value))
             elif leaf.kind == "argument":
                 found.append(pytree.tree_leaves((args, kwargs))[leaf.value])
             else:
@@ -252,11 +255,9 @@ class _StageRun:
                 )
             frame = frame.f_back  # type: ignore[assignment]
 
-    def passed_on(self) -> dict[str, Any]:
-        """What later stages get of the calls so far."""
-        sent = self._stage.sent
-        live = {key: value for key, value in self._live.items() if _source(key) in sent}
-        return {"live": live, "looks": _joined(tuple(self._looks)), "plain": self._plain}
+    def message(self, leaves: list[Any] | None, arguments: Any) -> Message:
+        """What later stages get."""
+        return Message(tuple(self._looks), self._plain or None, self._live, leaves, arguments)
 
     def finish(self, output: Any) -> Any:
         """The model's output, when all calls are done."""
@@ -281,22 +282,6 @@ _SAME = (
     "each microbatch must make the calls of the sample in their order: give a sample that takes the same way "
     "through the model, or put code that depends on data inside a unit"
 )
-
-
-@functools.lru_cache(maxsize=4096)
-def _joined(looks: tuple[str, ...]) -> str:
-    return ";".join(looks)
-
-
-@functools.lru_cache(maxsize=4096)
-def _split(looks: str) -> list[str]:
-    return looks.split(";") if looks else []
-
-
-@functools.lru_cache(maxsize=4096)
-def _source(key: str) -> Source:
-    call, part = key.split(".")
-    return Source(int(call), int(part))
 
 
 def _other_call(program: Program, number: int, unit: nn.Module) -> str:

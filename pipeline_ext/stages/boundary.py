@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ..base.flat import flatten, unflatten
 from ..base.imported import is_dtensor
 from ..base.memory import is_shared, share_memory
 from ..base.tensors import differentiable
@@ -146,9 +146,9 @@ def _receive(value: Any, tensors: list[Tensor], own: bool, enter: Enter) -> tupl
         entered, received = one(value)
         return entered, [received]
     pairs = {id(tensor): one(tensor) for tensor in tensors}
-    flat, spec = pytree.tree_flatten(value)
+    flat, spec = flatten(value)
     flat = [pairs[id(v)][0] if id(v) in pairs else v for v in flat]
-    return pytree.tree_unflatten(flat, spec), [received for _, received in pairs.values()]
+    return unflatten(flat, spec), [received for _, received in pairs.values()]
 
 
 def check_aliases(received: list[Received]) -> None:

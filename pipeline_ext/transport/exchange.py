@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .. import _C
+from ..base.flat import flatten, unflatten
 from ..plan.records import Messages
 from .channel import Channel
 from .direction import FromProcess, ToProcess
@@ -168,7 +168,7 @@ class Exchange:
             channel.send(m, (value,))
             return
         leaves: Sequence[Any]
-        leaves, spec = ([value], None) if type(value) is Tensor else pytree.tree_flatten(value)
+        leaves, spec = ([value], None) if type(value) is Tensor else flatten(value)
         count, dtensors = len(leaves), None
         if isinstance(channel, ToProcess):
             leaves, dtensors = to_local(leaves)
@@ -193,7 +193,7 @@ class Exchange:
         if isinstance(channel, FromProcess):
             self.step.take_in(stage, m, leaves[count:])
             leaves = [*from_local(leaves[:count], dtensors, meshes)]
-        return leaves[0] if spec is None else pytree.tree_unflatten(leaves[:count], spec)
+        return leaves[0] if spec is None else unflatten(leaves[:count], spec)
 
     def send_gradients(self, stage: int, m: int, gradients: Sequence[Tensor | None]) -> None:
         """Sends the gradients of ``stage``'s inputs back to the previous stage."""
