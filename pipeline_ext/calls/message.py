@@ -1,7 +1,7 @@
 """What one stage of a model sends the next."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -24,24 +24,24 @@ class Message(NamedTuple):
     """
 
     looks: tuple[str, ...]
-    plain: dict[Source, Any] | None
-    live: dict[Source, Tensor]
+    plain: dict[tuple[int, int], Any] | None
+    live: dict[tuple[int, int], Tensor]
     leaves: list[Any] | None
     arguments: Any
 
     @classmethod
-    def read(cls, sent: tuple, received: Sequence[Source]) -> "Message":
+    def read(cls, sent: tuple, received: Iterable[tuple[int, int]]) -> "Message":
         """What ``write`` has made."""
         looks, plain, *rest = sent
-        count = len(received)
         live = dict(zip(received, rest))
+        count = len(live)
         if plain is not None:
             plain = {_source(key): value for key, value in plain.items()}
         if len(rest) == count + 1 and isinstance(rest[-1], tuple):
             return cls(_split(looks), plain, live, None, rest[-1])
         return cls(_split(looks), plain, live, rest[count:], None)
 
-    def write(self, passed: Sequence[Source]) -> tuple:
+    def write(self, passed: Iterable[tuple[int, int]]) -> tuple:
         """The tuple that is sent, with these of ``live``."""
         plain = None if self.plain is None else {f"{n}.{part}": v for (n, part), v in self.plain.items()}
         live = [self.live[source] for source in passed]
@@ -49,9 +49,9 @@ class Message(NamedTuple):
         return (_joined(self.looks), plain, *live, *rest)
 
 
-def sources_of_calls(sources: frozenset[Source]) -> list[Source]:
+def sources_of_calls(sources: frozenset[Source]) -> list[tuple[int, int]]:
     """Those that calls leave, in one order."""
-    return sorted(source for source in sources if source.call != INPUTS)
+    return sorted((source.call, source.part) for source in sources if source.call != INPUTS)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -64,6 +64,6 @@ def _split(looks: str) -> tuple[str, ...]:
     return tuple(looks.split(";")) if looks else ()
 
 
-def _source(key: str) -> Source:
+def _source(key: str) -> tuple[int, int]:
     call, part = key.split(".")
-    return Source(int(call), int(part))
+    return int(call), int(part)

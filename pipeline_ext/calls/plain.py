@@ -6,33 +6,32 @@ from typing import Any
 from torch import nn
 
 from ..microbatches.cutting import Arguments
-from ..stages.drawing import branch
-from .program import INPUTS
+from ..stages.drawing import AROUND, Calls
 from .routing import Call, running
 
 
 class _Whole:
     """A run that computes everything."""
 
-    def __init__(self, units: Container[nn.Module]) -> None:
+    def __init__(self, units: Container[nn.Module], random: Calls) -> None:
         self._units = units
+        self._random = random
         self._number = 0
-        self._inside = False
 
     def call(self, unit: nn.Module, compute: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self._inside or unit not in self._units:
+        random = self._random
+        if random.number != AROUND or unit not in self._units:
             return compute(*args, **kwargs)
-        self._inside = True
+        random.number = self._number
         try:
-            with branch(self._number):
-                return compute(*args, **kwargs)
+            return compute(*args, **kwargs)
         finally:
-            self._inside = False
+            random.number = AROUND
             self._number += 1
 
 
 def run_whole(model: nn.Module, units: Container[nn.Module], arguments: Arguments) -> Any:
     """The output of a model with these units."""
     args, kwargs = arguments
-    with running(_Whole(units)), branch(INPUTS):
+    with Calls() as random, running(_Whole(units, random)):
         return model(*args, **kwargs)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import PipelineError
-from ..stages.drawing import branch
+from ..stages.drawing import AROUND, Calls
 from .hooks import run_hooks
 from .message import Message, sources_of_calls
-from .program import INPUTS, CallOfUnit, Effect, Program, Source
+from .program import INPUTS, CallOfUnit, Effect, Program
 from .routing import Call, running
-from .values import Leaf, Look, copied, is_look, read_look, stand_in
+from .values import Leaf, copied, is_look, look_of, read_look, stand_in
 
 
 class _Stop(BaseException):
@@ -39,9 +39,10 @@ class CallStage(nn.Module):
         self.__dict__["turns"] = program.turns if program.exclusive else contextlib.nullcontext()
         self.begin, self.end = begin, end
         self.is_last = end == len(program.calls)
-        self.sent = frozenset() if self.is_last else program.live_at(end)
         self.received = sources_of_calls(program.live_at(begin))
-        self.passed = sources_of_calls(self.sent)
+        # Of what calls leave: what is passed on, and whether code around units writes to it.
+        passed = [] if self.is_last else sources_of_calls(program.live_at(end))
+        self.sent = {source: source in program.written for source in passed}
         self._drops = frozenset() if self.is_last else program.dropped_at(end)
         self._lacks = begin > 0 and bool(program.dropped_at(begin))  # arguments: looks may stand in their place
         self._writes = any(source.call == INPUTS for source in program.written)
@@ -59,7 +60,7 @@ class CallStage(nn.Module):
             arguments = self.program.arranged((args, kwargs))
             message = Message((), None, {}, self.program.leaves_of(arguments), arguments)
         else:
-            message = Message.read(*args, self.received)
+            message = Message.read(args[0], self.received)
         with self.turns:
             return self._run(message)
 
@@ -67,10 +68,10 @@ class CallStage(nn.Module):
         run = _StageRun(self, message)
         args, kwargs = self._given(run, message)
         try:
-            with running(run), branch(INPUTS):
+            with run.random, running(run):
                 output = self.program.model(*args, **kwargs)
         except _Stop:
-            return run.message(self._left(message.leaves), message.arguments).write(self.passed)
+            return run.message(self._left(message.leaves), message.arguments).write(self.sent)
         return run.finish(output)
 
     def _given(self, run: "_StageRun", message: Message) -> Any:
@@ -87,23 +88,27 @@ class CallStage(nn.Module):
         if not self._drops or leaves is None:
             return leaves
         return [
-            str(Look.of(leaf)) if part in self._drops and isinstance(leaf, Tensor) else leaf
+            look_of(leaf) if part in self._drops and isinstance(leaf, Tensor) else leaf
             for part, leaf in enumerate(leaves)
         ]
 
 
 class _StageRun:
-    """One forward of a stage."""
+    """One forward of a stage.
+
+    Attributes:
+        random: the streams from which it draws.
+    """
 
     def __init__(self, stage: CallStage, message: Message) -> None:
         self._stage = stage
         self._program = stage.program
+        self.random = Calls()
         self._live = message.live.copy()
         self._looks = list(message.looks)
-        self._plain = dict(message.plain or ())
+        self._plain = {} if message.plain is None else message.plain.copy()
         self._number = 0
         self._position = 0  # in the looks
-        self._inside = False
         self._trains = torch.is_grad_enabled()
         self._stand_ins: dict[int, tuple[str, Tensor]] = {}  # by id
         self._inner: list[tuple[nn.Module, Any]] = []  # what inner modules with hooks returned
@@ -113,7 +118,8 @@ class _StageRun:
         return stand_in(read_look(value), self._device) if is_look(value) else value
 
     def call(self, unit: nn.Module, compute: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self._inside:
+        random = self.random
+        if random.number != AROUND:  # inside a unit
             value = compute(*args, **kwargs)
             if unit in self._program.collected:
                 self._inner.append((unit, value))
@@ -129,12 +135,11 @@ class _StageRun:
             return self._skip(number, calls[number], args, kwargs)
         if number == self._stage.end:
             raise _Stop
-        self._inside = True
+        random.number = number
         try:
-            with branch(number):
-                value = compute(*args, **kwargs)
+            value = compute(*args, **kwargs)
         finally:
-            self._inside = False
+            random.number = AROUND
         self._take(number, calls[number], value, args, kwargs)
         return value
 
@@ -180,21 +185,24 @@ class _StageRun:
             elif leaf.kind == "tensor" or isinstance(value, Tensor):
                 raise PipelineError(f"{name} returned another structure than with the sample")
             elif leaf.kind == "plain" and value != leaf.value:
-                self._plain[Source(number, part)] = value
+                self._plain[number, part] = value
 
     def _keep(self, number: int, part: int, tensor: Tensor) -> None:
-        if (number, part) in self._stage.sent:
-            is_written = (number, part) in self._program.written
-            self._live[Source(number, part)] = tensor.clone() if is_written else tensor
-        self._looks.append(str(Look.of(tensor)))
+        is_written = self._stage.sent.get((number, part))
+        if is_written is not None:
+            self._live[number, part] = tensor.clone() if is_written else tensor
+        self._looks.append(look_of(tensor))
 
     def _skip(self, number: int, call: CallOfUnit, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the code around units gets for a call of an earlier stage."""
         if self._trains and not torch.is_grad_enabled():
             self._refuse_without_grad(call)
-        leaves = self._leaves(call, number, 0, call.leaves, args, kwargs)
-        assert call.spec is not None
-        result = leaves[0] if call.spec.is_leaf() else pytree.tree_unflatten(leaves, call.spec)
+        if call.is_one_tensor:
+            result = self._tensor(call, number, 0)
+        else:
+            leaves = self._leaves(call, number, 0, call.leaves, args, kwargs)
+            assert call.spec is not None
+            result = leaves[0] if call.spec.is_leaf() else pytree.tree_unflatten(leaves, call.spec)
         for effect in call.effects:
             value = pytree.tree_unflatten(
                 self._leaves(call, number, effect.first, effect.leaves, args, kwargs), effect.spec
@@ -229,20 +237,24 @@ class _StageRun:
         found: list[Any] = []
         for part, leaf in enumerate(expected, first):
             if leaf.kind == "tensor":
-                look = self._looks[self._position]
-                self._position += 1
-                received = self._live.get((number, part))  # type: ignore[call-overload]
-                if received is None:
-                    received = stand_in(read_look(look), self._device)
-                    self._stand_ins[id(received)] = (call.name, received)
-                found.append(received.clone() if (number, part) in self._program.written else received)
+                found.append(self._tensor(call, number, part))
             elif leaf.kind == "plain":
-                found.append(self._plain.get(Source(number, part), leaf.value))
+                found.append(self._plain.get((number, part), leaf.value))
             elif leaf.kind == "argument":
                 found.append(pytree.tree_leaves((args, kwargs))[leaf.value])
             else:
                 found.append(leaf.value)
         return found
+
+    def _tensor(self, call: CallOfUnit, number: int, part: int) -> Tensor:
+        """A tensor that an earlier stage's call has left; a stand-in if it was not sent."""
+        look = self._looks[self._position]
+        self._position += 1
+        received = self._live.get((number, part))
+        if received is None:
+            received = stand_in(read_look(look), self._device)
+            self._stand_ins[id(received)] = (call.name, received)
+        return received.clone() if (number, part) in self._program.written else received
 
     def _refuse_without_grad(self, call: CallOfUnit) -> None:
         """Under torch.no_grad the value has no gradient anyway, unless a checkpoint computes it again later."""

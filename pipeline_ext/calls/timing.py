@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..microbatches.cutting import Arguments
-from ..stages.drawing import branch
 from .program import Program
 from .routing import Call, running
 from .untouched import gradients
@@ -60,8 +59,7 @@ class _Timed:
         kwargs = {name: _entering(value) for name, value in kwargs.items()}
         begin = time.perf_counter()
         try:
-            with branch(len(self.seconds)):
-                value = compute(*args, **kwargs)
+            value = compute(*args, **kwargs)
         finally:
             self._inside = False
         results = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.requires_grad]

@@ -17,16 +17,14 @@ class Look(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Look":
-        return cls(tensor.dtype, tuple(tensor.shape))
 
-    def __str__(self) -> str:
-        return _text(*self)
+def look_of(tensor: Tensor) -> str:
+    """The text of a tensor's look."""
+    return _text(tensor.dtype, tensor.shape)
 
 
 @functools.lru_cache(maxsize=4096)
-def _text(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+def _text(dtype: torch.dtype, shape: torch.Size) -> str:
     return f"{_MARK}{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
@@ -69,7 +67,7 @@ def without_memory(tensor: Tensor, is_read: bool) -> Tensor:
     """
     left = tensor.detach().to("meta")
     if is_read:
-        left = stand_in(Look.of(tensor), torch.device("cpu"))
+        left = stand_in(Look(tensor.dtype, tensor.shape), torch.device("cpu"))
     if isinstance(tensor, nn.Parameter):
         left = nn.Parameter(left, tensor.requires_grad)
     left.__dict__[_ELSEWHERE] = True

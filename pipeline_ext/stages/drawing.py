@@ -6,7 +6,6 @@ kernel in front of torch's own, which fills in the generator. So nothing has to 
 and code that draws nothing costs nothing.
 """
 
-import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -38,66 +37,78 @@ class Seeds(Protocol):
 Task = tuple[Seeds, int, int]  # with the arguments of ``Seeds.seed``
 
 
+class Calls:
+    """The context of a forward whose calls of modules draw the same numbers in whatever stage they run.
+
+    Each call draws from a stream of its own, and so does what is around calls. What draws nothing pays nothing.
+
+    Attributes:
+        number: of the call that runs; -1 around calls.
+    """
+
+    def __init__(self) -> None:
+        self.number = AROUND
+        self._streams: dict[int, Task] = {}  # by call
+        self._state: Tensor | None = None  # of the stream around calls, while a call draws
+
+    def __enter__(self) -> "Calls":
+        self._outer, _thread.calls = _thread.calls, self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _thread.calls = self._outer
+
+    def stream(self, task: Task) -> Task:
+        """The stream of what runs now, as a part of ``task``."""
+        if self.number not in self._streams:
+            seeds, _, part = task
+            self._streams[self.number] = (seeds, -2 - self.number, part)
+        return self._streams[self.number]
+
+    def leave(self, stream: Task | None, generator: torch.Generator) -> None:
+        """Keeps the state of the stream around calls, if that was the generator's."""
+        if stream is not None and stream is self._streams.get(AROUND):
+            self._state = generator.get_state()
+
+    def kept(self) -> Tensor | None:
+        """The state in which the stream of what runs now goes on, if it has drawn before."""
+        return self._state if self.number == AROUND else None
+
+
+AROUND = -1
+
+
 class _Thread(threading.local):
     task: Task | None = None
-    _seeded: Task | None = None  # the task for which the generator was seeded
+    calls: Calls | None = None
+    _seeded: Task | None = None  # the stream for which the generator was seeded
 
     def __init__(self) -> None:
         self._generator = torch.Generator("cpu")
 
     def generator(self, task: Task) -> torch.Generator:
-        if self._seeded is not task:
-            seeds, stage, part = task
-            self._generator.manual_seed(seeds.seed(stage, part))
-            self._seeded = task
+        stream, kept = task, None
+        if self.calls is not None:
+            stream = self.calls.stream(task)
+        if self._seeded is not stream:
+            if self.calls is not None:
+                self.calls.leave(self._seeded, self._generator)
+                kept = self.calls.kept()
+            if kept is None:
+                seeds, stage, part = stream
+                self._generator.manual_seed(seeds.seed(stage, part))
+            else:
+                self._generator.set_state(kept)
+            self._seeded = stream
         return self._generator
-
-    def leave(self, outer: Task) -> Tensor | None:
-        """The state of the generator, if ``outer`` has drawn."""
-        return self._generator.get_state() if self._seeded is outer else None
-
-    def come_back(self, outer: Task, state: Tensor | None) -> None:
-        self.task = outer
-        if state is not None:
-            self._generator.set_state(state)
-            self._seeded = outer
-
-
-class _Branch:
-    """A part of a task that draws from a stream of its own."""
-
-    def __init__(self, outer: Task, inner: Task) -> None:
-        self._outer, self._inner = outer, inner
-
-    def __enter__(self) -> None:
-        self._state = _thread.leave(self._outer)
-        _thread.task = self._inner
-
-    def __exit__(self, *_: object) -> None:
-        _thread.come_back(self._outer, self._state)
 
 
 _thread = _Thread()
 
 
-def branch(call: int) -> contextlib.AbstractContextManager[Any]:
-    """The context in which one call of a module runs: it draws the same numbers in whatever stage that is.
-
-    ``call``: its number in the forward; -1 for what is around calls. Afterwards the task goes on where it was.
-    """
-    outer = _thread.task
-    if outer is None:
-        return _NOTHING
-    seeds, _, part = outer
-    return _Branch(outer, (seeds, -2 - call, part))
-
-
-_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-
-
 def enter(task: Task | None) -> None:
     """From now on this thread draws the random numbers of ``task``; None: torch's own."""
-    _thread.task = task
+    _thread.task, _thread.calls = task, None
 
 
 def _kernel(operator: Any) -> Callable[..., Any]:
