@@ -23,8 +23,10 @@ from .engines.parts import EngineParts
 from .engines.protocol import Engine
 from .errors import InvalidArgument
 from .microbatches.cutting import Arguments, Cutter
+from .microbatches.doubt import Trial
 from .model.containers import Containers
 from .model.skips import NamedSkip, declared_skips, find_skips
+from .model.untouched import untouched
 from .partition import by_calls, cut, sample_microbatches
 from .plan.build import check_trainable
 from .plan.first_steps import FirstSteps
@@ -121,6 +123,7 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
     shared, owners, loss_view = _ownership(settings, modules, planned, reduction)
     elsewhere = {i: m for i, m in enumerate(modules) if i not in local and isinstance(m, nn.Module)}
     stages = _stages(settings, len(modules), local, elsewhere, skips, owners, loss_view)
+    unsplit = _unsplit(settings, len(modules), local, program)
     local_model = LocalModel(settings.model, modules, local, repeated, settings.loss_fn)
     if settings.scaler is not None:
         # The first call makes the tensors that steps read.
@@ -177,6 +180,7 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
             settings.args_spec,
             settings.kwargs_spec,
             settings.target_spec,
+            None if parts.wrapped else _trial(local, unsplit),
         ),
         reduction=reduction,
         optimizer=settings.optimizer,
@@ -201,7 +205,7 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
         routes=routes,
         stepper=stepper,
         graphs=graphs,
-        unsplit=None if reduction is not None else _unsplit(settings, len(modules), local, program),
+        unsplit=None if reduction is not None or settings.loss_fn is None else unsplit,
     )
 
 
@@ -266,10 +270,23 @@ def _planned(
 def _unsplit(
     settings: Settings, num_stages: int, local: Mapping[int, nn.Module], program: Program | None
 ) -> Unsplit | None:
-    if settings.loss_fn is None or len(local) < num_stages:
+    if len(local) < num_stages:
         return None
     model = settings.model if isinstance(settings.model, nn.Module) else None
     return Unsplit(model, local, settings.loss_fn, settings.stage_loss, program)
+
+
+def _trial(local: Mapping[int, nn.Module], unsplit: Unsplit | None) -> Trial | None:
+    """What settles doubts about inputs: the model, or its first stage if that is all that is here."""
+    if 0 not in local:
+        return None
+
+    def run(arguments: Arguments) -> Any:
+        args, kwargs = arguments
+        with untouched(*local.values()), torch.no_grad():
+            return local[0](*args, **kwargs) if unsplit is None else unsplit.output(arguments)
+
+    return Trial(run, is_whole=unsplit is not None)
 
 
 def _ordering(

@@ -4,13 +4,16 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .calls.cutting import cut_by_calls
 from .errors import InvalidArgument
 from .microbatches.cutting import Arguments, Cutter, Presplit
+from .microbatches.doubt import Trial
 from .model.containers import own_code
 from .model.cut import cut as cut_layers
+from .model.untouched import untouched
 from .settings import Settings
 
 __all__ = ["cut"]
@@ -68,7 +71,17 @@ def given_sample(
     settings: Settings, args: tuple, kwargs: dict[str, Any], arg_mbs: Any, kwarg_mbs: Any
 ) -> list[Arguments]:
     """The first two microbatches of a batch, given as to ``step``; the whole batch if it has fewer rows."""
-    cutter = Cutter(settings.batch_dim or 0, settings.args_spec, settings.kwargs_spec)
+    model = settings.model
+    assert isinstance(model, nn.Module)
+
+    def run(arguments: Arguments) -> Any:
+        args, kwargs = arguments
+        with untouched(model), torch.no_grad():
+            return model(*args, **kwargs)
+
+    on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    trial = None if on_meta else Trial(run, is_whole=True)
+    cutter = Cutter(settings.batch_dim or 0, settings.args_spec, settings.kwargs_spec, trial=trial)
     counts = range(1, settings.microbatches + 1)
     inputs = cutter.given_inputs(args, kwargs, arg_mbs, kwarg_mbs, counts)
     if isinstance(inputs, Presplit):

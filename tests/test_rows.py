@@ -85,17 +85,119 @@ def test_what_goes_whole_to_every_microbatch(schedule, said, kwargs, options):
         assert pipe.eval(x, **kwargs).shape == y.shape
 
 
-def test_a_mask_that_has_as_many_rows_as_the_batch_by_chance_is_warned_of_once():
+class Table(Attention):
+    def forward(self, x, table):
+        return super().forward(x + table)
+
+
+class Averaged(Attention):
+    def forward(self, x, weights):
+        return super().forward(x * weights.mean())
+
+
+class Times(Attention):
+    """A diffusion model's time, one for each sample."""
+
+    def forward(self, x, times):
+        return super().forward(x + torch.sin(times)[:, None, None])
+
+
+class Unused(Attention):
+    def forward(self, x, index=None):
+        return super().forward(x)
+
+
+class Written(Attention):
+    """Counts forwards, and writes to its input."""
+
+    def __init__(self, hands_on):
+        super().__init__(hands_on)
+        self.register_buffer("forwards", torch.zeros(()))
+
+    def forward(self, x, weights):
+        self.forwards += 1
+        weights.mul_(2)
+        return super().forward(x * weights[:, None, None])
+
+
+def of_kind(kind, form):
+    """The same model as a list of stages, or one module with a forward of its own."""
+    stages = [kind(True), Attention(False)]
+    if form == "list":
+        return stages, {}
+
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(stages)
+
+        def forward(self, *args, **kwargs):
+            return self.layers[1](self.layers[0](*args, **kwargs))
+
+    return Chain(), {"num_stages": 2}
+
+
+@pytest.mark.parametrize("form", ["list", "own forward"])
+@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize(
+    "kind, inputs, why",
+    [
+        (Attention, {"mask": CAUSAL}, r"\['mask'\], of shape \[4, 4\], has .* by chance: the model takes all"),
+        (Attention, {"positions": torch.arange(4.0)}, r"\['positions'\], of shape \[4\], has .* takes all"),
+        (
+            Attention,
+            {"mask": CAUSAL, "positions": torch.arange(4.0)},
+            r"\['mask'\], of shape \[4, 4\], and .*\['positions'\], of shape \[4\], have .* takes all",
+        ),
+        (
+            Table,
+            {"table": torch.rand(S, D)},
+            r"\['table'\], of shape \[4, 8\], has .* takes all",
+        ),
+        (Averaged, {"weights": torch.rand(S)}, r"perhaps by chance: .* as well as .* returns something else"),
+    ],
+)
+def test_an_input_that_has_as_many_rows_as_the_batch_by_chance_is_refused(
+    form, microbatches, kind, inputs, why
+):
+    model, options = of_kind(kind, form)
+    stages = [*(model if form == "list" else model.layers)]
     x, y = torch.randn(S, S, D), torch.randn(S, S, D)
-    with pe.Pipeline(attentions(), microbatches=4, loss_fn=F.mse_loss) as pipe:
-        with pytest.warns(UserWarning, match=r"keyword \['mask'\], of shape \[4, 4\].*rows\(.*whole\("):
-            pipe.step(x, target=y, mask=CAUSAL)
+    if kind is Table and microbatches == 2:
+        why = "The size of tensor a"  # the part of a table fits nowhere
+    with pe.Pipeline(model, microbatches=microbatches, loss_fn=F.mse_loss, **options) as pipe:
+        for _ in range(2):
+            with pytest.raises((pe.InvalidArgument, pe.StageError, RuntimeError), match=why):
+                pipe.step(x, target=y, **inputs)
+            assert all(p.grad is None for p in nn.ModuleList(stages).parameters())
+        loss, wanted = expected(stages, F.mse_loss, y, x, **inputs)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            pipe.step(x, target=y, mask=CAUSAL)
-            pipe.step(x, target=y, positions=pe.whole(torch.arange(4.0)))
-        with pytest.warns(UserWarning, match=r"keyword \['positions'\], of shape \[4\]"):
-            pipe.step(x, target=y, positions=torch.arange(4.0))
+            said = {name: pe.whole(value) for name, value in inputs.items()}
+            torch.testing.assert_close(pipe.step(x, target=y, **said), loss)
+        assert_close_gradients(stages, wanted)
+
+
+@pytest.mark.parametrize("form", ["list", "own forward"])
+@pytest.mark.parametrize("rows, microbatches", [(4, 2), (4, 4), (5, 4), (6, 2)])
+@pytest.mark.parametrize(
+    "kind, name", [(Times, "times"), (Unused, "index"), (Written, "weights"), (Attention, "mask")]
+)
+def test_an_input_whose_rows_the_model_takes_is_not_doubted(form, rows, microbatches, kind, name):
+    model, options = of_kind(kind, form)
+    stages = [*(model if form == "list" else model.layers)]
+    x, y = torch.randn(rows, S, D), torch.randn(rows, S, D)
+    value = torch.rand(rows, S, S) if name == "mask" else torch.rand(rows)
+    loss, wanted = expected(stages, F.mse_loss, y, x, **{name: value.clone()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pe.Pipeline(model, microbatches=microbatches, loss_fn=F.mse_loss, **options) as pipe:
+            given = value.clone()
+            torch.testing.assert_close(pipe.step(x, target=y, **{name: given}), loss)
+    assert_close_gradients(stages, wanted)
+    if kind is Written:
+        assert stages[0].forwards == microbatches  # those of a trial are undone
+        torch.testing.assert_close(given, 2 * value)
 
 
 def test_an_input_that_had_rows_before_is_not_doubted_when_its_shape_happens_to_be_square():

@@ -7,7 +7,7 @@ from models import Constant, chain, tree, tree_batch, tree_loss
 from reference import gradients
 from test_loss_terms import Block, Head, penalty
 from test_random_streams import Noisy, Recomputed
-from test_rows import CAUSAL, Attention, D, S
+from test_rows import D, S
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -80,6 +80,13 @@ def test_tied_weights_and_stages_given_as_a_list_pass_within_rounding():
             assert report.ok and "within rounding" in report.summary()
 
 
+class Scaled(nn.Linear):
+    """Takes a table whole as well as in parts."""
+
+    def forward(self, x, table):
+        return super().forward(x * table.mean())
+
+
 class LosesRows(nn.Module):
     """Of a microbatch every row but the first counts 0."""
 
@@ -105,22 +112,13 @@ def padded():
 def plant(name):
     """A pipeline that trains something else without an error, with its batch."""
     words = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9))
-    if name == "mask":
+    if name == "table":
         return (
-            [Attention(True), Attention(False)],
+            [Scaled(8, 8), nn.Linear(8, 8)],
             F.mse_loss,
             {},
             (torch.randn(S, S, D),),
-            {"mask": CAUSAL},
-            torch.randn(S, S, D),
-        )
-    if name == "positions":
-        return (
-            [Attention(True), Attention(False)],
-            F.mse_loss,
-            {},
-            (torch.randn(S, S, D),),
-            {"positions": torch.arange(4.0)},
+            {"table": torch.rand(S, 3)},
             torch.randn(S, S, D),
         )
     if name == "sequence first":
@@ -143,8 +141,7 @@ def plant(name):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mask", r"input keyword ['mask'], of shape [4, 4], was cut into microbatches"),
-        ("positions", r"input keyword ['positions'], of shape [4], was cut into microbatches"),
+        ("table", r"input keyword ['table'], of shape [4, 3], was cut into microbatches"),
         ("sequence first", "lies in dimension 1 of the inputs: give batch_dim=1"),
         ("ignored labels", "it is no mean over rows. If it leaves labels out, give loss_weight="),
         ("a sum", 'if it sums, give loss_reduction="sum"'),

@@ -10,12 +10,13 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import Arguments
+from ..model.untouched import untouched
 from ..stages.random_streams import RandomStreams, StepStreams
+from .gradients import gradients
 from .model_loss import found_loss
 from .plain import run_whole
 from .program import Program
 from .stage import CallStage
-from .untouched import gradients, untouched
 from .values import copied
 
 Gradients = dict[Tensor, Tensor]

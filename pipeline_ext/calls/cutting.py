@@ -11,6 +11,7 @@ from ..base.imported import is_fully_sharded
 from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import Arguments
 from ..model.cut import balanced
+from ..model.untouched import untouched
 from .check import check
 from .model_loss import found_loss, no_loss
 from .on_meta import OnMeta
@@ -20,7 +21,6 @@ from .routing import compiled
 from .stage import CallStage
 from .timing import sizes, times
 from .units import coarse_units, openable
-from .untouched import untouched
 from .values import copied
 
 Agreed = Callable[[list[float]], list[float]]  # makes all processes take the same weights

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..microbatches.cutting import Arguments
+from .gradients import gradients
 from .program import Program
 from .routing import Call, running
-from .untouched import gradients
 from .values import copied
 
 

@@ -2,13 +2,14 @@
 
 import itertools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import InvalidArgument
+from .doubt import Doubts, Trial
 from .kinds import block_mask_rows, cut_block_mask, cut_nested, is_block_mask
 from .opaque import held_tensors, how_to_open
 from .rows import Marked, Rows, mark, mark_inputs
@@ -53,12 +54,18 @@ class Cutter:
     """
 
     def __init__(
-        self, batch_dim: int = 0, args_spec: Any = None, kwargs_spec: Any = None, target_spec: Any = None
+        self,
+        batch_dim: int = 0,
+        args_spec: Any = None,
+        kwargs_spec: Any = None,
+        target_spec: Any = None,
+        trial: Trial | None = None,
     ) -> None:
-        """The specs are results of ``rows.check_spec``."""
+        """The specs are results of ``rows.check_spec``; ``trial`` settles doubts, of which it warns else."""
         self.batch_dim = batch_dim
         self._specs = args_spec, kwargs_spec
         self._target_spec = target_spec
+        self._trial = trial
         self._known: set[str] = set()  # inputs that have rows, or of which it was warned
 
     def given_inputs(
@@ -122,8 +129,8 @@ class Cutter:
         first, rows = self._named_rows(found)
         cut_at = lengths(rows, count)
         columns = [self._column(name, leaf, cut_at, first) for name, leaf in found]
-        self._warn_of_chance(found, first, rows, count)
         spec = _flattened((inputs.args, inputs.kwargs))[1]
+        self._look_for_chance(found, spec, first, rows, count)
         parts = [pytree.tree_unflatten([column[m] for column in columns], spec) for m in range(count)]
         return Cut([tuple(part) for part in parts], cut_at)
 
@@ -216,26 +223,35 @@ class Cutter:
             _check_goes_whole(name, leaf, rows)
         return [leaf] * count
 
-    def _warn_of_chance(self, leaves: list[tuple[str, Any]], first: str, rows: int, count: int) -> None:
-        """Warns once of each input that may have as many rows as the batch by chance, as a mask [S, S] has.
+    def _look_for_chance(
+        self, leaves: list[tuple[str, Any]], spec: pytree.TreeSpec, first: str, rows: int, count: int
+    ) -> None:
+        """Looks once at each input that may have as many rows as the batch by chance.
 
-        An input that had them in another shape, as a mask [B, S] of another step, is not doubted.
+        Raises InvalidArgument if it has, or warns of it if that cannot be found out.
         """
-        if count == 1 or rows == 1 or self.batch_dim != 0:
+        cut = {name: t for name, t in leaves if isinstance(t, Tensor) and t.dim() > 0 and not t.is_nested}
+        if count == 1 or rows == 1 or self.batch_dim != 0 or len(cut) == 1:
             return
-        cut = [(name, t) for name, t in leaves if isinstance(t, Tensor) and t.dim() > 0 and not t.is_nested]
-        doubtful = {name for name, t in cut if t.dim() == 1 or t.shape[0] == t.shape[1]}
-        if len(doubtful) == len(cut):
-            doubtful.discard(first)
-            if all(t.dim() == 1 for _, t in cut):
-                doubtful.clear()
-        new = doubtful - self._known
-        self._known |= {name for name, _ in cut}
-        for name in sorted(new):
-            shape = list(next(t.shape for other, t in cut if other == name))
+        doubts = Doubts.about(cut, self._known, first, has_single_rows=rows // count == 1)
+        remaining = set(doubts.doubtful)
+        if doubts and self._trial is not None:
+            # A single row would fit by broadcasting.
+            cut_at = lengths(rows, min(count, (rows + 1) // 2) if rows > 2 else count)
+
+            def part_with(names: Collection[str]) -> Arguments:
+                leaves_of_part = [
+                    leaf if name in names else self._column(name, leaf, cut_at, first)[0]
+                    for name, leaf in leaves
+                ]
+                return tuple(pytree.tree_unflatten(leaves_of_part, spec))
+
+            remaining = doubts.settle(part_with, self._trial, _say())
+        self._known |= set(cut)
+        for name in sorted(remaining):
             warnings.warn(
-                f"{name}, of shape {shape}, is cut into microbatches because it has as many rows as the batch; "
-                f"if that is chance, training is wrong. To end this warning, {_say()}",
+                f"{name}, of shape {list(cut[name].shape)}, is cut into microbatches because it has as many "
+                f"rows as the batch; if that is chance, training is wrong. To end this warning, {_say()}",
                 stacklevel=4,
             )
 

@@ -18,6 +18,7 @@ from ..microbatches.cutting import Arguments, Cutter, Presplit, Whole, input_nam
 from ..microbatches.joining import join
 from ..microbatches.rows import Marked, unmarked, whole
 from ..model.slice import Slice
+from ..model.untouched import untouched
 from ..report.verification import Difference, Verification
 from ..stages.modes import evaluation_mode
 from ..stages.random_streams import NoStreams, StepStreams
@@ -38,13 +39,13 @@ class Unsplit:
     Attributes:
         model: what the pipeline was made of, if that is one module; None for a list of stages.
         stages: the modules of all stages, in order.
-        loss_fn, stage_loss: as ``Pipeline`` has them.
+        loss_fn, stage_loss: as ``Pipeline`` has them; without ``loss_fn`` there are no losses.
         program: the calls of a model that is cut by its own forward.
     """
 
     model: nn.Module | None
     stages: Mapping[int, nn.Module]
-    loss_fn: Callable[..., Tensor]
+    loss_fn: Callable[..., Tensor] | None
     stage_loss: Callable[[nn.Module], Tensor] | None
     program: Program | None = None
 
@@ -59,6 +60,7 @@ class Unsplit:
             output = self._forward(arguments, added)
             if self.stage_loss is not None:
                 added += [self.stage_loss(stage) for stage in self.stages.values()]
+            assert self.loss_fn is not None  # verify needs it
             loss = self.loss_fn(output) if target is None else self.loss_fn(output, target)
         return [loss, *added]
 
@@ -165,28 +167,16 @@ class _Comparison:
         self._stepper = stepper
         self._parameters = named_parameters
         of_loss = [unsplit.loss_fn] if isinstance(unsplit.loss_fn, nn.Module) else []
-        modules = [m for s in (*unsplit.stages.values(), *of_loss) for m in s.modules()]
-        self._buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+        self._modules = [*unsplit.stages.values(), *of_loss]
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Puts gradients, buffers and the random state back. Hooks that apply gradients do not run."""
-        grads = [(p, p.grad) for p in self._parameters.values()]
-        buffers = [(m, name, b, b.clone()) for m, name, b in self._buffers]
-        state, trace = torch.get_rng_state(), self._stepper.trace
-        for parameter, _ in grads:
-            parameter.grad = None
+        trace = self._stepper.trace
         try:
-            with self._stepper.hooks.held():
+            with untouched(*self._modules), self._stepper.hooks.held():
                 yield
         finally:
-            for parameter, grad in grads:
-                parameter.grad = grad
-            with torch.no_grad():
-                for module, name, buffer, before in buffers:
-                    module._buffers[name] = buffer
-                    buffer.copy_(before)
-            torch.set_rng_state(state)
             self._stepper.trace = trace
 
     def gradients_of(self, step: Callable[[], Tensor]) -> tuple[Tensor, Gradients]:

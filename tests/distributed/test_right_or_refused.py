@@ -67,6 +67,39 @@ def step_by_row():
         close(local_gradients(pipe, stages), gradients(plain))
 
 
+class Averaged(nn.Linear):
+    def forward(self, x, weights):
+        return super().forward(x * weights.mean())
+
+
+def step_in_doubt():
+    """A mask [4, 4] of a batch of four samples; the first stage is all that can be tried."""
+    torch.manual_seed(0)
+    stages = nn.ModuleList([Masked(4, 4), nn.Linear(4, 2)])
+    plain = twin(stages)
+    x, y, mask = torch.randn(4, 4, 4), torch.randn(4, 4, 2), torch.rand(4, 4)
+    F.mse_loss(plain[1](plain[0](x, mask)), y).backward()
+    with pe.Pipeline(list(stages), microbatches=4, loss_fn=F.mse_loss, mesh=dist.group.WORLD) as pipe:
+        if dist.get_rank() == 0:
+            with pytest.raises(pe.InvalidArgument, match=r"\['mask'\], of shape \[4, 4\], has as many rows"):
+                pipe.step(x, mask=mask)
+            pipe.step(x, mask=pe.whole(mask))
+        else:
+            pipe.step(target=y)
+        close(local_gradients(pipe, stages), gradients(plain))
+    undecided = [Averaged(4, 4), nn.Linear(4, 2)]
+    with pe.Pipeline(undecided, microbatches=4, loss_fn=F.mse_loss, mesh=dist.group.WORLD) as pipe:
+        if dist.get_rank() == 0:
+            with pytest.warns(UserWarning, match=r"\['weights'\], of shape \[4\], is cut"):
+                pipe.step(x, weights=torch.rand(4))
+        else:
+            pipe.step(target=y)
+
+
+def test_a_doubt_is_settled_by_the_first_stage_or_said():
+    run(2, step_in_doubt)
+
+
 def test_rows_are_said_as_in_one_process():
     run(2, step_by_row)
 

@@ -1,0 +1,33 @@
+"""Runs of modules that leave no trace in them."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def untouched(*roots: nn.Module) -> Iterator[None]:
+    """Puts their buffers, gradients and the random state back. Inside it, gradients begin as None."""
+    modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    grads = [(p, p.grad) for p in dict.fromkeys(p for root in roots for p in root.parameters())]
+    for parameter, _ in grads:
+        parameter.grad = None
+    with torch.random.fork_rng(devices=sorted({p.device.index for p, _ in grads if p.is_cuda})):
+        try:
+            yield
+        finally:
+            for parameter, grad in grads:
+                parameter.grad = grad
+            with torch.no_grad():
+                for module, name, buffer, before in buffers:
+                    module._buffers[name] = buffer
+                    if not buffer.is_meta:
+                        buffer.copy_(before)
