@@ -1,10 +1,12 @@
 """A training step of a model that is cut by its own forward, beside the same layers given as a list of stages.
 
 The contenders take turns in processes that live on; each has two stages on two threads, cut at the same layer.
+CPU time is that of both threads: other programs of the machine change it less than the time on the clock.
 Writes bench/results/any_model.json.
 """
 
 import argparse
+import time
 
 import torch
 from environment import write_results
@@ -43,22 +45,32 @@ def made(case: Case, microbatches: int, schedule: str, form: str, rank: int) -> 
     else:
         model = Looped(layers)
         pipe = pe.Pipeline(model, 2, microbatches, schedule, loss_fn, sample=x, cuts=[f"layers.{half}"])
-    return timed(lambda: pipe.step(x, target=y), model)
+    begun = [0.0]
+
+    def begin() -> None:
+        begun[0] = time.process_time()
+
+    return timed(lambda: pipe.step(x, target=y), model, begin, lambda: time.process_time() - begun[0])
 
 
 def measure(case: Case, microbatches: int, schedule: str, rounds: int) -> dict:
     """The times of both forms, and how much longer the own forward takes, round by round."""
     contenders = {form: Contender(form, made, case, microbatches, schedule, form) for form in (LIST, OWN)}
-    turns = in_turn(contenders, rounds, STEPS[case.name])
-    ratios = [own / of_list for own, of_list in zip(turns.seconds[OWN], turns.seconds[LIST])]
+    turns = in_turn(contenders, rounds, STEPS[case.name], lambda key, spans, seconds: spans[0][2])
     return {
         "model": case.name,
         "microbatches": microbatches,
         "schedule": schedule,
         "quiet": turns.quiet,
         "step_ms": {form: spread([t * 1e3 for t in turns.seconds[form]]) for form in contenders},
-        "own_by_list": spread(ratios),
+        "cpu_ms": {form: spread([t * 1e3 for t in turns.figures[form]]) for form in contenders},
+        "own_by_list": spread(_ratios(turns.seconds)),
+        "cpu_own_by_list": spread(_ratios(turns.figures)),
     }
+
+
+def _ratios(by_form: dict) -> list[float]:
+    return [own / of_list for own, of_list in zip(by_form[OWN], by_form[LIST])]
 
 
 if __name__ == "__main__":
@@ -71,6 +83,9 @@ if __name__ == "__main__":
     for name in options.models:
         for schedule in SCHEDULES:
             rows.append(row := measure(CASES[name], 8, schedule, options.rounds))
-            ratio = "{min:.3f} {median:.3f} {max:.3f}".format(**row["own_by_list"])
-            print(f"{name:12} {schedule:6} own forward / list {ratio}", flush=True)
+            clock, cpu = (
+                "{min:.3f} {median:.3f} {max:.3f}".format(**row[ratio])
+                for ratio in ("own_by_list", "cpu_own_by_list")
+            )
+            print(f"{name:12} {schedule:6} own forward / list: clock {clock}, CPU {cpu}", flush=True)
     write_results("any_model", rows=rows)

@@ -220,6 +220,36 @@ def torchtitan_step(results: dict) -> list[str]:
     return lines
 
 
+def any_model(results: dict) -> list[str]:
+    lines = [
+        "| layers | schedule | a list of stages, ms | its own forward, ms | longer by | CPU time: list, ms "
+        "| own, ms | more by |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        cells = [row["model"], row["schedule"]]
+        for times, ratio in (("step_ms", "own_by_list"), ("cpu_ms", "cpu_own_by_list")):
+            cells += [_spread(of_form, ".1f") for of_form in row[times].values()]
+            cells.append(_spread(row[ratio]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def default_cut(results: dict) -> list[str]:
+    lines = [
+        "| model | calls | stages | schedule | bubble of the default cut | of the best of all cuts "
+        "| the step, by the best's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        bubbles = f"{row['default']['bubble']:.1%} | {row['best']['bubble']:.1%} of {row['cuts']}"
+        lines.append(
+            f"| {row['model']} | {row['calls']} | {row['stages']} | {row['schedule']} | {bubbles} | "
+            f"{row['default_by_best']:.3f} |"
+        )
+    return lines
+
+
 def big_model(results: dict) -> list[str]:
     lines = [
         "| stage | bytes, MB | peak of the process, MB | by the bytes | aim | after saving, by the bytes |",
@@ -280,6 +310,8 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
     "k_tradeoff": k_tradeoff,
     "recompute": recompute,
     "torchtitan_step": torchtitan_step,
+    "any_model": any_model,
+    "default_cut": default_cut,
     "big_model": big_model,
     "gpu_step": gpu_step,
     "gpu_host": gpu_host,

@@ -1,7 +1,6 @@
 """From a model and a sample to stages."""
 
 import contextlib
-import difflib
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..base.imported import is_fully_sharded
 from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import Arguments
-from ..model.cut import balanced
+from ..model.cut import balanced, starts_of
 from ..model.untouched import untouched
 from .check import check
 from .model_loss import found_loss, no_loss
@@ -68,7 +67,7 @@ def cut_by_calls(
             with untouched(model), _running(meta):
                 program = record(model, coarse_units(model, opened), microbatches[0])
             if cuts is not None:
-                starts = _starts(program, cuts, num_stages)
+                starts = starts_of(cuts, [call.name for call in program.calls], num_stages, "call")
                 heavy = None
             else:
                 starts, heavy = _balanced(program, num_stages, microbatches[0], balance, on_meta, agreed)
@@ -160,10 +159,7 @@ def _opened_for(model: nn.Module, cuts: Sequence[str | int] | None) -> set[nn.Mo
     opened: set[nn.Module] = set()
     if cuts is None:
         return opened
-    if not isinstance(cuts, (list, tuple)) or not all(isinstance(c, (str, int)) for c in cuts):
-        names = list(coarse_units(model).values())
-        raise InvalidArgument(f"cuts is {cuts!r}; give a list of layer names, as in cuts=[{names[-1]!r}]")
-    for cut_at in cuts:
+    for cut_at in cuts if isinstance(cuts, (list, tuple)) else ():
         while isinstance(cut_at, str):
             units = coarse_units(model, opened)
             around = [u for u, name in units.items() if cut_at.startswith(f"{name}.")]
@@ -175,34 +171,3 @@ def _opened_for(model: nn.Module, cuts: Sequence[str | int] | None) -> set[nn.Mo
 
 def _has(module: nn.Module, name: str) -> bool:
     return any(found == name for found, _ in module.named_modules())
-
-
-def _starts(program: Program, cuts: Sequence[str | int], num_stages: int | None) -> list[int]:
-    names = [call.name for call in program.calls]
-    starts = [0]
-    for cut_at in cuts:
-        position = _position(cut_at, names)
-        if position <= starts[-1]:
-            raise InvalidArgument(
-                f"cuts must ascend in the order of calls and leave the first stage a call; {cut_at!r} is call "
-                f"{position} and the stage before begins at call {starts[-1]}. The calls are {', '.join(names)}"
-            )
-        starts.append(position)
-    if num_stages is not None and num_stages != len(starts):
-        raise InvalidArgument(f"{len(cuts)} cuts make {len(starts)} stages, but num_stages is {num_stages}")
-    return starts
-
-
-def _position(cut_at: str | int, names: list[str]) -> int:
-    if isinstance(cut_at, int):
-        if not 0 <= cut_at < len(names):
-            raise InvalidArgument(f"there is no call {cut_at}; there are {len(names)}, from 0")
-        return cut_at
-    for position, name in enumerate(names):
-        if name == cut_at or name.startswith(f"{cut_at}."):
-            return position
-    near = difflib.get_close_matches(cut_at, names[1:], n=1, cutoff=0.0)
-    raise InvalidArgument(
-        f"no unit {cut_at!r} is called, at which a stage could begin; the nearest name is {near[0]!r}. The "
-        f"calls are {', '.join(names)}"
-    )

@@ -110,7 +110,9 @@ class _StageRun:
         self._number = 0
         self._position = 0  # in the looks
         self._trains = torch.is_grad_enabled()
-        self._stand_ins: dict[int, tuple[str, Tensor]] = {}  # by id
+        # By look: making one costs more than all else that is done for a call that is not run.
+        self._stand_ins: dict[str, Tensor] = {}
+        self._stand_for: dict[int, list[str]] = {}  # by the id of a stand-in: the units in whose results it is
         self._inner: list[tuple[nn.Module, Any]] = []  # what inner modules with hooks returned
         self._device = next((t.device for t in self._live.values()), torch.device("cpu"))
 
@@ -252,8 +254,11 @@ class _StageRun:
         self._position += 1
         received = self._live.get((number, part))
         if received is None:
-            received = stand_in(read_look(look), self._device)
-            self._stand_ins[id(received)] = (call.name, received)
+            received = self._stand_ins.get(look)
+            if received is None:
+                received = self._stand_ins[look] = stand_in(read_look(look), self._device)
+                self._stand_for[id(received)] = []
+            self._stand_for[id(received)].append(call.name)
         return received.clone() if (number, part) in self._program.written else received
 
     def _refuse_without_grad(self, call: CallOfUnit) -> None:
@@ -280,9 +285,10 @@ class _StageRun:
                 f"{calls[self._number].name}; {_SAME}"
             )
         for leaf in pytree.tree_leaves(output) if self._stand_ins else ():
-            if id(leaf) in self._stand_ins:
+            if id(leaf) in self._stand_for:
+                names = " or ".join(dict.fromkeys(self._stand_for[id(leaf)]))
                 raise PipelineError(
-                    f"the output holds what {self._stand_ins[id(leaf)][0]} returned, which with the sample it "
+                    f"the output holds what {names} returned, which with the sample it "
                     "did not, so it was not sent on; ask for the same outputs in the sample"
                 )
         if self._stage.begin == 0 or not self._program.partial:

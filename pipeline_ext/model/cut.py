@@ -55,7 +55,7 @@ def cut(
     if not layers:
         raise InvalidArgument(f"{type(model).__name__} has no child modules to cut; {_LIST_FORM}")
     if cuts is not None:
-        starts = _starts_of(cuts, [name for name, _ in layers], num_stages)
+        starts = starts_of(cuts, [name for name, _ in layers], num_stages, "layer")
     else:
         starts = _balanced_starts(layers, num_stages, balance, sample)
     ends = [*starts[1:], len(layers)]
@@ -121,18 +121,22 @@ def _open(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     return layers
 
 
-def _starts_of(cuts: Sequence[str | int], names: list[str], num_stages: int | None) -> list[int]:
+def starts_of(cuts: Sequence[str | int], names: list[str], num_stages: int | None, kind: str) -> list[int]:
+    """Where stages begin. ``names``: of all that could begin one, each a ``kind``: "layer" or "call".
+
+    Raises InvalidArgument for cuts that cannot be, or are not ``num_stages`` less one.
+    """
     if not isinstance(cuts, (list, tuple)) or not all(isinstance(c, (str, int)) for c in cuts):
         raise InvalidArgument(
             f"cuts is {cuts!r}; give a list of layer names or positions, as in cuts=[{names[-1]!r}]"
         )
     starts = [0]
     for cut_at in cuts:
-        position = _position(cut_at, names)
+        position = _position(cut_at, names, kind)
         if position <= starts[-1]:
             raise InvalidArgument(
-                f"cuts must ascend and leave the first stage a layer; {cut_at!r} is layer {position} "
-                f"and the stage before begins at layer {starts[-1]}"
+                f"cuts must ascend and leave the first stage a {kind}; {cut_at!r} is {kind} {position} "
+                f"and the stage before begins at {kind} {starts[-1]}"
             )
         starts.append(position)
     if num_stages is not None and num_stages != len(starts):
@@ -140,18 +144,18 @@ def _starts_of(cuts: Sequence[str | int], names: list[str], num_stages: int | No
     return starts
 
 
-def _position(cut_at: str | int, names: list[str]) -> int:
+def _position(cut_at: str | int, names: list[str], kind: str) -> int:
     if isinstance(cut_at, int):
         if not 0 <= cut_at < len(names):
-            raise InvalidArgument(f"there is no layer {cut_at}; there are {len(names)}, from 0")
+            raise InvalidArgument(f"there is no {kind} {cut_at}; there are {len(names)}, from 0")
         return cut_at
     for position, name in enumerate(names):
         if name == cut_at or name.startswith(f"{cut_at}."):
             return position
-    near = difflib.get_close_matches(cut_at, names, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(cut_at, names[1:] or names, n=1, cutoff=0.0)
     raise InvalidArgument(
-        f"there is no layer {cut_at!r} to cut at; the nearest name is {near[0]!r}. "
-        f"The layers are {', '.join(names)}"
+        f"there is no {kind} {cut_at!r} to cut at; the nearest name is {near[0]!r}. "
+        f"The {kind}s are {', '.join(names)}"
     )
 
 
