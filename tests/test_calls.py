@@ -469,7 +469,9 @@ def test_cuts_are_names_or_positions_of_calls(cuts):
 
 def test_a_cut_at_no_call_is_refused_and_the_advice_works():
     x, _ = batch()
-    with pytest.raises(pe.InvalidArgument, match="there is no call 'block.2' to cut at.*nearest name is 'blocks.2'"):
+    with pytest.raises(
+        pe.InvalidArgument, match="there is no call 'block.2' to cut at.*nearest name is 'blocks.2'"
+    ):
         pe.Pipeline(Net(), microbatches=4, loss_fn=F.mse_loss, sample=x, cuts=["block.2"])
     pe.Pipeline(Net(), microbatches=4, loss_fn=F.mse_loss, sample=x, cuts=["blocks.2"]).close()
 

@@ -13,6 +13,8 @@ _INSTEAD = {
     **dict.fromkeys(("to", "cuda", "cpu", "xpu"), _MOVES),
     **dict.fromkeys(("half", "float", "double", "bfloat16"), _CASTS),
     "generate": "call generate() of the model, which needs all stages in this process",
+    "save_pretrained": "call save_pretrained() of the model, or pipeline_ext.save_pretrained(pipe, folder), "
+    "which gathers it from all processes",
     "requires_grad_": "call requires_grad_() of the model before it is given to Pipeline",
 }
 

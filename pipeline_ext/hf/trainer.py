@@ -108,10 +108,16 @@ class PipelineTrainer(Trainer):
         process, so a plain Trainer with the same ``args`` sees one process too.
         """
         state = self.args.distributed_state
+        if dist.is_torchelastic_launched() and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if state.device.type == "cuda" else "gloo")
         self._many = dist.is_initialized() and dist.get_world_size() > 1
         check_arguments(self.args, self._microbatches, self._many)
         self.args._n_gpu = min(self.args.n_gpu, 1)  # no DataParallel
         state.distributed_type, state.num_processes = DistributedType.NO, 1
+        if self._many:
+            # On a machine without GPUs Accelerate knows of other processes only with use_cpu=True.
+            state.process_index = dist.get_rank()
+            state.local_process_index = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
         super().create_accelerator_and_postprocess()
         self.accelerator.dataloader_config.dispatch_batches = False
         self.accelerator.device_placement = False  # Pipeline places stages

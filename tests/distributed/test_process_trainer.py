@@ -1,6 +1,7 @@
 """PipelineTrainer in two processes, as torchrun starts them, trains as Trainer does in one."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from processes import run
 
 sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import lora_trainer
+from launcher import torchrun
 from trainers import MODELS, assert_same_history, history, trainer
 from transformers import Trainer
 
@@ -69,3 +73,14 @@ def test_losses_checkpoints_and_evaluation_are_those_of_trainer(name, tmp_path):
         again.load_adapter(tmp_path / "two" / "saved", "default")
     for key, value in plain.model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, rtol=1e-4, atol=1e-4, msg=key)
+
+
+def test_the_example_in_the_processes_of_torchrun_trains_as_in_one(tmp_path):
+    """Nothing tells Trainer of the processes but torchrun's own variables."""
+    alone = lora_trainer.main(str(tmp_path / "alone"))
+    two = torchrun(2, [lora_trainer.__file__, "two"], tmp_path)
+    assert two.returncode == 0, two.stderr
+    losses = [f"{entry['eval_loss']:.4g}" for entry in alone.state.log_history if "eval_loss" in entry]
+    found = re.findall(r"'eval_loss': '([\d.]+)", two.stdout)
+    assert [float(loss) for loss in found] == [float(loss) for loss in losses] and len(losses) > 3
+    assert (tmp_path / "two" / "adapter_model.safetensors").exists()
