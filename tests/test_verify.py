@@ -87,6 +87,23 @@ class Scaled(nn.Linear):
         return super().forward(x * table.mean())
 
 
+@pytest.mark.parametrize("how", ["cast", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_roundings_of_a_coarser_type_are_no_difference_and_masked_labels_are(how, dtype):
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(4)))
+    x = torch.randn(16, 8)
+    within = torch.autocast("cpu", dtype=dtype, enabled=how == "autocast")
+    if how == "cast":
+        model, x = model.to(dtype), x.to(dtype)
+    target = torch.randint(8, (16,))
+    with pe.Pipeline(model, 2, 4, loss_fn=F.cross_entropy, loss_weight="rows") as pipe, within:
+        report = pipe.verify(x, target=target)
+        assert report.ok and report.bit_for_bit and not report.reasons, str(report)
+        target[:3] = -100
+        report = pipe.verify(x, target=target)
+        assert not report.ok and any("it is no mean over rows" in reason for reason in report.reasons)
+
+
 class LosesRows(nn.Module):
     """Of a microbatch every row but the first counts 0."""
 

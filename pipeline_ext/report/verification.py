@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _ROUNDING = 1e-5  # relative, of a gradient: what another order of sums may change
+_WHOLE = 1e-3  # the same where every operator has other shapes
+_STEPS = 8  # that many roundings of a coarser type
 _SHOWN = 8  # parameters in the table
 
 
@@ -32,6 +34,7 @@ class Verification:
             if the whole batch was not compared.
         parameters: the differences by parameter.
         reasons: what the differences are due to, in words; and why the whole batch was not compared.
+        epsilon: the relative step of the coarsest floating type in which the model computes.
     """
 
     loss: float
@@ -39,6 +42,7 @@ class Verification:
     loss_whole: float | None
     parameters: Sequence[Difference]
     reasons: Sequence[str] = field(default=())
+    epsilon: float = 2.0**-23
 
     @property
     def worst_microbatched(self) -> float:
@@ -60,7 +64,15 @@ class Verification:
     def ok(self) -> bool:
         """Whether both equal plain autograd but for rounding, over the microbatches and the whole batch."""
         whole = self.worst_whole
-        return self.worst_microbatched < _ROUNDING and (whole is None or whole < 100 * _ROUNDING)
+        return self.worst_microbatched < self._rounding and (whole is None or whole < self._rounding_of_whole)
+
+    @property
+    def _rounding(self) -> float:
+        return max(_ROUNDING, _STEPS * self.epsilon)
+
+    @property
+    def _rounding_of_whole(self) -> float:
+        return max(_WHOLE, _STEPS * self.epsilon)
 
     def __str__(self) -> str:
         header = ("", "pipeline", "same microbatches", "whole batch")
@@ -69,7 +81,7 @@ class Verification:
             ("worst gradient", "", _relative(self.worst_microbatched), _relative(self.worst_whole)),
         ]
         off = sorted(self.parameters, key=lambda p: (p.microbatched, p.whole or 0), reverse=True)
-        off = [p for p in off if p.microbatched > 0 or (p.whole or 0) > 100 * _ROUNDING]
+        off = [p for p in off if p.microbatched > 0 or (p.whole or 0) > self._rounding_of_whole]
         rows += [(f"  {p.name}", "", _relative(p.microbatched), _relative(p.whole)) for p in off[:_SHOWN]]
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(4)]
         lines = [
@@ -83,7 +95,7 @@ class Verification:
         """One sentence."""
         if self.bit_for_bit:
             same = "equal plain autograd over the same microbatches bit for bit"
-        elif self.worst_microbatched < _ROUNDING:
+        elif self.worst_microbatched < self._rounding:
             same = "equal plain autograd over the same microbatches within rounding"
         else:
             same = f"DIFFER from plain autograd over the same microbatches by {self.worst_microbatched:.1e}"

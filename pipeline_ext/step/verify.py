@@ -3,8 +3,8 @@
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from .stepper import Stepper
 
 Gradients = dict[str, Tensor | None]
 _CLOSE = 1e-4
+_STEPS = 8  # of a coarser type than float32
 _LEAST = 1e-2  # of the largest gradient of all
 
 
@@ -150,12 +151,16 @@ def verify(
         for name in named_parameters
     ]
     report = Verification(
-        float(pipelined), float(plain), None if loss_whole is None else float(loss_whole), parameters
+        float(pipelined),
+        float(plain),
+        None if loss_whole is None else float(loss_whole),
+        parameters,
+        epsilon=_epsilon(expected.values()),
     )
     if not report.ok:
         with check.untouched():
             reasons += _reasons(unsplit, stepper.cutter, count, inputs, target, report)
-    return Verification(report.loss, report.loss_microbatched, report.loss_whole, parameters, reasons)
+    return replace(report, reasons=reasons)
 
 
 class _Comparison:
@@ -215,6 +220,13 @@ def _whole(unsplit: Unsplit, inputs: Whole, target: Any) -> Tensor:
     return loss
 
 
+def _epsilon(gradients: Iterable[Tensor | None]) -> float:
+    """The relative step of the coarsest floating type in which the model computes."""
+    types = {grad.dtype for grad in gradients if grad is not None and grad.is_floating_point()}
+    types |= {torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
+    return max((torch.finfo(dtype).eps for dtype in types), default=torch.finfo(torch.float32).eps)
+
+
 def _difference(found: Tensor | None, expected: Tensor | None, least: float) -> float:
     if found is None or expected is None:
         return 0.0 if found is expected else float("inf")
@@ -231,8 +243,9 @@ def _reasons(
 ) -> list[str]:
     """What the differences are due to, in words, as far as a few runs forward tell."""
     found = []
-    if report.worst_microbatched >= _CLOSE:
-        if abs(report.loss - report.loss_microbatched) <= _CLOSE * abs(report.loss_microbatched):
+    close = max(_CLOSE, _STEPS * report.epsilon)
+    if report.worst_microbatched >= close:
+        if abs(report.loss - report.loss_microbatched) <= close * abs(report.loss_microbatched):
             found.append(
                 "the losses are equal and the gradients are not: a term of the loss has no gradient here"
             )
@@ -243,13 +256,13 @@ def _reasons(
             found.append(
                 f"with a gradient on one side only, or one that is not finite: {', '.join(missing[:5])}"
             )
-    if report.loss_whole is None or not isinstance(inputs, Whole) or (report.worst_whole or 0) < _CLOSE:
+    if report.loss_whole is None or not isinstance(inputs, Whole) or (report.worst_whole or 0) < close:
         return found
     layers = [m for stage in unsplit.stages.values() for m in stage.modules()]
     if any(isinstance(m, _BatchNorm) and m.training for m in layers):
         found.append("batch norm in training mode: its statistics are those of a microbatch")
     with evaluation_mode(unsplit.stages.values()):
-        found += _input_reasons(unsplit, cutter, count, inputs)
+        found += _input_reasons(unsplit, cutter, count, inputs, close)
         if not found and unsplit.stage_loss is not None:
             found.append("what stage_loss adds is computed from a microbatch, not from the whole batch")
         if not found:
@@ -261,13 +274,13 @@ def _reasons(
     return found
 
 
-def _input_reasons(unsplit: Unsplit, cutter: Cutter, count: int, inputs: Whole) -> list[str]:
+def _input_reasons(unsplit: Unsplit, cutter: Cutter, count: int, inputs: Whole, close: float) -> list[str]:
     expected = _output(unsplit, unmarked((inputs.args, inputs.kwargs)))
 
     def agrees(cut_by: Cutter, given: Whole) -> bool:
         try:
             parts = [_output(unsplit, part) for part in cut_by.cut_inputs(given, count).parts]
-            return _same(join(parts, cut_by.batch_dim), expected)
+            return _same(join(parts, cut_by.batch_dim), expected, close)
         except Exception:
             return False
 
@@ -299,10 +312,10 @@ def _output(unsplit: Unsplit, arguments: Arguments) -> Any:
         return unsplit.output(arguments)
 
 
-def _same(found: Any, expected: Any) -> bool:
+def _same(found: Any, expected: Any, close: float) -> bool:
     a, b = pytree.tree_leaves(found), pytree.tree_leaves(expected)
     return len(a) == len(b) and all(
         not isinstance(x, Tensor)
-        or (isinstance(y, Tensor) and x.shape == y.shape and torch.allclose(x, y, _CLOSE, _CLOSE))
+        or (isinstance(y, Tensor) and x.shape == y.shape and torch.allclose(x, y, close, close))
         for x, y in zip(a, b)
     )
