@@ -6,7 +6,13 @@ stream that runs after the last use has ended; the plan's waits say which task t
 this never queries the device, gives the same addresses in every step, and works while a graph is captured.
 """
 
+from collections.abc import Iterator
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .layout import Position, StreamLayout
 
@@ -17,11 +23,23 @@ class KeepAlive:
     def __init__(self, layout: StreamLayout) -> None:
         self._layout = layout
         self._held: dict[int, list[Any]] = {}  # by the op before which they are dropped
+        # By storage: the streams from which it was handed on. A value that several stages hand on unchanged was
+        # allocated by the first; which of them that was cannot be seen, so the memory is kept for all.
+        self._streams: dict[int, set[int]] = {}
 
     def keep(self, value: Any, made: Position, used: Position) -> None:
-        """Keeps ``value``, allocated at ``made``, until an op of that stream that runs after ``used``."""
-        until = self._layout.streams.first_after(used.op, made.stream)
-        self._held.setdefault(until, []).append(value)
+        """Keeps ``value``, which was made or handed on at ``made``, until its memory may be used again.
+
+        That is when an op runs after ``used`` on the stream that allocated it.
+        """
+        streams = {made.stream}
+        for storage in _storages(value):
+            known = self._streams.setdefault(storage, set())
+            known.add(made.stream)
+            streams |= known
+        for stream in streams:
+            until = self._layout.streams.first_after(used.op, stream)
+            self._held.setdefault(until, []).append(value)
 
     def release(self, op: int) -> None:
         """Drops what was kept until the op of this number, which is about to be enqueued."""
@@ -30,6 +48,30 @@ class KeepAlive:
     def end(self) -> None:
         """Drops everything: the caller's streams wait for all others, and the next step waits for them."""
         self._held = {}
+        self._streams = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._held.values()))
+
+
+def _storages(value: Any) -> Iterator[int]:
+    """The storages of the tensors in a value, each by a number that is its own while it lives."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            for part in _parts(leaf):
+                yield part.untyped_storage()._cdata
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The dense tensors that hold a tensor's values: those of a DTensor, or of a sparse or jagged one."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    elif tensor.layout is torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    else:
+        yield tensor
