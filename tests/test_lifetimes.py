@@ -2,7 +2,7 @@
 
 torch's caching allocator gives a freed block to the next allocation on its stream at once. Here the tasks of a
 step run on the CPU in the order in which they would be enqueued. A dispatch mode notes for each storage the
-task that allocated it, those that used it, and when it was freed; the plan's waits say what is ordered after what.
+task that allocated it, those that used it, and when it was freed; the plan's waits say what comes after what.
 """
 
 import functools
