@@ -104,6 +104,12 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
     )
     planned = _planned(settings, modules, given, sharing)
     plan, local, skips, devices = planned.first_steps.plan, planned.local, planned.skips, planned.devices
+    if program is not None and program.drew is not None and any(device.type == "cuda" for device in devices):
+        raise InvalidArgument(
+            f"code of the {type(program.model).__name__} around its units draws random numbers "
+            f"({program.drew}); every stage runs it, and on GPUs each would draw others: draw them in a layer "
+            "of its own, as nn.Dropout"
+        )
     repeated = repeated_names(settings.model, settings.loss_fn)
     here = list(local.values())
     if len(modules) - 1 in local and isinstance(settings.loss_fn, nn.Module):

@@ -49,6 +49,22 @@ def test_two_steps_run_eagerly_and_the_third_is_a_graph(gpu, standin):
     assert standin.live()["graph"] == before
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_step_inside_a_capture_of_the_callers_is_refused_and_nothing_is_lost(gpu, graphs):
+    model, pipe = make(graphs=graphs)
+    x, y = batch()
+    with pipe:
+        pipe.step(x, target=y)
+        before = {name: p.grad.clone() for name, p in model.named_parameters()}
+        gpu.capturing = True
+        for call in (lambda: pipe.step(x, target=y), lambda: pipe.eval(x)):
+            with pytest.raises(pe.InvalidArgument, match="is being captured.*give graphs=True.*outside of"):
+                call()
+        gpu.capturing = False
+        assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())
+        pipe.step(x, target=y)
+
+
 def test_a_step_of_backwards_in_two_parts_is_a_graph_too(gpu):
     orders = [[f"{s}{kind}{m}" for kind in "FIW" for m in range(4)] for s in range(2)]
     model, pipe = make(schedule=orders)

@@ -5,7 +5,12 @@ import test_boundary
 import test_context
 import test_models
 import test_state_dict
+import torch
+import torch.nn.functional as F
 from device_double import install
+from torch import nn
+
+import pipeline_ext as pe
 
 DIFFERENT = {
     "test_recomputed_batch_norm_is_refused_where_it_would_race": "overlap is what streams do by default",
@@ -27,3 +32,29 @@ def one_gpu(standin, monkeypatch):
 for module in (test_boundary, test_context, test_models, test_state_dict):
     tests = {name: test for name, test in vars(module).items() if name.startswith("test_")}
     globals().update({name: test for name, test in tests.items() if name not in DIFFERENT})
+
+
+class Noisy(nn.Module):
+    """Adds what it was given, with noise, to every layer: all stages compute that."""
+
+    def __init__(self, noise, skips=0.0):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.noise, self.skips = noise, skips
+
+    def forward(self, x):
+        noisy = self.noise(x)
+        for layer in self.layers:
+            if torch.rand([]) >= self.skips:
+                x = layer(x) + noisy
+        return x
+
+
+def test_code_around_units_that_draws_random_numbers_is_refused_on_gpus_and_the_advice_works():
+    x, y = torch.randn(8, 6), torch.randn(8, 6)
+    options = {"loss_fn": F.mse_loss, "sample": x}
+    with pytest.raises(pe.InvalidArgument, match=r"Noisy around its units draws .*bernoulli.*as nn\.Dropout"):
+        pe.Pipeline(Noisy(F.dropout), 2, 4, **options)
+    for noise, devices in ((nn.Dropout(), None), (F.dropout, ["cpu", "cpu"])):
+        with pe.Pipeline(Noisy(noise), 2, 4, devices=devices, **options) as pipe:
+            assert pipe.step(x, target=y).isfinite()

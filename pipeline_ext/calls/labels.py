@@ -80,6 +80,10 @@ class Watcher(Protocol):
         """An operator has written to a tensor."""
         ...
 
+    def drew(self, operator: str) -> None:
+        """An operator has drawn random numbers where its tensors are."""
+        ...
+
 
 @contextlib.contextmanager
 def following(memory: Memory, watcher: Watcher) -> Iterator[None]:
@@ -105,6 +109,8 @@ class _Operators(TorchDispatchMode):
         tags = getattr(operator, "tags", ())
         if any(tag in READS_DATA for tag in tags) and not _indexes_by_numbers(operator, args):
             self._watcher.looked_at(read)
+        if torch.Tag.nondeterministic_seeded in tags and (inputs or any(t.dim() for t in _tensors(result))):
+            self._watcher.drew(str(operator))
         for tensor in written(operator, args, kwargs):
             self._watcher.wrote(tensor)
             self._memory.add(tensor, made)

@@ -96,6 +96,8 @@ class Program:
         plain: the leaves of the sample's arguments that are no tensors and no numbers; None for the others.
         partial: what stands in the output for objects of these types, of which each stage has a part.
         written: what code around units writes to, so that each stage needs it as it was.
+        drew: an operator by which code around units draws random numbers; None if it draws none, or on the CPU
+            always.
         touched: parameters that code around units reads, in stages too that do not need what comes of it.
         collected: inner modules with hooks.
         around: the modules whose code is around units.
@@ -115,6 +117,7 @@ class Program:
     exclusive: bool
     partial: dict[type, Missing]
     written: frozenset[Source]
+    drew: str | None
     touched: list[Held]
     turns: Any = field(default_factory=threading.Lock)
 

@@ -66,6 +66,7 @@ class _Recording:
         self._changed = False  # whether that has changed since
         self._results: dict[int, list[Source]] = {}  # by memory
         self._written: set[Source] = set()
+        self._drew: str | None = None
         self._partial: dict[type, Missing] = {}
         self._bracketed: set[nn.Module] = set()
         self._handles: list[Any] = []
@@ -126,6 +127,7 @@ class _Recording:
             exclusive=self._changed or self._keeps() or self._collects(),
             partial=self._partial,
             written=frozenset(self._written),
+            drew=self._drew,
             touched=[
                 s for bit, s in enumerate(self._sources) if isinstance(s, Held) and self._touched >> bit & 1
             ],
@@ -242,6 +244,10 @@ class _Recording:
                 f"the forward of {type(self._model).__name__} writes to {self._states[_address(tensor)]} in "
                 "code around its units, which every stage would run; move that into a layer of its own"
             )
+
+    def drew(self, operator: str) -> None:
+        if self._inside is None:
+            self._drew = operator
 
     # -- labels
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
+from ...errors import InvalidArgument
 from ...processes.connections import Connections
 from ...stages.recomputation import RecomputationGuard
 from ...stages.stage import Stage
@@ -110,6 +111,12 @@ class DeviceEngine:
         pass
 
     def arrive(self, value: Any, stage: int) -> Any:
+        if torch_side.is_capturing() and not self._capturing:
+            raise InvalidArgument(
+                "a CUDA graph of the caller's is being captured, and a step cannot be a part of it; give "
+                "graphs=True to Pipeline, which captures whole steps itself, and call step and eval outside of "
+                "torch.cuda.graph"
+            )
         return torch_side.move(value, self._of_stage[stage])
 
     def wait_for_room(self, timeout: float) -> NotRun | None:
