@@ -64,6 +64,7 @@ class CallOfUnit:
         effects: what else it leaves.
         needs: what it reads of the inputs and of earlier calls.
         parameters: those that it gets by code around units, or that belong to another unit.
+        draws: whether it draws random numbers.
     """
 
     unit: nn.Module
@@ -73,6 +74,7 @@ class CallOfUnit:
     effects: list[Effect] = field(default_factory=list)
     needs: frozenset[Source] = frozenset()
     parameters: list[Held] = field(default_factory=list)
+    draws: bool = False
 
     @functools.cached_property
     def is_one_tensor(self) -> bool:

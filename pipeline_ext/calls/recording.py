@@ -39,6 +39,7 @@ def record(model: nn.Module, units: Mapping[nn.Module, str], arguments: Argument
 def _is_free(call: CallOfUnit) -> bool:
     return (
         not call.parameters
+        and not call.draws
         and all(source.call == INPUTS for source in call.needs)
         and next(call.unit.parameters(), None) is None
     )
@@ -248,6 +249,8 @@ class _Recording:
     def drew(self, operator: str) -> None:
         if self._inside is None:
             self._drew = operator
+        else:
+            self._calls[self._inside].draws = True
 
     # -- labels
 
