@@ -19,7 +19,8 @@ TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring-parser
 # The releases of torch beside it that the suite passes with, and the part of the suite that uses most of torch.
 VERSIONS := 2.11.0 2.14.1
 PART := $(addprefix tests/,test_pipelining.py test_gradients.py test_split_backward.py test_state_dict.py \
-    test_context.py test_scaler.py test_checkpoint.py test_public_names.py $(addprefix distributed/,test_drop_in.py \
+    test_context.py test_scaler.py test_checkpoint.py test_public_names.py test_calls.py \
+    test_random_streams.py $(addprefix distributed/,test_drop_in.py \
     test_torchtitan.py test_wrapped_stages.py test_tensor_parallel.py test_process_gradients.py))
 ISSUE_FORMS := $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
