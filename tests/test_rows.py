@@ -7,6 +7,8 @@ from collections import UserDict, namedtuple
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from reference import gradients, twin
 from torch import nn
 from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
@@ -179,7 +181,7 @@ def test_an_input_that_has_as_many_rows_as_the_batch_by_chance_is_refused(
 
 
 @pytest.mark.parametrize("form", ["list", "own forward"])
-@pytest.mark.parametrize("rows, microbatches", [(4, 2), (4, 4), (5, 4), (6, 2)])
+@pytest.mark.parametrize("rows, microbatches", [(2, 2), (4, 2), (4, 4), (5, 4), (6, 2)])
 @pytest.mark.parametrize(
     "kind, name", [(Times, "times"), (Unused, "index"), (Written, "weights"), (Attention, "mask")]
 )
@@ -198,6 +200,76 @@ def test_an_input_whose_rows_the_model_takes_is_not_doubted(form, rows, microbat
     if kind is Written:
         assert stages[0].forwards == microbatches  # those of a trial are undone
         torch.testing.assert_close(given, 2 * value)
+
+
+ROWS = {
+    "times": lambda b, s, d: torch.rand(b),
+    "classes": lambda b, s, d: torch.randint(8, (b,)),
+    "row mask": lambda b, s, d: torch.rand(b, s),
+}
+NO_ROWS = {
+    "positions": lambda b, s, d: torch.rand(s),
+    "ids of positions": lambda b, s, d: torch.randint(8, (s,)),
+    "mask": lambda b, s, d: torch.randn(s, s),
+    "table": lambda b, s, d: torch.randn(s, d),
+    "channels": lambda b, s, d: torch.rand(d),
+    "square": lambda b, s, d: torch.randn(d, d),
+}
+
+
+class Uses(nn.Module):
+    """Uses each input as its name says."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear, self.table = nn.Linear(width, width), nn.Embedding(8, width)
+
+    def forward(self, x, **inputs):
+        for name, value in inputs.items():
+            if name == "times":
+                x = x + torch.sin(value)[:, None, None]
+            elif name == "classes":
+                x = x + self.table(value)[:, None]
+            elif name == "row mask":
+                x = x * value[:, :, None]
+            elif name == "positions":
+                x = x + torch.sin(value)[:, None]
+            elif name == "ids of positions":
+                x = x + self.table(value)
+            elif name == "mask":
+                x = torch.softmax(x @ x.transpose(1, 2) + value, -1) @ x
+            elif name == "table":
+                x = x + value
+            else:
+                x = x * value if name == "channels" else x @ value
+        return self.linear(x)
+
+
+@given(data=st.data())
+def test_any_inputs_of_any_sizes_train_right_or_are_refused_and_rows_never_are(data):
+    rows = data.draw(st.integers(2, 6))
+    length = data.draw(st.one_of(st.just(rows), st.integers(2, 6)))
+    width = data.draw(st.one_of(st.just(rows), st.just(8), st.integers(2, 6)))
+    microbatches = data.draw(st.integers(1, rows))
+    names = data.draw(st.lists(st.sampled_from([*ROWS, *NO_ROWS]), min_size=1, max_size=3, unique=True))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    inputs = {name: (ROWS | NO_ROWS)[name](rows, length, width) for name in names}
+    x, y = torch.randn(rows, length, width), torch.randn(rows, length, width)
+    stages = [Uses(width), nn.Linear(width, width)]
+    loss, wanted = expected(stages, F.mse_loss, y, x, **inputs)
+    with pe.Pipeline(stages, microbatches=microbatches, loss_fn=F.mse_loss) as pipe, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if set(names) <= set(ROWS):
+            warnings.filterwarnings("error", "input .* as many rows")
+        try:
+            found = pipe.step(x, target=y, **inputs)
+        except (pe.InvalidArgument, pe.StageError):
+            assert not set(names) <= set(ROWS)
+            return
+    torch.testing.assert_close(found, loss)
+    for name, p in nn.ModuleList(stages).named_parameters():
+        if wanted[name] is not None:
+            torch.testing.assert_close(p.grad, wanted[name], rtol=1e-4, atol=1e-5)
 
 
 def test_an_input_that_had_rows_before_is_not_doubted_when_its_shape_happens_to_be_square():
@@ -451,11 +523,11 @@ def test_a_block_mask_is_cut_by_rows(microbatches):
         lambda b, h, q, k: q >= k, B=None, H=None, Q_LEN=128, KV_LEN=128, device="cpu"
     )
     x, y = torch.randn(4, 128, D), torch.randn(4, 128, 1)
-    for given in (mask, shared):
+    for value in (mask, shared):
         stages = [Dense(D, D), nn.Linear(D, 1)]
-        loss, wanted = expected(stages, F.mse_loss, y, x, mask=given)
+        loss, wanted = expected(stages, F.mse_loss, y, x, mask=value)
         with pe.Pipeline(stages, microbatches=microbatches, loss_fn=F.mse_loss) as pipe:
-            torch.testing.assert_close(pipe.step(x, mask=given, target=y), loss)
+            torch.testing.assert_close(pipe.step(x, mask=value, target=y), loss)
             assert_close_gradients(stages, wanted)
     with pe.Pipeline(stages, microbatches=2, loss_fn=F.mse_loss) as pipe:
         with pytest.raises(pe.InvalidArgument, match=r"\['mask'\] has 4"):

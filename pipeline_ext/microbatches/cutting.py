@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -236,15 +237,16 @@ class Cutter:
         doubts = Doubts.about(cut, self._known, first, has_single_rows=rows // count == 1)
         remaining = set(doubts.doubtful)
         if doubts and self._trial is not None:
-            # A single row would fit by broadcasting.
-            cut_at = lengths(rows, min(count, (rows + 1) // 2) if rows > 2 else count)
+            # A single row would fit by broadcasting, and two of two are all.
+            cut_at = lengths(rows, min(count, (rows + 1) // 2) if rows > 2 else 1)
+
+            def part(name: str, leaf: Any) -> Any:
+                found = self._column(name, leaf, cut_at, first)[0]
+                return torch.cat([found, found[:1]]) if rows == 2 and name in cut else found
 
             def part_with(names: Collection[str]) -> Arguments:
-                leaves_of_part = [
-                    leaf if name in names else self._column(name, leaf, cut_at, first)[0]
-                    for name, leaf in leaves
-                ]
-                return tuple(pytree.tree_unflatten(leaves_of_part, spec))
+                parts = [leaf if name in names else part(name, leaf) for name, leaf in leaves]
+                return tuple(pytree.tree_unflatten(parts, spec))
 
             remaining = doubts.settle(part_with, self._trial, _say())
         self._known |= set(cut)
