@@ -1,11 +1,15 @@
 """Bad arguments are refused before anything runs, in a sentence that says what is accepted."""
 
+import copy
+import io
+import pickle
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import pipeline_ext as pe
 
@@ -120,3 +124,38 @@ def test_costs_that_do_not_fit_the_plan():
         pe.simulate(plan, pe.Costs(latency=[0.0, 0.0, 0.0]))
     with pytest.raises(pe.InvalidSchedule, match="not negative"):
         pe.simulate(plan, pe.Costs(backward=-1.0))
+
+
+class Own(nn.Module):
+    """Tied layers in a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Dropout(0.1), nn.Linear(4, 4)])
+        self.layers[2].weight = self.layers[0].weight
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "make", [Own, lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.Linear(4, 4))]
+)
+def test_a_pipeline_is_not_copied_and_its_model_is(make):
+    trained, x = make(), torch.randn(8, 4)
+    with pe.Pipeline(trained, 2, 4, loss_fn=F.mse_loss, sample=x) as pipe:
+        pipe.step(x, target=torch.randn(8, 4))
+        for copies in (copy.deepcopy, copy.copy, pickle.dumps):
+            with pytest.raises(pe.PipelineError, match=r"AveragedModel\(model\) or copy.deepcopy\(model\)"):
+                copies(pipe)
+        trained.eval()
+        averaged = AveragedModel(trained)
+        averaged.update_parameters(trained)
+        file = io.BytesIO()
+        torch.save(trained, file)
+        assert b"pipeline_ext" not in pickle.dumps(nn.ModuleList(trained.children()))
+        file.seek(0)
+        for other in (averaged, copy.deepcopy(trained), torch.load(file, weights_only=False)):
+            assert torch.equal(other(x), trained(x))

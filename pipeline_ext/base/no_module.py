@@ -31,12 +31,19 @@ def instead(name: str) -> AttributeError:
 
 
 class NoModule:
-    """Refuses to be called, or prepared by Accelerate, as if it were a module."""
+    """Refuses to be called, copied, or prepared by Accelerate, as if it were a module."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise PipelineError(
             "a Pipeline is not called: pipe.step(...) runs a batch forward and backward and returns the loss, "
             "pipe.eval(...) returns the output without gradients"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise PipelineError(
+            "a Pipeline has threads, streams and connections, and cannot be copied or pickled; copy the model, "
+            "as AveragedModel(model) or copy.deepcopy(model) do, and save it with save_checkpoint, or its "
+            "state_dict()"
         )
 
     @property  # type: ignore[misc]
