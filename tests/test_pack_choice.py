@@ -171,12 +171,17 @@ def test_a_step_tells_what_messages_cost():
         imitated_link(LocalLink(overhead=0.03)),
         pe.Pipeline([Wait(0.001) for _ in range(3)], microbatches=4, loss_fn=F.mse_loss) as pipe,
     ):
-        pipe.step(x, target=x)
-        found = pipe.profile()
-        assert all(0.03 <= overhead < 0.06 for overhead in found.overhead)
-        assert all(0.001 <= forward < 0.03 for forward in found.forward)
-        assert all(backward < 0.03 for backward in found.backward)
-        assert all(0 <= latency < 0.03 for latency in found.latency)
+        for _ in range(20):  # beside other programs a step may wait for a core in any of its parts
+            pipe.step(x, target=x)
+            found = pipe.profile()
+            assert all(overhead >= 0.03 for overhead in found.overhead)
+            assert all(forward >= 0.001 for forward in found.forward)
+            assert all(latency >= 0 for latency in found.latency)
+            parts = (*found.forward, *found.backward, *found.latency)
+            if max(found.overhead) < 0.06 and max(parts) < 0.03:
+                break
+        else:
+            raise AssertionError(f"what a message costs is counted elsewhere: {found}")
         assert found.result_bytes == [2 * 4 * 4] * 2
         assert found.packed == [False, False]
 

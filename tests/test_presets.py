@@ -29,6 +29,7 @@ def gpus(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param > 0)
     # Built for CUDA, an optimizer would look at the current stream of a GPU.
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return request.param
 
 
