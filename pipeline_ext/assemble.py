@@ -26,7 +26,6 @@ from .microbatches.cutting import Arguments, Cutter
 from .microbatches.doubt import Trial
 from .model.containers import Containers
 from .model.skips import NamedSkip, declared_skips, find_skips
-from .model.untouched import untouched
 from .partition import by_calls, cut, sample_microbatches
 from .plan.build import check_trainable
 from .plan.first_steps import FirstSteps
@@ -287,12 +286,9 @@ def _trial(local: Mapping[int, nn.Module], unsplit: Unsplit | None) -> Trial | N
     if 0 not in local:
         return None
 
-    def run(arguments: Arguments) -> Any:
-        args, kwargs = arguments
-        with untouched(*local.values()), torch.no_grad():
-            return local[0](*args, **kwargs) if unsplit is None else unsplit.output(arguments)
-
-    return Trial(run, is_whole=unsplit is not None)
+    if unsplit is not None:
+        return Trial(local.values(), unsplit.output, is_whole=True)
+    return Trial.of(local[0], is_whole=False)
 
 
 def _ordering(

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .calls.cutting import cut_by_calls
@@ -13,7 +12,6 @@ from .microbatches.cutting import Arguments, Cutter, Presplit
 from .microbatches.doubt import Trial
 from .model.containers import own_code
 from .model.cut import cut as cut_layers
-from .model.untouched import untouched
 from .settings import Settings
 
 __all__ = ["cut"]
@@ -74,13 +72,8 @@ def given_sample(
     model = settings.model
     assert isinstance(model, nn.Module)
 
-    def run(arguments: Arguments) -> Any:
-        args, kwargs = arguments
-        with untouched(model), torch.no_grad():
-            return model(*args, **kwargs)
-
     on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    trial = None if on_meta else Trial(run, is_whole=True)
+    trial = None if on_meta else Trial.of(model, is_whole=True)
     cutter = Cutter(settings.batch_dim or 0, settings.args_spec, settings.kwargs_spec, trial=trial)
     counts = range(1, settings.microbatches + 1)
     inputs = cutter.given_inputs(args, kwargs, arg_mbs, kwarg_mbs, counts)

@@ -22,6 +22,13 @@ def differentiable(value: Any) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one shape, type and layout, and equal values; nan equals nan."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
 def detach(value: Any) -> Any:
     """``value`` with its tensors detached."""
     return pytree.tree_map_only(Tensor, Tensor.detach, value)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..base.tensors import same_values
 from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import Arguments
 from ..model.untouched import untouched
@@ -56,7 +57,7 @@ def check(
             ) from error
     for (output, loss, grads), (their_output, their_loss, their_grads) in zip(expected, found):
         _compare_outputs(output, their_output)
-        if not _same(loss, their_loss):
+        if not same_values(loss, their_loss):
             raise InvalidArgument(
                 f"the stages give the loss {float(their_loss):.9g} where the model gives {float(loss):.9g}; "
                 f"{_INSTEAD}"
@@ -164,18 +165,12 @@ def _detached(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, value)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
-
-
 def _compare_outputs(expected: Any, found: Any) -> None:
     ours = dict(pytree.tree_flatten_with_path(found)[0])
     for path, leaf in pytree.tree_flatten_with_path(expected)[0]:
         if isinstance(leaf, Tensor):
             other = ours.get(path)
-            if not isinstance(other, Tensor) or not _same(leaf, other):
+            if not isinstance(other, Tensor) or not same_values(leaf, other):
                 raise InvalidArgument(
                     f"the stages give another output{pytree.keystr(path)} than the model itself; {_INSTEAD}"
                 )
@@ -191,7 +186,7 @@ def _compare_gradients(model: nn.Module, expected: Gradients, found: Gradients) 
         difference = float("inf")
         if a is not None and b is not None:
             a, b = (t.to_dense() if t.layout is not torch.strided else t for t in (a, b))
-            if _same(a, b):
+            if same_values(a, b):
                 continue
             scale = max(float(a.abs().max()), least, _SMALLEST)
             difference = float((a - b).abs().max()) / scale

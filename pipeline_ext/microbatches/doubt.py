@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..base.tensors import same_values
 from ..errors import InvalidArgument
+from ..model.untouched import untouched
 
 Arguments = tuple[tuple, dict[str, Any]]
 PartWith = Callable[[Collection[str]], Arguments]
@@ -22,12 +24,19 @@ class Trial(NamedTuple):
     """What can be tried before the first step.
 
     Attributes:
-        run: the output for the arguments of one microbatch, computed without a trace in the model.
-        is_whole: whether that is all of the model, not its first stage alone.
+        modules: what runs; it is as before afterwards.
+        output: of these modules, for the arguments of one microbatch.
+        is_whole: whether they are all of the model, not its first stage alone.
     """
 
-    run: Callable[[Arguments], Any]
+    modules: Collection[nn.Module]
+    output: Callable[[Arguments], Any]
     is_whole: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, is_whole: bool) -> "Trial":
+        """Of one module, called with the arguments."""
+        return cls([module], lambda arguments: module(*arguments[0], **arguments[1]), is_whole)
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,9 @@ def _described(doubtful: Mapping[str, Tensor], names: Collection[str]) -> str:
 def _tried(trial: Trial, arguments: Arguments) -> Any:
     """The output, or the exception."""
     try:
-        # A model may write to its inputs.
-        return trial.run(pytree.tree_map_only(Tensor, torch.clone, arguments))
+        with untouched(*trial.modules), torch.no_grad():
+            # A model may write to its inputs.
+            return trial.output(pytree.tree_map_only(Tensor, torch.clone, arguments))
     except Exception as error:
         return error
 
@@ -122,7 +132,5 @@ def _same(found: Any, expected: Any) -> bool:
 
 def _same_leaf(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
-            return False
-        return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+        return same_values(a, b)
     return type(a) is type(b)

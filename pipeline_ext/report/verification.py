@@ -9,6 +9,11 @@ _STEPS = 8  # that many roundings of a coarser type
 _SHOWN = 8  # parameters in the table
 
 
+def with_roundings(tolerance: float, epsilon: float) -> float:
+    """A relative tolerance of float32, widened where the model computes in a type with this step."""
+    return max(tolerance, _STEPS * epsilon)
+
+
 @dataclass(frozen=True)
 class Difference:
     """How far one parameter's gradient is from plain autograd's.
@@ -68,11 +73,11 @@ class Verification:
 
     @property
     def _rounding(self) -> float:
-        return max(_ROUNDING, _STEPS * self.epsilon)
+        return with_roundings(_ROUNDING, self.epsilon)
 
     @property
     def _rounding_of_whole(self) -> float:
-        return max(_WHOLE, _STEPS * self.epsilon)
+        return with_roundings(_WHOLE, self.epsilon)
 
     def __str__(self) -> str:
         header = ("", "pipeline", "same microbatches", "whole batch")

@@ -19,7 +19,7 @@ from ..microbatches.joining import join
 from ..microbatches.rows import Marked, unmarked, whole
 from ..model.slice import Slice
 from ..model.untouched import untouched
-from ..report.verification import Difference, Verification
+from ..report.verification import Difference, Verification, with_roundings
 from ..stages.modes import evaluation_mode
 from ..stages.random_streams import NoStreams, StepStreams
 from ..stages.split_backward import run_backward
@@ -29,7 +29,6 @@ from .stepper import Stepper
 
 Gradients = dict[str, Tensor | None]
 _CLOSE = 1e-4
-_STEPS = 8  # of a coarser type than float32
 _LEAST = 1e-2  # of the largest gradient of all
 
 
@@ -243,7 +242,7 @@ def _reasons(
 ) -> list[str]:
     """What the differences are due to, in words, as far as a few runs forward tell."""
     found = []
-    close = max(_CLOSE, _STEPS * report.epsilon)
+    close = with_roundings(_CLOSE, report.epsilon)
     if report.worst_microbatched >= close:
         if abs(report.loss - report.loss_microbatched) <= close * abs(report.loss_microbatched):
             found.append(
