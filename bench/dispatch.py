@@ -75,6 +75,19 @@ def eager(device: str, rank: int) -> Run:
     return timed(step, zero_grad, idle(device))
 
 
+def accumulation(device: str, rank: int) -> Run:
+    """The unsplit model, microbatch by microbatch."""
+    torch.set_num_threads(1)
+    model, (x, y) = nn.Sequential(*stages(device)), batch(device)
+    parts = list(zip(x.tensor_split(MICROBATCHES), y.tensor_split(MICROBATCHES)))
+
+    def step() -> None:
+        for part, target in parts:
+            (nn.functional.mse_loss(model(part), target) * (1 / MICROBATCHES)).backward()
+
+    return timed(step, model.zero_grad, idle(device))
+
+
 def ours(ranks: int, overlap: bool, device: str, rank: int) -> Run:
     import pipeline_ext as pe
 

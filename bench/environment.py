@@ -15,14 +15,8 @@ from pipeline_ext.cli.machine import processor
 
 def describe(device: str = "cpu") -> dict:
     """Commit, versions and machine; with "cuda" also the GPU, its driver, and what runs kernels on it."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
     about = {
-        "commit": commit.stdout.strip() or None,
+        "commit": _said_by("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "processor": processor(),
@@ -54,8 +48,13 @@ def write_results(name: str, device: str = "cpu", **results: object) -> None:
 
 def _driver() -> str | None:
     """The version of NVIDIA's driver."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def _said_by(*command: str) -> str | None:
+    """The first word that a command prints; None if it is not here or fails, as git does in a mere copy."""
     try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+        ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return next(iter(ran.stdout.split()), None)

@@ -52,13 +52,20 @@ class Size:
 
 
 def wants_smoke(description: str) -> bool:
-    """Reads a benchmark's arguments: whether it is to run small, on the CPU. Ends it where it needs a GPU."""
+    """Reads a benchmark's arguments: whether it is to run small. Ends it where it needs a GPU."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--smoke", action="store_true", help="one tiny round on the CPU; writes nothing")
+    parser.add_argument(
+        "--smoke", action="store_true", help="one tiny round, on the CPU if need be; writes nothing"
+    )
     smoke = parser.parse_args().smoke
     if not smoke and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device")
     return smoke
+
+
+def device_here() -> str:
+    """The first GPU, or the CPU."""
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 class Trainer(NamedTuple):

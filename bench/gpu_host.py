@@ -1,8 +1,9 @@
 """The host's time on a GPU: of a step in graph mode by the graph's nodes, and of an action in eager mode.
 
 Graph mode: steps of small GPTs, each begun with nothing in flight, timed until ``step`` returns. Eager mode:
-stages that do next to nothing, as bench/dispatch.py has them on the CPU, beside the same calls alone and
-torch.distributed.pipelining with all stages on one rank. Writes bench/results/DEVICE/gpu_host.json.
+stages that do next to nothing, as bench/dispatch.py has them on the CPU, beside the same calls alone, plain
+accumulation, and torch.distributed.pipelining with all stages on one rank. Writes
+bench/results/DEVICE/gpu_host.json.
 """
 
 import statistics
@@ -10,10 +11,10 @@ import tempfile
 import time
 
 import torch
-from dispatch import IN_TURN, MICROBATCHES, eager, idle, ours, theirs
+from dispatch import IN_TURN, MICROBATCHES, accumulation, eager, idle, ours, theirs
 from environment import write_results
-from gpu_contenders import GRAPHS, OVERLAP, Size, contenders, wants_smoke
-from side_by_side import Contender, one_thread_a_process, running, spread, wait_until_quiet
+from gpu_contenders import GRAPHS, OVERLAP, Size, contenders, device_here, wants_smoke
+from side_by_side import A_MOMENT, Contender, one_thread_a_process, running, spread, wait_until_quiet
 from tables import gpu_host as table
 
 AIM = 50  # microseconds, of the step of 4 stages with 16 microbatches
@@ -54,6 +55,7 @@ def eager_mode(device: str, rounds: int, steps: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         plain = Contender("eager", eager, device)
         others = [
+            Contender("plain accumulation", accumulation, device),
             Contender("pipeline_ext, one rank, one stream", ours, 1, False, device),
             Contender("pipeline_ext, one rank, two streams", ours, 1, True, device),
             Contender("pipeline_ext, two ranks", ours, 2, True, device),
@@ -99,15 +101,17 @@ def main() -> None:
     smoke = wants_smoke(__doc__)
     torch.set_num_threads(1)
     one_thread_a_process()
-    device, gpts, steps = ("cpu", SMOKE, 1) if smoke else ("cuda:0", GPTS, 100)
-    quiet = smoke or wait_until_quiet(20)
-    graphs = [graph_mode(size, stages, device, steps) for stages, size in gpts]
+    device, gpts, steps = (device_here(), SMOKE, 1) if smoke else ("cuda:0", GPTS, 100)
+    quiet = smoke or wait_until_quiet(A_MOMENT)
     eager = eager_mode(device, rounds=1 if smoke else 7, steps=1 if smoke else 20)
+    graphs = []
+    for stages, size in gpts:
+        graphs.append(graph_mode(size, stages, device, steps))
+        if not smoke:
+            write_results("gpu_host", "cuda", quiet=quiet, graphs=graphs, eager=eager)
     show(graphs, eager)
     if smoke:
         print("\n".join(table({"graphs": graphs, "eager": eager})))
-    else:
-        write_results("gpu_host", "cuda", quiet=quiet, graphs=graphs, eager=eager)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 import torch
 from environment import write_results
 from pack_contenders import CEILING, OURS, PEERS, contenders, left_out
-from side_by_side import spread, wait_until_quiet
+from side_by_side import A_MOMENT, spread, wait_until_quiet
 from turns import captured, on_cpu, on_gpu
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -39,6 +39,7 @@ TYPES = [  # of the tensors, and as they travel
     (torch.bfloat16, torch.bfloat16),
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float8_e4m3fn),
+    (torch.uint8, torch.uint8),  # what travels as it is
 ]
 
 
@@ -92,8 +93,9 @@ def main() -> None:
         raise SystemExit("torch sees no CUDA device")
     torch.set_num_threads(1)
     rows: list[dict] = []
-    about: dict[str, object] = {"quiet": wait_until_quiet()}
-    if options.device == "cuda":
+    on_a_gpu = options.device == "cuda"
+    about: dict[str, object] = {"quiet": wait_until_quiet(*[A_MOMENT] * on_a_gpu)}
+    if on_a_gpu:
         about["left_out"] = left_out()
         for name, why in left_out().items():
             print(f"{name} is left out: {why}")
@@ -107,7 +109,8 @@ def main() -> None:
             for mode in dict.fromkeys(row["mode"] for row in found):
                 show([row for row in found if row["mode"] == mode])
             rows += found
-    write_results("pack", options.device, **about, ours=OURS, peers=PEERS, ceiling=CEILING, rows=rows)
+        if on_a_gpu or (dtype, wire) == TYPES[-1]:
+            write_results("pack", options.device, **about, ours=OURS, peers=PEERS, ceiling=CEILING, rows=rows)
 
 
 if __name__ == "__main__":

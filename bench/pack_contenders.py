@@ -38,7 +38,7 @@ def contenders(tensors: list[Tensor], wire: torch.dtype) -> dict[str, Call]:
     each call, as the engine does it, and once more bound before; on a GPU bound before.
     """
     count, length, device = len(tensors), tensors[0].numel(), tensors[0].device
-    layout = Layout.of(tensors, wire)
+    layout = Layout.of(tensors, None if wire == tensors[0].dtype else wire)
     ours = packer(layout, tensors)
     traffic = count * length * (tensors[0].itemsize + wire.itemsize)
     source = torch.zeros(traffic // 2, dtype=torch.uint8, device=device)

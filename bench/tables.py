@@ -263,7 +263,7 @@ def big_model(results: dict) -> list[str]:
 
 
 def gpu_step(results: dict) -> list[str]:
-    names = list(dict.fromkeys(name for row in results["rows"] for name in row["peak_gib"]))
+    names = list(dict.fromkeys(name for row in results["rows"] for name in (*row["step_ms"], *row["left_out"])))
     lines = [
         f"| size | stages | {' | '.join(f'{name}: ms (GiB)' for name in names)} |",
         "|---" * (len(names) + 2) + "|",
@@ -353,7 +353,9 @@ def _source(where: dict) -> str:
     device = f"{where['cores']} cores of {where['processor']}"
     if "device" in where:
         device = f"{where['device']}, driver {where['driver']}, triton {where['triton']}"
-    return f"Commit {where['commit']}, {device}, torch {where['torch']}; minimum / median / maximum."
+    return (
+        f"Commit {where['commit'] or 'unknown'}, {device}, torch {where['torch']}; minimum / median / maximum."
+    )
 
 
 def _spread(values: dict, form: str = ".2f") -> str:

@@ -2,7 +2,7 @@
 
 import importlib
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._C import Plan, Skip
 
@@ -17,6 +17,7 @@ __all__ = [
     "InvalidArgument",
     "InvalidSchedule",
     "LocalGroup",
+    "NonFiniteError",
     "PackChoice",
     "PeerError",
     "Pipeline",
@@ -39,8 +40,11 @@ __all__ = [
     "WithLoss",
     "build_plan",
     "count_not",
+    "export_dcp",
+    "import_dcp",
     "load_checkpoint",
     "load_pretrained",
+    "newest_checkpoint",
     "pop",
     "rows",
     "save_checkpoint",
@@ -53,14 +57,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .checkpoint.dcp import export_dcp, import_dcp
     from .checkpoint.files import load_checkpoint, save_checkpoint
     from .checkpoint.load_pretrained import load_pretrained
+    from .checkpoint.newest import newest_checkpoint
     from .checkpoint.save_pretrained import save_pretrained
     from .errors import (
         DeadPipeline,
         DeviceError,
         InvalidArgument,
         InvalidSchedule,
+        NonFiniteError,
         PeerError,
         PipelineError,
         ReductionError,
@@ -87,14 +94,17 @@ if TYPE_CHECKING:
 else:
     # Module -> its names. It is imported when one of them is first used, and with it torch if it needs that.
     _NAMES = {
+        "checkpoint.dcp": ("export_dcp", "import_dcp"),
         "checkpoint.files": ("load_checkpoint", "save_checkpoint"),
         "checkpoint.load_pretrained": ("load_pretrained",),
+        "checkpoint.newest": ("newest_checkpoint",),
         "checkpoint.save_pretrained": ("save_pretrained",),
         "errors": (
             "DeadPipeline",
             "DeviceError",
             "InvalidArgument",
             "InvalidSchedule",
+            "NonFiniteError",
             "PeerError",
             "PipelineError",
             "ReductionError",
@@ -147,5 +157,20 @@ def _draw(self: Plan, path: "str | PathLike[str]", costs: "Costs | None" = None)
     draw_plan(self, path, costs)
 
 
+def _itself(self: Plan, memo: dict[int, Any] | None = None) -> Any:
+    """A plan never changes."""
+    return self
+
+
+def _refuse_to_pickle(self: Plan, protocol: int = 0) -> NoReturn:
+    from .errors import PipelineError
+
+    raise PipelineError(
+        "a Plan is not pickled; write its to_csv() to a file, which build_plan and Pipeline take as schedule="
+    )
+
+
 # The native core makes plans; Python draws them.
 Plan.draw = _draw  # type: ignore[method-assign]
+Plan.__copy__ = Plan.__deepcopy__ = _itself  # type: ignore[method-assign]
+Plan.__reduce_ex__ = _refuse_to_pickle  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ from .calls.program import Program
 from .calls.stage import CallStage
 from .checkpoint.unsplit import LocalModel, repeated_names
 from .engines import devices as device_choice
-from .engines.choice import described_device, make_engine, make_streams
+from .engines.choice import described_device, make_engine, make_streams, streams_of_model
 from .engines.parts import EngineParts
 from .engines.protocol import Engine
 from .errors import InvalidArgument
@@ -31,7 +31,7 @@ from .plan.build import check_trainable
 from .plan.first_steps import FirstSteps
 from .plan.ordering import Ordering
 from .plan.simulation import simulate
-from .reduction import GradientReduction
+from .reduction.replica_reduction import ReplicaReduction
 from .settings import Settings
 from .stages.initialisation import initialise
 from .stages.local import local_stages
@@ -42,6 +42,7 @@ from .stages.shared_parameters import SharedParameters
 from .stages.stage import Stage
 from .stages.wrapped import WrappedStages
 from .step.graphs import StepGraphs
+from .step.nonfinite import RAISE, SKIP, NonFinite
 from .step.routes import Routes
 from .step.sharing import OneProcess, sharing_of
 from .step.stepper import Stepper
@@ -124,7 +125,7 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
     )
     if program is not None:
         program.settle(here, drops=sharing.group is not None)
-    reduction = sharing.reduction() if settings.reduction is None else settings.reduction
+    reduction = sharing.reduction(devices[0]) if settings.reduction is None else settings.reduction
     shared, owners, loss_view = _ownership(settings, modules, planned, reduction)
     elsewhere = {i: m for i, m in enumerate(modules) if i not in local and isinstance(m, nn.Module)}
     stages = _stages(settings, len(modules), local, elsewhere, skips, owners, loss_view)
@@ -141,6 +142,7 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
         shared=shared,
         wrapped=WrappedStages(stages, settings.microbatches),
         reduction=reduction,
+        non_blocking=settings.non_blocking,
     )
     if planned.first_steps.chooses and devices[0].type == "cuda":
         sharing.check_gpu_choice(settings.schedule)
@@ -150,6 +152,12 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
             "DistributedDataParallel does not share; replicate the pipeline with the dimension 'dp' of mesh, "
             "or with reduction="
         )
+    if settings.nonfinite in (RAISE, SKIP) and (parts.wrapped or sharing.in_order):
+        raise InvalidArgument(
+            f"nonfinite={settings.nonfinite!r} drops a step in all processes, and those of a stage in "
+            "fully_shard, DistributedDataParallel or tensor parallelism see different parts of its values; "
+            'give nonfinite="warn", and pipe.clip_grad_norm_(..., error_if_nonfinite=True)'
+        )
     engine = make_engine(parts, sharing.engines)
     try:
         if reduction is not None:
@@ -157,7 +165,7 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
         routes = Routes(stages, engine)
         routes.follow(plan)
         graphs = (
-            StepGraphs.of(engine, routes.train, stages, settings.optimizer, settings.timeout)
+            StepGraphs.of(engine, routes.train, stages, ties, settings.optimizer, settings.timeout)
             if settings.graphs
             else None
         )
@@ -171,7 +179,7 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
         shared=shared,
         owners=owners,
         loss_view=loss_view,
-        hooks=ParameterHooks(owners, settings.microbatches, on_aliases=devices[0].type == "cuda"),
+        hooks=ParameterHooks(owners, settings.microbatches),
         random=make_streams(
             [devices[rank] for rank in plan.rank_of_stage],
             sharing.any_of_all(engine),
@@ -194,6 +202,15 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
         weighted=settings.loss_reduction == "mean",
         loss_weight=settings.loss_weight,
         timeout=settings.timeout,
+        nonfinite=NonFinite(
+            policy=settings.nonfinite,
+            stages=stages,
+            owners=owners,
+            num_stages=len(modules),
+            add_up=sharing.add_up(engine),
+            reduction=reduction,
+            scaled=settings.scaler is not None,
+        ),
     )
     _C.keep_freed_memory()
     return Assembly(
@@ -234,6 +251,7 @@ def _cut(settings: Settings, sharing: OneProcess, sample: Sequence[Arguments] | 
             balance=settings.balance,
             loss_fn=settings.loss_fn,
             agreed=sharing.as_in_the_first,
+            random=streams_of_model(settings.model),
         )
     ]
 
@@ -335,7 +353,7 @@ def _planned_skips(settings: Settings, skips: Sequence[NamedSkip]) -> list[_C.Sk
 
 
 def _ownership(
-    settings: Settings, stages: Sequence[Any], planned: _Planned, reduction: GradientReduction | None
+    settings: Settings, stages: Sequence[Any], planned: _Planned, reduction: ReplicaReduction[Any] | None
 ) -> tuple[SharedParameters, Owners, LossView | None]:
     """Which stages hold which parameters, and what the loss function sees of them.
 
@@ -402,4 +420,5 @@ def _agreed(settings: Settings, ordering: Ordering, plan: _C.Plan, device: str) 
         "in_flight": str(plan.limits),
         "costs": settings.costs,
         "graphs": bool(settings.graphs),
+        "nonfinite": settings.nonfinite,
     }

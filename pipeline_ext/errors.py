@@ -37,6 +37,26 @@ def _stage_error(message: str, action: str, stage: int, microbatch: int, rank: i
     return StageError(message, action=action, stage=stage, microbatch=microbatch, rank=rank)
 
 
+class NonFiniteError(PipelineError, FloatingPointError):
+    """A step's loss or gradients are not finite; raised with ``nonfinite="raise"``.
+
+    Attributes: ``stage`` and ``microbatch``, where that began; None where it is not known.
+    """
+
+    def __init__(self, message: str, *, stage: int | None, microbatch: int | None):
+        super().__init__(message)
+        self.stage = stage
+        self.microbatch = microbatch
+
+    def __reduce__(self) -> tuple[Callable[..., "NonFiniteError"], tuple[str, int | None, int | None]]:
+        return _non_finite_error, (str(self), self.stage, self.microbatch)
+
+
+def _non_finite_error(message: str, stage: int | None, microbatch: int | None) -> NonFiniteError:
+    """Builds a NonFiniteError again from its pickled parts."""
+    return NonFiniteError(message, stage=stage, microbatch=microbatch)
+
+
 class StepTimeout(PipelineError, TimeoutError):
     """A step made no progress for ``timeout`` seconds. The message lists the tasks that wait, and what for."""
 

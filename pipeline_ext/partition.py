@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .calls.cutting import cut_by_calls
+from .engines.choice import streams_of_model
 from .errors import InvalidArgument
 from .microbatches.cutting import Arguments, Cutter, Presplit
 from .microbatches.doubt import Trial
@@ -52,7 +53,16 @@ def cut(
         return cut_layers(model, num_stages, cuts=cuts, balance=balance or "parameters", sample=sample)
     assert isinstance(model, nn.Module)
     microbatches = [_arguments(sample)]
-    return [*cut_by_calls(model, num_stages, microbatches, cuts=cuts, balance=balance, loss_fn=loss_fn)]
+    stages = cut_by_calls(
+        model,
+        num_stages,
+        microbatches,
+        cuts=cuts,
+        balance=balance,
+        loss_fn=loss_fn,
+        random=streams_of_model(model),
+    )
+    return [*stages]
 
 
 def by_calls(model: Any) -> bool:

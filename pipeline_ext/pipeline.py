@@ -16,7 +16,7 @@ from .calls.program import Program
 from .checkpoint.unsplit import LocalModel, UnsplitModel, repeated_names
 from .engines.devices import DevicesLike
 from .engines.lifetime import Lifetime, NoEngine
-from .errors import InvalidArgument, PipelineError
+from .errors import InvalidArgument, PeerError, PipelineError
 from .microbatches.counting import LossWeight
 from .microbatches.cutting import Presplit, Whole
 from .microbatches.rows import unmarked
@@ -109,6 +109,10 @@ class Pipeline(UnsplitModel, NoModule):
             all GPUs that torch sees, or run on the CPU if there are none. Stages are moved to their devices in
             place. With ``mesh``, give only this process's device, as in ``["cuda:0"]``. None is then the GPU of
             torchrun's LOCAL_RANK if ``mesh`` is of "cuda" or a group with NCCL, otherwise the CPU.
+        non_blocking: as in ``Tensor.to``: on GPUs, ``step`` and ``eval`` return before a batch in the host's
+            memory has been read. Leave it alone until then, as until a ``torch.cuda.Event`` recorded after
+            ``step`` has happened. False: they wait for the copies once all is enqueued, so the batch may be
+            refilled.
         mesh: the processes that share the pipeline, one for each rank. All of them make the pipeline, with the
             same arguments. Give a process group, or a ``DeviceMesh``: stages lie along its dimension "pp";
             gradients are averaged over its dimension "dp", if there is one; other dimensions are left to the
@@ -162,6 +166,14 @@ class Pipeline(UnsplitModel, NoModule):
             ``ShardedGradScaler`` over the processes that hold the stages, so that all skip a step together.
 
     Safety:
+        nonfinite: what becomes of a step with a loss or a gradient that is infinite or not a number.
+            ``"raise"``: NonFiniteError names the stage and the microbatch with which that began, and every
+            ``.grad`` is None. ``"skip"``: a warning names them, the step returns, and every ``.grad`` is None,
+            so that optimizers leave the step out; ``skipped`` counts such steps. All processes and replicas do
+            the same; under ``no_sync``, in the step that reduces. ``"warn"``: a warning alone. Each of these
+            reads once what stages send on and back, and the gradients; on GPUs ``step`` waits for its end. A
+            ``scaler`` looks at the gradients itself. None: warn once of a loss, where no GPU has to be waited
+            for.
         timeout: a step fails after this many seconds in which no task begins or ends. On GPUs, the seconds that
             ``step`` waits for the step before the last.
         trace: record when each task of a step runs; set ``tracing`` to change it for later steps.
@@ -183,6 +195,7 @@ class Pipeline(UnsplitModel, NoModule):
         loss_fn: Callable[..., Tensor] | None = None,
         *,
         devices: DevicesLike = None,
+        non_blocking: bool = False,
         cuts: Sequence[str | int] | None = None,
         balance: str | None = None,
         sample: Any = None,
@@ -202,6 +215,7 @@ class Pipeline(UnsplitModel, NoModule):
         wire_forward: WireLike = None,
         in_flight: int | Sequence[int] | None = None,
         costs: Costs | None = None,
+        nonfinite: str | None = None,
         timeout: float = 1800.0,
         trace: bool = True,
         reduction: GradientReduction | None = None,
@@ -217,6 +231,7 @@ class Pipeline(UnsplitModel, NoModule):
             schedule=schedule,
             loss_fn=loss_fn,
             devices=devices,
+            non_blocking=non_blocking,
             cuts=cuts,
             balance=balance,
             sample=sample,
@@ -236,6 +251,7 @@ class Pipeline(UnsplitModel, NoModule):
             wire_forward=wire_forward,
             in_flight=in_flight,
             costs=costs,
+            nonfinite=nonfinite,
             timeout=timeout,
             reduction=reduction,
             graphs=graphs,
@@ -307,7 +323,9 @@ class Pipeline(UnsplitModel, NoModule):
         # UnsplitModel reads these.
         self._local = parts.local
         self._group = parts.sharing.group
-        self._lifetime = Lifetime(self, parts.engine)
+        self._circle = parts.sharing.circle
+        trained = parts.local.trained
+        self._lifetime = Lifetime(self, parts.engine, [*trained.parameters(), *trained.buffers()])
 
     def __getattr__(self, name: str) -> Any:
         if self.__dict__.get("_settings") is not None and name in _PARTS:
@@ -353,6 +371,7 @@ class Pipeline(UnsplitModel, NoModule):
         Raises:
             InvalidArgument: for inputs that cannot be used; nothing has run.
             StageError: a stage's code raised; the exception is its ``__cause__``.
+            NonFiniteError: see ``nonfinite``.
             StepTimeout: no progress for ``timeout`` seconds.
             ReductionError: another replica failed, or does not match this one.
             DeviceError: a GPU or its driver failed.
@@ -364,28 +383,36 @@ class Pipeline(UnsplitModel, NoModule):
         """
         args, kwargs = self._spread(args, kwargs)
         arg_mbs, kwarg_mbs = self._cut_with(args, kwargs, arg_mbs, kwarg_mbs)
+        self._stepper.check()
         self._check_usable()
         arguments.check_trains(self._has_loss, losses, target)
         inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=self.microbatches)
         self._check_sample(inputs)
         target = self._target(target, target_mbs, inputs)
-        with self._lifetime.one_at_a_time("step was called"):
-            self._first_steps.prepare(self._routes.follow)
-            batch = Batch(
-                None if inputs is None else self._engine.arrive(inputs, 0),
-                target=self._engine.arrive(target, self.num_stages - 1) if self._stages[-1].is_last else None,
-                keep_outputs=return_outputs,
-                keep_losses=losses is not None,
-                record=self.tracing,
-                labels=self._labels(inputs, kwargs) if target is None else None,
-            )
-            if self._graphs is None:
-                outcome = self._stepper.train(batch)
-            else:
-                outcome = self._graphs.step(batch, self._stepper)
-        if losses is not None:
-            losses[:] = [loss for loss in outcome.losses if loss is not None]
-        loss = step_loss(outcome.loss)
+        with self._lifetime.turn("step was called"):
+            try:
+                self._stepper.begun = False
+                self._first_steps.prepare(self._routes.follow)
+                last = self._stages[-1]
+                batch = Batch(
+                    None if inputs is None else self._engine.arrive(inputs, 0),
+                    target=self._engine.arrive(target, self.num_stages - 1) if last.is_last else None,
+                    keep_outputs=return_outputs,
+                    keep_losses=losses is not None,
+                    record=self.tracing,
+                    labels=self._labels(inputs, kwargs) if target is None else None,
+                )
+                if self._graphs is None:
+                    outcome = self._stepper.train(batch)
+                else:
+                    outcome = self._graphs.step(batch, self._stepper)
+                self._stepper.release_inputs()
+                if losses is not None:
+                    losses[:] = [loss for loss in outcome.losses if loss is not None]
+                loss = step_loss(outcome.loss)
+            except BaseException as error:
+                self._stepper.abandon(error)
+                raise
         return (loss, outcome.outputs) if return_outputs else loss
 
     def eval(
@@ -410,7 +437,7 @@ class Pipeline(UnsplitModel, NoModule):
         if inputs is not None and self._stepper.cutter.rows(inputs) == 0:
             raise InvalidArgument("the batch has no rows")
         modules = [stage.module for stage in self._stages] if self._program is None else [self._program.model]
-        with self._lifetime.one_at_a_time("eval was called"), evaluation_mode([] if keep_mode else modules):
+        with self._lifetime.turn("eval was called"), evaluation_mode([] if keep_mode else modules):
             return self._stepper.evaluate(inputs)
 
     def verify(
@@ -428,8 +455,9 @@ class Pipeline(UnsplitModel, NoModule):
         bit for bit (tied weights: within rounding), and with the whole batch at once, where a difference has a
         reason: batch norm, labels that do not count, an input that is cut and should not be. ``print`` the
         result: a table, and what the differences are due to. The model, its gradients, optimizer and random
-        state stay as they are. Needs all stages in this process, without replicas, and room for the whole
-        model. Raises as ``step`` does.
+        state stay as they are. Needs all stages in this process, on one GPU or on the CPU, without replicas,
+        and room for the whole model. With ``graphs=True`` the step runs without its graph. Raises as ``step``
+        does.
         """
         args, kwargs = self._spread(args, kwargs)
         arg_mbs, kwarg_mbs = self._cut_with(args, kwargs, arg_mbs, kwarg_mbs)
@@ -440,16 +468,24 @@ class Pipeline(UnsplitModel, NoModule):
                 "verify runs the unsplit model too, so it needs all stages in this process, and no replicas; "
                 "make a Pipeline without mesh and reduction for it"
             )
+        first, ranks, count = self._devices[0], len(self._devices), len({*self._devices})
+        if count > 1:
+            raise InvalidArgument(
+                f"verify runs the unsplit model too, on one device, and the stages are on {count}; make a "
+                f'Pipeline with devices=["{first}"] * {ranks} for it'
+            )
         inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=self.microbatches)
         assert inputs is not None  # the first stage is here
         self._check_sample(inputs)
         target = self._target(target, target_mbs, inputs)
-        with self._lifetime.one_at_a_time("verify was called"):
+        with self._lifetime.turn("verify was called"):
             self._first_steps.prepare(self._routes.follow)
             inputs = self._engine.arrive(inputs, 0)
             target = self._engine.arrive(target, self.num_stages - 1)
             labels = self._labels(inputs, kwargs) if target is None else None
-            return verify(self._unsplit, self._stepper, inputs, target, dict(self.named_parameters()), labels)
+            named = dict(self.named_parameters())
+            replays = self._graphs is not None and self._graphs.report.fallback is None
+            return verify(self._unsplit, self._stepper, inputs, target, named, labels, replays)
 
     def _check_usable(self) -> None:
         """Raises DeadPipeline; InvalidArgument if the model has changed so that its stages do not follow."""
@@ -547,6 +583,11 @@ class Pipeline(UnsplitModel, NoModule):
         return None if self._graphs is None else self._graphs.report
 
     @property
+    def skipped(self) -> int:
+        """Steps so far that ``nonfinite="skip"`` has left out."""
+        return self._stepper.nonfinite.skipped
+
+    @property
     def num_stages(self) -> int:
         """Number of stages."""
         return self._num_stages
@@ -578,7 +619,11 @@ class Pipeline(UnsplitModel, NoModule):
         All processes call it together. With one process it returns ``trace``. Raises as ``trace`` does;
         PeerError if a process is gone, or does not come within ``timeout``; DeadPipeline.
         """
-        return self._sharing.gather(self.trace, self._lifetime)
+        try:
+            return self._sharing.gather(self.trace, self._lifetime)
+        except PeerError as error:
+            self._engine.failed(str(error))
+            raise
 
     def profile(self) -> Profile:
         """Seconds and messages of one microbatch's ``F``, ``B``, or ``I`` and ``W``, from the last ``step``."""

@@ -18,6 +18,7 @@ from .plan.costs import Costs
 from .plan.ordering import PackLike
 from .processes.group import MeshLike
 from .reduction import GradientReduction
+from .step.nonfinite import POLICIES, SKIP
 
 WireLike = torch.dtype | None | Mapping[int, torch.dtype | None]
 
@@ -43,6 +44,7 @@ class Settings:
     costs: Costs | None = None
 
     devices: DevicesLike = None
+    non_blocking: bool = False
     mesh: MeshLike = None
     reduction: GradientReduction | None = None
     graphs: bool = False
@@ -65,6 +67,7 @@ class Settings:
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
 
+    nonfinite: str | None = None
     timeout: float = 1800.0
 
     def __post_init__(self) -> None:
@@ -85,6 +88,7 @@ class Settings:
                 f"stage_loss is {self.stage_loss!r}; give a function of a stage's module that returns a scalar"
             )
         self._set(timeout=_seconds(self.timeout))
+        _check_nonfinite(self.nonfinite, self.graphs, self.scaler)
         for name, accepted in (
             ("costs", Costs),
             ("reduction", GradientReduction),
@@ -134,6 +138,23 @@ def _check_loss_weight(loss_weight: Any, loss_reduction: str, graphs: bool) -> N
         raise InvalidArgument(
             "loss_weight and graphs=True do not go together: a graph would keep the weights of one step; for "
             'it, give loss_reduction="sum" and a loss_fn that divides by a count that is a part of the target'
+        )
+
+
+def _check_nonfinite(nonfinite: Any, graphs: bool, scaler: Any) -> None:
+    if nonfinite is None:
+        return
+    if nonfinite not in POLICIES:
+        raise InvalidArgument(f'nonfinite is {nonfinite!r}; it is "raise", "warn", "skip" or None')
+    if graphs:
+        raise InvalidArgument(
+            f"nonfinite={nonfinite!r} and graphs=True do not go together: nothing looks at the values of a "
+            "step that a graph replays; leave one of them out"
+        )
+    if nonfinite == SKIP and scaler is not None:
+        raise InvalidArgument(
+            'nonfinite="skip" and scaler are both given, but scaler.step leaves out such steps itself; leave '
+            "nonfinite out"
         )
 
 

@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from pipeline_ext.packing import kernels
+from pipeline_ext.packing.tables import blocks
 
 ARCHITECTURES = (80, 90, 100)
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -27,10 +28,12 @@ CASES = {
     "pack f32 as bf16": ("pack", [(f32, bf16)], 1, "scaled observed"),
     "pack f32 as e4m3": ("pack", [(f32, e4m3)], 1, "scaled observed"),
     "pack bf16 as e5m2": ("pack", [(bf16, e5m2)], 3, "scaled"),
+    "pack u8": ("pack", [(u8, u8)], 1, ""),
     "pack mixed": ("pack", MIXED, 4, "scaled observed"),
     "unpack f32": ("unpack", [(f32, f32)], 1, ""),
     "unpack f32 from bf16": ("unpack", [(f32, bf16)], 1, "scaled accumulated"),
     "unpack bf16 from e4m3": ("unpack", [(bf16, e4m3)], 3, "scaled accumulated"),
+    "unpack u8": ("unpack", [(u8, u8)], 1, ""),
     "unpack mixed": ("unpack", MIXED, 4, "scaled"),
 }
 
@@ -86,6 +89,7 @@ def main():
                     "case": case,
                     "architecture": architecture,
                     "pairs": [(tensor.itemsize, wire.itemsize) for tensor, wire in pairs],
+                    "words": sum(blocks(tensor) > 1 for tensor, _ in pairs),
                     "accumulated": "accumulated" in options,
                     "ptx": kernel.asm["ptx"],
                     "registers": registers,

@@ -1,6 +1,8 @@
 import os
 import shutil
 import signal
+import sysconfig
+from pathlib import Path
 
 # GNU OpenMP, which torch loads, reads it once: its threads sleep while they wait, and other tests can run.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -62,7 +64,9 @@ def short_searches(monkeypatch):
 
 @pytest.fixture(scope="session")
 def standin_library():
-    """The path of the stand-in for NVIDIA's driver, built once."""
+    """The path of the software GPU's driver, built once; where torch runs on it, of the one that torch has."""
+    if torch.cuda.is_available():
+        return Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "lib", "libcuda.so.1")
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to build a stand-in driver")
     return build_standin()
@@ -73,7 +77,7 @@ def standin(standin_library, monkeypatch):
     """The stand-in driver, reset, as the one that the package opens if it has not opened one yet."""
     monkeypatch.setenv("PIPELINE_EXT_LIBCUDA", str(standin_library))
     driver = StandIn(standin_library)
-    driver.reset()
+    driver.reset(torch.cuda.device_count() or 2)
     return driver
 
 

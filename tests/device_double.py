@@ -24,6 +24,7 @@ class Double:
         ranges: NVTX ranges, as they began.
         launches: of graphs.
         capturing: whether one is being captured.
+        inputs_on_host: whether batches come from the host's memory.
     """
 
     def __init__(self, standin, devices=2):
@@ -36,6 +37,7 @@ class Double:
         self.profiled = False
         self.launches = 0
         self.capturing = False
+        self.inputs_on_host = False
         self.generators = [_Generator() for _ in range(devices)]
 
     def num_devices(self):
@@ -50,6 +52,16 @@ class Double:
     def callers(self, devices):
         return [self.current[device] for device in devices]
 
+    def current_stream(self, device):
+        return self.current[device.index], device.index
+
+    @contextlib.contextmanager
+    def in_turn_on(self, stream):
+        before = self.current[self.device], self.device
+        self.use(stream)
+        yield
+        self.use(before)
+
     def use(self, stream):
         handle, self.device = stream
         self.current[self.device] = handle
@@ -59,7 +71,7 @@ class Double:
     def generator(self, device):
         return self.generators[device.index]
 
-    def is_capturing(self):
+    def is_capturing(self, devices):
         return self.capturing
 
     def on(self, device):
@@ -80,6 +92,9 @@ class Double:
     def move(self, value, device):
         return value
 
+    def on_host(self, value):
+        return self.inputs_on_host
+
     def empty(self, nbytes, device):
         return torch.empty(nbytes, dtype=torch.uint8)
 
@@ -93,11 +108,11 @@ class Double:
     def pop_range(self):
         self.open_ranges -= 1
 
-    def GraphMemory(self):
-        return None
+    def GraphMemory(self, device):
+        return _GraphMemory(device)
 
     def Graph(self, memory):
-        return _Graph(self)
+        return _Graph(self, memory.device)
 
 
 class _Generator:
@@ -112,6 +127,9 @@ class _Generator:
     def get_offset(self):
         return self.state[1]
 
+    def set_offset(self, offset):
+        self.state = self.state[0], offset
+
     def get_state(self):
         return self.state
 
@@ -124,17 +142,26 @@ class _Generator:
         return torch.rand(x.shape, generator=torch.Generator().manual_seed(seed + offset))
 
 
+class _GraphMemory:
+    def __init__(self, device):
+        self.device = device
+
+    def release(self):
+        pass
+
+
 class _Graph:
     """A capture of the stand-in driver, and of torch's operations."""
 
-    def __init__(self, double):
+    def __init__(self, double, device):
         self.double = double
+        self.device = device
         self.recorder = _Recorder()
         self.executable = c_void_p()
 
     @contextlib.contextmanager
-    def capture(self, device):
-        double, call = self.double, self.double.standin.call
+    def capture(self):
+        device, double, call = self.device, self.double, self.double.standin.call
         context, stream, graph = c_void_p(), c_void_p(), c_void_p()
         with contextlib.ExitStack() as undo:
             check(call("cuDevicePrimaryCtxRetain", 7000, byref(context), c_int(device.index)))

@@ -167,3 +167,30 @@ class Recomputed(nn.Module):
 
     def forward(self, x):
         return self.last(checkpoint(self.counted, x, use_reentrant=self.reentrant))
+
+
+class Encoder(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x):
+        memory = self.linear(x)
+        return torch.tanh(memory), memory * 1.0
+
+
+class Decoder(nn.Module):
+    """Hands the encoder's memory on as it is; all stages read it, and its gradient passes through them."""
+
+    def __init__(self, width, is_last=False):
+        super().__init__()
+        self.linear, self.cross, self.is_last = nn.Linear(width, width), nn.Linear(width, width), is_last
+
+    def forward(self, state):
+        x, memory = state
+        x = self.linear(x) + self.cross(memory)
+        return x if self.is_last else (x, memory)
+
+
+def encoder_and_decoders(stages, width=12):
+    return [Encoder(width), *(Decoder(width, is_last=i == stages - 1) for i in range(1, stages))]

@@ -1,4 +1,4 @@
-"""The stand-in for NVIDIA's driver (tests/standin), built and held by Python."""
+"""The driver of the software GPU (tests/softgpu), which needs no torch for CUDA: built and held by Python."""
 
 import ctypes
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ def build_standin(flags: Sequence[str] = ("-O1", "-g")) -> Path:
     """The path of the stand-in driver, compiled with ``flags``."""
     shared = ["-fPIC", "-shared", *flags]
     name = f"libcuda-standin{''.join(flags)}.so"
-    sources = sorted((ROOT / "tests" / "standin").glob("*.cpp"))
+    folder = ROOT / "tests" / "softgpu"
+    sources = [*sorted(folder.glob("machine/*.cpp")), folder / "driver.cpp"]
     with one_at_a_time():
         return link(name, compile_all(sources, shared), shared)
 
@@ -39,7 +40,7 @@ class StandIn:
     """The stand-in driver as a test scripts it and looks at it.
 
     The library is the one that `pipeline_ext` opens when `PIPELINE_EXT_LIBCUDA` names the same path. It
-    lives once per process: a test begins with `reset`. tests/standin/driver.cpp says what each function
+    lives once per process: a test begins with `reset`. tests/softgpu/machine/script.cpp says what each function
     does.
     """
 

@@ -1,6 +1,7 @@
 """The benchmarks for GPUs, as far as they run without one."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", ["gpu_step", "gpu_host"])
-def test_a_benchmark_for_gpus_runs_small_on_the_cpu_and_writes_nothing(name):
+def test_a_benchmark_for_gpus_runs_small_and_writes_nothing(name):
     if name == "gpu_step" and torch.__version__ < "2.12":
         pytest.skip("torch's own schedules of 2.11 send from a process to itself, which gloo cannot")
     before = sorted(ROOT.glob("bench/results/**/*"))
@@ -21,6 +22,30 @@ def test_a_benchmark_for_gpus_runs_small_on_the_cpu_and_writes_nothing(name):
     assert result.returncode == 0, result.stderr
     assert "pipeline_ext" in result.stdout and "|---" in result.stdout  # its table as docs will have it
     assert sorted(ROOT.glob("bench/results/**/*")) == before
+
+
+@pytest.mark.parametrize("failing", ["nothing", "pytest", "bench/gpu_host.py", "bench/tables.py"])
+def test_make_gpu_goes_on_after_a_part_that_fails_and_fails_at_the_end(tmp_path, failing):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("setup.py", "pyproject.toml", ".venv/installed-gpu", ".venv/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> ran\ncase "$*" in *{failing}*) exit 1; esac\n')
+    python.chmod(0o755)
+    made = subprocess.run(["make", "gpu"], cwd=tmp_path, capture_output=True, text=True)
+    assert (made.returncode == 0) == (failing == "nothing"), made.stderr
+    ran = (tmp_path / "ran").read_text()
+    parts = ("bench/gpu_host.py", "bench/pack.py", "bench/gpu_step.py", "pytest -m gpu", "bench/tables.py")
+    assert all(part in ran for part in parts)
+
+
+def test_without_git_a_benchmark_tells_no_commit(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import environment
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment.describe()["commit"] is None
 
 
 @pytest.fixture

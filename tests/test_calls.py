@@ -370,16 +370,13 @@ def test_outputs_that_the_sample_did_not_ask_for_are_refused_and_those_that_it_d
     model, (x, _) = States(), batch()
     loss_fn = lambda out, target: F.mse_loss(out[0], target)  # noqa: E731
     with pe.Pipeline(model, 2, 4, loss_fn=loss_fn, sample={"x": x, "states": False}) as pipe:
-        assert torch.equal(pipe.eval(x=x, states=False)[0], model(x)[0])
-        with pytest.raises(
-            pe.StageError, match=r"the output holds what first or blocks\.0( or blocks\.\d)* returned"
-        ):
+        torch.testing.assert_close(pipe.eval(x=x, states=False)[0], model(x)[0])
+        # Measured times decide how many calls the first stage makes.
+        with pytest.raises(pe.StageError, match=r"the output holds what first( or blocks\.\d)* returned"):
             pipe.eval(x=x, states=True)
     with pe.Pipeline(model, 2, 4, loss_fn=loss_fn, sample={"x": x, "states": True}) as pipe:
         out, states = pipe.eval(x=x, states=True)
-        expected, expected_states = model(x, True)
-        assert torch.allclose(out, expected)
-        assert all(torch.allclose(a, b) for a, b in zip(states, expected_states, strict=True))
+        torch.testing.assert_close((out, states), model(x, True))
 
 
 def test_changes_inside_units_are_followed_and_others_refused():

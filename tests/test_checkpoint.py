@@ -75,7 +75,7 @@ def test_a_crash_leaves_the_old_or_the_new_one(path, moment, survivor):
     assert same(checkpoint.read(path), survivor)
     checkpoint.write(path, NEW)
     assert same(checkpoint.read(path), NEW)
-    assert os.listdir(path.parent) == [path.name]
+    assert sorted(os.listdir(path.parent)) == [path.name, f"{path.name}.before"]
 
 
 def test_a_full_disk_is_told_and_leaves_the_old_one(path):
@@ -171,3 +171,18 @@ def test_no_file(path):
     path.mkdir()
     with pytest.raises(InvalidArgument, match="cannot be read"):
         checkpoint.read(path)
+
+
+def test_if_the_newest_is_damaged_the_one_before_is_read_and_that_is_said(path):
+    checkpoint.write(path, OLD)
+    assert checkpoint.newest(path)[1] == ""
+    checkpoint.write(path, NEW)
+    found, said = checkpoint.newest(path)
+    assert same(found, NEW) and not said
+    path.write_bytes(path.read_bytes()[:-100])
+    found, said = checkpoint.newest(path)
+    assert same(found, OLD)
+    assert f"{path}' is not a checkpoint" in said and f"{path}.before' of step 1" in said
+    path.with_name(f"{path.name}.before").unlink()
+    with pytest.raises(InvalidArgument, match="damaged or cut short"):
+        checkpoint.newest(path)

@@ -19,7 +19,7 @@ OUT_OF_MEMORY, LAUNCH_FAILED = 2, 719
 # What takes down what there is; nobody hears of its errors, and something may stay.
 TAKES_DOWN = (
     "cuEventDestroy", "cuStreamDestroy", "cuStreamGetCaptureInfo", "cuDevicePrimaryCtxRelease",
-    "cuCtxPushCurrent", "cuCtxPopCurrent",
+    "cuCtxPushCurrent", "cuCtxPopCurrent", "cuThreadExchangeStreamCaptureMode",
 )  # fmt: skip
 OF_TORCH = ("cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphDestroy", "cuGraphExecDestroy")
 

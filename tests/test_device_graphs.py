@@ -183,8 +183,6 @@ def test_an_optimizer_inside_the_graph(gpu):
     "options, reason",
     [
         ({"devices": ["cpu"] * 2}, "the ranks are on the CPU"),
-        ({"pack": 2}, "results are packed"),
-        ({"wire": torch.bfloat16}, "results are packed"),
     ],
     ids=str,
 )
@@ -197,8 +195,7 @@ def test_what_no_graph_can_hold_runs_eagerly_and_says_why(gpu, capsys, options, 
             x, y = batch()
             pipe.step(x, target=y)
             reference_step(plain, x, y, 4, F.mse_loss)
-        if "wire" not in options:
-            assert_same_gradients(model, gradients(plain))
+        assert_same_gradients(model, gradients(plain))
         assert gpu.launches == 0 and reason in pipe.graph.fallback
 
 
@@ -398,10 +395,10 @@ def test_a_launch_that_fails_leaves_no_gradients(gpu, standin):
             pipe.step(x, target=y)
         standin.reset(1)
         model.zero_grad()
-        standin.fail_at(5, 2)
+        standin.fail_at(7, 2)
         with pytest.raises(RuntimeError, match="CUDA error 2"):
             pipe.step(x, target=y)
-        assert [call.name for call in standin.log()][5] == "cuGraphLaunch"
+        assert [call.name for call in standin.log()][7] == "cuGraphLaunch"
         assert all(p.grad is None for p in model.parameters())
         plain = twin(model)
         pipe.step(x, target=y)
@@ -454,7 +451,7 @@ def test_a_step_is_one_launch_and_asks_the_driver_little_else(gpu, standin):
         model.zero_grad()
         pipe.step(x, target=y)
         names = [call.name for call in standin.log() if not call.name.startswith("cuCtx")]
-        own = [name for name in names if "PrimaryCtx" not in name]  # the double's
+        own = [name for name in names if "PrimaryCtx" not in name and "CaptureMode" not in name]
         assert own == ["cuEventQuery", "cuGraphLaunch", "cuEventRecordWithFlags"]
 
 

@@ -14,7 +14,6 @@ import pipeline_ext as pe
 
 DIFFERENT = {
     "test_recomputed_batch_norm_is_refused_where_it_would_race": "overlap is what streams do by default",
-    "test_hooks_on_parameters_run": "gradients are added outside of autograd",
     "test_parameters_reached_through_a_closure_get_their_gradients": "a loss sees its own stage's aliases",
     "test_thread_locals_last_from_task_to_task_and_step_to_step": "stages run on the caller's thread",
     "test_leaves_but_for_the_first_microbatch_of_a_step": "1F1B begins with two forwards, as it overlaps",

@@ -169,8 +169,11 @@ def test_the_example_of_checkpoints_runs(tmp_path, monkeypatch):
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
     names = {"pe": pe, "pipe": pipe, "optimizer": optimizer, "scheduler": scheduler, "step": 7}
     text = (ROOT / "docs" / "checkpoints.md").read_text()
-    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    saves, goes_on = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(saves, names)
     assert names["extra"]["step"] == 7
+    exec(goes_on, names | {"step": None}, found := {})
+    assert found == {"path": Path("run/last"), "step": 7}
 
 
 @pytest.mark.parametrize("script", ["bench/tables.py", "docs/rooms.py"])

@@ -465,5 +465,5 @@ def test_the_interpreter_exits_with_a_thread_abandoned():
 def test_every_public_error_derives_from_one():
     errors = [getattr(pe, name) for name in pe.__all__]
     errors = [e for e in errors if isinstance(e, type) and issubclass(e, BaseException)]
-    assert len(errors) == 9
+    assert len(errors) == 10
     assert all(issubclass(e, pe.PipelineError) for e in errors)

@@ -25,6 +25,7 @@ from pipeline_ext.engines.cuda.keepalive import KeepAlive
 from pipeline_ext.engines.cuda.layout import StreamLayout
 from pipeline_ext.engines.cuda.parameters import LaneParameters
 from pipeline_ext.microbatches.cutting import Cutter, Whole
+from pipeline_ext.model.skips import declared_skips, find_skips
 from pipeline_ext.stages.context import CallerContext
 from pipeline_ext.stages.shared_parameters import SharedParameters
 from pipeline_ext.stages.stage import Stage
@@ -93,18 +94,24 @@ def unsafe(stages, loss_fn, x, target, plan, monkeypatch):
             watch.use((list(results.values()), buffer))
             super().packed(results, buffer)
 
+    monkeypatch.setattr(torch_side, "current_stream", lambda device: None)
     monkeypatch.setattr(torch_side, "empty", lambda nbytes, device: torch.empty(nbytes, dtype=torch.uint8))
     layout = StreamLayout(plan, [0] * plan.num_ranks)
     kept = KeepAlive(layout)
     devices = [torch.device("cpu")] * plan.num_stages
-    exchange = Exchange(plan, stream_memory_of=functools.partial(Watched, layout, kept, None, devices))
+    skips = skips_of(stages)
+    exchange = Exchange(
+        plan,
+        stream_memory_of=functools.partial(Watched, layout, kept, None, devices),
+        skips=[skip.name for skip in skips],
+    )
     last = plan.num_stages - 1
     made = [
-        Stage(i, module, is_last=i == last, loss_fn=loss_fn if i == last else None)
+        Stage(i, module, is_last=i == last, loss_fn=loss_fn if i == last else None, skips=skips)
         for i, module in enumerate(stages)
     ]
     shared = SharedParameters({stage.index: stage.modules() for stage in made})
-    parameters = LaneParameters(made, shared.target)
+    parameters = LaneParameters(made, shared.target, devices)
     cutter = Cutter()
     cut = cutter.cut_inputs(Whole((x,), {}), plan.num_microbatches)
     step = Step(
@@ -160,27 +167,24 @@ def faults(lifetimes, ops, first_after):
             )
 
 
-class Encoder(nn.Module):
-    def __init__(self):
+@pe.skips(stash=lambda level: level.stashes, pop=lambda level: level.pops)
+class Level(nn.Module):
+    """Hands on what it stashes: its result, or its input, which an earlier stage has allocated."""
+
+    def __init__(self, stashes=(), pops=(), early=False):
         super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.linear, self.stashes, self.pops, self.early = nn.Linear(WIDTH, WIDTH), stashes, pops, early
 
     def forward(self, x):
-        memory = self.linear(x)
-        return torch.tanh(memory), memory * 1.0
+        y = torch.tanh(self.linear(x + sum(pe.pop(name).sin() for name in self.pops)))
+        for name in self.stashes:
+            pe.stash(name, x if self.early else y)
+        return x if self.early else y
 
 
-class Decoder(nn.Module):
-    """Hands the encoder's memory on as it is; all stages read it, and its gradient passes through them."""
-
-    def __init__(self, is_last=False):
-        super().__init__()
-        self.linear, self.cross, self.is_last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), is_last
-
-    def forward(self, state):
-        x, memory = state
-        x = self.linear(x) + self.cross(memory)
-        return x if self.is_last else (x, memory)
+def levels(stages):
+    between = [Level() for _ in range(stages - 3)]
+    return [Level(["far", "near"]), Level(["passed"], ["near"], True), *between, Level([], ["passed", "far"])]
 
 
 class Through(nn.Module):
@@ -218,7 +222,7 @@ def of_class(kind, *args):
 MODELS = {
     "chain": sliced,
     "tree": lambda stages: list(models.tree(stages)),
-    "encoder and decoders": lambda stages: [Encoder(), *(Decoder(i == stages - 1) for i in range(1, stages))],
+    "encoder and decoders": lambda stages: models.encoder_and_decoders(stages, WIDTH),
     "handed through": lambda stages: [Through(i, stages) for i in range(stages)],
     "residual": of_class(models.Residual, WIDTH),
     "constant": of_class(models.Constant),
@@ -227,6 +231,7 @@ MODELS = {
     "recomputed": of_class(models.Recomputed, False),
     "images": of_class(models.Images),
     "tied": tied,
+    "skips": levels,
 }
 SHAPES = [  # schedule, ranks, stages, microbatches, overlap, K
     ("1f1b", 4, 4, 8, False, 1),
@@ -244,7 +249,11 @@ SHAPES = [  # schedule, ranks, stages, microbatches, overlap, K
 ]
 
 
-def planned(shape):
+def skips_of(stages):
+    return find_skips(declared_skips(dict(enumerate(stages))))
+
+
+def planned(shape, skips=()):
     schedule, ranks, stages, microbatches, overlap, pack = shape
     packs = {} if pack == 1 else {"packs": [pack] * (stages - 1), "packs_forward": [pack] * (stages - 1)}
     return pe.build_plan(
@@ -254,6 +263,7 @@ def planned(shape):
         microbatches=microbatches,
         overlap=overlap,
         reactive=True,
+        skips=[pe.Skip(s.source, s.target, pack=pack, pack_forward=pack) for s in skips],
         **packs,
     )
 
@@ -269,9 +279,10 @@ def batch_of(name, rows):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_is_handed_out_while_another_stream_uses_it(name, shape, monkeypatch):
-    plan = planned(shape)
+    stages = MODELS[name](shape[2])
+    plan = planned(shape, skips_of(stages))
     x, target, loss_fn = batch_of(name, 2 * plan.num_microbatches)
-    assert not unsafe(MODELS[name](plan.num_stages), loss_fn, x, target, plan, monkeypatch)
+    assert not unsafe(stages, loss_fn, x, target, plan, monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore:input:UserWarning")

@@ -13,7 +13,19 @@ if torch.cuda.is_available():
 
 from pipeline_ext.packing import kernels
 from pipeline_ext.packing.fused import FusedPacker
-from pipeline_ext.packing.tables import CHUNK, OFFSET, WIDE, chunk_table, collapse, kinds, room, slot_table
+from pipeline_ext.packing.tables import (
+    BLOCK,
+    OFFSET,
+    WIDE,
+    blocks,
+    chunk_table,
+    collapse,
+    kinds,
+    room,
+    slot_table,
+)
+
+CHUNK = BLOCK * blocks(torch.uint8)  # of a program
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, the interpreter's arithmetic
 
@@ -45,21 +57,23 @@ def test_without_launch_nothing_is_written():
 
 def test_every_element_is_in_one_chunk():
     layout = Layout.of(mixed())
-    elements = [(slot, chunk * CHUNK + i) for slot, chunk in chunk_table(layout).tolist() for i in range(CHUNK)]
+    sizes = [BLOCK * blocks(slot.dtype) for slot in layout.slots]
+    rows = chunk_table(layout).tolist()
+    elements = [(slot, chunk * sizes[slot] + i) for slot, chunk in rows for i in range(sizes[slot])]
     inside = [(slot, i) for slot, i in elements if i < layout.slots[slot].count]
     assert inside == [(slot, i) for slot, s in enumerate(layout.slots) for i in range(s.count)]
 
 
-def test_128_bit_accesses_are_for_whole_chunks_of_row_major_tensors_at_aligned_addresses():
-    tensor = torch.zeros(2 * CHUNK + 5)
+def test_128_bit_accesses_are_for_whole_blocks_of_row_major_tensors_at_aligned_addresses():
+    tensor = torch.zeros(2 * BLOCK + 5)
     for source, wide in [
-        (tensor, 2 * CHUNK),
-        (tensor.view(1, -1, 1), 2 * CHUNK),
-        (tensor[4:], 2 * CHUNK),
+        (tensor, 2 * BLOCK),
+        (tensor.view(1, -1, 1), 2 * BLOCK),
+        (tensor[4:], 2 * BLOCK),
         (tensor[1:], 0),
         (tensor[::2], 0),
-        (tensor[:1].expand(CHUNK), 0),
-        (tensor[: CHUNK - 1], 0),
+        (tensor[:1].expand(BLOCK), 0),
+        (tensor[: BLOCK - 1], 0),
     ]:
         assert slot_table(Layout.of([source]), [source])[0, WIDE] == wide
 

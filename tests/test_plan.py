@@ -1,5 +1,8 @@
 """Plans as text: CSV both ways, the grammar of torch.distributed.pipelining, traces of what ran."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,17 @@ def test_a_plan_written_as_csv_trains_the_same(tmp_path, schedule):
             pipe.step(x, target=y)
             assert pipe.trace.order() == plan.order()
         assert_same_gradients(model, gradients(plain))
+
+
+def test_a_copied_plan_is_the_plan_and_one_that_is_pickled_says_what_to_do(tmp_path):
+    plan = pe.build_plan("1f1b", num_stages=2, microbatches=3)
+    assert copy.copy(plan) is copy.deepcopy(plan) is plan
+    for holder in (plan, [plan], pe.simulate(plan)):
+        with pytest.raises(pe.PipelineError, match="write its to_csv.* to a file, which build_plan .* take"):
+            pickle.dumps(holder)
+    (tmp_path / "plan.csv").write_text(plan.to_csv())
+    again = pe.build_plan(tmp_path / "plan.csv", num_stages=2, microbatches=3)
+    assert again.order() == plan.order()
 
 
 def torch_schedules():

@@ -200,7 +200,7 @@ def test_a_deadlock_is_named_with_its_cycle(plan, tmp_path):
             ["--schedule", "1f1b", "--ranks", "1000000000", "--microbatches", "1000000000"],
             "1000000000 microbatches at 1000000000 stages are more tasks than",
         ),
-        (["--from-csv", "nowhere.csv"], "No such file or directory: 'nowhere.csv'"),
+        (["--from-csv", "nowhere.csv"], "the schedule 'nowhere.csv' cannot be read: No such file"),
         (["--schedule", "1f1b", *SHAPE, "--costs", "nowhere.json"], "the costs 'nowhere.json' cannot be read"),
     ],
 )

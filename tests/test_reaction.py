@@ -48,7 +48,7 @@ def test_noise_is_of_the_action_whatever_the_mode():
 
 @pytest.mark.parametrize("noise", [-0.1, float("nan")])
 def test_a_noise_that_cannot_be_is_refused(noise):
-    with pytest.raises(pe.InvalidSchedule, match="coefficient of variation"):
+    with pytest.raises(pe.InvalidArgument, match="noise is (-0.1|nan); give a number from 0 to 1000"):
         pe.simulate(pe.build_plan("gpipe", num_stages=2, microbatches=2), noise=noise)
 
 

@@ -33,6 +33,20 @@ class Failing(nn.Module):
         raise ValueError("poisoned")
 
 
+def fail_when_both_step(replicas, stage):
+    """A replica that hears of a failure before its step is refused it, and keeps its gradients."""
+    steps = threading.Event()
+
+    def tell(*_):
+        steps.set()
+
+    def wait(*_):
+        assert steps.wait(SOON)
+
+    replicas.models[0][stage].register_forward_hook(tell)
+    replicas.models[1][stage].register_forward_pre_hook(wait)
+
+
 @pytest.mark.parametrize("wire", [None, torch.bfloat16])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("stage", [0, 2])
@@ -42,6 +56,7 @@ def test_a_failure_in_one_replica_is_raised_in_all(stage, where, wire):
     good = batches()
     with Replicas(nn.Sequential(*layers), 3, 3, loss_fn=F.mse_loss, wire=wire) as replicas:
         replicas.step(good)
+        fail_when_both_step(replicas, stage)
         x, y = good[1]
         poisoned = x.clone()
         poisoned[-1] = float("nan")

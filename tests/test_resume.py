@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -261,3 +262,36 @@ def test_a_new_run_does_not_write_over_the_checkpoint_of_another(text, stopped, 
     assert main(["train", *SMALL, "--data", text, "--out", str(stopped)]) == 2
     assert f"continue it by --resume {stopped}" in capsys.readouterr().err
     assert losses(stopped) == before
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tmp_path, text, capsys):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    train(text, "--steps", 12, "--out", whole)
+    with crash_after(7):
+        train(text, "--steps", 12, "--checkpoint-every", 3, "--out", out)
+    file = out / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:-50])
+    assert resume(out) == 0
+    captured = capsys.readouterr()
+    assert "checkpoint.pt' is not a checkpoint" in captured.err
+    assert "the run continues from the one before" in captured.err
+    assert "12 of 12, resumed after 3" in captured.out
+    assert losses(out) == losses(whole)
+
+
+def test_a_second_run_in_one_folder_is_refused_before_it_changes_anything(tmp_path, text, capsys):
+    process = start(text, tmp_path / "run")
+    written = {file.name: file.stat().st_ino for file in (tmp_path / "run").iterdir()}
+    assert main(["train", *SMALL, "--data", text, "--out", str(tmp_path / "run"), "--steps", "2"]) == 2
+    err = capsys.readouterr().err
+    said = f"process {process.pid} on .* trains in '.*run'; give another folder with --out, or wait until"
+    assert re.search(said, err) and err.count("\n") == 1
+    process.send_signal(signal.SIGSTOP)
+    assert {file.name: file.stat().st_ino for file in (tmp_path / "run").iterdir()} == written
+    process.kill()
+    process.communicate()
+    train(text, "--out", tmp_path / "other", "--steps", 2)  # as the message says
+    train(
+        text, "--out", tmp_path / "run", "--steps", 2, "--resume", "auto"
+    )  # what the dead run left does not stop it
+    assert not (tmp_path / "run" / ".running").exists()

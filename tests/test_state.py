@@ -1,4 +1,4 @@
-"""Checkpoints through torch.distributed.checkpoint, with the unsplit model's names."""
+"""Checkpoints with the unsplit model's names, and their exchange with torch.distributed.checkpoint."""
 
 import models
 import pytest
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import pipeline_ext as pe
-from pipeline_ext.base import files
+from pipeline_ext.checkpoint import manifest
 
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -61,10 +61,11 @@ def same(a, b):
 
 def parts(path):
     """The names that a checkpoint holds."""
-    return set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+    found = manifest.read(path)
+    return {*found.tensors, *found.values}
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+torchs = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 @pytest.mark.parametrize("num_stages", [1, 4, None])
@@ -91,10 +92,11 @@ def test_two_stages_go_on_as_any_number_and_as_the_plain_model(num_stages, tmp_p
     assert same(its_optimizer.state_dict(), optimizer.state_dict())
 
 
-def test_torch_alone_reads_what_a_pipeline_has_saved(tmp_path):
+@torchs
+def test_torch_alone_reads_what_a_pipeline_has_exported(tmp_path):
     model, optimizer = trained()
     with pipeline(model, 2) as pipe:
-        pe.save_checkpoint(tmp_path / "last", pipe, optimizer)
+        pe.export_dcp(tmp_path / "last", pipe, optimizer)
     other = models.chain()
     dcp.load(other.state_dict(), checkpoint_id=tmp_path / "last")
     assert same(other.state_dict(), model.state_dict())
@@ -105,14 +107,17 @@ def test_torch_alone_reads_what_a_pipeline_has_saved(tmp_path):
     assert same(its_optimizer.state_dict()["state"], optimizer.state_dict()["state"])
 
 
-def test_a_pipeline_reads_what_torch_alone_has_saved(tmp_path):
+@torchs
+def test_a_pipeline_imports_what_torch_alone_has_saved(tmp_path):
     model, optimizer = trained()
     state = get_optimizer_state_dict(model, optimizer, options=BY_NAME)
     dcp.save({**model.state_dict(), "optimizer": state}, checkpoint_id=tmp_path / "last")
     other = models.chain()
     with pipeline(other, 3) as pipe:
         its_optimizer = torch.optim.AdamW(pipe.parameters())
-        assert pe.load_checkpoint(tmp_path / "last", pipe, its_optimizer) == {}
+        with pytest.raises(pe.InvalidArgument, match=r"a pickle .* pipeline_ext.import_dcp\(path, model, opt"):
+            pe.load_checkpoint(tmp_path / "last", pipe, its_optimizer)
+        assert pe.import_dcp(tmp_path / "last", pipe, its_optimizer) == {}
     assert same(other.state_dict(), model.state_dict())
     assert same(its_optimizer.state_dict(), optimizer.state_dict())
 
@@ -183,49 +188,13 @@ def test_groups_of_an_optimizer_may_be_numbered_anew_but_not_mixed(tmp_path):
     assert same(model.state_dict(), before)
 
 
-@pytest.mark.parametrize("at", ["write", "first name", "second name"])
-def test_a_crash_leaves_the_old_checkpoint(at, tmp_path, monkeypatch):
-    class Crash(BaseException):
-        pass
-
-    def crash(*_):
-        raise Crash
-
-    model, optimizer = trained()
-    pe.save_checkpoint(tmp_path / "last", model, optimizer, step=1)
-    kept = copied(model)
-    model[0].bias.data.add_(1)
-    replace = files.os.replace
-    folders = []
-
-    def replace_until(source, target):
-        if source.is_dir():
-            folders.append(source)
-            if len(folders) == (1 if at == "first name" else 2):
-                crash()
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        if at == "write":
-            patch.setattr("pipeline_ext.checkpoint.files.whole_file", crash)
-        else:
-            patch.setattr(files.os, "replace", replace_until)
-        with pytest.raises(Crash):
-            pe.save_checkpoint(tmp_path / "last", model, optimizer, step=2)
-    assert pe.load_checkpoint(tmp_path / "last", model, optimizer) == {"step": 1}
-    assert same(model.state_dict(), kept)
-    pe.save_checkpoint(tmp_path / "last", model, optimizer, step=3)
-    assert pe.load_checkpoint(tmp_path / "last", model, optimizer) == {"step": 3}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
-
-
 def test_what_does_not_fit_the_model_is_refused_and_changes_nothing(tmp_path):
     model, optimizer = trained()
     pe.save_checkpoint(tmp_path / "last", model, optimizer)
     for other, said in (
-        (models.chain(layers=9), "Missing key .*16.bias"),
-        (models.chain(layers=7), "it holds '14.*which the model does not have"),
-        (models.chain(width=13), "Size mismatch"),
+        (models.chain(layers=9), "it does not hold '16.weight', '16.bias', which the model has"),
+        (models.chain(layers=7), "it holds '14.down.bias', .*, which the model does not have"),
+        (models.chain(width=13), r"'0.weight' has the shape \[12, 12\] in it and \[13, 13\] in the model"),
     ):
         before = copied(other)
         with pipeline(other, 2) as pipe, pytest.raises(pe.InvalidArgument, match=said):
@@ -243,7 +212,7 @@ def test_what_cannot_be_saved_is_refused_and_leaves_what_is_there(tmp_path):
     other = nn.Linear(2, 3)
     for its_optimizer, extra, said in (
         (torch.optim.SGD([*model.parameters(), *other.parameters()]), {}, r"shape \[3, 2\].* not the model's"),
-        (None, {"net": other}, "of net, .* give its state_dict"),
+        (None, {"net": other}, "'net' is a torch.nn.modules.linear.Linear, .* as a state_dict"),
     ):
         with pytest.raises(pe.InvalidArgument, match=said):
             pe.save_checkpoint(tmp_path / "last", model, its_optimizer, **extra)

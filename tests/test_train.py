@@ -1,8 +1,10 @@
 """The train command, as a user runs it."""
 
 import json
+import math
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline_ext.cli import main
+from pipeline_ext.lm import checkpoint
 
 SMALL = "--steps 6 --batch 8 --context 16 --width 16 --heads 2 --microbatches 4".split()
 
@@ -131,6 +134,21 @@ def test_bad_options_end_in_one_sentence(tmp_path, text, train_here, capsys, arg
     assert train_here(*SMALL, "--data", text, *args) != 0
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_checkpoint(
+    tmp_path, text, train_here, capsys
+):
+    args = [*SMALL, "--data", text, "--checkpoint-every", "1", "--out", "out"]
+    assert train_here(*args, "--learning-rate", "1e30") == 2
+    error = capsys.readouterr().err
+    found = re.search(r"the (loss|norm of the gradients) is (nan|inf) in step (\d+), so the training", error)
+    assert found is not None, error
+    steps = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == int(found[3]) - 1 and all(math.isfinite(step["loss"]) for step in steps)
+    kept = checkpoint.read(tmp_path / "out" / checkpoint.NAME)
+    assert kept.step == len(steps)
+    assert all(tensor.isfinite().all() for tensor in kept.model.values())
 
 
 def test_a_process_that_is_given_a_bad_option_prints_that_sentence_and_no_traceback(tmp_path, text):

@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include "bindings/checks.hpp"
 #include "bindings/module.hpp"
 #include "bindings/poll.hpp"
 #include "bindings/program.hpp"
@@ -15,11 +16,14 @@ namespace {
 using SharedStreamPlan = std::shared_ptr<StreamPlan>;
 using OpTuple = std::tuple<std::tuple<std::string, int, int>, int, std::vector<std::uint32_t>>;
 
-SharedStreamPlan make_stream_plan(std::shared_ptr<Plan> plan, const Costs& costs, const Simulation& simulation,
-                                  std::vector<int> device_of_rank, std::optional<int> rank) {
-  TaskTimes times{simulation.begin, end_times(*plan, costs, simulation)};
-  return std::make_shared<StreamPlan>(std::move(plan), times, std::move(device_of_rank),
-                                      rank.value_or(kEveryRank));
+SharedStreamPlan make_stream_plan(const std::shared_ptr<Plan>& plan, const Costs& costs,
+                                  const Simulation& simulation, std::vector<int> device_of_rank,
+                                  std::optional<int> rank) {
+  if (rank) checked("rank", *rank, plan->num_ranks());
+  return interruptible([&] {
+    const TaskTimes times{simulation.begin, end_times(*plan, costs, simulation)};
+    return std::make_shared<StreamPlan>(plan, times, std::move(device_of_rank), rank.value_or(kEveryRank));
+  });
 }
 
 struct PyLaid {
@@ -36,13 +40,14 @@ std::vector<cuda::StreamHandle> handles(const std::vector<std::uintptr_t>& strea
   return found;
 }
 
-const char* wait_for_room(StreamExecutor& executor, double timeout) {
+// Python's view of StreamExecutor::wait_for_room or wait_for_inputs.
+template <Outcome (StreamExecutor::*wait)(const WaitOptions&)>
+const char* wait_for(StreamExecutor& executor, double timeout) {
   SignalPoll signals;
   Outcome outcome = Outcome::Done;
   {
     py::gil_scoped_release release;
-    outcome =
-        executor.wait_for_room({std::chrono::duration<double>(timeout), [&signals] { return signals(); }});
+    outcome = (executor.*wait)({std::chrono::duration<double>(timeout), [&signals] { return signals(); }});
   }
   signals.rethrow();
   return outcome_name(outcome);
@@ -66,7 +71,7 @@ void bind_cuda(py::module_& m) {
   py::class_<StreamPlan, SharedStreamPlan>(m, "StreamPlan", R"(A plan laid out on device streams.
 
 An op is a task, or the copy of a task's results to another device; they are numbered as they are enqueued.)")
-      .def(py::init(&make_stream_plan), py::arg("plan"), py::arg("costs"), py::arg("times"),
+      .def(py::init(&make_stream_plan), py::arg("plan").none(false), py::arg("costs"), py::arg("times"),
            py::arg("device_of_rank"), py::arg("rank") = py::none(),
            "rank: the rank of this process; None: this process runs all ranks.")
       .def_property_readonly(
@@ -93,14 +98,22 @@ An op is a task, or the copy of a task's results to another device; they are num
       .def(
           "op_of",
           [](const StreamPlan& p, TaskId task) -> std::optional<std::uint32_t> {
-            if (p.op_of(task) == kNoOp) return std::nullopt;
-            return p.op_of(task);
+            const std::uint32_t op = p.op_of(checked_task(p.plan(), task));
+            return op == kNoOp ? std::nullopt : std::optional(op);
           },
           py::arg("task"), "None for a task of another process.")
-      .def("sent_by", &StreamPlan::sent_by, py::arg("task"),
-           "The op that copies the task's results to another device; the task's own if nothing is copied.")
-      .def("first_after", &StreamPlan::first_after, py::arg("op"), py::arg("stream"),
-           "The first op on a stream that runs after an op has ended; len(ops) if there is none in this step.");
+      .def(
+          "sent_by", [](const StreamPlan& p, TaskId task) { return p.sent_by(checked_task(p.plan(), task)); },
+          py::arg("task"),
+          "The op that copies the task's results to another device; the task's own if nothing is copied.")
+      .def(
+          "first_after",
+          [](const StreamPlan& p, std::uint32_t op, int stream) {
+            return p.first_after(checked("op", op, p.ops().size()),
+                                 checked("stream", stream, p.streams().size()));
+          },
+          py::arg("op"), py::arg("stream"),
+          "The first op on a stream that runs after an op has ended; len(ops) if there is none in this step.");
 
   py::class_<DeviceTimes, std::shared_ptr<DeviceTimes>>(m, "DeviceTimes", "When the ops of a StreamPlan ran.")
       .def("done", &DeviceTimes::done)
@@ -152,15 +165,24 @@ Raises DeviceError without a driver or device.)")
           [](StreamExecutor& e, const PyProgram& program, const SharedStreamPlan& plan) {
             return PyLaid{e.lay_out(program.program, plan), program};
           },
-          py::arg("program"), py::arg("plan"))
+          py::arg("program"), py::arg("plan").none(false))
       .def(
           "run",
           [](StreamExecutor& e, const PyLaid& program, const std::vector<std::uintptr_t>& callers, bool record,
              bool capturing) { return e.run(*program.laid, {handles(callers), record, capturing}); },
           py::arg("program"), py::kw_only(), py::arg("callers"), py::arg("record") = false,
           py::arg("capturing") = false)
-      .def("wait_for_room", &wait_for_room, py::kw_only(), py::arg("timeout"),
+      .def("wait_for_room", &wait_for<&StreamExecutor::wait_for_room>, py::kw_only(), py::arg("timeout"),
            "Waits until at most one marked step is unfinished; returns 'done', 'timed out' or 'closed'.")
+      .def(
+          "mark_inputs",
+          [](StreamExecutor& e, int device, std::uintptr_t caller) {
+            e.mark_inputs(device, reinterpret_cast<cuda::StreamHandle>(caller));
+          },
+          py::arg("device"), py::arg("caller"),
+          "Marks what the caller's stream of a device has enqueued so far as the reading of inputs.")
+      .def("wait_for_inputs", &wait_for<&StreamExecutor::wait_for_inputs>, py::kw_only(), py::arg("timeout"),
+           "Waits until marked inputs have been read; returns as wait_for_room.")
       .def(
           "mark",
           [](StreamExecutor& e, const std::vector<std::uintptr_t>& callers) { e.mark(handles(callers)); },

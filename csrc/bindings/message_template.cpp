@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/checks.hpp"
 #include "bindings/dlpack.hpp"
 #include "bindings/module.hpp"
 #include "packing/pack.hpp"
@@ -18,6 +19,7 @@ namespace pe {
 namespace {
 
 constexpr int kNoTensor = -1;
+constexpr std::int64_t kMostBytes = std::int64_t{1} << 60;
 constexpr std::int64_t kBrief = 1 << 18;  // bytes; releasing the GIL takes longer than copying them
 
 // The format of a message: its tensors, each contiguous and in memory of its own, and the values between them.
@@ -41,27 +43,36 @@ class MessageTemplate {
                         tensor[3].cast<std::int64_t>(),
                         0,
                         requires_grad[i].cast<bool>()};
-      const Strided whole{nullptr, expected.dtype, expected.shape, {}};
-      expected.nbytes = whole.size() * static_cast<std::int64_t>(expected.dtype.size());
+      expected.nbytes = nbytes_of(expected.shape, expected.dtype);
+      if (expected.offset < 0 || expected.offset > kMostBytes) {
+        throw PackingError("tensor " + std::to_string(i) + " begins at " + std::to_string(expected.offset) +
+                           ", outside of any buffer");
+      }
       nbytes_ = std::max(nbytes_, expected.offset + expected.nbytes);
       expected_.push_back(std::move(expected));
     }
-    for (const py::handle part : parts) {
+    std::vector<bool> seen(expected_.size(), false);
+    for (const py::object part : parts) {  // an item may be made when it is asked for
       std::vector<Leaf> leaves;
       for (const py::handle leaf : part.attr("rest")) {
         leaves.push_back({kNoTensor, py::reinterpret_borrow<py::object>(leaf)});
       }
       for (const py::handle pair : part.attr("numbers")) {
         const auto [leaf, number] = pair.cast<std::pair<std::size_t, int>>();
-        leaves.at(leaf).tensor = number;
+        leaves.at(leaf).tensor = checked("the number of a tensor", number, expected_.size());
+        seen[number] = true;
       }
       parts_.push_back(std::move(leaves));
     }
+    if (std::ranges::find(seen, false) != seen.end())
+      throw PackingError("a tensor belongs to none of the parts");
+    if (alignment_ < 1)
+      throw PackingError("the alignment is " + std::to_string(alignment_) + "; give bytes, from 1");
   }
 
   bool pack(const py::list& results, const py::object& buffer) const {
     Borrower borrower;
-    std::vector<py::handle> tensors(expected_.size());
+    std::vector<py::object> tensors(expected_.size());
     if (!collect(results, tensors)) return false;
     std::vector<Copy> copies;
     copies.reserve(tensors.size());
@@ -110,7 +121,7 @@ class MessageTemplate {
   };
 
   // Finds the tensors. Returns whether they are plain tensors and all other leaves are equal to the template's.
-  bool collect(const py::list& results, std::vector<py::handle>& tensors) const {
+  bool collect(const py::list& results, std::vector<py::object>& tensors) const {
     if (results.size() != parts_.size()) return false;
     for (std::size_t r = 0; r < parts_.size(); ++r) {
       const py::handle result = PyList_GET_ITEM(results.ptr(), r);
@@ -129,7 +140,7 @@ class MessageTemplate {
         } else if (!tensors[number]) {
           const py::handle type(reinterpret_cast<PyObject*>(Py_TYPE(leaf.ptr())));
           if (!type.is(tensor_) && !type.is(parameter_)) return false;
-          tensors[number] = leaf;
+          tensors[number] = py::reinterpret_borrow<py::object>(leaf);
         } else if (!tensors[number].is(leaf)) {
           return false;
         }

@@ -32,5 +32,7 @@ void bind_runtime(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
 void bind_packing(pybind11::module_& m);
 void bind_message_template(pybind11::module_& m);
+void bind_model_state(pybind11::module_& m);
+void bind_turn(pybind11::module_& m);
 
 }  // namespace pe

@@ -2,8 +2,11 @@
 
 #include <optional>
 
+#include "bindings/checks.hpp"
 #include "bindings/module.hpp"
+#include "bindings/poll.hpp"
 #include "plan/plan.hpp"
+#include "plan/size.hpp"
 #include "schedule/schedule.hpp"
 #include "simulate/make_plan.hpp"
 
@@ -16,8 +19,7 @@ using SharedPlan = std::shared_ptr<Plan>;
 
 template <class Make>
 SharedPlan make_shared_plan(Make&& make) {
-  py::gil_scoped_release release;
-  return std::make_shared<Plan>(make());
+  return interruptible([&] { return std::make_shared<Plan>(make()); });
 }
 
 py::dict order_by_rank(const Plan& plan) {
@@ -43,6 +45,8 @@ const char* stream_name(Stream stream) { return stream == Stream::Forward ? "for
 
 void bind_plan(py::module_& m) {
   translate<PlanError>("InvalidSchedule");
+  m.attr("most_stages") = kMostStages;
+  m.attr("most_tasks") = kMostTasks;
 
   py::class_<Skip>(m, "Skip", "A tensor that goes from a stage directly to a later one, and its gradient back.")
       .def(py::init<int, int, int, int>(), py::arg("source"), py::arg("target"), py::kw_only(),
@@ -100,28 +104,33 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
           },
           "The kinds of action in the plan.")
       .def(
-          "action", [](const Plan& p, TaskId t) { return to_text(p.action(t)); }, py::arg("task"))
+          "action", [](const Plan& p, TaskId t) { return to_text(p.action(checked_task(p, t))); },
+          py::arg("task"))
       .def(
           "describe",
           [](const Plan& p, TaskId t) {
-            const Action& a = p.action(t);
+            const Action& a = p.action(checked_task(p, t));
             return py::make_tuple(std::string(kind_name(a.kind)), a.stage, a.microbatch, p.rank_of(t),
                                   stream_name(stream_of(a.kind)));
           },
           py::arg("task"), "(kind, stage, microbatch, rank, stream) of a task.")
-      .def("dependencies", &Plan::dependencies_of, py::arg("task"),
-           "The tasks that a task waits for. Slow, it looks at all tasks: for many tasks use successors.")
+      .def(
+          "dependencies", [](const Plan& p, TaskId t) { return p.dependencies_of(checked_task(p, t)); },
+          py::arg("task"),
+          "The tasks that a task waits for. Slow, it looks at all tasks: for many tasks use successors.")
       .def(
           "successors",
           [](const Plan& p, TaskId t) {
-            const auto after = p.successors(t);
+            const auto after = p.successors(checked_task(p, t));
             return std::vector<TaskId>(after.begin(), after.end());
           },
           py::arg("task"), "The tasks that wait for a task.")
-      .def("num_sent", &Plan::num_sent, py::arg("task"),
-           "How many results are sent to other ranks when the task ends.")
-      .def("num_messages_of", py::overload_cast<TaskId>(&Plan::num_messages, py::const_), py::arg("task"),
-           "How many messages carry them: one, and one for each skip.")
+      .def(
+          "num_sent", [](const Plan& p, TaskId t) { return p.num_sent(checked_task(p, t)); }, py::arg("task"),
+          "How many results are sent to other ranks when the task ends.")
+      .def(
+          "num_messages_of", [](const Plan& p, TaskId t) { return p.num_messages(checked_task(p, t)); },
+          py::arg("task"), "How many messages carry them: one, and one for each skip.")
       .def("__len__", &Plan::size)
       .def("__str__", [](const Plan& p) { return to_table(p.order()); })
       .def("__repr__", [](const Plan& p) {
@@ -204,8 +213,9 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
       py::arg("packs") = py::list(), py::arg("packs_forward") = py::list(), py::arg("in_flight") = py::list(),
       py::arg("room") = py::list(), py::arg("memory") = py::none(), py::arg("skips") = py::list());
   m.def(
-      "cells_of_csv", [](const std::string& text) { return to_cells(order_from_csv(text)); }, py::arg("text"),
-      "The cells of a CSV file, by rank, without empty ones.");
+      "cells_of_csv",
+      [](const std::string& text) { return interruptible([&] { return to_cells(order_from_csv(text)); }); },
+      py::arg("text"), "The cells of a CSV file, by rank, without empty ones.");
   m.def(
       "make_forward_plan",
       [](const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, bool overlap,

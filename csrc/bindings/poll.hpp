@@ -1,7 +1,9 @@
-// Handles Ctrl-C while C++ waits.
+// Handles Ctrl-C while C++ works or waits.
 #pragma once
 
 #include <pybind11/pybind11.h>
+
+#include "plan/interrupt.hpp"
 
 namespace pe {
 
@@ -33,5 +35,20 @@ class SignalPoll {
  private:
   PyObject* signal_ = nullptr;
 };
+
+// Returns what `work` returns, which it does without the GIL. If a signal handler raises meanwhile, the work
+// ends early and that is raised.
+template <class Work>
+auto interruptible(Work&& work) {
+  SignalPoll poll;
+  try {
+    pybind11::gil_scoped_release release;
+    const Interruptible until([&poll] { return poll(); });
+    return work();
+  } catch (const Interrupted&) {
+    poll.rethrow();
+    throw;
+  }
+}
 
 }  // namespace pe

@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "bindings/checks.hpp"
 #include "runtime/host_executor.hpp"
 #include "runtime/program.hpp"
 
@@ -48,7 +49,7 @@ struct PyProgram {
         program(std::make_shared<Program>(plan)) {
     for (const auto& [key, callable] : bodies) {
       const auto [stage, kind] = key.cast<std::pair<int, std::string>>();
-      program->set_body(stage, kind_of(kind), PythonBody(callable.ptr()));
+      program->set_body(checked("stage", stage, plan->num_stages()), kind_of(kind), PythonBody(callable.ptr()));
     }
   }
 

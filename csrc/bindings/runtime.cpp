@@ -1,11 +1,15 @@
 #include <pybind11/chrono.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 
+#include "bindings/checks.hpp"
+#include "bindings/interpreter_end.hpp"
 #include "bindings/module.hpp"
 #include "bindings/poll.hpp"
 #include "bindings/program.hpp"
+#include "plan/size.hpp"
 #include "runtime/allocator.hpp"
 #include "runtime/host_executor.hpp"
 
@@ -14,14 +18,18 @@ namespace py = pybind11;
 namespace pe {
 namespace {
 
+constexpr std::size_t kMostThreads = 1024;
+
 // Gives each thread one Python thread state for its whole life, so that threading.local keeps its values.
 HostExecutor::ThreadHooks python_threads(int num_workers) {
   struct State {
     PyGILState_STATE gil;
     PyThreadState* thread;
+    NoUnwinding no_unwinding;
   };
   auto states = std::make_shared<std::vector<State>>(num_workers);
   return {[states](int worker) {
+            (*states)[worker].no_unwinding.begin();
             (*states)[worker].gil = PyGILState_Ensure();
             (*states)[worker].thread = PyEval_SaveThread();
           },
@@ -41,24 +49,41 @@ struct DeleteWithoutGil {
 
 std::unique_ptr<HostExecutor, DeleteWithoutGil> make_executor(const std::vector<std::string>& thread_names,
                                                               std::optional<int> rank) {
+  if (thread_names.size() > kMostThreads) {
+    throw PlanError("a process runs at most " + std::to_string(kMostThreads) + " workers, a thread each, got " +
+                    std::to_string(thread_names.size()) + "; give fewer stages, or more processes");
+  }
+  if (rank) checked("rank", *rank, kMostStages);
   const int workers = static_cast<int>(thread_names.size());
+  survive_unwinding();
+  py::gil_scoped_release release;  // if not all threads start, those that did need it to end
   return std::unique_ptr<HostExecutor, DeleteWithoutGil>(
       new HostExecutor(workers, thread_names, python_threads(workers), rank.value_or(kEveryRank)));
 }
 
 bool fail(HostExecutor& executor, const py::object& error) {
+  if (PyExceptionInstance_Check(error.ptr()) == 0) throw py::type_error("error is no exception");
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
   std::exception_ptr thrown = std::make_exception_ptr(py::error_already_set());
   py::gil_scoped_release release;
   return executor.fail(std::move(thrown));
 }
 
+std::chrono::duration<double> seconds(const char* name, double given) {
+  if (!(given >= 0)) {
+    throw py::value_error(std::string(name) + " is " + std::to_string(given) + "; give seconds, from 0");
+  }
+  return std::chrono::duration<double>(std::min(given, kForever.count()));
+}
+
+void close(HostExecutor& executor, double limit) { executor.close(seconds("limit", limit)); }
+
 // Runs a step. If a signal handler raises (KeyboardInterrupt), raises that once the step has stopped.
 StepResult run(HostExecutor& executor, const PyProgram& program, double timeout, bool record) {
   SignalPoll signals;
   RunOptions options;
   options.record = record;
-  options.timeout = std::chrono::duration<double>(timeout);
+  options.timeout = seconds("timeout", timeout);
   options.poll = [&signals] { return signals(); };
   StepResult result;
   std::exception_ptr refused;
@@ -87,7 +112,7 @@ void bind_runtime(py::module_& m) {
   py::class_<PyProgram>(m, "Program", R"(A plan, and the function that each of its tasks calls.
 
 ``bodies`` maps (stage, kind), as in ``(0, "F")``, to a callable that takes the microbatch.)")
-      .def(py::init<std::shared_ptr<Plan>, py::dict>(), py::arg("plan"), py::arg("bodies"))
+      .def(py::init<std::shared_ptr<Plan>, py::dict>(), py::arg("plan").none(false), py::arg("bodies"))
       .def_property_readonly("plan", [](const PyProgram& p) { return p.plan; });
 
   py::class_<StepResult>(m, "StepResult", "The result of a step; times are nanoseconds of a steady clock.")
@@ -117,9 +142,12 @@ With ``rank``, only that rank's workers; then ``deliver`` reports the results of
            py::call_guard<py::gil_scoped_release>(),
            "The results of another rank's task for a stage and these microbatches have arrived.")
       .def("fail", &fail, py::arg("error"),
-           "Stops the running step with this exception; returns whether a step was running.")
+           "Stops the running step with this exception, or else the next one; returns whether a step was "
+           "running.")
       .def("run", &run, py::arg("program"), py::kw_only(), py::arg("timeout"), py::arg("record") = true)
-      .def("close", &HostExecutor::close, py::call_guard<py::gil_scoped_release>())
+      .def("close", &close, py::arg("limit") = kForever.count(), py::call_guard<py::gil_scoped_release>(),
+           "Stops a running step and ends the threads; one whose body takes more than so many seconds is "
+           "abandoned.")
       .def_property_readonly("dead",
                              py::cpp_function(&HostExecutor::dead, py::call_guard<py::gil_scoped_release>()));
 }

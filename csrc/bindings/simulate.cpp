@@ -1,6 +1,9 @@
 #include <pybind11/stl.h>
 
+#include "bindings/checks.hpp"
 #include "bindings/module.hpp"
+#include "bindings/poll.hpp"
+#include "plan/size.hpp"
 #include "simulate/lower_bound.hpp"
 #include "simulate/simulator.hpp"
 
@@ -40,7 +43,13 @@ void bind_simulate(py::module_& m) {
            py::arg("weight_grad"), py::arg("latency"), py::arg("overhead"), py::arg("transfer"),
            py::arg("contention"), py::arg("pair"), py::arg("taken"), py::arg("freed_by_input_grad"),
            py::arg("memory_limit"))
-      .def("memory", &Costs::memory, py::arg("num_stages"))
+      .def(
+          "memory",
+          [](const Costs& costs, int num_stages) {
+            check_size(num_stages, 1, 1);
+            return costs.memory(num_stages);
+          },
+          py::arg("num_stages"))
       .def("with_noise", &with_noise, py::arg("cv"), py::arg("seed"));
 
   py::class_<Simulation, std::shared_ptr<Simulation>>(m, "SimulatedTimes")
@@ -55,14 +64,22 @@ void bind_simulate(py::module_& m) {
       .def_property_readonly("bubble", &Simulation::bubble)
       .def_property_readonly("bubble_latest", &Simulation::bubble_latest)
       .def_property_readonly("bubble_from_first_start", &Simulation::bubble_from_first_start)
-      .def("bubble_of", &Simulation::bubble_of, py::arg("rank"));
+      .def(
+          "bubble_of",
+          [](const Simulation& s, int rank) { return s.bubble_of(checked("rank", rank, s.busy.size())); },
+          py::arg("rank"));
 
-  m.def("simulate", &simulate, py::arg("plan"), py::arg("costs"), py::arg("by_events") = false,
-        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "simulate",
+      [](const Plan& plan, const Costs& costs, bool by_events) {
+        return interruptible([&] { return simulate(plan, costs, by_events); });
+      },
+      py::arg("plan"), py::arg("costs"), py::arg("by_events") = false);
   m.def(
       "lower_bound",
       [](const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs) {
-        const LowerBound bound = lower_bound(rank_of_stage, num_ranks, microbatches, costs);
+        const LowerBound bound =
+            interruptible([&] { return lower_bound(rank_of_stage, num_ranks, microbatches, costs); });
         return py::make_tuple(bound.makespan, bound.span);
       },
       py::arg("rank_of_stage"), py::arg("num_ranks"), py::arg("microbatches"), py::arg("costs"),
@@ -70,7 +87,9 @@ void bind_simulate(py::module_& m) {
   m.def("end_times", &end_times, py::arg("plan"), py::arg("costs"), py::arg("times"));
   m.def(
       "simulated_order",
-      [](const Plan& plan, const Simulation& times) { return to_cells(order_of(plan, times)); },
+      [](const Plan& plan, const Simulation& times) {
+        return interruptible([&] { return to_cells(order_of(plan, times)); });
+      },
       py::arg("plan"), py::arg("times"));
 }
 

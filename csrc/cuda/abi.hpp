@@ -19,6 +19,8 @@ using Address = unsigned long long;  // on a device
 inline constexpr Result kSuccess = 0;
 inline constexpr Result kNotReady = 600;
 inline constexpr Result kPeerAccessAlreadyEnabled = 704;
+inline constexpr Result kFirstCaptureError = 900;  // a call that a capture forbids, of this thread or another
+inline constexpr Result kLastCaptureError = 908;
 
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kEventDefault = 0;
@@ -29,6 +31,7 @@ inline constexpr int kNodeTypeKernel = 0;
 inline constexpr int kAttributePriority = 8;
 inline constexpr int kCaptureNone = 0;
 inline constexpr int kCaptureActive = 1;
+inline constexpr int kCaptureModeRelaxed = 2;
 
 // cuda.h has a union of 64 bytes.
 union AttributeValue {
@@ -61,6 +64,7 @@ using GetProcAddress = Result (*)(const char* symbol, void** function, int versi
   X(cuStreamGetCaptureInfo, 11030,                                                                             \
     (StreamHandle stream, int* status, std::uint64_t* id, GraphHandle* graph, const NodeHandle** dependencies, \
      std::size_t* num_dependencies))                                                                           \
+  X(cuThreadExchangeStreamCaptureMode, 10010, (int* mode))                                                     \
   X(cuEventCreate, 2000, (EventHandle * event, unsigned flags))                                                \
   X(cuEventDestroy, 4000, (EventHandle event))                                                                 \
   X(cuEventRecordWithFlags, 11010, (EventHandle event, StreamHandle stream, unsigned flags))                   \

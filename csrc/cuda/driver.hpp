@@ -17,6 +17,9 @@ struct NoDriver : std::runtime_error {
 struct CudaError : std::runtime_error {
   CudaError(const std::string& text, Result result) : std::runtime_error(text), code(result) {}
   Result code;
+
+  // Whether a capture forbade the call, which harms no device.
+  bool of_capture() const { return code >= kFirstCaptureError && code <= kLastCaptureError; }
 };
 
 class Driver {

@@ -10,6 +10,22 @@
 
 namespace pe::cuda {
 
+// Lets the calling thread make calls that a capture of another thread would otherwise forbid: an event query
+// would fail, and end that capture.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() : driver_(Driver::get()) { exchange(); }
+  ~RelaxedCapture() { exchange(); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  void exchange() { driver_.cuThreadExchangeStreamCaptureMode(&mode_); }
+
+  const Driver& driver_;
+  int mode_ = kCaptureModeRelaxed;  // then the thread's own
+};
+
 class Event {
  public:
   Event() = default;
@@ -39,6 +55,7 @@ class Event {
   // Whether all work enqueued before the latest record is done.
   bool done() const {
     const CurrentContext current(*context_);
+    const RelaxedCapture relaxed;
     const Result result = Driver::get().cuEventQuery(handle_);
     if (result != kNotReady) Driver::get().check(result, "cuEventQuery");
     return result == kSuccess;

@@ -45,11 +45,10 @@ Packer::Packer(std::vector<Slot> slots, std::int64_t nbytes) : slots_(std::move(
       throw PackingError(named + " would cast " + name_of(slot.dtype) + " to " + name_of(slot.wire) +
                          "; only floating-point types are cast");
     }
-    const Strided whole{nullptr, slot.wire, slot.shape, {}};
-    const auto bytes = static_cast<std::int64_t>(whole.size() * slot.wire.size());
-    traffic_ += bytes + static_cast<std::int64_t>(whole.size() * slot.dtype.size());
+    const std::int64_t bytes = nbytes_of(slot.shape, slot.wire);
+    traffic_ += bytes + nbytes_of(slot.shape, slot.dtype);
     if (slot.offset < 0 || slot.offset % static_cast<std::int64_t>(kAlignment) != 0 ||
-        slot.offset + bytes > nbytes_) {
+        bytes > nbytes_ - slot.offset) {
       throw PackingError(named + ", " + std::to_string(bytes) + " bytes at " + std::to_string(slot.offset) +
                          ", must begin at a multiple of " + std::to_string(kAlignment) +
                          " and end within the buffer's " + std::to_string(nbytes_));

@@ -70,6 +70,18 @@ void scatter_as(const std::byte* in, const Block& block) {
 
 }  // namespace
 
+std::int64_t nbytes_of(std::span<const std::int64_t> shape, DType dtype) {
+  constexpr std::int64_t kMost = std::int64_t{1} << 60;
+  std::int64_t nbytes = static_cast<std::int64_t>(dtype.size());
+  for (const std::int64_t size : shape) {
+    if (size < 0 || (size > 0 && nbytes > kMost / size)) {
+      throw PackingError("a tensor of " + describe(dtype, shape) + " does not fit in memory");
+    }
+    nbytes *= size;
+  }
+  return nbytes;
+}
+
 std::string describe(DType dtype, std::span<const std::int64_t> shape) {
   std::string text = name_of(dtype) + "[";
   for (std::size_t d = 0; d < shape.size(); ++d) {

@@ -25,6 +25,10 @@ struct Strided {
   bool is_expanded() const;  // several indices share one element
 };
 
+// The bytes of all elements of a shape. Throws PackingError for a negative dimension, or more than memory can
+// hold.
+std::int64_t nbytes_of(std::span<const std::int64_t> shape, DType dtype);
+
 // Rows of elements; `data` is the first one. In row-major order it is element number `first`, a row is
 // contiguous, and rows are `pitch` elements apart. In memory, rows are `row_stride` and elements
 // `column_stride` bytes apart.

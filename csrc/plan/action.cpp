@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <limits>
 #include <optional>
 
 namespace pe {
@@ -11,6 +12,7 @@ namespace {
 constexpr std::array<std::string_view, kNumKinds> kNames = {
     "F", "B", "I", "W", "SEND_F", "RECV_F", "SEND_B", "RECV_B", "REDUCE_GRAD", "UNSHARD", "RESHARD"};
 constexpr std::string_view kOverlap = "OVERLAP_F_B";
+constexpr std::size_t kMostJoined = 16;  // the simulator compares each two of them
 
 std::string_view trim(std::string_view text) {
   constexpr std::string_view kSpace = " \t\r\n";
@@ -19,17 +21,27 @@ std::string_view trim(std::string_view text) {
   return text.substr(first, text.find_last_not_of(kSpace) - first + 1);
 }
 
+// What is given may be of any length; its begin tells which it is.
+std::string shown(std::string_view text) {
+  constexpr std::size_t kMost = 60;
+  if (text.size() <= kMost) return "'" + std::string(text) + "'";
+  std::size_t end = kMost;
+  while (end > 0 && (text[end] & 0xc0) == 0x80) --end;  // between two characters of UTF-8
+  return "'" + std::string(text.substr(0, end)) + "...'";
+}
+
 [[noreturn]] void refuse(std::string_view text) {
-  throw PlanError("'" + std::string(text) +
-                  "' is not an action; write stage, kind and microbatch, as in 2F0, 1B3, 3SEND_B1, "
+  throw PlanError(shown(text) +
+                  " is not an action; write stage, kind and microbatch, as in 2F0, 1B3, 3SEND_B1, "
                   "0UNSHARD or (2F0;1B3)OVERLAP_F_B, with the kinds F B I W SEND_F RECV_F SEND_B "
                   "RECV_B REDUCE_GRAD UNSHARD RESHARD");
 }
 
-// Reads the digits `text` starts with and drops them; false when there are none or too many.
+// Reads the digits `text` starts with and drops them; false when there are none or too many. The largest number
+// is left out: one more than it has to be a number too.
 bool take_number(std::string_view& text, std::int32_t& value) {
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc{} || value < 0) return false;
+  if (error != std::errc{} || value < 0 || value == std::numeric_limits<std::int32_t>::max()) return false;
   text.remove_prefix(static_cast<std::size_t>(end - text.data()));
   return true;
 }
@@ -61,7 +73,7 @@ std::string_view kind_name(Kind kind) { return kNames[static_cast<int>(kind)]; }
 
 Kind kind_of(std::string_view name) {
   const auto kind = find_kind(name);
-  if (!kind) throw PlanError("'" + std::string(name) + "' is not a kind of action");
+  if (!kind) throw PlanError(shown(name) + " is not a kind of action");
   return *kind;
 }
 
@@ -99,6 +111,7 @@ std::vector<Action> parse_cell(std::string_view text) {
     const auto semicolon = inside.find(';');
     parts.push_back(parse_action(trim(inside.substr(0, semicolon))));
     parts.back().joins_next = true;
+    if (parts.size() > kMostJoined) refuse(text);
     inside.remove_prefix(semicolon == std::string_view::npos ? inside.size() : semicolon + 1);
   }
   if (parts.size() < 2) refuse(text);

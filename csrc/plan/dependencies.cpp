@@ -5,6 +5,8 @@
 #include <string>
 #include <utility>
 
+#include "plan/interrupt.hpp"
+
 namespace pe {
 namespace {
 
@@ -189,6 +191,7 @@ Dependencies::Dependencies(const std::vector<Action>& actions, const Shape& shap
   const TaskIndex index(actions, shape, packs);
   const TaskId size = static_cast<TaskId>(actions.size());
   for (TaskId t = 0; t < size; ++t) {
+    check_interrupt(t);
     int count = 0;
     for_each_dependency(actions[t], index, shape, [&](TaskId before) {
       ++count;
@@ -204,6 +207,7 @@ Dependencies::Dependencies(const std::vector<Action>& actions, const Shape& shap
   successors_.resize(successors_begin_.back());
   std::vector<TaskId> next(successors_begin_.begin(), successors_begin_.end() - 1);
   for (TaskId t = 0; t < size; ++t) {
+    check_interrupt(t);
     for_each_dependency(actions[t], index, shape, [&](TaskId before) { successors_[next[before]++] = t; });
   }
   skips_sent_ = find_skips_sent(index, shape, size);

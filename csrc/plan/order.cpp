@@ -6,6 +6,9 @@
 #include <optional>
 #include <tuple>
 
+#include "plan/interrupt.hpp"
+#include "plan/size.hpp"
+
 namespace pe {
 namespace {
 
@@ -46,6 +49,7 @@ std::map<std::pair<int, int>, Entry> homes_of(const Order& order) {
   std::map<std::pair<int, int>, Entry> homes;
   for (int rank = 0; rank < static_cast<int>(order.size()); ++rank) {
     for (int i = 0; i < static_cast<int>(order[rank].size()); ++i) {
+      check_interrupt(i);
       homes.try_emplace({order[rank][i].stage, order[rank][i].microbatch}, Entry{rank, i});
     }
   }
@@ -83,6 +87,7 @@ Shape placement_of(const Order& order) {
   }
   for (int rank = 0; rank < static_cast<int>(order.size()); ++rank) {
     for (int i = 0; i < static_cast<int>(order[rank].size()); ++i) {
+      check_interrupt(i);
       const Action& a = order[rank][i];
       const int home = shape.rank_of(a.stage, a.microbatch);
       if (home == rank) continue;
@@ -104,6 +109,7 @@ Index index_of(const Order& order) {
   Index index;
   for (int rank = 0; rank < static_cast<int>(order.size()); ++rank) {
     for (int i = 0; i < static_cast<int>(order[rank].size()); ++i) {
+      check_interrupt(i);
       const Action& a = order[rank][i];
       if (concerns_whole_stage(a.kind) && a.kind != Kind::ReduceGrad) continue;
       const auto [it, fresh] = index.try_emplace({a.stage, a.kind, a.microbatch}, Entry{rank, i});
@@ -132,7 +138,9 @@ void require_partner(const Order& order, const Index& index, Entry entry, int st
 }
 
 void check_messages(const Order& order, const Index& index, int num_stages) {
+  std::size_t turn = 0;
   for (const auto& [key, entry] : index) {
+    check_interrupt(turn++);
     const auto [stage, kind, microbatch] = key;
     const bool last = stage + 1 == num_stages;
     if ((last && (kind == Kind::SendF || kind == Kind::RecvB)) ||
@@ -152,6 +160,7 @@ Order parse_order(const Cells& cells) {
   Order order(cells.size());
   for (std::size_t rank = 0; rank < cells.size(); ++rank) {
     for (std::size_t cell = 0; cell < cells[rank].size(); ++cell) {
+      check_interrupt(cell);
       try {
         for (const Action& action : parse_cell(cells[rank][cell])) order[rank].push_back(action);
       } catch (const PlanError& error) {
@@ -177,6 +186,7 @@ Order order_from_csv(std::string_view text) {
     text.remove_prefix(newline == std::string_view::npos ? text.size() : newline + 1);
     if (text.empty() && line.find_first_not_of(" \t\r") == std::string_view::npos) break;
     auto& row = cells.emplace_back();
+    check_interrupt(cells.size());
     for (;;) {
       const auto comma = line.find(',');
       row.emplace_back(line.substr(0, comma));
@@ -202,7 +212,9 @@ Shape validate(const Order& order) {
     throw PlanError("the schedule holds no action; give each rank its list, as in 0F0, 0B0");
   }
   const Index index = index_of(order);
+  std::size_t turn = 0;
   for (const auto& [key, entry] : index) {
+    check_interrupt(turn++);
     const auto [stage, kind, microbatch] = key;
     shape.num_microbatches = std::max(shape.num_microbatches, microbatch + 1);
     shape.has_backward |= kind == Kind::B || kind == Kind::I || kind == Kind::W;
@@ -211,6 +223,13 @@ Shape validate(const Order& order) {
              "stage " + std::to_string(stage) + " has no F for microbatch " + std::to_string(microbatch));
     }
   }
+  if (shape.num_microbatches == 0) {
+    throw PlanError(
+        "the schedule holds actions of whole stages only (UNSHARD, RESHARD, REDUCE_GRAD) and none of a "
+        "microbatch; "
+        "give each rank its list, as in 0F0, 0B0");
+  }
+  check_size(shape.num_stages, static_cast<int>(order.size()), shape.num_microbatches);
   // An error about a missing action marks the first one that is listed for its stage.
   std::vector<Entry> first(shape.num_stages, Entry{-1, 0});
   for (int rank = 0; rank < static_cast<int>(order.size()); ++rank) {
@@ -220,6 +239,7 @@ Shape validate(const Order& order) {
   }
   for (int s = 0; s < shape.num_stages; ++s) {
     for (int m = 0; m < shape.num_microbatches; ++m) {
+      check_interrupt(m);
       const auto f = find(index, s, Kind::F, m);
       const auto b = find(index, s, Kind::B, m);
       const auto i = find(index, s, Kind::I, m);
@@ -271,6 +291,14 @@ std::string to_table(const Order& order, int marked_rank, int marked_cell) {
     for (const auto& cell : cells[rank]) widest = std::max(widest, cell.size());
     width.push_back(widest);
   }
+  // Of a large schedule, show only what is around the error.
+  constexpr int kContext = 8;
+  const auto around = [&](int marked, std::size_t all) {
+    const int count = static_cast<int>(all);
+    return marked < 0 ? std::pair(0, count)
+                      : std::pair(std::max(0, marked - kContext), std::min(count, marked + kContext + 1));
+  };
+  const auto [first_rank, end_rank] = around(marked_rank, cells.size());
   std::string text(6, ' ');
   const auto pad = [&](const std::string& cell, std::size_t to) {
     text += "  " + cell + std::string(to - cell.size(), ' ');
@@ -279,19 +307,13 @@ std::string to_table(const Order& order, int marked_rank, int marked_cell) {
     text.erase(text.find_last_not_of(' ') + 1);
     text += '\n';
   };
-  for (std::size_t rank = 0; rank < cells.size(); ++rank) {
-    pad("rank " + std::to_string(rank), width[rank]);
-  }
+  for (int rank = first_rank; rank < end_rank; ++rank) pad("rank " + std::to_string(rank), width[rank]);
   end_line();
-  // Of a long schedule, show only the rows around the error.
-  constexpr int kContext = 8;
-  const int from = marked_cell < 0 ? 0 : std::max(0, marked_cell - kContext);
-  const int to =
-      marked_cell < 0 ? static_cast<int>(rows) : std::min(static_cast<int>(rows), marked_cell + kContext + 1);
+  const auto [from, to] = around(marked_cell, rows);
   for (int row = from; row < to; ++row) {
     const std::string number = std::to_string(row);
     text += std::string(6 - std::min<std::size_t>(6, number.size()), ' ') + number;
-    for (std::size_t rank = 0; rank < cells.size(); ++rank) {
+    for (int rank = first_rank; rank < end_rank; ++rank) {
       pad(row < static_cast<int>(cells[rank].size()) ? cells[rank][row] : "", width[rank]);
     }
     if (row == marked_cell) text += "  <-- ERROR HERE (rank " + std::to_string(marked_rank) + ")";

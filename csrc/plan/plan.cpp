@@ -4,7 +4,11 @@
 #include <atomic>
 #include <functional>
 #include <mutex>
+#include <string>
 #include <utility>
+
+#include "plan/interrupt.hpp"
+#include "plan/size.hpp"
 
 namespace pe {
 
@@ -15,6 +19,7 @@ InFlight peak_in_flight(const Order& order, const Shape& shape) {
     int now_of_rank = 0;
     int& peak_of_rank = peak.of_rank.emplace_back(0);
     for (auto cell = actions.begin(); cell != actions.end();) {
+      check_interrupt(cell - actions.begin());
       auto end = cell;
       while (end++->joins_next) {
       }
@@ -64,7 +69,10 @@ Plan::Plan(const Order& order, const Shape& shape, PlanOptions options, std::vec
 void Plan::number_tasks(const Order& order) {
   std::size_t total = 0;
   for (const auto& actions : order) total += actions.size();
-  if (total >= kNoTask) throw PlanError("a plan holds at most 2^32 - 2 tasks");
+  if (total > kMostTasks) {
+    throw PlanError("the step has " + std::to_string(total) + " tasks, and a plan holds at most " +
+                    std::to_string(kMostTasks) + "; give fewer microbatches or stages");
+  }
   actions_.reserve(total);
   rank_begin_.reserve(order.size() + 1);
   rank_begin_.push_back(0);
@@ -95,9 +103,13 @@ int Plan::num_sent(TaskId task) const {
 }
 
 int Plan::num_messages(TaskId task) const {
-  if (computes_alone_) return num_sent(task);
-  const SkipsSent skips = dependencies().skips_sent(task);
-  return skips.messages + (num_sent(task) > skips.results);
+  const int skips = computes_alone_ ? 0 : dependencies().skips_sent(task).messages;
+  return skips + sends_to_neighbor(task);
+}
+
+bool Plan::sends_to_neighbor(TaskId task) const {
+  const int skips = computes_alone_ ? 0 : dependencies().skips_sent(task).results;
+  return num_sent(task) > skips;
 }
 
 int Plan::num_messages() const {
@@ -133,6 +145,7 @@ void Plan::fill_queues(const std::vector<Kind>& preference) {
     queues_begin_.push_back(num_queues());
     const int rank = rank_of_worker(worker);
     std::vector<TaskId> mine;
+    check_interrupt();
     for (TaskId t = first_of_rank(rank); t < end_of_rank(rank); ++t) {
       if (worker_of(t) == worker) mine.push_back(t);
     }

@@ -126,6 +126,8 @@ class Plan {
   int num_messages(TaskId task) const;
   // Results that are sent to other ranks when `task` ends: those of its whole pack if it is the last of it.
   int num_sent(TaskId task) const;
+  // Whether some of them cross a boundary; the others are of skips.
+  bool sends_to_neighbor(TaskId task) const;
 
  private:
   void number_tasks(const Order& order);

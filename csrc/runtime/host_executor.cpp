@@ -8,9 +8,11 @@
 #include <condition_variable>
 #include <mutex>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 #include <utility>
 
+#include "runtime/process_end.hpp"
 #include "schedule/list_scheduler.hpp"
 
 namespace pe {
@@ -21,6 +23,12 @@ constexpr auto kPollPeriod = std::chrono::milliseconds(50);
 
 Nanoseconds now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
+}
+
+void check_delivery(const Plan& plan, TaskId task) {
+  if (task < plan.size()) return;
+  throw std::out_of_range("results of task " + std::to_string(task) + " have arrived, and the plan has " +
+                          std::to_string(plan.size()) + " tasks");
 }
 
 }  // namespace
@@ -105,9 +113,11 @@ struct HostExecutor::Shared {
   std::unique_ptr<Step> lost;                 // the step that abandoned threads still run
   std::vector<TaskId> running;                // by worker
   std::vector<Delivery> early;                // deliveries for the next step
+  std::exception_ptr early_error;             // of the next step
   std::vector<bool> abandoned;                // by worker
   std::vector<std::thread> threads;
   bool closing = false;
+  bool giving_up = false;
   bool dead = false;
 };
 
@@ -117,11 +127,16 @@ HostExecutor::HostExecutor(int num_workers, const std::vector<std::string>& thre
       rank_(rank),
       owner_pid_(getpid()),
       shared_(std::make_shared<Shared>(num_workers, std::move(hooks))) {
-  for (int worker = 0; worker < num_workers; ++worker) {
-    auto& thread =
-        shared_->threads.emplace_back([shared = shared_, worker] { HostExecutor::work(shared, worker); });
-    // The kernel keeps 15 characters.
-    pthread_setname_np(thread.native_handle(), thread_names[worker].substr(0, 15).c_str());
+  try {
+    for (int worker = 0; worker < num_workers; ++worker) {
+      auto& thread =
+          shared_->threads.emplace_back([shared = shared_, worker] { HostExecutor::work(shared, worker); });
+      // The kernel keeps 15 characters.
+      pthread_setname_np(thread.native_handle(), thread_names[worker].substr(0, 15).c_str());
+    }
+  } catch (const std::system_error&) {  // the machine has no more threads
+    close();
+    throw;
   }
 }
 
@@ -169,6 +184,8 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
     lock.lock();
     if (s.abandoned[me]) {  // the step is gone
       lock.unlock();        // before `error` is destroyed, which may need the GIL
+      error = nullptr;
+      thread_has_ended();
       return;
     }
     s.running[me] = kNoTask;
@@ -210,16 +227,29 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   if (num_workers_ != (rank_ == kEveryRank ? plan.num_workers() : plan.workers_per_rank())) {
     throw std::logic_error("the plan is for another number of workers");
   }
+  if (rank_ != kEveryRank && rank_ >= plan.num_ranks()) {
+    throw std::logic_error("the plan has no rank " + std::to_string(rank_));
+  }
+  const std::vector<Delivery> early = std::exchange(s.early, {});
+  for (const Delivery& delivery : early) check_delivery(plan, delivery.task);
   s.step = std::make_unique<Step>(std::move(program), rank_, options.record);
   s.runner = std::this_thread::get_id();
   Step& step = *s.step;
-  for (const Delivery& delivery : s.early) step.arrive(delivery, [](int) {});
-  s.early.clear();
+  for (const Delivery& delivery : early) step.arrive(delivery, [](int) {});
+  if (s.early_error) {
+    step.stopping = true;
+    step.result.outcome = Outcome::Failed;
+    step.result.error = std::exchange(s.early_error, nullptr);
+  }
   for (auto& worker : s.work) worker.notify_one();
 
   const Nanoseconds timeout = static_cast<Nanoseconds>(options.timeout.count() * 1e9);
   auto next_poll = Clock::now() + kPollPeriod;
   while (!step.over()) {
+    if (s.giving_up) {
+      abandon(step);
+      break;
+    }
     if (s.over.wait_until(lock, next_poll) != std::cv_status::timeout) continue;
     lock.unlock();
     const bool interrupt = options.poll && options.poll();
@@ -269,6 +299,7 @@ void HostExecutor::deliver(TaskId task, int stage, const std::vector<int>& micro
       return;
     }
     if (s.step->stopping) return;
+    check_delivery(s.step->plan(), task);
     s.step->last_progress = now();
     s.step->arrive({task, stage, microbatches}, [&](int worker) { to_wake.push_back(worker); });
   }
@@ -280,7 +311,11 @@ void HostExecutor::deliver(TaskId task, int stage, const std::vector<int>& micro
 bool HostExecutor::fail(std::exception_ptr error) {
   Shared& s = *shared_;
   std::lock_guard lock(s.mutex);
-  if (!s.step) return false;
+  if (!s.step) {
+    // The first one. Destroying an error may need the GIL, which a thread that waits for the mutex may hold.
+    if (!s.early_error) s.early_error = std::move(error);
+    return false;
+  }
   if (!s.step->stopping) {
     s.step->stopping = true;
     s.step->result.outcome = Outcome::Failed;
@@ -296,6 +331,7 @@ void HostExecutor::abandon(Step& step) {
   for (int worker = 0; worker < num_workers_; ++worker) {
     if (s.running[worker] == kNoTask) continue;
     s.abandoned[worker] = true;
+    thread_may_not_end();
     running += "  rank " + std::to_string(step.plan().rank_of_worker(step.first_worker + worker)) + ": " +
                to_text(step.plan().action(s.running[worker])) + " is running and has not returned\n";
   }
@@ -303,7 +339,7 @@ void HostExecutor::abandon(Step& step) {
   s.dead = true;
 }
 
-void HostExecutor::close() {
+void HostExecutor::close(std::chrono::duration<double> limit) {
   if (!shared_) return;
   if (getpid() != owner_pid_) {
     new std::shared_ptr<Shared>(std::move(shared_));  // leaked: threads and locks do not survive a fork
@@ -323,7 +359,12 @@ void HostExecutor::close() {
   for (const std::thread& thread : s.threads) {
     if (thread.get_id() == me) return;
   }
-  s.idle.wait(lock, [&] { return s.step == nullptr; });
+  const auto idle = [&] { return s.step == nullptr; };
+  if (!s.idle.wait_for(lock, limit, idle)) {
+    s.giving_up = true;
+    s.over.notify_one();
+    s.idle.wait(lock, idle);
+  }
   std::vector<std::thread> threads = std::move(s.threads);
   s.threads.clear();
   const std::vector<bool> abandoned = s.abandoned;

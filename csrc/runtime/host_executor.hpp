@@ -17,6 +17,8 @@ namespace pe {
 
 using Nanoseconds = std::int64_t;  // of a steady clock
 
+constexpr std::chrono::duration<double> kForever{1e9};  // of which a clock's time has no overflow
+
 enum class Outcome {
   Done,
   Failed,       // a body threw, or fail() was called
@@ -69,13 +71,14 @@ class HostExecutor {
   // running, they are for the next one.
   void deliver(TaskId task, int stage, const std::vector<int>& microbatches);
 
-  // Stops the running step as if a body had thrown `error`. Returns whether a step was running.
+  // Stops the running step as if a body had thrown `error`. Returns whether a step was running; if not, the
+  // next one stops when it begins: it may be just about to begin.
   bool fail(std::exception_ptr error);
 
-  // Stops a running step, waits for its end, and joins all threads that are not abandoned. If a body or `poll`
-  // calls it, it only requests the stop, and the destructor does the rest. Does nothing in a forked child,
-  // which has no threads.
-  void close();
+  // Stops a running step, waits for its end, and joins all threads that are not abandoned. A body that does not
+  // return within `limit` is abandoned. If a body or `poll` calls it, it only requests the stop, and the
+  // destructor does the rest. Does nothing in a forked child, which has no threads.
+  void close(std::chrono::duration<double> limit = kForever);
 
   bool dead() const;
 

@@ -26,7 +26,8 @@ struct StreamExecutor::OfDevice {
   explicit OfDevice(int ordinal)
       : context(std::make_shared<const cuda::PrimaryContext>(ordinal)),
         greatest_priority(cuda::priority(*context, true)),
-        begun(context, cuda::kEventDisableTiming) {
+        begun(context, cuda::kEventDisableTiming),
+        inputs(context, cuda::kEventDisableTiming) {
     for (cuda::Event& event : finished) event = cuda::Event(context, cuda::kEventDisableTiming);
   }
 
@@ -47,11 +48,14 @@ struct StreamExecutor::OfDevice {
   const int greatest_priority;
   std::vector<cuda::PooledStream> lanes, copy_streams;
   cuda::Event begun;
+  cuda::Event inputs;
+  bool reads_inputs = false;  // since the last wait for them
   std::array<cuda::Event, kStepsAhead> finished;
 };
 
 class StreamExecutor::Laid {
  public:
+  const StreamExecutor* maker = nullptr;
   std::shared_ptr<const Program> program;
   std::shared_ptr<const StreamPlan> plan;
   std::vector<std::size_t> device;  // by stream, as an index
@@ -200,10 +204,26 @@ void StreamExecutor::check_usable() const {
   if (closed_) throw std::logic_error("it is closed");
 }
 
+void StreamExecutor::check_device(int ordinal) const {
+  if (!std::binary_search(ordinals_.begin(), ordinals_.end(), ordinal)) {
+    throw std::out_of_range("the executor has no device " + std::to_string(ordinal));
+  }
+}
+
+void StreamExecutor::check_callers(const std::vector<cuda::StreamHandle>& callers) const {
+  if (callers.size() != ordinals_.size()) {
+    throw std::invalid_argument(std::to_string(callers.size()) + " callers' streams are given for " +
+                                std::to_string(ordinals_.size()) + " devices; give one for each");
+  }
+}
+
 std::shared_ptr<StreamExecutor::Laid> StreamExecutor::lay_out(std::shared_ptr<const Program> program,
                                                               std::shared_ptr<const StreamPlan> plan) {
   check_usable();
+  if (program->shared_plan() != plan->shared_plan()) throw PlanError("the streams are of another plan");
+  for (const StreamInfo& stream : plan->streams()) check_device(stream.device);
   auto laid = std::make_shared<Laid>();
+  laid->maker = this;
   laid->program = std::move(program);
   laid->plan = std::move(plan);
   std::vector<std::size_t> taken(2 * devices_.size(), 0);
@@ -224,6 +244,8 @@ std::shared_ptr<StreamExecutor::Laid> StreamExecutor::lay_out(std::shared_ptr<co
 
 DeviceStepResult StreamExecutor::run(Laid& laid, const DeviceRunOptions& options) {
   const Busy busy(*this);
+  if (laid.maker != this) throw std::logic_error("the program was laid out by another executor");
+  check_callers(options.callers);
   Run run(*this, laid, options);
   DeviceStepResult& result = run.result;
   const auto fail = [&](TaskId task) {
@@ -270,6 +292,7 @@ DeviceStepResult StreamExecutor::run(Laid& laid, const DeviceRunOptions& options
 }
 
 void StreamExecutor::mark(const std::vector<cuda::StreamHandle>& callers) {
+  check_callers(callers);
   for (std::size_t device = 0; device < devices_.size(); ++device) {
     const cuda::CurrentContext current(*devices_[device]->context);
     devices_[device]->finished[steps_ % kStepsAhead].record(callers[device]);
@@ -290,16 +313,40 @@ bool StreamExecutor::idle() const {
 
 Outcome StreamExecutor::wait_for_room(const WaitOptions& options) {
   const Busy busy(*this);
+  std::vector<const cuda::Event*> earlier;
+  earlier.reserve(devices_.size());
+  for (const auto& device : devices_) earlier.push_back(&device->finished[steps_ % kStepsAhead]);
+  return wait_for(earlier, options);
+}
+
+void StreamExecutor::mark_inputs(int ordinal, cuda::StreamHandle caller) {
+  const Busy busy(*this);
+  check_device(ordinal);
+  OfDevice& device = *devices_[index_of(ordinal)];
+  const cuda::CurrentContext current(*device.context);
+  device.inputs.record(caller);
+  device.reads_inputs = true;
+}
+
+Outcome StreamExecutor::wait_for_inputs(const WaitOptions& options) {
+  const Busy busy(*this);
+  std::vector<const cuda::Event*> reading;
+  for (const auto& device : devices_) {
+    if (std::exchange(device->reads_inputs, false)) reading.push_back(&device->inputs);
+  }
+  return wait_for(reading, options);
+}
+
+Outcome StreamExecutor::wait_for(const std::vector<const cuda::Event*>& events, const WaitOptions& options) {
   using Clock = std::chrono::steady_clock;
   const auto begin = Clock::now();
   auto next_poll = begin + kPollPeriod;
-  for (const auto& device : devices_) {
-    const cuda::Event& earlier = device->finished[steps_ % kStepsAhead];
+  for (const cuda::Event* const event : events) {
     while (true) {
       try {
-        if (earlier.done()) break;
-      } catch (const cuda::CudaError&) {
-        dead_ = true;
+        if (event->done()) break;
+      } catch (const cuda::CudaError& error) {
+        dead_ = dead_ || !error.of_capture();
         throw;
       }
       if (closed_) return Outcome::Closed;
@@ -325,6 +372,8 @@ void StreamExecutor::copy(cuda::Address to, int to_device, cuda::Address from, i
                           std::size_t nbytes, cuda::StreamHandle stream) const {
   if (devices_.empty())
     throw std::logic_error("it is closed");  // not if a step is still running: it releases them later
+  check_device(to_device);
+  check_device(from_device);
   PE_CUDA(cuda::Driver::get(), cuMemcpyPeerAsync, to, devices_[index_of(to_device)]->context->handle(), from,
           devices_[index_of(from_device)]->context->handle(), nbytes, stream);
 }

@@ -54,6 +54,7 @@ class StreamExecutor {
   // The ordinals of the devices.
   const std::vector<int>& devices() const { return ordinals_; }
 
+  // Throws PlanError if the two are of different plans, std::out_of_range for a device that it does not have.
   std::shared_ptr<Laid> lay_out(std::shared_ptr<const Program> program, std::shared_ptr<const StreamPlan> plan);
 
   // Enqueues one step. A body is called with its action only, and puts its work on streams_of(laid)[...]
@@ -65,6 +66,10 @@ class StreamExecutor {
   // ahead. Returns Done, Interrupted, TimedOut or Closed. If a device has failed, throws CudaError, and the
   // executor is dead.
   Outcome wait_for_room(const WaitOptions& options);
+  // Marks what `caller`, a stream of the device, has enqueued so far as the reading of a step's inputs.
+  void mark_inputs(int ordinal, cuda::StreamHandle caller);
+  // Polls until what was marked as the reading of inputs is done. Returns and throws as wait_for_room.
+  Outcome wait_for_inputs(const WaitOptions& options);
   // Marks what the callers have enqueued so far as a step.
   void mark(const std::vector<cuda::StreamHandle>& callers);
   // Whether the latest marked step is done.
@@ -89,13 +94,16 @@ class StreamExecutor {
 
   std::size_t index_of(int ordinal) const;
   void check_usable() const;
+  void check_device(int ordinal) const;                                      // throws std::out_of_range
+  void check_callers(const std::vector<cuda::StreamHandle>& callers) const;  // throws std::invalid_argument
   const cuda::Event& last_mark(std::size_t device) const;
+  Outcome wait_for(const std::vector<const cuda::Event*>& events, const WaitOptions& options);
 
   std::vector<int> ordinals_;
   std::vector<std::unique_ptr<OfDevice>> devices_;
   unsigned steps_ = 0;  // marked
   std::mutex closing_;  // guards what follows
-  bool busy_ = false;   // inside run or wait_for_room
+  bool busy_ = false;   // inside run or a wait
   std::atomic<bool> closed_ = false;
   bool dead_ = false;
 };

@@ -7,10 +7,13 @@
 #include <tuple>
 #include <utility>
 
+#include "plan/interrupt.hpp"
+
 namespace pe {
 namespace {
 
-constexpr std::size_t kLanes = 4;  // per rank, unless more tasks run at once
+constexpr std::size_t kLanes = 4;                        // per rank, unless more tasks run at once
+constexpr std::size_t kMostEnds = std::size_t{1} << 28;  // a number for each op and stream: 1 GiB
 
 // Assigns lanes to the microbatches of one rank.
 class Lanes {
@@ -69,8 +72,14 @@ StreamPlan::StreamPlan(std::shared_ptr<const Plan> plan, const TaskTimes& times,
     throw PlanError("there are " + std::to_string(device_of_rank_.size()) + " devices for " +
                     std::to_string(plan_->num_ranks()) + " ranks");
   }
+  for (const int device : device_of_rank_) {
+    if (device < 0) throw PlanError("a device is " + std::to_string(device) + "; give ordinals from 0 on");
+  }
   if (times.begin.size() != plan_->size() || times.end.size() != plan_->size()) {
     throw PlanError("the times are of another plan");
+  }
+  if (rank_ != kEveryRank && !plan_->options().packs.skips.empty()) {
+    throw PlanError("skips between the GPUs of several processes are not laid out");
   }
   const std::vector<TaskId> order = in_order(times);
   give_lanes(order, times);
@@ -101,6 +110,7 @@ std::vector<TaskId> StreamPlan::in_order(const TaskTimes& times) const {
   std::vector<TaskId> order;
   order.reserve(plan_->size());
   while (!ready.empty()) {
+    check_interrupt(order.size());
     const TaskId t = std::get<TaskId>(ready.top());
     ready.pop();
     order.push_back(t);
@@ -176,7 +186,9 @@ int StreamPlan::copy_stream(int boundary, Stream direction, int device) {
 
 bool StreamPlan::is_copied(TaskId task, TaskId after) const {
   const int from = plan_->rank_of(task), to = plan_->rank_of(after);
-  return rank_ == kEveryRank ? device_of_rank_[from] != device_of_rank_[to] : from != to;
+  const bool crosses = rank_ == kEveryRank ? device_of_rank_[from] != device_of_rank_[to] : from != to;
+  const int distance = plan_->action(after).stage - plan_->action(task).stage;
+  return crosses && (distance == 1 || distance == -1) && plan_->sends_to_neighbor(task);
 }
 
 void StreamPlan::enqueue(const std::vector<TaskId>& order) {
@@ -233,6 +245,11 @@ void StreamPlan::bound_memory(TaskId task, int boundary, Kind send) {
 void StreamPlan::connect() {
   const std::size_t num_streams = streams_.size();
   const std::size_t num_ops = ops_.size();
+  if (num_ops * num_streams > kMostEnds) {
+    throw PlanError("a step of " + std::to_string(num_ops) + " tasks and copies on " +
+                    std::to_string(num_streams) +
+                    " streams cannot be laid out; give fewer microbatches or stages");
+  }
   ended_.assign(num_ops * num_streams, 0);
   number_on_stream_.assign(num_ops, 0);
   on_stream_.assign(num_streams, {});
@@ -247,6 +264,7 @@ void StreamPlan::connect() {
   for (const MemoryWait& wait : memory_waits_) before[wait.op].push_back(wait.waits_for);
   std::vector<std::int64_t> last_of_worker(plan_->num_workers(), -1);
   for (std::uint32_t i = 0; i < num_ops; ++i) {
+    check_interrupt();
     StreamOp& op = ops_[i];
     if (!op.is_copy) {
       std::int64_t& last = last_of_worker[plan_->worker_of(op.task)];

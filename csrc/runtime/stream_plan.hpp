@@ -41,6 +41,9 @@ struct StreamOp {
 // them. Apart from that a rank's forwards run one after another, and so do its backwards. Without `overlap` all
 // tasks of a rank run one after another on one lane.
 //
+// What skips carry to another device has no op of its own: the task that takes it copies it on its lane, once
+// its sender has ended.
+//
 // Where each rank is a process, each process lays out only its own tasks. The sender of a message between
 // processes enqueues the send, and the receiver the receive, at the same position in the global order of tasks.
 // So no two processes wait for one another, even if the host or a stream waits for everything enqueued before.
@@ -82,7 +85,8 @@ class StreamPlan {
   int copy_stream(int boundary, Stream direction, int device);
 
   bool is_here(TaskId task) const { return rank_ == kEveryRank || plan_->rank_of(task) == rank_; }
-  // Whether the results of `task` are copied to reach `after`, which is on another rank.
+  // Whether a copy stream carries the results of `task` to `after`, which is on another rank. The task at the
+  // end of a skip fetches its results itself.
   bool is_copied(TaskId task, TaskId after) const;
   void bound_memory(TaskId task, int boundary, Kind send);
 

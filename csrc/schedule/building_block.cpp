@@ -5,6 +5,8 @@
 #include <limits>
 #include <optional>
 
+#include "plan/interrupt.hpp"
+
 namespace pe {
 namespace {
 
@@ -117,16 +119,22 @@ Order order_of_blocks(int num_ranks, int microbatches, int most, const std::func
 
   Order order(num_ranks);
   std::vector<std::optional<int>> chosen(num_ranks);
+  // A rank that chose nothing chooses nothing again until it or a neighbour has run a pass.
+  std::vector<char> looks(num_ranks + 2, true);  // from 1 on
   const auto unfinished = [](const BlockRank& rank) { return !rank.finished(); };
   while (std::any_of(ranks.begin(), ranks.end(), unfinished)) {
+    check_interrupt();
     for (int rank = 0; rank < num_ranks; ++rank) {
-      chosen[rank] = ranks[rank].finished()
+      chosen[rank] = ranks[rank].finished() || !looks[rank + 1]
                          ? std::nullopt
                          : ranks[rank].choose(settled, drained, [&](int pass) { return is_ready(rank, pass); });
     }
+    std::fill(looks.begin(), looks.end(), false);
     for (int rank = 0; rank < num_ranks; ++rank) {
       const std::optional<int>& pass = chosen[rank];
-      if (pass) order[rank].push_back(ranks[rank].run(*pass, rank, 2 * num_ranks - 1 - rank));
+      if (!pass) continue;
+      order[rank].push_back(ranks[rank].run(*pass, rank, 2 * num_ranks - 1 - rank));
+      std::fill_n(looks.begin() + rank, 3, true);
     }
   }
   return order;

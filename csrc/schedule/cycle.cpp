@@ -55,7 +55,10 @@ std::string ListScheduler::cycle() const {
   std::vector<bool> seen(plan_.size(), false);
   for (; task != kNoTask && !seen[task]; task = blocker[task]) seen[task] = true;
   std::string text;
+  constexpr int kMostLines = 64;
+  int lines = 0;
   for (TaskId t = task; t != kNoTask; t = blocker[t]) {
+    if (++lines > kMostLines) return text + "  and so on, back to " + to_text(plan_.action(task)) + "\n";
     const char* why = !is_head[t]        ? " stands behind "
                       : missing_[t] == 0 ? " needs the slot that is freed by "
                                          : " waits for ";

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "plan/interrupt.hpp"
 #include "plan/plan.hpp"
 
 namespace pe {
@@ -84,6 +85,7 @@ bool run_in_order(const Plan& plan, Clock&& clock) {
     const TaskId end_of_rank = plan.end_of_rank(rank);
     TaskId next = ranks[rank].next;
     while (next < end_of_rank) {
+      check_interrupt(next);
       const TaskId end_of_cell = pairs ? plan.end_of_cell(next) : next + 1;
       Moment latest = kNever;
       for (TaskId part = next; part < end_of_cell; ++part) {

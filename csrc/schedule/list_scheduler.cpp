@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "plan/interrupt.hpp"
 #include "schedule/in_order.hpp"
 
 namespace pe {
@@ -62,6 +63,8 @@ std::size_t ListScheduler::nbytes() const {
 }
 
 std::string ListScheduler::waiting() const {
+  constexpr int kMostLines = 64;  // each looks at all tasks
+  int lines = 0;
   std::string text;
   for (int worker = first_worker(); worker < end_worker(); ++worker) {
     TaskId first = kNoTask;
@@ -71,6 +74,7 @@ std::string ListScheduler::waiting() const {
       if (head_[at] != q.end) first = std::min(first, plan_.queued(head_[at]));
     }
     if (first == kNoTask) continue;
+    if (++lines > kMostLines) return text + "  and more ranks\n";
     text += "  rank " + std::to_string(plan_.rank_of_worker(worker)) + ": " + to_text(plan_.action(first)) +
             " waits for";
     const char* separator = " ";
@@ -105,6 +109,7 @@ void run_without_time(ListScheduler& scheduler, const Plan& plan) {
   while (!awake.empty()) {
     const int worker = awake.back();
     awake.pop_back();
+    check_interrupt();
     for (TaskId task; (task = scheduler.take(worker)) != kNoTask;) {
       scheduler.finish(task, wake);
       for (const TaskId after : plan.successors(task)) scheduler.arrive(after, wake);

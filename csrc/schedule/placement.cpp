@@ -60,6 +60,14 @@ Placement place(Layout layout, int num_stages, int num_ranks) {
   return placement;
 }
 
+void check_ranks(const std::vector<int>& rank_of_stage, int num_ranks) {
+  for (const int rank : rank_of_stage) {
+    if (rank >= 0 && rank < num_ranks) continue;
+    throw PlanError("a stage is placed on rank " + std::to_string(rank) + "; there are ranks 0 to " +
+                    std::to_string(num_ranks - 1));
+  }
+}
+
 Shape shape_of(const Placement& placement, int microbatches) {
   Shape shape{placement.num_stages(), microbatches, true, placement.rank_of_stage, placement.rank_of_copy};
   if (shape.num_copies() > 1) shape.first_of_copy = first_of_copy(microbatches);

@@ -37,6 +37,9 @@ struct Placement {
 // Throws PlanError, which says what is needed, if the layout cannot hold these stages.
 Placement place(Layout layout, int num_stages, int num_ranks);
 
+// Throws PlanError unless each stage is on one of the ranks.
+void check_ranks(const std::vector<int>& rank_of_stage, int num_ranks);
+
 // The first microbatch that runs on the second copy, if there is one.
 inline int first_of_copy(int microbatches) { return (microbatches + 1) / 2; }
 

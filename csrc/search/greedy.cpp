@@ -4,6 +4,8 @@
 #include <limits>
 #include <utility>
 
+#include "plan/interrupt.hpp"
+
 namespace pe {
 namespace {
 
@@ -34,6 +36,7 @@ std::optional<Score> Greedy::run(const Policy& policy, Tokens* tokens) {
   }
   int left = problem_.num_tasks();
   while (!events_.empty()) {
+    check_interrupt(left);
     const Event event = events_.top();
     events_.pop();
     const int rank = static_cast<int>(event.worker);

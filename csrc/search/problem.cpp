@@ -4,6 +4,7 @@
 #include <limits>
 #include <string>
 
+#include "plan/size.hpp"
 #include "simulate/lower_bound.hpp"
 
 namespace pe {
@@ -11,10 +12,16 @@ namespace {
 
 constexpr double kRounding = 1e-9;  // of sums of memory
 
+Placement checked(const Placement& placement, int microbatches) {
+  check_size(placement.num_stages(), placement.num_ranks, microbatches);
+  check_ranks(placement.rank_of_stage, placement.num_ranks);
+  return placement;
+}
+
 }  // namespace
 
 Problem::Problem(const Placement& placement, int microbatches, const Costs& costs, Objective objective)
-    : placement_(placement),
+    : placement_(checked(placement, microbatches)),
       costs_(costs),
       microbatches_(microbatches),
       objective_(objective),
@@ -89,15 +96,28 @@ Order Problem::to_order(const Tokens& tokens) const {
 }
 
 Tokens Problem::to_tokens(const Order& order) const {
+  std::vector<int> listed(std::size_t{kNumPasses} * num_stages(), 0);
   Tokens tokens;
   for (const auto& actions : order) {
+    const int rank = static_cast<int>(tokens.size());
     auto& of_rank = tokens.emplace_back();
+    const auto list = [&](const Action& a, Pass pass) {
+      of_rank.push_back({static_cast<std::int16_t>(a.stage), pass});
+      ++listed[kNumPasses * a.stage + static_cast<int>(pass)];
+    };
     for (const Action& a : actions) {
-      const auto stage = static_cast<std::int16_t>(a.stage);
-      if (a.kind == Kind::F) of_rank.push_back({stage, Pass::F});
-      if (a.kind == Kind::I || a.kind == Kind::B) of_rank.push_back({stage, Pass::I});
-      if (a.kind == Kind::W || a.kind == Kind::B) of_rank.push_back({stage, Pass::W});
+      if (!is_compute(a.kind) || a.stage >= num_stages() || rank_of(a.stage) != rank) {
+        throw PlanError("an order to start from lists " + to_text(a) + " on rank " + std::to_string(rank) +
+                        ", where the search runs no such action");
+      }
+      if (a.kind == Kind::F) list(a, Pass::F);
+      if (a.kind == Kind::I || a.kind == Kind::B) list(a, Pass::I);
+      if (a.kind == Kind::W || a.kind == Kind::B) list(a, Pass::W);
     }
+  }
+  if (std::ranges::any_of(listed, [&](int count) { return count != microbatches_; })) {
+    throw PlanError("an order to start from does not list each of the " + std::to_string(microbatches_) +
+                    " microbatches at each stage");
   }
   return tokens;
 }

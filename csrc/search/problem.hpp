@@ -72,7 +72,7 @@ class Problem {
   double lower_bound() const { return lower_bound_; }
 
   Order to_order(const Tokens& tokens) const;
-  // The `F`, `I` and `W` of an order; `B` becomes `I` and `W`.
+  // The `F`, `I` and `W` of an order; `B` becomes `I` and `W`. Throws PlanError if they are not this problem's.
   Tokens to_tokens(const Order& order) const;
 
  private:

@@ -4,6 +4,8 @@
 #include <deque>
 #include <optional>
 
+#include "plan/interrupt.hpp"
+
 namespace pe {
 namespace {
 
@@ -45,6 +47,7 @@ class Rounds {
   std::optional<Built> build() {
     if (!warm_up()) return std::nullopt;
     for (int round = 0; round < 2 * microbatches_; ++round) {
+      check_interrupt();
       if (!input_round() || !forward_round()) return std::nullopt;
     }
     for (int rank = 0; rank < ranks_; ++rank) {
@@ -213,7 +216,7 @@ std::vector<Tokens> orders_by_rounds(const Problem& problem) {
   for (const Fills fills : {Fills{true, true}, Fills{true, false}, Fills{false, true}, Fills{false, false}}) {
     std::vector<double> allowed;
     for (double least = 0; auto built = Rounds(problem, fills, allowed).build();) {
-      if (!allowed.empty() && built->most_idle() >= least) break;
+      if (!allowed.empty() && !(built->most_idle() < least)) break;  // also if it is not a number
       least = built->most_idle();
       allowed = built->idle;
       orders.push_back(std::move(built->tokens));

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "plan/interrupt.hpp"
+
 namespace pe {
 namespace {
 
@@ -53,6 +55,7 @@ bool Filler::advance(const Sequence& sequence, int rank, Tokens* tokens) {
   Rank& state = ranks_[rank];
   const std::vector<Token>& mine = sequence.tokens[rank];
   for (; state.next < mine.size(); ++state.next) {
+    check_interrupt(state.next);
     const auto [stage, pass] = mine[state.next];
     if (pass == Pass::W) {
       if (pending_[stage] == 0) return false;

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <thread>
 
+#include "plan/interrupt.hpp"
 #include "search/policy_annealing.hpp"
 #include "search/rounds.hpp"
 #include "search/sequence_annealing.hpp"
@@ -29,15 +30,24 @@ constexpr double kPolicyAnnealing = 0.15;
 constexpr double kTastingSequences = 0.1;
 constexpr double kSequenceAnnealing = 0.25;
 
-// Runs body(i) for i = 0 ... n - 1.
-void for_each(int n, int threads, const std::function<void(int)>& body) {
+// Runs body(i) for i = 0 ... n - 1. Throws Interrupted if one of them did.
+void for_each(int n, const Effort& effort, const std::function<void(int)>& body) {
   std::atomic<int> next{0};
+  std::atomic<bool> interrupted{false};
   const auto work = [&] {
-    for (int i; (i = next++) < n;) body(i);
+    const Interruptible until([&] { return effort.gives_up(); });
+    try {
+      for (int i; (i = next++) < n;) body(i);
+    } catch (const Interrupted&) {
+      interrupted = true;
+    }
   };
-  std::vector<std::jthread> helpers;
-  for (int t = 1; t < std::min(threads, n); ++t) helpers.emplace_back(work);
-  work();
+  {
+    std::vector<std::jthread> helpers;
+    for (int t = 1; t < std::min(effort.threads, n); ++t) helpers.emplace_back(work);
+    work();
+  }
+  if (interrupted) throw Interrupted();  // NOLINT(bugprone-std-exception-baseclass)
 }
 
 class Search {
@@ -105,7 +115,7 @@ class Search {
     const int n = static_cast<int>(std::min(trials(problem, kDrawing, 1.0), 3000L));
     std::vector<std::optional<RatedPolicy>> drawn(n);
     constexpr int kSlice = 16;
-    for_each((n + kSlice - 1) / kSlice, effort_.threads, [&](int slice) {
+    for_each((n + kSlice - 1) / kSlice, effort_, [&](int slice) {
       Greedy greedy(problem);
       Random numbers = random(1000 + slice);
       for (int i = slice * kSlice; i < std::min(n, (slice + 1) * kSlice); ++i) {
@@ -128,7 +138,7 @@ class Search {
 
   void vary(const Problem& problem, std::vector<RatedPolicy>& policies, long together, int seed) {
     const long rounds = together / kPolicies;
-    for_each(static_cast<int>(policies.size()), effort_.threads, [&](int i) {
+    for_each(static_cast<int>(policies.size()), effort_, [&](int i) {
       policies[i] = anneal(problem, std::move(policies[i]), rounds, random(seed + i),
                            [&](const Score& score) { return is_over(score, problem); });
     });
@@ -140,7 +150,7 @@ class Search {
     const auto vary_each = [&](double share, int seed) {
       if (is_over(found_.tokens.empty() ? kNothing : found_.score)) return;
       const long rounds = trials(problem_, share, kCheaper) / static_cast<long>(sequences.size());
-      for_each(static_cast<int>(sequences.size()), effort_.threads, [&](int i) {
+      for_each(static_cast<int>(sequences.size()), effort_, [&](int i) {
         sequences[i] = anneal(problem_, std::move(sequences[i]), rounds, random(seed + i), ends);
       });
     };
@@ -173,6 +183,7 @@ class Search {
 }  // namespace
 
 Found search_zero_bubble(const Problem& problem, const std::vector<Order>& templates, const Effort& effort) {
+  const Interruptible until([&] { return effort.gives_up(); });
   return Search(problem, effort).run(templates);
 }
 

@@ -18,7 +18,10 @@ struct Effort {
   long work = 60'000'000;  // about how many tasks to place, over all threads
   std::uint64_t seed = 0;
   int threads = 2;
-  const std::atomic<bool>* stop = nullptr;  // set by the caller: stop with the best order so far
+  const std::atomic<bool>* stop = nullptr;     // set by the caller: stop with the best order so far
+  const std::atomic<bool>* give_up = nullptr;  // set by the caller: stop at once, with Interrupted
+
+  bool gives_up() const { return give_up && give_up->load(std::memory_order_relaxed); }
 };
 
 struct Found {

@@ -30,8 +30,10 @@ void Costs::validate(int num_stages, int num_ranks) const {
   if (!std::isfinite(pair) || pair <= 0) {
     throw PlanError("pair is " + std::to_string(pair) + "; it is a factor above 0");
   }
-  if (!std::isfinite(noise.cv) || noise.cv < 0) {
-    throw PlanError("noise is " + std::to_string(noise.cv) + "; it is a coefficient of variation, 0 or above");
+  constexpr double kMostNoise = 1000;  // above that a factor may not be a number
+  if (!(noise.cv >= 0) || noise.cv > kMostNoise) {
+    throw PlanError("noise is " + std::to_string(noise.cv) +
+                    "; it is a coefficient of variation, from 0 to 1000");
   }
   if (!std::isfinite(contention) || contention < 1.0) {
     throw PlanError("contention is " + std::to_string(contention) + "; it is a factor of at least 1");

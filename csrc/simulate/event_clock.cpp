@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 
+#include "plan/interrupt.hpp"
 #include "schedule/list_scheduler.hpp"
 #include "simulate/event_heap.hpp"
 
@@ -33,7 +34,9 @@ class EventClock {
   void run() {
     for (int worker = 0; worker < plan_.num_workers(); ++worker) wake(worker);
     dispatch();
+    std::size_t turn = 0;
     while (!events_.empty()) {
+      check_interrupt(turn++);
       now_ = events_.top().time;
       // Handle all events of a moment before any worker chooses its next task.
       while (!events_.empty() && events_.top().time == now_) {

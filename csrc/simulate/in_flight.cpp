@@ -107,7 +107,12 @@ Settled settle(Draft draft, const Packs& packs, const Slots& slots) {
   if (delayed > 0 || !slots.most.empty()) {
     const int all = draft.shape.num_microbatches;
     const double best = makespan(draft, packs, limits_of(all));
-    if (best == kNever) refuse(draft, packs, slots.most);
+    if (best == kNever) {
+      // Where no limit helps, this throws, and says which tasks wait for one another.
+      simulate(plan_of(draft, packs, std::vector<int>(draft.shape.num_stages, all)),
+               Costs::uniform(draft.shape.num_stages));
+      refuse(draft, packs, slots.most.empty() ? limits_of(all) : slots.most);
+    }
     times = smallest(all, [&](int n) { return makespan(draft, packs, limits_of(n)) <= kNoLonger * best; });
   }
   const std::vector<int> allowed = limits_of(times);

@@ -2,6 +2,10 @@
 
 #include <algorithm>
 
+#include "plan/interrupt.hpp"
+#include "plan/size.hpp"
+#include "schedule/placement.hpp"
+
 namespace pe {
 namespace {
 
@@ -65,13 +69,17 @@ class Bounds {
     for (int s = stages - 2; s >= 0; --s) {
       backward_[s] = backward_[s + 1] + times_.input_grad[s + 1] + times_.transit[s];
     }
-    for (int rank = 0; rank < num_ranks; ++rank) add_part(rank);
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      check_interrupt();
+      add_part(rank);
+    }
   }
 
   LowerBound find() const {
     LowerBound bound;
     bound.makespan = backward_[0] + times_.backward[0];
     for (const Part& mine : parts_) {
+      check_interrupt();
       // The first microbatch's gradient comes first; all `W` may run after the last gradient was sent.
       double span =
           std::max({mine.forwards + mine.backwards + mine.crowded, mine.wait + mine.backwards, mine.alone});
@@ -151,6 +159,8 @@ class Bounds {
 
 LowerBound lower_bound(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches,
                        const Costs& costs) {
+  check_size(static_cast<std::int64_t>(rank_of_stage.size()), num_ranks, microbatches);
+  check_ranks(rank_of_stage, num_ranks);
   costs.validate(static_cast<int>(rank_of_stage.size()), num_ranks);
   return Bounds(rank_of_stage, num_ranks, microbatches, costs).find();
 }

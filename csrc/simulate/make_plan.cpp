@@ -4,6 +4,8 @@
 #include <string>
 #include <utility>
 
+#include "plan/interrupt.hpp"
+#include "plan/size.hpp"
 #include "schedule/list_scheduler.hpp"
 #include "simulate/in_flight.hpp"
 
@@ -53,9 +55,17 @@ void check(const Slots& slots, const Shape& shape) {
   }
 }
 
+void check(const Rule& rule) {
+  std::vector<Kind> kinds = rule.preference;
+  std::sort(kinds.begin(), kinds.end());
+  if (kinds == std::vector{Kind::F, Kind::B} || kinds == std::vector{Kind::F, Kind::I, Kind::W}) return;
+  throw PlanError("a rule prefers F and B, or F, I and W, each once and in any order");
+}
+
 Draft draft_of(const Rule& rule, const Placement& placement, const Shape& shape) {
   Draft draft{Order(placement.num_ranks), shape, {}, rule.preference};
   for (int s = 0; s < shape.num_stages; ++s) {
+    check_interrupt();
     draft.limits.push_back(rule.limit(placement, s, shape.num_microbatches));
     for (const Kind kind : {Kind::F, Kind::B, Kind::I, Kind::W}) {
       const auto& kinds = rule.preference;
@@ -76,6 +86,7 @@ Order order_of(const Schedule& schedule, const Placement& placement, int microba
   if (const auto* whole = std::get_if<OrderOfRanks>(&schedule.policy)) return (*whole)(placement, microbatches);
   Order order;
   for (int rank = 0; rank < placement.num_ranks; ++rank) {
+    check_interrupt();
     order.push_back(std::get<OrderOfRank>(schedule.policy)(placement, rank, microbatches));
   }
   return order;
@@ -119,6 +130,7 @@ void check_kept(const Plan& plan, const Slots& slots) {
 }  // namespace
 
 Placement place(const Schedule& schedule, int num_stages, int num_ranks) {
+  check_size(num_stages, num_ranks, 1);
   try {
     return place(schedule.layout, num_stages, num_ranks);
   } catch (const PlanError& error) {
@@ -128,12 +140,14 @@ Placement place(const Schedule& schedule, int num_stages, int num_ranks) {
 
 Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int microbatches, PlanOptions options,
                const Slots& slots) {
+  check_size(num_stages, num_ranks, microbatches);
   const Placement placement = place(schedule, num_stages, num_ranks);
   const Shape shape = shape_of(placement, microbatches);
   check(options.packs, shape);
   check(slots, shape);
   if (options.memory.limited()) options.memory.validate(num_stages, num_ranks);
   if (const Rule* rule = std::get_if<Rule>(&schedule.policy)) {
+    check(*rule);
     const Draft draft = draft_of(*rule, placement, shape);
     Settled settled = settle(draft, options.packs, slots);
     for (int s = 0; options.overlap && s < num_stages; ++s) {
@@ -172,13 +186,18 @@ Plan make_plan(const Order& order, PlanOptions options, const Slots& slots) {
 
 Plan make_forward_plan(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, bool overlap,
                        std::vector<Skip> skips, bool reactive) {
+  check_size(static_cast<std::int64_t>(rank_of_stage.size()), num_ranks, microbatches);
+  check_ranks(rank_of_stage, num_ranks);
   const int num_stages = static_cast<int>(rank_of_stage.size());
+  const Shape shape{num_stages, microbatches, false, rank_of_stage};
+  const Packs packs{{}, {}, std::move(skips)};
+  check(packs, shape);
   Order order(num_ranks);
   for (int m = 0; m < microbatches; ++m) {
+    check_interrupt(m);
     for (int s = 0; s < num_stages; ++s) order[rank_of_stage[s]].push_back({s, m, Kind::F});
   }
-  return Plan(order, {num_stages, microbatches, false, rank_of_stage},
-              {overlap, reactive, {{}, {}, std::move(skips)}});
+  return Plan(order, shape, {overlap, reactive, packs});
 }
 
 }  // namespace pe

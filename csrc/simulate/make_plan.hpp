@@ -21,7 +21,7 @@ Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int micr
 // `slots`. Throws PlanError if the order may not change and does not end, or needs more slots.
 Plan make_plan(const Order& order, PlanOptions options, const Slots& slots = {});
 
-// A plan of all `F`, and nothing else, microbatch by microbatch.
+// A plan of all `F`, and nothing else, microbatch by microbatch. Throws PlanError for numbers that do not fit.
 Plan make_forward_plan(const std::vector<int>& rank_of_stage, int num_ranks, int microbatches,
                        bool overlap = false, std::vector<Skip> skips = {}, bool reactive = true);
 

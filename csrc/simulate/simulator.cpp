@@ -4,6 +4,7 @@
 #include <numeric>
 #include <utility>
 
+#include "plan/interrupt.hpp"
 #include "schedule/in_order.hpp"
 #include "simulate/event_clock.hpp"
 #include "simulate/in_order_clock.hpp"
@@ -36,10 +37,15 @@ double busy_time(const Plan& plan, const Costs& costs, const Simulation& simulat
   return busy;
 }
 
+void check_times(const Plan& plan, const Simulation& simulation) {
+  if (simulation.begin.size() != plan.size()) throw PlanError("the times are of another plan");
+}
+
 // Fills first_start, finish and busy.
 void note_ranks(const Plan& plan, const Costs& costs, Simulation& result) {
   const std::vector<double> ends = end_times(plan, costs, result);
   for (int rank = 0; rank < plan.num_ranks(); ++rank) {
+    check_interrupt();
     double start = plan.first_of_rank(rank) < plan.end_of_rank(rank) ? result.makespan : 0.0;
     double finish = 0;
     for (TaskId t = plan.first_of_rank(rank); t < plan.end_of_rank(rank); ++t) {
@@ -93,6 +99,8 @@ Simulation simulate(const Plan& plan, const Costs& costs, bool by_events) {
 }
 
 std::vector<double> end_times(const Plan& plan, const Costs& costs, const Simulation& simulation) {
+  costs.validate(plan.num_stages(), plan.num_ranks());
+  check_times(plan, simulation);
   if (!simulation.stretched_end.empty()) return simulation.stretched_end;
   std::vector<double> ends = simulation.begin;
   if (plan.joins_pairs()) {
@@ -107,8 +115,10 @@ std::vector<double> end_times(const Plan& plan, const Costs& costs, const Simula
 }
 
 Order order_of(const Plan& plan, const Simulation& simulation) {
+  check_times(plan, simulation);
   Order order;
   for (int rank = 0; rank < plan.num_ranks(); ++rank) {
+    check_interrupt();
     std::vector<TaskId> tasks(plan.end_of_rank(rank) - plan.first_of_rank(rank));
     std::iota(tasks.begin(), tasks.end(), plan.first_of_rank(rank));
     std::stable_sort(tasks.begin(), tasks.end(),

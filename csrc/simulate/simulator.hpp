@@ -32,11 +32,11 @@ struct Simulation {
 // the clocks.
 Simulation simulate(const Plan& plan, const Costs& costs, bool by_events = false);
 
-// When each task ends.
+// When each task ends. Throws PlanError if the times are of another plan, or the costs do not fit this one.
 std::vector<double> end_times(const Plan& plan, const Costs& costs, const Simulation& simulation);
 
 // Each rank's tasks in the order they began, ties in planned order. Pairs that did not run as one become
-// single.
+// single. Throws PlanError if the times are of another plan.
 Order order_of(const Plan& plan, const Simulation& simulation);
 
 }  // namespace pe

@@ -13,18 +13,52 @@ if TYPE_CHECKING:
     import torch
 
 
-def count(name: str, value: Any) -> int:
-    """``value`` as a whole number of at least 1; raises InvalidArgument."""
+def count(name: str, value: Any, most: int = 2**31 - 1) -> int:
+    """``value`` as a whole number from 1 to ``most``; raises InvalidArgument."""
     number = _whole(value)
-    if not 1 <= number < 2**31:
-        raise InvalidArgument(f"{name} is {value!r}; give a whole number of at least 1")
+    if number > most:
+        raise InvalidArgument(f"{name} is {_shown(number)}; give a whole number from 1 to {most}")
+    if number < 1:
+        raise InvalidArgument(f"{name} is {_shown(value)}; give a whole number of at least 1")
     return number
+
+
+def counts(name: str, value: Any) -> list[int]:
+    """``value``, a whole number of at least 1 or several, as a list; raises InvalidArgument."""
+    given = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
+    return [count(name, number) for number in given]
+
+
+def check_between(name: str, value: Any, least: float, most: float) -> None:
+    """Raises InvalidArgument for what is no number from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise InvalidArgument(f"{name} is {_shown(value)}; give a number from {least:g} to {most:g}")
+
+
+def check_seed(value: Any) -> None:
+    """Raises InvalidArgument for what is no seed of random numbers."""
+    if not isinstance(value, int) or not 0 <= value < 2**64:
+        raise InvalidArgument(f"seed is {_shown(value)}; give a whole number from 0 on, below 2**64")
+
+
+def _shown(value: Any) -> str:
+    """``value`` for an error, which stays a sentence whatever was given."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def encodable(text: str) -> str:
+    """``text`` with a ``?`` for what UTF-8 and so C++ cannot hold: a lone half of a surrogate pair."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def check_dimension(name: str, value: Any) -> None:
     """Raises InvalidArgument for what is not the number of a dimension, from 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise InvalidArgument(f"{name} is {value!r}; give the number of a dimension, from 0")
+        raise InvalidArgument(f"{name} is {_shown(value)}; give the number of a dimension, from 0")
 
 
 def _whole(value: Any) -> int:
@@ -38,7 +72,7 @@ def _whole(value: Any) -> int:
 def check_type(name: str, value: Any, accepted: type) -> None:
     """Raises InvalidArgument for a value of another type."""
     if not isinstance(value, accepted):
-        raise InvalidArgument(f"{name} is {value!r}; give a {accepted.__name__}")
+        raise InvalidArgument(f"{name} is {_shown(value)}; give a {accepted.__name__}")
 
 
 def packs(name: str, value: Any, boundaries: int, microbatches: int) -> list[int] | None:
@@ -65,7 +99,7 @@ def _pack(name: str, value: Any, microbatches: int, accepted: str) -> int:
         return microbatches
     number = _whole(value)
     if not 1 <= number <= microbatches:
-        raise InvalidArgument(f"{name} is {value!r}; {accepted}")
+        raise InvalidArgument(f"{name} is {_shown(value)}; {accepted}")
     return number
 
 
@@ -75,7 +109,7 @@ def pack_skips(value: Any, names: Sequence[str], microbatches: int) -> list[int]
     ``value`` maps names of skips to numbers or "all"; a skip that it lacks has K = 1. Raises InvalidArgument.
     """
     if not isinstance(value, Mapping):
-        raise InvalidArgument(f"pack_skips is {value!r}; give a dict from names of skips to numbers")
+        raise InvalidArgument(f"pack_skips is {_shown(value)}; give a dict from names of skips to numbers")
     for name in value:
         if name not in names:
             there = f"those between stages are {list(names)}" if names else "no skip leaves its stage"
@@ -129,7 +163,7 @@ def numbers(name: str, value: Any, length: int, accepted: str, most: int = 2**31
         or len(found) not in (0, length)
         or not all(1 <= _whole(number) <= most for number in found)
     ):
-        raise InvalidArgument(f"{name} is {value!r}; give {accepted}")
+        raise InvalidArgument(f"{name} is {_shown(value)}; give {accepted}")
     return [_whole(number) for number in found]
 
 

@@ -1,10 +1,12 @@
-"""Finds the tensors in any value that require gradients, and describes values in error messages."""
+"""Finds tensors in any value and the dense ones that hold a tensor, and describes values in error messages."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .flat import is_flat
 
@@ -27,6 +29,23 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
         return False
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The dense tensors that hold a tensor's values: those of a DTensor, or of a sparse or jagged one."""
+    if is_traceable_wrapper_subclass(tensor):
+        held = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        for part in held:
+            if isinstance(part, Tensor):  # newer torch lists a DTensor's mesh too
+                yield from dense_parts(part)
+    elif tensor.layout is torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    else:
+        yield tensor
 
 
 def detach(value: Any) -> Any:

@@ -31,12 +31,14 @@ def check(
     stages: Sequence[CallStage],
     microbatches: Sequence[Arguments],
     loss_fn: Callable[..., Tensor] | None,
+    random: RandomStreams,
 ) -> None:
     """Raises InvalidArgument unless the stages compute what the model does: output, loss and gradients.
 
-    The microbatches run in turns, so that what is kept for one shows in another.
+    The microbatches run in turns, so that what is kept for one shows in another. ``random``: the streams of
+    the device that the model is on.
     """
-    streams = RandomStreams().begin()
+    streams = random.begin()
     expected = []
     with untouched(program.model):
         for m, arguments in enumerate(microbatches):

@@ -11,6 +11,7 @@ from ..errors import InvalidArgument, PipelineError
 from ..microbatches.cutting import Arguments
 from ..model.cut import balanced, starts_of
 from ..model.untouched import untouched
+from ..stages.random_streams import RandomStreams
 from .check import check
 from .model_loss import found_loss, no_loss
 from .on_meta import OnMeta
@@ -34,6 +35,7 @@ def cut_by_calls(
     cuts: Sequence[str | int] | None,
     balance: str | None,
     loss_fn: Callable[..., Tensor] | None,
+    random: RandomStreams,
     agreed: Agreed = list,
 ) -> list[CallStage]:
     """The stages of a model that is cut by its own forward.
@@ -44,6 +46,7 @@ def cut_by_calls(
         cuts: the units at which a stage begins, by name or position in the order of calls.
         balance: "time" or "parameters"; None: time, or parameters for a model on the meta device.
         loss_fn: None if the model computes its loss itself.
+        random: the streams of the device that the model is on.
         agreed: makes all processes take the same weights.
 
     Raises:
@@ -73,7 +76,7 @@ def cut_by_calls(
                 starts, heavy = _balanced(program, num_stages, microbatches[0], balance, on_meta, agreed)
             stages = [CallStage(program, a, b) for a, b in zip(starts, [*starts[1:], len(program.calls)])]
             if len(starts) == (num_stages or len(starts)) and not on_meta:
-                check(program, stages, microbatches, loss_fn)
+                check(program, stages, microbatches, loss_fn, random)
         except PipelineError:
             if best is None:
                 raise

@@ -1,31 +1,27 @@
-"""Checkpoints in the format of torch.distributed.checkpoint, under the names of the unsplit model.
+"""Saves and loads checkpoints: folders of safetensors files and a manifest, under the unsplit model's names.
 
 Because of the names, each process finds what it needs however the model was cut when it was saved.
 """
 
-import contextlib
-import io
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from ..base.files import folder_at, put_folder, whole_file
+from ..base.files import folder_at
+from ..base.lock import holder
 from ..errors import InvalidArgument
-from . import optimizer_state
+from ..processes.gather import of_all, rank_and_size
+from . import manifest, optimizer_state
+from .folder import replacing
+from .manifest import Manifest
+from .reading import Reading, check_files, check_names
+from .state import put_state, state_of
 from .together import together
 from .unsplit import LOSS, UnsplitModel
-
-_EXTRA = "extra.pt"
+from .writing import Contents, write
 
 
 def save_checkpoint(
@@ -46,24 +42,21 @@ def save_checkpoint(
         path: the folder to write.
         model: a Pipeline, or a plain module.
         optimizer: an optimizer of ``model.parameters()`` or some of them.
-        extra: values made of tensors, numbers, text, lists and dicts. Those of process 0 are written.
+        extra: values made of tensors, numbers, text, bytes, lists, tuples, sets and dicts. Those of process 0
+            are written.
 
     Raises:
-        InvalidArgument: the optimizer has other parameters or nested state, ``extra`` holds other values, or
+        InvalidArgument: the optimizer has other parameters or nested state; a value cannot be kept, by name; or
             ``path`` is not a checkpoint. Nothing has been written.
-        PipelineError: the checkpoint cannot be written, or a step is running. The old checkpoint is unchanged.
+        PipelineError: another process saves there, the checkpoint cannot be written, or a step is running. The
+            old checkpoint is unchanged, and what was written of the new one is removed.
     """
     path = Path(os.path.realpath(path))
     what = f"the checkpoint {str(path)!r} cannot be written"
     with together(what):
-        _check_target(path)
-        packed = _packed(extra)
-        with _at_rest(model, "save_checkpoint was called") as module:
-            state = dict(module.state_dict())
-        if optimizer is not None:
-            state |= optimizer_state.by_name(optimizer, optimizer_state.names(model, optimizer))
-    with together(what):
-        save(state, storage_writer=_WholeWriter(path, packed))
+        contents = Contents(state_of(model, optimizer, "save_checkpoint was called"), extra)
+    with holder() as held, replacing(path, what, held, check=check_target) as folder:
+        write(folder, contents, what)
 
 
 def load_checkpoint(
@@ -73,8 +66,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Copies in what ``save_checkpoint`` has written; the model may be cut in another way, or not at all.
 
-    All processes of torch.distributed call it together. Load only checkpoints that you trust:
-    torch.distributed.checkpoint stores values that are not tensors as a pickle, which can run code.
+    All processes of torch.distributed call it together. Before anything of the model changes, every file is
+    compared with its checksum, and all is read into memory beside the model. Nothing is unpickled.
 
     Args:
         path: the folder to read.
@@ -82,11 +75,12 @@ def load_checkpoint(
         optimizer: an optimizer of ``model.parameters()`` or some of them.
 
     Returns:
-        The ``extra`` that was saved.
+        The ``extra`` that was saved; its tensors are on the CPU.
 
     Raises:
-        InvalidArgument: there is no checkpoint; names or shapes in it differ from the model's; or the groups of
-            the optimizer differ. Nothing has changed.
+        InvalidArgument: there is no checkpoint; it is damaged, with the name of the file; it is a folder of
+            torch.distributed.checkpoint; names or shapes in it differ from the model's; or the groups of the
+            optimizer differ. Nothing has changed.
         PipelineError: the checkpoint cannot be read, or a step is running.
     """
     path = Path(os.path.realpath(path))
@@ -95,98 +89,46 @@ def load_checkpoint(
         folder = folder_at(path)
         if folder is None:
             raise InvalidArgument("there is none")
-        reader = FileSystemReader(folder)
-        extra_file = folder / _EXTRA  # torch.distributed.checkpoint alone does not write one
-        extra = torch.load(extra_file, weights_only=True) if extra_file.exists() else {}
-        with _at_rest(model, "load_checkpoint was called") as module:
-            state = module.state_dict()
+        found = manifest.read(folder)
+    with together(what):
+        _check_one(found)
+        check_files(folder, found, *rank_and_size())
+    with together(what):
+        state = state_of(model, None, "load_checkpoint was called")
         names = {} if optimizer is None else optimizer_state.names(model, optimizer)
-        kept = optimizer_state.room_for(reader.read_metadata().state_dict_metadata, names)
+        of_optimizer = optimizer_state.entries([*found.tensors, *found.values], names)
+    wanted = {name for of_process in of_all([*state, *of_optimizer]) for name in of_process}
     with together(what):
-        load(kept, storage_reader=reader)
-    with together(what):
+        of_loss = () if any(name.startswith(LOSS) for name in wanted) else (LOSS,)
+        check_names(found, state, wanted, may_be_left=(*optimizer_state.PREFIXES, *of_loss))
+        reading = Reading(folder, found)
+        state |= {name: reading.entry(name, like) for name, like in state.items()}
+        kept = {name: reading.entry(name, parameter) for name, parameter in of_optimizer.items()}
+        extra = {name: reading.value(name, encoded) for name, encoded in found.extra.items()}
+        reading.finish()
         optimizer_dict = {} if optimizer is None else optimizer_state.positional(optimizer, names, kept)
-    loaded = dict(state)
-    with together(what):
-        load(loaded, storage_reader=reader, planner=_StrictPlanner())
-    state.update(loaded)
-    with _at_rest(model, "load_checkpoint was called") as module:
-        module.load_state_dict(state)
-    if optimizer is not None:
-        optimizer.load_state_dict(optimizer_dict)
+    put_state(model, optimizer, state, optimizer_dict, "load_checkpoint was called")
     return extra
 
 
-def _at_rest(model: UnsplitModel | nn.Module, what: str) -> contextlib.AbstractContextManager[nn.Module]:
-    """The module to save, with the loss function if that is trained; see ``UnsplitModel.at_rest``."""
-    return model.at_rest(what) if isinstance(model, UnsplitModel) else contextlib.nullcontext(model)
+def _check_one(found: Manifest) -> None:
+    """Raises InvalidArgument if the processes have read different checkpoints."""
+    looks = of_all((found.saved, sorted(found.files)))
+    if any(look != looks[0] for look in looks):
+        raise InvalidArgument(
+            "the processes see different checkpoints there; give a path on a file system that all share, and "
+            "load it while no run saves there"
+        )
 
 
-class _WholeWriter(FileSystemWriter):
-    """Writes a folder beside ``path``, and renames it to ``path`` once it is complete."""
-
-    def __init__(self, path: Path, extra: bytes) -> None:
-        self._folder = path.with_name(f".{path.name}.saving")
-        super().__init__(self._folder)
-        self._target = path
-        self._extra = extra
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        if is_coordinator:
-            shutil.rmtree(self._folder, ignore_errors=True)  # left by a crash
-        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
-
-    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
-        super().finish(metadata, results)
-        with whole_file(self._folder / _EXTRA) as file:
-            file.write(self._extra)
-        put_folder(self._folder, self._target)
-
-
-class _StrictPlanner(DefaultLoadPlanner):
-    """Refuses a checkpoint with entries that no process reads.
-
-    Entries of an optimizer may be left over, and those of a loss function if none is trained here.
-    """
-
-    def create_local_plan(self) -> LoadPlan:
-        try:
-            return super().create_local_plan()
-        except (RuntimeError, ValueError) as error:  # an entry is missing or has another size
-            raise InvalidArgument(str(error)) from error
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        wanted = {item.dest_index.fqn for plan in global_plan for item in plan.items}
-        ignored: tuple[str, ...] = optimizer_state.PREFIXES
-        if not any(name.startswith(LOSS) for name in wanted):
-            ignored = (*ignored, LOSS)
-        assert self.metadata is not None
-        for key in self.metadata.state_dict_metadata:
-            if key not in wanted and not key.startswith(ignored):
-                raise InvalidArgument(f"it holds {key!r}, which the model does not have")
-        return super().create_global_plan(global_plan)
-
-
-def _check_target(path: Path) -> None:
-    """Raises InvalidArgument if a checkpoint would replace a file or a folder that is not one."""
+def check_target(path: Path) -> None:
+    """Raises InvalidArgument if a checkpoint would replace a file, or a folder that is not one."""
     if path.exists():
-        others = [path] if not path.is_dir() else path.iterdir()
-        for other in others:
-            if other.suffix != ".distcp" and other.name not in (".metadata", _EXTRA):
+        for other in [path] if not path.is_dir() else path.iterdir():
+            if other.name not in (manifest.NAME, *_OF_DCP) and other.suffix not in (".safetensors", ".distcp"):
                 raise InvalidArgument(
                     f"{str(other)!r} is there, which belongs to no checkpoint; give a folder of its own"
                 )
 
 
-def _packed(extra: dict[str, Any]) -> bytes:
-    file = io.BytesIO()
-    try:
-        torch.save(extra, file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
-    except Exception as error:
-        raise InvalidArgument(
-            f"of {', '.join(extra)}, one value is not made of tensors, numbers, text, lists and dicts; give "
-            "its state_dict()"
-        ) from error
-    return file.getvalue()
+_OF_DCP = (".metadata", "extra.pt")  # in folders of torch.distributed.checkpoint, and of earlier versions

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from ..base.files import folder_at
 from ..base.imported import is_dtensor
 from ..errors import InvalidArgument
+from ..processes.gather import of_all
 from .key_names import ignored, names_in_model
 from .safetensors_folder import SafetensorsFolder
-from .together import of_all, together
-from .unsplit import UnsplitModel, weights_of
+from .together import together
+from .unsplit import UnsplitModel, at_rest, weights_of
 
 
 class LoadedNames(NamedTuple):
@@ -56,10 +57,11 @@ def load_pretrained(
         PipelineError: safetensors is not installed, a file cannot be read, or a step is running.
     """
     path = Path(os.path.realpath(folder))
-    with weights_of(model, "load_pretrained was called") as weights:
+    weights = weights_of(model)
+    with at_rest(model, "load_pretrained was called"):
         what = f"{str(path)!r} cannot be loaded"
         here = weights.module.state_dict(keep_vars=True)
-        known = [name for names in of_all(list(here), weights.alone) for name in names]
+        known = [name for names in of_all(list(here), alone=weights.alone) for name in names]
         with together(what, weights.alone):
             files = SafetensorsFolder(folder_at(path) or path)
             found = _Found(

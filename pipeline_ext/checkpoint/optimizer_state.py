@@ -5,14 +5,12 @@ The layout is that of ``get_optimizer_state_dict`` of torch.distributed.checkpoi
 optimizer has taken none, and misses parameters without state and the second names of tied parameters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch import nn
 
-from ..base.imported import is_dtensor
 from ..errors import InvalidArgument
 from .unsplit import UnsplitModel
 
@@ -64,31 +62,19 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
-def room_for(entries: Mapping[str, Any], names: Names) -> dict[str, Tensor | None]:
-    """The entries of a checkpoint for these parameters, with tensors to read them into.
+def entries(keys: Iterable[str], names: Names) -> dict[str, nn.Parameter]:
+    """The entries of a checkpoint for these parameters, under one name of each, with the parameter.
 
     Raises InvalidArgument if there are no entries for one of them.
     """
     found: dict[str, list[str]] = {}
-    for key in entries:
+    for key in keys:
         if key.startswith(PREFIXES):
             found.setdefault(_split(key)[1], []).append(key)
     for name, *_ in names.values():
         if name not in found:
             raise InvalidArgument(f"it holds nothing that an optimizer keeps of {name!r}")
-    return {
-        key: _empty(entries[key], parameter) for parameter, (name, *_) in names.items() for key in found[name]
-    }
-
-
-def _empty(entry: Any, parameter: nn.Parameter) -> Tensor | None:
-    """A tensor to read an entry into, sharded like the parameter; None if the entry is not a tensor."""
-    if not isinstance(entry, TensorStorageMetadata):
-        return None
-    dtype = entry.properties.dtype
-    if is_dtensor(parameter) and entry.size == parameter.shape:
-        return torch.empty_like(parameter, dtype=dtype)
-    return torch.empty(entry.size, dtype=dtype)
+    return {key: parameter for parameter, (name, *_) in names.items() for key in found[name]}
 
 
 def _split(key: str) -> tuple[str, str, str]:

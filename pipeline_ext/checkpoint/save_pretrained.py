@@ -1,12 +1,11 @@
 """Saves a model as a folder of safetensors files, gathered from the processes that hold it, file by file."""
 
-import contextlib
 import copy
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..base.files import folder_at, put_folder
+from ..base.files import folder_at
 from ..base.imported import is_dtensor
+from ..base.lock import holder
 from ..errors import InvalidArgument
+from ..processes.gather import of_all, receive, send
+from .folder import replacing
 from .safetensors_folder import INDEX, WEIGHTS, file_names, library, write_file
-from .together import of_all, together
-from .unsplit import UnsplitModel, weights_of
+from .together import together
+from .unsplit import UnsplitModel, at_rest, weights_of
 
 
 def save_pretrained(
@@ -40,24 +42,24 @@ def save_pretrained(
 
     Raises:
         InvalidArgument: ``max_shard_size`` is no positive number, or ``folder`` is a file.
-        PipelineError: safetensors is not installed, the folder cannot be written, or a step is running. What
-            was there is unchanged.
+        PipelineError: safetensors is not installed, another process saves there, the folder cannot be written,
+            or a step is running. What was there is unchanged.
     """
     path = Path(os.path.realpath(folder))
-    with weights_of(model, "save_pretrained was called") as weights:
+    weights = weights_of(model)
+    with at_rest(model, "save_pretrained was called"):
         what = f"{str(path)!r} cannot be written"
         rank = 0 if weights.alone else dist.get_rank()
-        new = path.with_name(f".{path.name}.saving")
         with together(what, weights.alone):
             _check(path, max_shard_size)
             library()
             here = weights.module.state_dict()
             looks = _looks(here, weights.repeated)
-        shards = _shards(of_all(looks, weights.alone), max_shard_size)
-        with _removed_on_failure(new):
+        shards = _shards(of_all(looks, alone=weights.alone), max_shard_size)
+        with holder() as held, replacing(path, what, held, weights.alone) as new:
             with together(what, weights.alone):
                 if rank == 0:
-                    _begin(new, path)
+                    _take_over(path, new)
             names = file_names(len(shards))
             for file_name, shard in zip(names, shards):
                 with together(what, weights.alone):
@@ -71,16 +73,6 @@ def save_pretrained(
                     if len(shards) > 1:
                         _write_index(new / INDEX, dict(zip(names, shards)))
                     _write_configurations(weights.module, here, new)
-                    put_folder(new, path)
-
-
-@contextlib.contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 _Look = tuple[str, torch.dtype, tuple[int, ...]]
@@ -107,18 +99,16 @@ def _check(path: Path, max_shard_size: int) -> None:
         raise InvalidArgument("it is a file; give a folder")
 
 
-def _begin(new: Path, path: Path) -> None:
-    """Makes the folder that will replace the one at ``path``, with what that holds beside weights."""
-    shutil.rmtree(new, ignore_errors=True)  # left by a crash
+def _take_over(path: Path, new: Path) -> None:
+    """Lets the folder that will replace the one at ``path`` have what that holds beside weights."""
     before = folder_at(path)
     if before is None:
-        new.mkdir(parents=True)
         return
 
     def weights(folder: str, names: list[str]) -> list[str]:
         return [n for n in names if Path(folder) == before and any(fnmatch(n, pattern) for pattern in WEIGHTS)]
 
-    shutil.copytree(before, new, symlinks=True, ignore=weights, copy_function=_link)
+    shutil.copytree(before, new, symlinks=True, ignore=weights, copy_function=_link, dirs_exist_ok=True)
 
 
 def _link(source: str, target: str) -> None:
@@ -162,21 +152,10 @@ def _gathered(entry: _Entry, here: Mapping[str, Tensor], rank: int) -> Tensor | 
     first = entry.holders[0]
     if first == 0:
         return own.contiguous() if own is not None and rank == 0 else None
-    over_cpus = "gloo" in dist.get_backend_config()
     if rank == first:
         assert own is not None
-        sent = own.cpu() if over_cpus else own
-        dist.send(_bytes(sent.contiguous()), 0)
-    elif rank == 0:
-        device = "cpu" if over_cpus else torch.device("cuda", torch.cuda.current_device())
-        received = torch.empty(entry.shape, dtype=entry.dtype, device=device)
-        dist.recv(_bytes(received), first)
-        return received
-    return None
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).view(torch.uint8)
+        send(own, 0)
+    return receive(entry.shape, entry.dtype, first) if rank == 0 else None
 
 
 def _write_index(path: Path, shards: Mapping[str, Sequence[_Entry]]) -> None:

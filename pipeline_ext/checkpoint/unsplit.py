@@ -1,6 +1,5 @@
 """The unsplit model: a pipeline's parameters, gradients and state under the names of the original model."""
 
-import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -13,13 +12,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from .. import _C
 from ..base.imported import is_dtensor
 from ..calls.program import refuse_a_part
 from ..calls.stage import CallStage
 from ..calls.values import is_elsewhere
 from ..engines.lifetime import Lifetime
-from ..errors import InvalidArgument
+from ..engines.protocol import Engine
+from ..errors import InvalidArgument, PeerError
 from ..model.slice import Slice
+from ..processes.circle import Circle
+from ..processes.values import decode, encode
 
 LOSS = "loss_fn."  # prefix of the names of a loss function's parameters and buffers
 
@@ -95,6 +98,8 @@ class UnsplitModel:
 
     _local: LocalModel
     _lifetime: Lifetime
+    _engine: Engine[Any]
+    _circle: Circle | None  # of these processes; None if they have GPUs alone
     _group: dist.ProcessGroup | None  # the processes that hold the stages; None: this process holds all
 
     def named_parameters(self, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
@@ -121,7 +126,7 @@ class UnsplitModel:
         names. If ``loss_fn`` is a module, only ``save_checkpoint`` includes its state. Also works
         on a closed or dead pipeline. Raises PipelineError while a step is running.
         """
-        with self._lifetime.one_at_a_time("state_dict was called"):
+        with self._lifetime.turn("state_dict was called"):
             return self._local.module.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
@@ -132,14 +137,8 @@ class UnsplitModel:
         state of other processes' stages. Raises PipelineError while a step is running.
         """
         elsewhere = tuple(f"{name}." for name in self._local.elsewhere)
-        with self._lifetime.one_at_a_time("load_state_dict was called"):
+        with self._lifetime.turn("load_state_dict was called"):
             return self._local.module.load_state_dict(_without(state_dict, elsewhere), strict=strict)
-
-    @contextlib.contextmanager
-    def at_rest(self, what: str) -> Iterator[nn.Module]:
-        """Yields all that is trained as one module. Raises PipelineError while a step runs."""
-        with self._lifetime.one_at_a_time(what):
-            yield self._local.trained
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
@@ -149,12 +148,18 @@ class UnsplitModel:
         Includes the parameters of ``loss_fn``, if that is a module. In many processes, all call it together; it
         works with sharded parameters (fully_shard, tensor parallelism). Returns the norm before clipping, a
         tensor without dimensions, the same in all processes. Raises RuntimeError, in all processes, if the norm
-        is not finite and ``error_if_nonfinite`` is set; PipelineError while a step is running.
+        is not finite and ``error_if_nonfinite`` is set; PipelineError while a step is running; PeerError if
+        another process is gone, or does not come within the pipeline's ``timeout``; DeadPipeline.
         """
-        with self._lifetime.one_at_a_time("clip_grad_norm_ was called"):
+        with self._lifetime.turn("clip_grad_norm_ was called"):
             norms = _norms(self._local.counted_parameters(), norm_type)
             if self._group is not None:
-                norms = self._norms_by_process(norms, norm_type, self._group)
+                self._lifetime.check()
+                try:
+                    norms = self._norms_by_process(norms, norm_type, self._group)
+                except PeerError as error:
+                    self._engine.failed(str(error))
+                    raise
             total = get_total_norm(norms, norm_type, error_if_nonfinite)
             for parameters in _by_mesh(self.parameters()).values():
                 clip_grads_with_norm_(parameters, max_norm, total)
@@ -165,11 +170,13 @@ class UnsplitModel:
     ) -> list[Tensor]:
         norm = get_total_norm(norms, norm_type)
         # float64 is exact, and the same type in all processes whatever the types of their parameters.
-        over_cpus = "gloo" in dist.get_backend_config(group)
-        device = "cpu" if over_cpus else next((p.device for p in self.parameters()), None)
-        sent = norm.to(device, torch.float64)
-        norms = [torch.empty_like(sent) for _ in range(group.size())]
-        dist.all_gather(norms, sent, group=group)
+        if self._circle is not None:
+            found = self._circle.of_all(encode(float(norm.double()).hex()))
+            norms = [torch.tensor(float.fromhex(decode(each)), dtype=torch.float64) for each in found]
+        else:
+            sent = norm.to(next((p.device for p in self.parameters()), None), torch.float64)
+            norms = [torch.empty_like(sent) for _ in range(group.size())]
+            dist.all_gather(norms, sent, group=group)
         return [received.to(torch.promote_types(norm.dtype, torch.float32)) for received in norms]
 
 
@@ -181,16 +188,26 @@ class Weights(NamedTuple):
     alone: bool  # it holds all of them
 
 
-@contextlib.contextmanager
-def weights_of(model: UnsplitModel | nn.Module, what: str) -> Iterator[Weights]:
-    """Yields the weights of a pipeline or a plain model. Raises PipelineError while a step runs."""
+def at_rest(model: UnsplitModel | nn.Module, what: str) -> _C.Taking:
+    """A context in which no step of the model runs. Entering it raises PipelineError, which names ``what``.
+
+    Ctrl-C at any moment leaves it, if it is used in a ``with`` statement itself.
+    """
+    return model._lifetime.turn(what) if isinstance(model, UnsplitModel) else _C.Turn().take(what)
+
+
+def trained(model: UnsplitModel | nn.Module) -> nn.Module:
+    """What of the model is here, as one module, with the loss function if that is trained."""
+    return model._local.trained if isinstance(model, UnsplitModel) else model
+
+
+def weights_of(model: UnsplitModel | nn.Module) -> Weights:
+    """The weights of a pipeline or a plain model."""
     if isinstance(model, UnsplitModel):
-        with model._lifetime.one_at_a_time(what):
-            yield Weights(model._local.module, model._local.repeated, model._group is None)
-    elif isinstance(model, nn.Module):
-        yield Weights(model, repeated_names(model), alone=True)
-    else:
-        raise InvalidArgument(f"a {type(model).__name__} is given; give a Pipeline or an nn.Module")
+        return Weights(model._local.module, model._local.repeated, model._group is None)
+    if isinstance(model, nn.Module):
+        return Weights(model, repeated_names(model), alone=True)
+    raise InvalidArgument(f"a {type(model).__name__} is given; give a Pipeline or an nn.Module")
 
 
 def _first_held_elsewhere(stages: Sequence[Any], local: Mapping[int, nn.Module]) -> set[nn.Parameter]:

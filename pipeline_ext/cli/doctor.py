@@ -92,7 +92,7 @@ def capabilities_of(machine: Machine, failure: str | None) -> list[Capability]:
         Capability(
             "GPU ranks",
             machine.gpu_problem is None,
-            machine.gpu_problem or f"{_gpus(machine)}; tested with a stand-in driver, not yet run on a GPU",
+            machine.gpu_problem or f"{_gpus(machine)}; tested on a software GPU, not yet run on an NVIDIA GPU",
         ),
         Capability(
             "pictures",

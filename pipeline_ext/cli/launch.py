@@ -27,9 +27,11 @@ def team() -> Iterator[Team]:
     if processes() == 1:
         yield Team()
         return
-    # After a restart torchrun's store still holds addresses of processes that are gone; a prefix hides them.
     store, rank, size = next(rendezvous("env://"))
-    store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's own store outlives a start, and holds addresses of processes that are gone; a prefix hides
+        # them. Any other is new for each start. The count is of one node's starts: those of others may differ.
+        store = PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     yield Team(dist.group.WORLD)
     dist.destroy_process_group()  # not after an error: the others may not come to it

@@ -34,7 +34,7 @@ def positive(text: str) -> float:
 def seconds(text: str) -> float:
     """A time such as 500ms, 5s or 1m; a number without a unit is in seconds."""
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(ms|s|m|)", text)
-    if not found or not float(found[1]):
+    if not found or not 0 < float(found[1]) < math.inf:
         raise ArgumentTypeError(f"{text!r} is not a time; write it as in 500ms, 5s or 1m")
     return float(found[1]) * _SECONDS[found[2] or "s"]
 

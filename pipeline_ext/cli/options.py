@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .presets import PRESETS
 _FIXED = ("preset", "batch", "context", "width", "layers", "heads", "seed")  # for the whole run
 WIRES = ("none", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 AUTOCASTS = ("none", "bfloat16")
+_MOST_THREADS = 1024  # with a hundred times as many, torch's thread pool ends the process
 _NOT_SAVED = ("resume", "out", "json")  # a checkpoint does not decide where to write
 _IF_BEGUN = "auto"  # value of --resume: continue the run in --out, or start it
 
@@ -188,7 +190,9 @@ def read_options(arguments: argparse.Namespace, processes: int = 1) -> tuple[Opt
         path = Path(given["resume"])
         path = path / checkpoint.NAME if path.is_dir() else path
         given["resume"] = str(path)
-        resumed = checkpoint.read(path)
+        resumed, skipped = checkpoint.newest(path)
+        if skipped:
+            print(f"pipeline-ext: {skipped}", file=sys.stderr)
         saved = {key: value for key, value in resumed.options.items() if key in names}
         if not all(_has_type(getattr(Options, key), value) for key, value in saved.items()):
             raise InvalidArgument(f"the options in the checkpoint {str(path)!r} are damaged")
@@ -199,6 +203,10 @@ def read_options(arguments: argparse.Namespace, processes: int = 1) -> tuple[Opt
         options = Options(preset=preset, **PRESETS[preset])
     options = replace(options, **given)
     _check_device(options, processes)
+    if options.threads is not None and options.threads > _MOST_THREADS:
+        raise InvalidArgument(
+            f"--threads is {options.threads}; give from 1 to {_MOST_THREADS}, or leave it out for cores / ranks"
+        )
     if options.width % options.heads:
         raise InvalidArgument(f"--heads {options.heads} does not divide --width {options.width}")
     if options.batch < options.microbatches:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from .. import _C
 from ..base.files import whole_file
+from ..base.texts import read_text
 from ..errors import InvalidArgument, InvalidSchedule
 from ..plan import zero_bubble
 from ..plan.build import AUTO, check_size, schedule_names
@@ -132,7 +133,7 @@ def _named(
 
 def _read(path: Path, overlap: bool) -> _C.Plan | str:
     """The plan in a file, or why it is not possible."""
-    text = path.read_text(errors="replace")
+    text = read_text("the schedule", path)
     try:
         return _C.plan_of_cells(_C.cells_of_csv(text), overlap=overlap)
     except InvalidSchedule as error:

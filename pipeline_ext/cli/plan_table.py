@@ -13,6 +13,7 @@ from ..plan.simulation import Simulation
 from ..report.panel import percent
 
 _WIDTH = 112  # without a terminal
+_MOST_ROWS = 64  # of the table of ranks
 
 
 Feasible = tuple[Planned, Simulation]
@@ -64,15 +65,20 @@ def _schedules(results: Sequence[Feasible]) -> Table:
 def _ranks(simulation: Simulation) -> Table:
     table = _table("rank", "stages", "bubble", "in flight", "memory")
     plan = simulation.plan
-    for rank in range(plan.num_ranks):
-        stages = [s for of in (plan.rank_of_stage, plan.rank_of_copy) for s, r in enumerate(of) if r == rank]
+    stages: list[list[str]] = [[] for _ in range(plan.num_ranks)]
+    for ranks in (plan.rank_of_stage, plan.rank_of_copy):
+        for stage, rank in enumerate(ranks):
+            stages[rank].append(str(stage))
+    for rank in range(min(plan.num_ranks, _MOST_ROWS)):
         table.add_row(
             str(rank),
-            ", ".join(map(str, stages)),
+            ", ".join(stages[rank][:_MOST_ROWS]),
             percent(simulation.bubble_by_rank[rank]),
             str(simulation.peak_in_flight[rank]),
             _figure(simulation.peak_memory[rank]),
         )
+    if plan.num_ranks > _MOST_ROWS:
+        table.add_row(f"and {plan.num_ranks - _MOST_ROWS} more")
     return table
 
 

@@ -1,16 +1,19 @@
 """``pipeline-ext train``: trains a byte-level GPT through a pipeline."""
 
 import argparse
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..base.lock import locked
+from ..checkpoint.together import together
 from ..errors import DeadPipeline, InvalidArgument, InvalidSchedule, PipelineError
 from ..lm import checkpoint, interrupt
 from ..lm.corpus import Corpus
@@ -45,10 +48,36 @@ def run(arguments: argparse.Namespace) -> int:
         summary_file.parent.mkdir(parents=True, exist_ok=True)
         if summary_file.is_dir():
             raise InvalidArgument(f"--json {options.json} is a folder; give the name of a file")
+    with launch.team() as team, _held(out, team):
+        return _run(options, resumed, out, team)
+
+
+@contextlib.contextmanager
+def _held(out: Path, team: Team) -> Iterator[None]:
+    """Keeps other runs out of the folder. Raises PipelineError, in all processes, if one is in it."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    refusal = f"trains in {str(out)!r}; give another folder with --out, or wait until that run has ended"
+    with contextlib.ExitStack() as held:
+        with together("this run cannot start", alone=team.size == 1):
+            if team.is_first:
+                held.callback(_remove_empty, made)
+                out.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(out / _LOCK, refusal))
+        yield
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Those that nothing was written to, from the innermost on."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _run(options: Options, resumed: checkpoint.Checkpoint | None, out: Path, team: Team) -> int:
     corpus = Corpus(options.data, options.context)
     torch.manual_seed(options.seed)
     model = gpt(context=options.context, width=options.width, layers=options.layers, heads=options.heads)
-    with launch.team() as team, _pipeline(model, options, team) as pipe:
+    with _pipeline(model, options, team) as pipe:
         threads = options.threads or _threads(pipe, team)
         options = replace(options, threads=threads)
         torch.set_num_threads(threads)
@@ -80,7 +109,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
         log = out / "metrics.jsonl"
         if team.is_first:
-            out.mkdir(parents=True, exist_ok=True)
             begin_log(log, Path(options.resume).with_name(log.name) if options.resume else log, training.step)
         with interrupt.noted(team.size > 1) as stops:
             _train(training, log, display, options, stops)
@@ -88,12 +116,13 @@ def run(arguments: argparse.Namespace) -> int:
     if not team.is_first:
         return 0
     if options.json:
-        summary_file.write_text(json.dumps(training.summary.as_json(), indent=2) + "\n")
-        written.append(summary_file)
+        Path(options.json).write_text(json.dumps(training.summary.as_json(), indent=2) + "\n")
+        written.append(Path(options.json))
     display.closing_table(written)
     return 0
 
 
+_LOCK = ".running"  # in a run's folder
 _VERIFIED_AFTER = 60.0  # seconds of training
 
 

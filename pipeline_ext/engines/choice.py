@@ -1,17 +1,22 @@
 """Chooses the engine for a pipeline's devices."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..errors import InvalidArgument
+from ..reduction import GradientReduction, Member
+from ..reduction.replica_reduction import ReplicaReduction
 from ..stages.random_streams import AnyOfAll, RandomStreams
 from . import devices as device_choice
 from .cuda.device_engine import DeviceEngine
 from .cuda.device_streams import DeviceStreams
 from .cuda.nccl import carrier
 from .cuda.process_engine import DeviceProcessEngine
+from .cuda.replicas import DeviceReduction
 from .host import HostEngine
 from .parts import EngineParts
 from .process import ProcessEngine
@@ -41,6 +46,18 @@ def make_streams(devices: Sequence[torch.device], any_of_all: AnyOfAll | None, r
     return DeviceStreams(devices, any_of_all, replica)
 
 
+def streams_of_model(model: nn.Module) -> RandomStreams:
+    """Makes the streams of random numbers of a whole model on the GPU it is on, or on the CPU."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    device = next((tensor.device for tensor in tensors if tensor.is_cuda), torch.device("cpu"))
+    return make_streams([device], None, 0)
+
+
+def make_reduction(member: Member, device: torch.device) -> ReplicaReduction[Any]:
+    """Makes what averages the gradients of replicas whose stages are on devices like this one."""
+    return GradientReduction(member) if device.type == "cpu" else DeviceReduction(member)
+
+
 def make_engine(parts: EngineParts, types: EngineTypes) -> Engine[Any]:
     """Makes an engine: threads for CPUs, or streams for GPUs, to which it moves the stages.
 
@@ -49,14 +66,11 @@ def make_engine(parts: EngineParts, types: EngineTypes) -> Engine[Any]:
     parts.wrapped.check(parts.shared, parts.plan, parts.devices[0])
     if parts.devices[0].type == "cpu":
         return types.host(parts)
-    if parts.reduction is not None:
+    if isinstance(parts.reduction, GradientReduction):
         raise InvalidArgument(
-            'reduction averages gradients of ranks on CPUs; leave it out, or give devices=["cpu", ...]'
-        )
-    if parts.plan.skips:
-        raise InvalidArgument(
-            "skip connections between stages run on CPUs; pass the skipped tensor on as a part of each stage's "
-            'result, cut the model so that each skip lies in one stage, or give devices=["cpu", ...]'
+            "reduction averages gradients as soon as the host has run their last backward, and the host runs "
+            "ahead of GPUs; leave it out and average .grad of the replicas after each step, or give "
+            'devices=["cpu", ...]'
         )
     engine = types.device(parts)
     try:

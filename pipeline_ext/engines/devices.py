@@ -54,7 +54,7 @@ def of_process(devices: DevicesLike, processes: Processes) -> Sequence[str | tor
     ``devices`` None: the CPU. If processes have GPUs, it is the GPU of torchrun's LOCAL_RANK, or the current
     one if that is not set.
 
-    Raises InvalidArgument for more than one device, and for a GPU if there are replicas.
+    Raises InvalidArgument for more than one device.
     """
     if devices is None:
         devices = [f"cuda:{_own_gpu()}" if processes.have_gpus else "cpu"]
@@ -62,11 +62,6 @@ def of_process(devices: DevicesLike, processes: Processes) -> Sequence[str | tor
         raise InvalidArgument(
             f"devices is {devices!r}; with mesh, whose processes are the ranks, give a list with this "
             'process\'s device alone, as in ["cuda:0"], or leave it out'
-        )
-    if processes.replicas is not None and _device(devices[0]).type == "cuda":
-        raise InvalidArgument(
-            'mesh has a dimension "dp"; gradients are averaged over it on CPUs only; '
-            'give mesh["pp"] and average .grad yourself after each step, or give devices=["cpu"]'
         )
     return list(devices) * processes.size
 

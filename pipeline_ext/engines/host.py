@@ -16,6 +16,8 @@ from ..transport.exchange import Exchange
 from .parts import EngineParts
 from .protocol import Bodies, Body
 
+_STOP_WAIT = 1.0  # seconds that a stage's code has to return when the process ends
+
 
 class HostRoute(NamedTuple):
     """A plan, the bodies of its tasks, and its channels."""
@@ -36,12 +38,17 @@ class HostEngine:
         self._guard = RecomputationGuard(modules, overlap=parts.plan.overlap)
         self._exchange_of = parts.exchange_of
         self._shared = parts.shared
+        assert parts.reduction is None or isinstance(parts.reduction, GradientReduction)
         self._reduction = parts.reduction
         self._wrapped = parts.wrapped
-        self.stop: Callable[[], object] = self._executor.close
+        self.stop: Callable[[], object] = functools.partial(self._executor.close, _STOP_WAIT)
         self.close: Callable[[], object] = functools.partial(
-            _close, self._executor, self._guard, parts.reduction
+            _close, self._executor, self._guard, self._reduction
         )
+
+    @property
+    def interruption(self) -> Exception | None:
+        return None  # no other process is in it
 
     @property
     def dead(self) -> bool:
@@ -78,10 +85,13 @@ class HostEngine:
     def arrive(self, value: Any, stage: int) -> Any:
         return value
 
+    def wait_for_inputs(self, timeout: float) -> None:
+        pass  # they are the caller's own, and the step has ended
+
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
         return self._executor.run(route.program, timeout=timeout, record=record)
 
-    def settle(self, route: HostRoute) -> None:
+    def settle(self, route: HostRoute, timeout: float) -> None:
         pass  # nothing was sent to another process
 
     def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:

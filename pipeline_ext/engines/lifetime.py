@@ -1,15 +1,20 @@
 """The lifetime of a pipeline's engine, which one call at a time may use."""
 
-import contextlib
 import os
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..errors import DeadPipeline, PipelineError
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import _C
+from ..errors import DeadPipeline
 from .protocol import Engine
+
+# By parameter or buffer: the turns of the pipelines that have it.
+_turns: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class NoEngine:
@@ -17,6 +22,7 @@ class NoEngine:
 
     dead = False
     death = ""
+    interruption = None
 
     def stop(self) -> None: ...
 
@@ -26,14 +32,20 @@ class NoEngine:
 class Lifetime:
     """Lets one call at a time use the engine of a pipeline, until it is closed."""
 
-    def __init__(self, pipeline: object, engine: "Engine[Any] | NoEngine") -> None:
-        """The engine is closed when ``pipeline`` is freed, or at exit."""
+    def __init__(
+        self, pipeline: object, engine: "Engine[Any] | NoEngine", tensors: Iterable[Tensor] = ()
+    ) -> None:
+        """The engine is closed when ``pipeline`` is freed, or at exit.
+
+        ``tensors``: the parameters and buffers that a step uses. Of pipelines that share some, one at a time is
+        used: each would add to the same gradients, and put its own tensors in the place of tied ones.
+        """
         self._engine = engine
-        self._in_step = threading.Lock()
+        self._turn = _turn_among(tensors)
         self._owner = os.getpid()
         self._close = weakref.finalize(pipeline, engine.close)
         # At exit this runs before the one above.
-        weakref.finalize(pipeline, _end_steps, engine.stop, self._in_step)
+        weakref.finalize(pipeline, _end_steps, engine.stop, self._turn)
 
     def close(self) -> None:
         """Stops a running step, and closes the engine."""
@@ -49,26 +61,38 @@ class Lifetime:
         if not self._close.alive:
             raise DeadPipeline("this pipeline is closed; make a new one")
         if self._engine.dead:
-            raise DeadPipeline(f"this pipeline is dead: {self._engine.death}; make a new one")
+            error = self._engine.interruption
+            why = self._engine.death if error is None else f"{self._engine.death}: {error}"
+            raise DeadPipeline(f"this pipeline is dead: {why}; make a new one")
 
-    @contextlib.contextmanager
-    def one_at_a_time(self, what: str) -> Iterator[None]:
-        """Raises PipelineError, which names ``what``, while another thread is inside it."""
-        if not self._in_step.acquire(blocking=False):
-            raise PipelineError(
-                f"{what} while this pipeline is running a step already, which uses and changes its "
-                "parameters and buffers; wait for it to end"
-            )
-        try:
-            yield
-        finally:
-            self._in_step.release()
+    def turn(self, what: str) -> _C.Taking:
+        """A context that one call is in at a time. Entering it raises PipelineError, which names ``what``.
+
+        Ctrl-C at any moment leaves it, if it is used in a ``with`` statement itself.
+        """
+        return self._turn.take(what)
 
 
-def _end_steps(stop: Callable[[], object], in_step: threading.Lock) -> None:
+def _turn_among(tensors: Iterable[Tensor]) -> _C.Turn:
+    """A turn that excludes those of other pipelines with some of these tensors."""
+    turn = _C.Turn()
+    others: weakref.WeakSet[_C.Turn] = weakref.WeakSet()
+    for tensor in tensors:
+        known = _turns.setdefault(tensor, weakref.WeakSet())
+        others |= known
+        known.add(turn)
+    for other in others:
+        if other is not turn:
+            turn.exclude(other)
+    return turn
+
+
+def _end_steps(stop: Callable[[], object], turn: _C.Turn) -> None:
     """Ends another thread's step at exit; the interpreter may not end while torch frees its tensors."""
-    was_busy = in_step.locked()
+    was_busy = turn.taken
     stop()
-    if was_busy and in_step.acquire(timeout=1.0):
-        in_step.release()
+    until = time.monotonic() + 1.0
+    while turn.taken and time.monotonic() < until:
+        time.sleep(0.01)
+    if was_busy:
         time.sleep(0.05)  # the thread still has to leave the frames that hold some of them

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .. import _C
-from ..reduction import GradientReduction
+from ..reduction.replica_reduction import ReplicaReduction
 from ..stages.shared_parameters import SharedParameters
 from ..stages.stage import Stage
 from ..stages.wrapped import WrappedStages
@@ -25,6 +26,7 @@ class EngineParts:
         shared: parameters that several stages hold.
         wrapped: stages in DistributedDataParallel or fully_shard.
         reduction: averages gradients over replicas; None without replicas.
+        non_blocking: the caller leaves a batch alone until a GPU has read it.
     """
 
     plan: _C.Plan
@@ -33,4 +35,5 @@ class EngineParts:
     exchange_of: Callable[..., Exchange]
     shared: SharedParameters
     wrapped: WrappedStages
-    reduction: GradientReduction | None = None
+    reduction: ReplicaReduction[Any] | None = None
+    non_blocking: bool = False

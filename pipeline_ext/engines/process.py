@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .. import _C
+from ..errors import PipelineError, StepTimeout
 from ..processes.connections import Connections
 from ..processes.failure import GRACE, Failure
 from ..processes.group import Processes, seconds
@@ -43,6 +44,10 @@ class ProcessEngine(HostEngine):
         self.close = functools.partial(_close, self.close, self._exchanges, self._failure, processes)
 
     @property
+    def interruption(self) -> Exception | None:
+        return self._failure.error
+
+    @property
     def death(self) -> str:
         return super().death if super().dead else self._failure.describe()
 
@@ -57,12 +62,16 @@ class ProcessEngine(HostEngine):
         return HostRoute(plan, _C.Program(plan, dict(bodies)), exchange)
 
     def agreed_count(self, count: int | None) -> int:
-        return self._processes.agree(count, self._rank_of_first_stage)
+        try:
+            return self._processes.agree(count, self._rank_of_first_stage, self._failure.finish)
+        except PipelineError as error:
+            self.failed(str(error))
+            raise
 
     def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
         # With a limit, so that this process can exit while another is stopped.
         work = among.all_reduce(tensor, seconds(timeout + GRACE))
-        self._failure.finish(work, timeout, "the processes that share a parameter with it")
+        self._failure.finish(work, timeout, among.others)
 
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
         route.exchange.listen(Listener(self._executor.deliver, self._failure.lost))
@@ -71,10 +80,15 @@ class ProcessEngine(HostEngine):
             self._failure.seek()
         return result
 
-    def settle(self, route: HostRoute) -> None:
+    def settle(self, route: HostRoute, timeout: float) -> None:
         settled = self._failure.begin_wait()  # a failed process may never receive what was sent
         threading.Thread(target=_flush, args=(route.exchange, settled), name="pe settling", daemon=True).start()
-        settled.wait()
+        if not settled.wait(min(timeout, threading.TIMEOUT_MAX)):
+            self._failure.seek()
+            raise StepTimeout(
+                f"waited {timeout:g} seconds for {self._processes.messages.others} to receive what the step "
+                f"has sent{self._failure.silence}"
+            )
 
     def failed(self, reason: str) -> None:
         self._failure.tell(reason)

@@ -58,8 +58,12 @@ class Engine(Protocol[RouteType]):
         """Why it is dead."""
 
     @property
+    def interruption(self) -> Exception | None:
+        """Another process's failure, because of which what the last step returned is useless."""
+
+    @property
     def stop(self) -> Callable[[], object]:
-        """Ends a running step. The function does not keep the model alive."""
+        """Ends a running step soon, because the process ends. The function does not keep the model alive."""
 
     @property
     def close(self) -> Callable[[], object]:
@@ -74,6 +78,9 @@ class Engine(Protocol[RouteType]):
     def arrive(self, value: Any, stage: int) -> Any:
         """Moves the caller's pytree to the device of ``stage``."""
 
+    def wait_for_inputs(self, timeout: float) -> StepResult | None:
+        """Waits until the caller may change what ``arrive`` was given; the failure if that does not come."""
+
     def agreed_count(self, count: int | None) -> int:
         """The microbatches of an evaluation. ``count``: None if another process has the first stage."""
 
@@ -83,8 +90,11 @@ class Engine(Protocol[RouteType]):
     def run(self, route: RouteType, *, timeout: float, record: bool) -> StepResult:
         """Runs a step that has begun. On Ctrl-C, stops the step and raises KeyboardInterrupt."""
 
-    def settle(self, route: RouteType) -> None:
-        """Returns once other processes have received what a step sent them, or one has failed."""
+    def settle(self, route: RouteType, timeout: float) -> None:
+        """Returns once other processes have received what a step sent them, or one has failed.
+
+        Raises StepTimeout if one does not receive it in time.
+        """
 
     def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
         """Makes ``tensor`` the sum of the tensors of the connected processes.

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..calls.values import is_elsewhere
 from ..pipeline import Pipeline
+from ..processes.gather import to_first
 
 
 def whole_state(pipe: Pipeline) -> dict[str, Any] | None:
@@ -31,7 +31,5 @@ def whole_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
 
 def _merged(part: Mapping[Any, Any]) -> dict[Any, Any] | None:
     part = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), dict(part))
-    first = dist.get_rank() == 0
-    parts: list[Any] | None = [None] * dist.get_world_size() if first else None
-    dist.gather_object(part, parts)
+    parts = to_first(part)
     return None if parts is None else {key: value for each in reversed(parts) for key, value in each.items()}

@@ -23,6 +23,7 @@ from ..calls.program import parts_taken
 from ..errors import PipelineError
 from ..pipeline import Pipeline
 from ..plan.build import ScheduleLike
+from ..processes.gather import from_one, wait_for_all
 from .gathering import whole_optimizer, whole_state
 from .refusals import check_arguments, check_options, check_trainer
 from .weighing import differ, fitting, rules, sizes
@@ -243,9 +244,7 @@ class PipelineTrainer(Trainer):
         if not self._many:
             return value()
         last = self._pipeline().plan.rank_of_stage[-1]
-        found = [value() if dist.get_rank() == last else None]
-        dist.broadcast_object_list(found, src=last)
-        return found[0]
+        return from_one(value() if dist.get_rank() == last else None, last)
 
     # -- steps
 
@@ -328,7 +327,9 @@ class PipelineTrainer(Trainer):
                     "the outputs of the microbatches cannot be joined: their shapes differ, or they hold a "
                     "cache; give prediction_loss_only=True or use_cache=False to TrainingArguments"
                 )
-            kept = (loss, outputs if keeps_outputs else {})
+            # A dict in place of a class of transformers: classes are not sent.
+            plain = dict(outputs) if self._many and isinstance(outputs, dict) else outputs
+            kept = (loss, plain if keeps_outputs else {})
             return pytree.tree_map_only(Tensor, Tensor.cpu, kept) if self._many else kept
 
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.args.device), self._from_last(found))
@@ -374,7 +375,7 @@ class PipelineTrainer(Trainer):
     def _wait(self) -> None:
         """Until process 0 has written."""
         if self._many:
-            dist.barrier()
+            wait_for_all()
 
 
 def _filled_up(arguments: dict[str, Any], rows: int, missing: int) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """The checkpoint file of ``pipeline-ext train``: all that a run needs to continue as if it had never stopped.
 
-Holds tensors, numbers and text in torch.save's format. Reading checks every byte and never executes code. The
-folders of ``pipeline_ext.save_checkpoint`` cannot offer that, because torch.distributed.checkpoint keeps their
-metadata as a pickle and no checksums. So there are two formats; this one gathers the state in one process.
+Holds tensors, numbers and text in torch.save's format: one file, which one process writes, unlike the folders
+of ``pipeline_ext.save_checkpoint``. Reading checks every byte and never executes code. The file that was
+replaced stays, for a run whose newest one is damaged.
 """
 
+import contextlib
+import os
 import pickle
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -19,6 +22,7 @@ from ..errors import InvalidArgument, PipelineError
 from . import interrupt
 
 NAME = "checkpoint.pt"  # in a run's folder
+_BEFORE = "{}.before"  # the one that a file of this name has replaced
 _FORMAT = "pipeline_ext checkpoint"
 _VERSION = 1
 
@@ -40,16 +44,52 @@ class Checkpoint:
 def write(path: Path, checkpoint: Checkpoint) -> None:
     """Replaces the checkpoint at ``path``; a crash at any moment leaves the old one or the new one.
 
-    Raises PipelineError if it cannot be written; the old one is then unchanged.
+    Keeps the old one beside it, where the file system allows a second name. Raises PipelineError if it cannot
+    be written; the old one is then unchanged.
     """
     values = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
     try:
         # Ctrl-C has to wait: torch.save turns a KeyboardInterrupt into a RuntimeError.
-        with interrupt.deferred(), whole_file(path) as file:
+        with interrupt.deferred(), _kept(path), whole_file(path) as file:
             torch.save({"format": _FORMAT, "version": _VERSION, **values}, file)
     except RuntimeError as error:
         cause = error.__context__ or error  # the system's error, which torch.save hides
         raise PipelineError(f"{str(path)!r} cannot be written: {cause}; what was there is unchanged") from error
+
+
+@contextlib.contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    """Keeps the file that the block replaces."""
+    old = path.with_name(f".{path.name}.old")
+    old.unlink(missing_ok=True)  # left by a crash
+    with contextlib.suppress(OSError):
+        os.link(path, old)
+    try:
+        yield
+        if old.exists():
+            os.replace(old, path.with_name(_BEFORE.format(path.name)))
+    finally:
+        old.unlink(missing_ok=True)
+
+
+def newest(path: Path) -> tuple[Checkpoint, str]:
+    """The checkpoint at ``path``, or if that is damaged the one before, and then a sentence that says so.
+
+    Raises as ``read`` does.
+    """
+    try:
+        return read(path), ""
+    except _Damaged as damaged:
+        before = path.with_name(_BEFORE.format(path.name))
+        try:
+            found = read(before)
+        except InvalidArgument:
+            raise damaged from None
+        return found, f"{damaged}; the run continues from the one before, {str(before)!r} of step {found.step}"
+
+
+class _Damaged(InvalidArgument):
+    """A file that is no whole checkpoint."""
 
 
 def read(path: Path) -> Checkpoint:
@@ -72,9 +112,9 @@ def read(path: Path) -> Checkpoint:
             "numbers and text, which could run code when loaded"
         ) from error
     except Exception as error:
-        raise InvalidArgument(not_ours) from error
+        raise _Damaged(not_ours) from error
     if not isinstance(values, dict) or values.get("format") != _FORMAT:
-        raise InvalidArgument(not_ours)
+        raise _Damaged(not_ours)
     version = values.get("version")
     if isinstance(version, int) and version > _VERSION:
         raise InvalidArgument(
@@ -84,7 +124,7 @@ def read(path: Path) -> Checkpoint:
     values = {"random_of_gpus": [], **values}  # earlier versions wrote none
     types = get_type_hints(Checkpoint)
     if not all(isinstance(values.get(key), kind) for key, kind in types.items()):
-        raise InvalidArgument(not_ours)
+        raise _Damaged(not_ours)
     return Checkpoint(**{key: values[key] for key in types})
 
 

@@ -62,7 +62,8 @@ def _rows(data: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
 
 
 def _read_file(path: Path) -> tuple[bytearray, bytearray]:
-    data = bytearray(path.read_bytes()[:_MAX_BYTES])
+    with path.open("rb") as file:
+        data = bytearray(file.read(_MAX_BYTES))
     cut = len(data) - len(data) // _HELD_OUT
     return data[:cut], data[cut:]
 
@@ -77,7 +78,8 @@ def _read_folder(root: Path, is_stdlib: bool) -> tuple[bytearray, bytearray]:
     for index, file in enumerate(sorted(files)):
         into = held_out if index % _HELD_OUT == _HELD_OUT - 1 else train
         if len(into) < _MAX_BYTES:
-            into += file.read_bytes()
+            with file.open("rb") as data:
+                into += data.read(_MAX_BYTES)
     if not held_out:  # too few files
         cut = len(train) - len(train) // _HELD_OUT
         train, held_out = train[:cut], train[cut:]

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..processes.agreement import check_agreement
+from ..processes.gather import of_all, to_first
 from ..processes.group import Processes
 
 _TIMEOUT = 1800.0  # seconds to wait for the other processes
@@ -34,18 +35,15 @@ class Team:
             check_agreement(processes, settings, _TIMEOUT)
 
     def all_of(self, values: Sequence[float]) -> Tensor:
-        """The ``values`` of all processes, float64 [processes, values]."""
-        mine = torch.tensor(values, dtype=torch.float64)
-        found = [mine] * self.size
-        if self.group is not None:
-            found = [torch.empty_like(mine) for _ in found]
-            dist.all_gather(found, mine, group=self.group)
-        return torch.stack(found)
+        """The ``values`` of all processes, float64 [processes, values].
+
+        Raises PeerError, which names a process that is gone or does not come.
+        """
+        mine = [float(value) for value in values]
+        return torch.tensor(of_all(mine, self.group, alone=self.group is None), dtype=torch.float64)
 
     def gather(self, part: Any) -> list[Any] | None:
         """The ``part`` of each process, in the first; None in the others."""
         if self.group is None:
             return [part]
-        parts = [None] * self.size if self.is_first else None
-        dist.gather_object(part, parts, group=self.group, group_dst=0)
-        return parts
+        return to_first(part, self.group)

@@ -13,7 +13,7 @@ from typing import TextIO
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, PipelineError
 from ..pipeline import Pipeline
 from . import interrupt
 from .checkpoint import Checkpoint
@@ -166,7 +166,8 @@ class Training:
         with self._precision():
             loss = self.pipe.step(x, target=y)
         assert isinstance(loss, Tensor)  # the outputs were not asked for
-        self.pipe.clip_grad_norm_(1.0)
+        norm = self.pipe.clip_grad_norm_(1.0)
+        self._check_finite(step, loss, norm)
         with interrupt.deferred():
             self._optimizer.step()
             nats = loss.item()  # synchronizes with the GPU
@@ -186,6 +187,16 @@ class Training:
             self._remember_random_state()
             self._add_to_summary(metrics)
         return metrics
+
+    def _check_finite(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Raises PipelineError, in all processes, before the weights change. It waits for the GPU."""
+        for what, value in (("loss", loss.item()), ("norm of the gradients", norm.item())):
+            if not math.isfinite(value):
+                raise PipelineError(
+                    f"the {what} is {value} in step {step}, so the training has stopped, and the weights and "
+                    f"the checkpoint are those of step {self.step} or before; give a lower "
+                    "--learning-rate, or look at the data"
+                )
 
     def _gather_figures(self, stops: bool) -> float | None:
         """Shares figures with the other processes; returns the bubble over all ranks, None if not timed."""

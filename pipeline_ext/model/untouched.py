@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..base.undone import undone
+
 
 @contextlib.contextmanager
 def untouched(*roots: nn.Module) -> Iterator[None]:
@@ -18,16 +20,22 @@ def untouched(*roots: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     grads = [(p, p.grad) for p in dict.fromkeys(p for root in roots for p in root.parameters())]
-    for parameter, _ in grads:
-        parameter.grad = None
-    with torch.random.fork_rng(devices=sorted({p.device.index for p, _ in grads if p.is_cuda})):
-        try:
-            yield
-        finally:
-            for parameter, grad in grads:
-                parameter.grad = grad
-            with torch.no_grad():
-                for module, name, buffer, before in buffers:
-                    module._buffers[name] = buffer
-                    if not buffer.is_meta:
-                        buffer.copy_(before)
+    generators = [torch.default_generator]
+    generators += [torch.cuda.default_generators[i] for i in {p.device.index for p, _ in grads if p.is_cuda}]
+    states = [(generator, generator.get_state()) for generator in generators]
+
+    def put_back() -> None:
+        for parameter, grad in grads:
+            parameter.grad = grad
+        for generator, state in states:
+            generator.set_state(state)
+        with torch.no_grad():
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                if not buffer.is_meta:
+                    buffer.copy_(before)
+
+    with undone(put_back):
+        for parameter, _ in grads:
+            parameter.grad = None
+        yield

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..base.tensors import FLOATING, describe
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, PipelineError
 from . import kernels
 from .arrays import Array, as_tensor, as_tensors
 from .layout import Layout
@@ -19,7 +19,8 @@ class FusedPacker:
 
     Tables on the device hold the tensors' addresses. So a launch allocates nothing, copies nothing from the
     host and waits for nothing. It goes to the current stream. A CUDA graph can capture it after the same call
-    with ``launch=False``, which only compiles and loads the kernel and must not be captured.
+    with ``launch=False``, which only compiles and loads the kernel and must not be captured. The graph does not
+    keep the tables: keep the packer as long as the graph.
     """
 
     def __init__(self, layout: Layout, tensors: Sequence[Array]) -> None:
@@ -37,14 +38,20 @@ class FusedPacker:
     def rebind(self, tensors: Sequence[Array]) -> None:
         """Binds other tensors, by one copy to the device on the current stream.
 
-        A graph that captured launches of this packer uses these tensors from then on. Must not be captured.
+        A graph that captured launches of this packer uses these tensors from then on. A graph can capture the
+        binding too, which then happens in each replay: the addresses are arguments of its kernels.
         """
         given = as_tensors(tensors)
         self._layout.check_tensors(given)
         for i, tensor in enumerate(given):
             if tensor.device != self._device:
                 raise InvalidArgument(f"tensor {i} is on {tensor.device}; the packer is on {self._device}")
-        self._slots = self._upload(slot_table(self._layout, given), self._slots)
+        table = slot_table(self._layout, given)
+        if self._slots is None or not _is_captured(self._device):
+            self._slots = self._upload(table, self._slots)
+        elif given:
+            # The host may have freed a table by the time of a replay; numbers are copied into the graph.
+            torch._foreach_add_(list(self._slots.zero_().flatten().unbind()), table.flatten().tolist())
         self._tensors = given
         self._expanded = next((i for i, tensor in enumerate(given) if _is_expanded(tensor)), None)
 
@@ -132,10 +139,23 @@ class FusedPacker:
         return tensor
 
     def _upload(self, table: Tensor, to: Tensor | None = None) -> Tensor:
+        if _is_captured(self._device):
+            raise PipelineError(
+                "a packer was made while a CUDA graph was captured, which would not keep its tables; make it "
+                "before, and bind tensors once"
+            )
         if to is None:
             to = torch.empty_like(table, device=self._device)
         pinned = table.pin_memory() if to.is_cuda else table
         return to.copy_(pinned, non_blocking=True)
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether a graph captures what is enqueued on the device's current stream."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _is_expanded(tensor: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """The Triton kernels: one launch copies every tensor of a layout into its buffer, or back.
 
-A program copies one chunk of one slot; two tables on the device say which chunk, and where it lies
-(``tables``). The conversions are known when a kernel is compiled: KINDS lists the pairs (the tensor's format,
-the slot's format) of a layout, and a program takes the branch of its slot's pair.
+A program copies one chunk of one slot, in blocks; two tables on the device say which chunk, and where it
+lies (``tables``). The conversions are known when a kernel is compiled: KINDS lists the pairs (the tensor's
+format, the slot's format) of a layout, and a program takes the branch of its slot's pair.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ KIND = tl.constexpr(tables.KIND)
 WIDE = tl.constexpr(tables.WIDE)
 RANK = tl.constexpr(tables.RANK)
 DIMENSIONS = tl.constexpr(tables.DIMENSIONS)
-CHUNK = tl.constexpr(tables.CHUNK)
-BLOCK = tl.constexpr(tables.CHUNK // 4)  # elements at once without 128-bit accesses; saves registers
+BLOCK = tl.constexpr(tables.BLOCK)
+PART = tl.constexpr(tables.BLOCK // 4)  # elements at once without 128-bit accesses; saves registers
 
 
 def constants(kinds: list[tuple[torch.dtype, torch.dtype]], room: int, largest: int) -> dict[str, Any]:
@@ -35,8 +35,10 @@ def constants(kinds: list[tuple[torch.dtype, torch.dtype]], room: int, largest: 
     """
     return {
         "KINDS": tuple((format_of(tensor), format_of(wire)) for tensor, wire in kinds),
+        "BLOCKS": (counts := tuple(tables.blocks(tensor) for tensor, _ in kinds)),
         "ROOM": room,
-        "INDEX": tl.uint32 if largest < 2**32 - tables.CHUNK else tl.int64,  # 64-bit division is slow
+        # 64-bit division is slow
+        "INDEX": tl.uint32 if largest < 2**32 - tables.BLOCK * max(counts, default=1) else tl.int64,
         "num_warps": 8,
         "enable_fp_fusion": False,  # for the same bits as on the CPU
     }
@@ -52,29 +54,40 @@ def pack(
     amax,
     nonfinite,
     KINDS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     ROOM: tl.constexpr,
     INDEX: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """Slot = tensor * scale, in the slot's format."""
-    slot, row, first, left = _chunk(chunks, slots, ROOM)
-    kind = tl.load(row + KIND)
+    slot, row, chunk = _chunk(chunks, slots, ROOM)
+    kind, count = tl.load(row + KIND), tl.load(row + COUNT)
     for k in tl.static_range(len(KINDS)):
         if kind == k:
             FROM: tl.constexpr = KINDS[k][0]
             WIRE: tl.constexpr = KINDS[k][1]
             factor = _factor(scale, scales, slot, FROM)
-            tensor, wire = _pointers(row, buffer, first, FROM, WIRE)
-            if first < tl.load(row + WIDE):
-                element = tl.arange(0, CHUNK)
-                stored = tl.load(tl.multiple_of(tensor + first, 16) + element)
-                _pack(stored, wire + element, None, slot, factor, amax, nonfinite, FROM, WIRE, SCALED)
+            tensor, wire = _pointers(row, buffer, FROM, WIRE)
+            first = chunk * (BLOCK * BLOCKS[k])
+            as_words = False
+            if BLOCKS[k] > 1:
+                as_words = first + BLOCK * BLOCKS[k] <= tl.load(row + WIDE)
+            if as_words:
+                _copy_words(tensor + first, wire + first)
             else:
-                for begin in range(0, CHUNK, BLOCK):
-                    element = begin + tl.arange(0, BLOCK)
-                    inside = element < left
-                    stored = tl.load(tensor + _strided(row, first + element, INDEX), inside, 0)
-                    _pack(stored, wire + element, inside, slot, factor, amax, nonfinite, FROM, WIRE, SCALED)
+                for block in range(BLOCKS[k]):
+                    begin = first + block * BLOCK
+                    if begin < tl.load(row + WIDE):
+                        stored = tl.load(tl.multiple_of(tensor + begin, 16) + tl.arange(0, BLOCK))
+                        target = wire + begin + tl.arange(0, BLOCK)
+                        _pack(stored, target, None, slot, factor, amax, nonfinite, FROM, WIRE, SCALED)
+                    elif begin < count:
+                        for part in range(0, BLOCK, PART):
+                            element = begin + part + tl.arange(0, PART)
+                            inside = element < count
+                            stored = tl.load(tensor + _strided(row, element, INDEX), inside, 0)
+                            target = wire + element
+                            _pack(stored, target, inside, slot, factor, amax, nonfinite, FROM, WIRE, SCALED)
 
 
 @triton.jit
@@ -85,32 +98,41 @@ def unpack(
     scale: tl.float64,
     scales,
     KINDS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     ROOM: tl.constexpr,
     INDEX: tl.constexpr,
     SCALED: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
     """Tensor = slot * scale, or tensor += slot * scale."""
-    slot, row, first, left = _chunk(chunks, slots, ROOM)
-    kind = tl.load(row + KIND)
+    slot, row, chunk = _chunk(chunks, slots, ROOM)
+    kind, count = tl.load(row + KIND), tl.load(row + COUNT)
     for k in tl.static_range(len(KINDS)):
         if kind == k:
             TO: tl.constexpr = KINDS[k][0]
             WIRE: tl.constexpr = KINDS[k][1]
             factor = _factor(scale, scales, slot, TO)
-            tensor, wire = _pointers(row, buffer, first, TO, WIRE)
-            if first < tl.load(row + WIDE):
-                element = tl.arange(0, CHUNK)
-                stored = tl.load(wire + element)
-                target = tl.multiple_of(tensor + first, 16) + element
-                _unpack(stored, target, None, factor, WIRE, TO, SCALED, ACCUMULATE)
+            tensor, wire = _pointers(row, buffer, TO, WIRE)
+            first = chunk * (BLOCK * BLOCKS[k])
+            as_words = False
+            if BLOCKS[k] > 1:
+                as_words = first + BLOCK * BLOCKS[k] <= tl.load(row + WIDE)
+            if as_words:
+                _copy_words(wire + first, tensor + first)
             else:
-                for begin in range(0, CHUNK, BLOCK):
-                    element = begin + tl.arange(0, BLOCK)
-                    inside = element < left
-                    stored = tl.load(wire + element, inside)
-                    target = tensor + _strided(row, first + element, INDEX)
-                    _unpack(stored, target, inside, factor, WIRE, TO, SCALED, ACCUMULATE)
+                for block in range(BLOCKS[k]):
+                    begin = first + block * BLOCK
+                    if begin < tl.load(row + WIDE):
+                        stored = tl.load(wire + begin + tl.arange(0, BLOCK))
+                        target = tl.multiple_of(tensor + begin, 16) + tl.arange(0, BLOCK)
+                        _unpack(stored, target, None, factor, WIRE, TO, SCALED, ACCUMULATE)
+                    elif begin < count:
+                        for part in range(0, BLOCK, PART):
+                            element = begin + part + tl.arange(0, PART)
+                            inside = element < count
+                            stored = tl.load(wire + element, inside)
+                            target = tensor + _strided(row, element, INDEX)
+                            _unpack(stored, target, inside, factor, WIRE, TO, SCALED, ACCUMULATE)
 
 
 @triton.jit
@@ -158,21 +180,28 @@ def _unpack(
 
 @triton.jit
 def _chunk(chunks, slots, ROOM: tl.constexpr):
-    """The slot of this program, its row in the table, the chunk's first element, and how many follow."""
+    """The slot of this program, its row in the table, and the number of the chunk in the slot."""
     chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
     slot = tl.load(chunk)
-    first = tl.load(chunk + 1).to(tl.int64) * CHUNK
-    row = slots + slot * (DIMENSIONS + 2 * ROOM)
-    return slot, row, first, tl.load(row + COUNT) - first
+    return slot, slots + slot * (DIMENSIONS + 2 * ROOM), tl.load(chunk + 1).to(tl.int64)
 
 
 @triton.jit
-def _pointers(row, buffer, first, FORMAT: tl.constexpr, WIRE: tl.constexpr):
-    """Pointers to the tensor, and to this chunk of its slot."""
+def _pointers(row, buffer, FORMAT: tl.constexpr, WIRE: tl.constexpr):
+    """Pointers to the tensor and to its slot."""
     tensor = tl.load(row + ADDRESS).to(tl.pointer_type(storage(FORMAT)))
     offset = tl.multiple_of(tl.load(row + OFFSET), 16)
     wire = (buffer + offset).to(tl.pointer_type(storage(WIRE)), bitcast=True)
-    return tensor, wire + first
+    return tensor, wire
+
+
+@triton.jit
+def _copy_words(source, target):
+    """Copies a block of words, both aligned to 16 bytes."""
+    word = tl.arange(0, BLOCK)
+    source = tl.multiple_of(source.to(tl.pointer_type(tl.uint32), bitcast=True), 16)
+    target = tl.multiple_of(target.to(tl.pointer_type(tl.uint32), bitcast=True), 16)
+    tl.store(target + word, tl.load(source + word))
 
 
 @triton.jit

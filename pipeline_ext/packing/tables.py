@@ -9,16 +9,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..base.tensors import FLOATING
 from .layout import Layout
 
-CHUNK = 4096  # elements; with 8 warps each thread stores 16 bytes even if an element takes one byte
+BLOCK = 4096  # elements; with 8 warps each thread stores 16 bytes even if an element takes one byte
+_WORD = 4  # bytes
 
 # Columns of the table of slots
 ADDRESS = 0  # of the tensor
 OFFSET = 1  # of the slot in the buffer, bytes
 COUNT = 2  # elements
 KIND = 3  # index in kinds(layout)
-WIDE = 4  # elements, in whole chunks, that 128-bit accesses can move
+WIDE = 4  # elements, in whole blocks, that 128-bit accesses can move
 RANK = 5  # dimensions to iterate over, at least 1
 DIMENSIONS = 6  # size and stride of the innermost one, and so on
 
@@ -28,9 +30,19 @@ def kinds(layout: Layout) -> list[tuple[torch.dtype, torch.dtype]]:
     return sorted({(slot.dtype, slot.wire) for slot in layout.slots}, key=str)
 
 
+def blocks(dtype: torch.dtype) -> int:
+    """How many blocks a program copies of tensors of this type.
+
+    One of floating-point types, which it may have to convert. Of bytes and the like as many as make a block of
+    words: enough accesses are then under way to hide the memory's latency.
+    """
+    return 1 if dtype in FLOATING else max(1, _WORD // dtype.itemsize)
+
+
 def chunk_table(layout: Layout) -> Tensor:
     """A row for each program; int32 [programs, 2], on the CPU."""
-    counts = torch.tensor([-(-slot.count // CHUNK) for slot in layout.slots], dtype=torch.int64)
+    sizes = [BLOCK * blocks(slot.dtype) for slot in layout.slots]
+    counts = torch.tensor([-(-s.count // size) for s, size in zip(layout.slots, sizes)], dtype=torch.int64)
     slots = torch.arange(len(counts)).repeat_interleave(counts)
     chunks = torch.arange(len(slots)) - (counts.cumsum(0) - counts)[slots]
     return torch.stack([slots, chunks], dim=1).int()
@@ -49,7 +61,7 @@ def slot_table(layout: Layout, tensors: Sequence[Tensor]) -> Tensor:
     for slot, tensor in zip(layout.slots, tensors):
         address, dimensions = tensor.data_ptr(), collapse(tensor) or [(1, 1)]
         row_major = dimensions == [(slot.count, 1)]
-        wide = slot.count // CHUNK * CHUNK if row_major and address % 16 == 0 else 0
+        wide = slot.count // BLOCK * BLOCK if row_major and address % 16 == 0 else 0
         padding = [(1, 0)] * (length - len(dimensions))
         columns = (address, slot.offset, slot.count, kind[slot.dtype, slot.wire], wide, len(dimensions))
         rows.append([*columns, *sum(dimensions + padding, ())])

@@ -35,14 +35,14 @@ def make_engine(plan: _C.Plan, schedule: Any, stage: Any) -> HostEngine:
     )
     if stage.group_size == 1:
         return HostEngine(parts)
-    processes = Processes.of(_group(stage))
+    processes = Processes.of(_group(stage), timeout_of(stage))
     assert processes is not None
     settings = {
         "n_microbatches": plan.num_microbatches,
         "scale_grads": schedule.scale_grads,
         "schedule": [type(schedule).__name__, *plan.to_csv().splitlines()],
     }
-    check_agreement(processes, settings, timeout_of(stage))
+    check_agreement(processes, settings, processes.timeout)
     if stage.device.type == "cpu":
         return ProcessEngine(parts, processes)
     channel_types = StagedSender, functools.partial(StagedReceiver, device=stage.device)

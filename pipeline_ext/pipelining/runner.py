@@ -11,7 +11,7 @@ from ..engines.lifetime import Lifetime
 from ..errors import PipelineError
 from ..stages.context import CallerContext
 from ..stages.wrapped import WrappedStages
-from ..step.run import run_step
+from ..step.run import run_step, settle
 from .custom_functions import replaced_methods
 from .losses import Losses
 from .make_engine import make_engine, timeout_of
@@ -79,14 +79,15 @@ class Runner:
         caller = CallerContext.of_this_thread()
         arg_mbs, kwarg_mbs = (list(column) for column in zip(*inputs))
         context = _PipelineContext(schedule, arg_mbs, kwarg_mbs, targets, losses)
-        with self._lifetime.one_at_a_time("step was called"), replaced_methods(self._stages, trains):
+        with self._lifetime.turn("step was called"), replaced_methods(self._stages, trains):
             step = TorchStep(route.exchange, caller, inputs, weights, keep_outputs)
             self._tasks.begin(context, caller)
             self._losses.begin(schedule, targets, loss_kwargs)
             try:
                 with self._wrapped.accumulating() if trains else contextlib.nullcontext():
                     run_step(self._engine, route, list(self._stages.values()), step, timeout=self._timeout)
-                self._engine.settle(route)  # the script may now destroy its process group, or exit
+                # The script may now destroy its process group, or exit.
+                settle(self._engine, route, list(self._stages.values()), self._timeout)
             finally:
                 self._tasks.end()
                 self._losses.end()

@@ -7,14 +7,13 @@ from typing import TypedDict
 
 from .. import _C
 from ..base import arguments
+from ..base.texts import read_text
 from ..errors import InvalidArgument, InvalidSchedule
 from . import zero_bubble
 from .costs import Costs
 from .policy import Policy
 
 ScheduleLike = str | os.PathLike | Policy | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
-
-_MOST_TASKS = 2**32 - 2  # that a plan holds
 
 AUTO = "auto"  # as a schedule: the best one at the costs
 
@@ -89,9 +88,16 @@ def build_plan(
     """
     num_stages = arguments.count("num_stages", num_stages)
     microbatches = arguments.count("microbatches", microbatches)
+    if num_ranks is not None:
+        num_ranks = arguments.count("num_ranks", num_ranks, _C.most_stages)
     check_size(num_stages, microbatches)
     for skip in skips:
         arguments.check_type("one of skips", skip, _C.Skip)
+    for name, value in (("memory", memory), ("costs", costs)):
+        if value is not None:
+            arguments.check_type(name, value, Costs)
+    if isinstance(schedule, str):
+        schedule = arguments.encodable(schedule)
 
     def by_boundary(name: str, packs: Sequence[int]) -> list[int]:
         accepted = (
@@ -103,8 +109,8 @@ def build_plan(
 
     by_stage = f"a list of whole numbers of at least 1, one for each of the {num_stages} stages"
     mode: _Mode = {
-        "overlap": overlap,
-        "reactive": reactive,
+        "overlap": bool(overlap),
+        "reactive": bool(reactive),
         "packs": by_boundary("packs", packs),
         "packs_forward": by_boundary("packs_forward", packs_forward),
         "skips": list(skips),
@@ -127,7 +133,7 @@ def build_plan(
     )
     path = _csv_path(schedule)
     if path is not None or not isinstance(schedule, str | Policy):
-        cells = _cells(schedule) if path is None else _C.cells_of_csv(_text(path))
+        cells = _cells(schedule) if path is None else _C.cells_of_csv(read_text("the schedule", path))
         plan = _C.plan_of_cells(cells, **mode, memory=limits(len(cells)))
     else:
         ranks = default_ranks(schedule, num_stages) if num_ranks is None else num_ranks
@@ -195,10 +201,14 @@ def slots_of_ranks(in_flight: Sequence[int], rank_of_stage: Sequence[int]) -> li
 
 def check_size(num_stages: int, microbatches: int) -> None:
     """Raises InvalidArgument for more tasks than a plan holds, before memory is allocated for them."""
-    if 2 * num_stages * microbatches > _MOST_TASKS:  # F and B
+    if 2 * num_stages * microbatches > _C.most_tasks:  # F and B
         raise InvalidArgument(
-            f"{microbatches} microbatches at {num_stages} stages are more tasks than the {_MOST_TASKS} that a "
-            "plan holds; give fewer"
+            f"{microbatches} microbatches at {num_stages} stages are more tasks than the {_C.most_tasks} "
+            "that a plan holds; give fewer"
+        )
+    if num_stages > _C.most_stages:
+        raise InvalidArgument(
+            f"{num_stages} stages are more than the {_C.most_stages} that a plan holds; give fewer"
         )
 
 
@@ -240,19 +250,12 @@ def _csv_path(schedule: ScheduleLike) -> Path | None:
     return None
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidSchedule(f"the schedule {str(path)!r} cannot be read: {error}") from error
-
-
 def _cells(schedule: object) -> list[list[str]]:
     rows = schedule
     if isinstance(schedule, Mapping):
-        if sorted(schedule) != list(range(len(schedule))):
+        if set(schedule) != set(range(len(schedule))):
             raise InvalidSchedule(
-                f"the schedule's ranks are {sorted(schedule)}; number them from 0 without gaps"
+                f"the schedule's ranks are {list(schedule)!r:.200}; number them from 0 without gaps"
             )
         rows = [schedule[rank] for rank in range(len(schedule))]
     if (
@@ -265,4 +268,4 @@ def _cells(schedule: object) -> list[list[str]]:
             "a schedule is a name, the path of a CSV file, a Policy, or for each rank a list of actions as "
             'text, as in [["0F0", "0B0"], ["1F0", "1B0"]]'
         )
-    return [list(row) for row in rows]
+    return [[arguments.encodable(cell) for cell in row] for row in rows]

@@ -2,12 +2,12 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .. import _C
-from ..errors import InvalidSchedule
+from ..errors import InvalidArgument, InvalidSchedule
 from . import costs_file
 from .costs_file import BOUNDARY, LISTED_BY, STAGE
 
@@ -41,6 +41,8 @@ class Costs:
         mem_w: the part that ``W`` frees, by stage; None: ``act_memory`` minus ``mem_i``, or all if neither is
             given.
         memory_limit: memory that the microbatches of a rank may take at once, by rank; None: no limit.
+
+    Raises InvalidArgument for what is no number and no list of numbers.
     """
 
     forward: PerStage = 1.0
@@ -57,6 +59,12 @@ class Costs:
     mem_i: PerStage | None = None
     mem_w: PerStage | None = None
     memory_limit: PerStage | None = None
+
+    def __post_init__(self) -> None:
+        for name, listed_by in LISTED_BY.items():
+            value = getattr(self, name)
+            if value is not None or getattr(Costs, name) is not None:
+                _check_numbers(name, value, listed_by)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Costs":
@@ -178,13 +186,28 @@ def rebatched(costs: Costs, factor: float) -> Costs:
 
 def _recut(cost: PerStage, num_stages: int, wanted: int) -> PerStage:
     if isinstance(cost, (int, float)):
-        return cost * num_stages / wanted
+        return float(cost) * num_stages / wanted
 
     def between(begin: float, end: float) -> float:
         return sum(c * max(0.0, min(end, s + 1) - max(begin, s)) for s, c in enumerate(cost))
 
     length = num_stages / wanted
     return [between(s * length, (s + 1) * length) for s in range(wanted)]
+
+
+def _check_numbers(name: str, value: Any, listed_by: str | None) -> None:
+    """Raises InvalidArgument unless ``value`` is a number or, if ``listed_by``, a list of numbers."""
+    listed = (
+        listed_by is not None and hasattr(value, "__len__") and not isinstance(value, (str, bytes, Mapping))
+    )
+    try:
+        for number in value if listed else [value]:
+            if isinstance(number, (str, bytes)) or not (listed or isinstance(number, (int, float))):
+                raise TypeError
+            float(number)
+    except (TypeError, ValueError, OverflowError):
+        accepted = "a number" + (f", or a list of {listed_by}" if listed_by else "")
+        raise InvalidArgument(f"{name} is {value!r:.60}; give {accepted}") from None
 
 
 def _spread(cost: PerStage, count: int) -> list[float]:

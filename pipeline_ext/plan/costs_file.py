@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import whole_file
+from ..base.texts import read_text
 from ..errors import InvalidArgument
 
 STAGE, BOUNDARY, RANK = "one for each stage", "one for each boundary", "one for each rank"
@@ -40,19 +41,22 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     Raises InvalidArgument if the file cannot be read or holds values that are not valid.
     """
     file = repr(str(path))
+    text = read_text("the costs", path)
     try:
-        given = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise InvalidArgument(f"the costs {file} cannot be read: {error.strerror}") from error
+        given = json.loads(text)
     except ValueError as error:
         raise InvalidArgument(f"the costs {file} are not JSON: {error}") from error
+    except RecursionError as error:
+        raise InvalidArgument(
+            f"the costs {file} nest lists too deeply; a cost is a number or a list of numbers"
+        ) from error
     if not isinstance(given, dict):
         raise InvalidArgument(
             f'the costs {file} are not a JSON object; write one such as {{"forward": 1, "backward": [2, 3]}}'
         )
     for key in given:
         if key not in LISTED_BY:
-            raise InvalidArgument(f"{key!r} in {file} is not a cost; the costs are {', '.join(LISTED_BY)}")
+            raise InvalidArgument(f"{key!r:.60} in {file} is not a cost; the costs are {', '.join(LISTED_BY)}")
     found = {key: _checked(key, value, file) for key, value in given.items()}
     _check_lengths(found, file)
     return {key: value for key, value in found.items() if value is not None}
@@ -72,16 +76,36 @@ def _checked(key: str, value: Any, file: str) -> float | list[float] | None:
     if key == "bandwidth":
         numbers = [math.inf if number is None else number for number in numbers]
     least = _LEAST.get(key, 0.0)
-    for number in numbers:
-        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if not is_number or not (number > 0 if key in _ABOVE_ZERO else least <= number < math.inf):
+    for given in numbers:
+        number = _number(given)
+        if not (
+            number > 0 if key == "bandwidth" else least <= number < math.inf and (key != "pair" or number > 0)
+        ):
             accepted = "a number above 0" if key in _ABOVE_ZERO else f"a finite number of at least {least:g}"
             verb = "holds" if isinstance(value, list) and LISTED_BY[key] else "is"
             raise InvalidArgument(
-                f"{key!r} in {file} {verb} {json.dumps(number)}; give {accepted}"
+                f"{key!r} in {file} {verb} {_shown(given)}; give {accepted}"
                 + (f", or a list of {LISTED_BY[key]}" if LISTED_BY[key] else "")
             )
-    return [float(number) for number in numbers] if isinstance(value, list) else float(value)
+    found = [_number(given) for given in numbers]
+    return found if isinstance(value, list) else found[0]
+
+
+def _number(value: Any) -> float:
+    """``value`` as a float; NaN if it is no number, infinite if it is too large."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{json.dumps(value):.60}"
+    except (RecursionError, ValueError):  # lists in lists; a number of thousands of digits
+        return f"a {type(value).__name__}"
 
 
 def _check_lengths(found: Mapping[str, Any], file: str) -> None:

@@ -9,11 +9,12 @@ from .. import _C
 from ..base import arguments
 from ..errors import InvalidArgument, InvalidSchedule
 from . import zero_bubble
-from .build import build_plan
+from .build import build_plan, check_size
 from .costs import Costs, rebatched, recut
 from .simulation import Simulation, simulate
 
 _WIDER = (1.25, 1.5, 2.0)  # times the in-flight limit of a rule
+_MOST_PLACED = 1e15  # more than a search ever places
 _FIRST_LOOK = 2_000_000  # tasks placed in the first search for an order, whose speed divides the time
 
 
@@ -111,14 +112,16 @@ def search(
         InvalidArgument: for a search without limits, or numbers that are not valid.
         InvalidSchedule: for costs that do not fit, or if no plan can run.
     """
-    num_ranks = arguments.count("num_ranks", num_ranks)
-    counts = [microbatches] if isinstance(microbatches, int) else list(microbatches)
-    counts = [arguments.count("microbatches", count) for count in counts]
-    chunks = [arguments.count("chunks", count) for count in chunks]
+    num_ranks = arguments.count("num_ranks", num_ranks, _C.most_stages)
+    counts = arguments.counts("microbatches", microbatches)
+    chunks = arguments.counts("chunks", chunks)
     if budget is None and trials is None:
         raise InvalidArgument("the search would never end; give it a budget in seconds, or trials, or both")
+    trials = None if trials is None else arguments.count("trials", trials)
     if not counts or not chunks:
         raise InvalidArgument("there is nothing to try; give at least one number of microbatches and of chunks")
+    check_size(num_ranks * max(chunks), max(counts))
+    arguments.check_seed(seed)
     state = _Search(costs, num_ranks, chunks[0], counts[0], on_progress)
     cuts = [(chunk, count) for chunk in dict.fromkeys(chunks) for count in dict.fromkeys(counts)]
     deadline = math.inf if budget is None else state.begin + budget
@@ -191,6 +194,7 @@ class _Search:
         for i, cut in enumerate(cuts):
             seconds = (deadline - time.perf_counter()) / (len(cuts) - i)
             placed = min(work[cut], speed[cut] * seconds)
+            placed = min(placed, _MOST_PLACED)
             if placed >= self._num_tasks(cut) and not self._search_order(*cut, int(placed), seconds, seed):
                 return
 

@@ -1,10 +1,10 @@
 """What a plan would take: the scheduler run under a virtual clock."""
 
 import math
-from typing import Any
 
 from .. import _C
-from ..errors import InvalidArgument, InvalidSchedule
+from ..base import arguments
+from ..errors import InvalidSchedule
 from .costs import Costs
 
 _PLAIN = Costs()  # F = 1, B = 2, and messages cost nothing
@@ -76,16 +76,14 @@ def simulate(plan: _C.Plan, costs: Costs = _PLAIN, *, noise: float = 0.0, seed: 
     Raises:
         InvalidSchedule: the costs do not fit the plan or add up to no finite time, or the plan's order exceeds
             the memory limit.
-        InvalidArgument: the seed is not valid.
+        InvalidArgument: the noise or the seed is not valid.
     """
-    _check_seed(seed)
+    arguments.check_type("plan", plan, _C.Plan)
+    arguments.check_type("costs", costs, Costs)
+    arguments.check_seed(seed)
+    arguments.check_between("noise", noise, 0, 1000)
     by_stage = costs.by_stage(plan.num_stages, plan.num_ranks).with_noise(noise, seed)
     times = _C.simulate(plan, by_stage)
     if times.makespan == math.inf:
         raise InvalidSchedule("the step takes longer than a number can tell; give times in a larger unit")
     return Simulation(plan, by_stage, times)
-
-
-def _check_seed(seed: Any) -> None:
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise InvalidArgument(f"seed is {seed!r}; give a whole number from 0 on")

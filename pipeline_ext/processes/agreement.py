@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from torch import nn
-from torch.distributed import DistError
+from torch.distributed import DistStoreError
 
 from ..base.tensors import describe
 from ..errors import InvalidArgument, PeerError
 from ..model.skips import DeclaredSkips
 from .differences import digest, first_difference
 from .group import Processes, seconds
+from .store import asked
 
 
 def check_agreement(
@@ -22,14 +23,14 @@ def check_agreement(
 
     ``settings``, by name: lines of text, or values that are compared as text. ``modules``, by name: their
     parameters, buffers and code are compared; values that are not modules are skipped. Raises PeerError if a
-    process does not come within ``timeout`` seconds.
+    process does not come within ``timeout`` seconds or the store has gone, StepTimeout if the store is silent.
     """
     settings = {name: value if isinstance(value, list) else [f"{value}"] for name, value in settings.items()}
     for name, module in (modules or {}).items():
         if isinstance(module, nn.Module):
             settings[name] = _describe_module(module)
-    _tell(processes, "lines", settings)
-    _tell(processes, "digests", {name: digest(lines) for name, lines in settings.items()})
+    _tell(processes, "lines", settings, timeout)
+    _tell(processes, "digests", {name: digest(lines) for name, lines in settings.items()}, timeout)
     digests = _hear(processes, "digests", processes.everyone, timeout)
     seen: dict[str, tuple[int, str]] = {}
     for process, of_process in digests.items():
@@ -43,9 +44,9 @@ def check_agreement(
 def skips_of_all(processes: Processes, here: Iterable[DeclaredSkips], timeout: float) -> list[DeclaredSkips]:
     """The skips that the stages of all processes declare, by stage; ``here``: by those of this process.
 
-    Raises PeerError as ``check_agreement`` does.
+    Raises as ``check_agreement`` does.
     """
-    _tell(processes, "skips", list(here))
+    _tell(processes, "skips", list(here), timeout)
     declared = _hear(processes, "skips", processes.members, timeout)
     return sorted(
         (DeclaredSkips(*module) for of_process in declared.values() for module in of_process),
@@ -54,34 +55,42 @@ def skips_of_all(processes: Processes, here: Iterable[DeclaredSkips], timeout: f
 
 
 def as_in_the_first(processes: Processes, what: str, weights: list[float], timeout: float) -> list[float]:
-    """The weights of the first process of the mesh. Raises PeerError as ``check_agreement`` does.
+    """The weights of the first process of the mesh. Raises as ``check_agreement`` does.
 
     ``what``: a name that is used once.
     """
     first = processes.everyone[0]
     if processes.number == first:
-        _tell(processes, what, weights)
+        _tell(processes, what, weights, timeout)
     return _hear(processes, what, [first], timeout)[first]
 
 
-def _tell(processes: Processes, what: str, value: Any) -> None:
+def _tell(processes: Processes, what: str, value: Any, timeout: float) -> None:
     """Publishes a value, which JSON can hold, for the other processes."""
-    processes.store.set(f"{processes.name}/{what}/{processes.number}", json.dumps(value))
+    key = f"{processes.name}/{what}/{processes.number}"
+    asked(lambda: processes.store.set(key, json.dumps(value)), timeout)
 
 
 def _hear(processes: Processes, what: str, whom: Sequence[int], timeout: float) -> dict[int, Any]:
     """What these processes published, by number in the world."""
     store = processes.store
     keys = {process: f"{processes.name}/{what}/{process}" for process in whom}
-    try:
+
+    def wait() -> dict[int, Any]:
         store.wait(list(keys.values()), seconds(timeout))
-    except DistError as error:
-        absent = [process for process, key in keys.items() if not store.check([key])]
+        return {process: json.loads(store.get(key)) for process, key in keys.items()}
+
+    def seek() -> list[int]:
+        return [process for process, key in keys.items() if not store.check([key])]
+
+    try:
+        return asked(wait, timeout)
+    except DistStoreError as error:
+        absent = asked(seek, 0.0)
         raise PeerError(
             f"no pipeline was made in process {', '.join(map(str, absent))} within {timeout:g} seconds; all "
             "processes of a mesh make their pipelines together, and in the same order"
         ) from error
-    return {process: json.loads(store.get(key)) for process, key in keys.items()}
 
 
 def _describe_module(module: nn.Module) -> list[str]:

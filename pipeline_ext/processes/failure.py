@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from ..errors import PeerError, StepTimeout
 from .notices import Notices
+from .store import SILENT
 
 GRACE = 1.0  # seconds to wait for the reason why a process is gone; replicas wait longer
 
@@ -26,6 +27,7 @@ class Failure:
         self._notices = notices
         self._everyone = everyone
         self._told = threading.Event()  # another process has told of its failure
+        self._store_is_silent = False
         self._silent: list[int] = []
         self._executor: Executor | None = None
         self._over = threading.Event()  # ends what this process waits for outside of the executor
@@ -59,13 +61,17 @@ class Failure:
         future = work.get_future()
         future.add_done_callback(lambda _: over.set())
         if not over.wait(min(timeout, threading.TIMEOUT_MAX)):
-            raise StepTimeout(f"waited {timeout:g} seconds for {whom}")
+            self.seek()
+            raise StepTimeout(f"waited {timeout:g} seconds for {whom}{self.silence}")
         if not future.done():
             raise self.known_error()
         try:
             work.wait()
         except RuntimeError as error:
-            raise PeerError(f"this process waited for {whom}, and one has gone: {error}") from error
+            self.seek()
+            raise PeerError(
+                f"this process waited for {whom}, and one has gone{self.silence}: {error}"
+            ) from error
 
     def known_error(self) -> Exception:
         """The error of another process. Call it only once that is known."""
@@ -80,16 +86,23 @@ class Failure:
     def seek(self) -> None:
         """Finds the processes that do not answer: the one we wait for may itself wait for one of them."""
         answered = self._notices.ask(GRACE)
+        self._store_is_silent = answered is None
         self._silent = [
             process
             for rank, process in enumerate(self._everyone)
-            if rank not in answered and process != dist.get_rank()
+            if answered is not None and rank not in answered and process != dist.get_rank()
         ]
 
     def describe(self) -> str:
         """The failure in words, for people."""
-        silent = "".join(f", and process {process} does not answer" for process in self._silent)
-        return f"it failed in one of its processes{silent}"
+        return f"it failed in one of its processes{self.silence}"
+
+    @property
+    def silence(self) -> str:
+        """Which processes did not answer, to add to a sentence."""
+        if self._store_is_silent:
+            return f", and {SILENT}"
+        return "".join(f", and process {process} does not answer" for process in self._silent)
 
     def close(self) -> None:
         self._notices.close()

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
@@ -12,9 +12,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InvalidArgument
+from .circle import Circle
 from .connections import Connections
 from .notices import Notices
-from .store import default_store, prefixed
+from .store import Store, default_store, prefixed
+
+_TIMEOUT = 300.0
+_TAG = (1 << 20) + 2  # neither messages between stages nor traces have it
 
 MeshLike = DeviceMesh | dist.ProcessGroup | None
 
@@ -27,6 +31,7 @@ class Closable(Protocol):
 
 
 Opened = TypeVar("Opened", bound=Closable)
+Finish = Callable[[dist.Work, float, str], None]
 
 _made: Counter[tuple[int, ...]] = Counter()  # pipelines, by the processes that share them
 
@@ -44,6 +49,7 @@ class Processes:
         in_order: whether stages may communicate with other processes too, which needs one order of tasks.
         name: the pipeline's name, unique among those that the same processes share.
         have_gpus: whether each process is meant to have a GPU.
+        timeout: seconds to wait for another process.
     """
 
     def __init__(
@@ -53,8 +59,10 @@ class Processes:
         everyone: list[int],
         in_order: bool = False,
         have_gpus: bool = False,
+        timeout: float = _TIMEOUT,
     ) -> None:
         self.have_gpus = have_gpus
+        self.timeout = timeout
         self.group = group
         self.replicas = replicas
         self.everyone = everyone
@@ -70,7 +78,7 @@ class Processes:
         self._opened: list[Closable] = []
 
     @classmethod
-    def of(cls, mesh: MeshLike) -> "Processes | None":
+    def of(cls, mesh: MeshLike, timeout: float = _TIMEOUT) -> "Processes | None":
         """The processes that ``Pipeline(mesh=...)`` names; None for None. Raises InvalidArgument."""
         if mesh is None:
             return None
@@ -81,7 +89,8 @@ class Processes:
             )
         if isinstance(mesh, dist.ProcessGroup):
             have_gpus = "nccl" in dist.get_backend_config(mesh)
-            return cls(mesh, None, sorted(dist.get_process_group_ranks(mesh)), have_gpus=have_gpus)
+            everyone = sorted(dist.get_process_group_ranks(mesh))
+            return cls(mesh, None, everyone, have_gpus=have_gpus, timeout=timeout)
         if not isinstance(mesh, DeviceMesh):
             raise InvalidArgument(
                 f"mesh is {mesh!r}; give a DeviceMesh with a dimension named 'pp', or a process group"
@@ -101,24 +110,44 @@ class Processes:
         everyone = sorted(both.mesh.flatten().tolist())
         replicas = mesh.get_group("dp") if has_replicas else None
         in_order = any(mesh[name].size() > 1 for name in names if name not in ("dp", "pp"))
-        return cls(mesh.get_group("pp"), replicas, everyone, in_order, mesh.device_type == "cuda")
+        return cls(mesh.get_group("pp"), replicas, everyone, in_order, mesh.device_type == "cuda", timeout)
 
     @functools.cached_property
     def messages(self) -> Connections:
         """The connections between the pipeline's processes, by rank, for its messages."""
         return self.connect("messages", self.members)
 
-    def agree(self, count: int | None, rank: int) -> int:
-        """The ``count`` of rank ``rank``, in all processes; the others' ``count`` does not matter."""
+    def agree(self, count: int | None, rank: int, finish: Finish) -> int:
+        """The ``count`` of rank ``rank``, in all processes; the others' ``count`` does not matter.
+
+        ``finish(work, timeout, whom)`` waits, and raises if a process has failed.
+        """
         told = torch.tensor([0 if count is None else count])
-        self.messages.broadcast(told, rank).wait()
+        finish(self.messages.broadcast(told, rank), self.timeout, self.describe(rank))
         return int(told)
 
+    @functools.cached_property
+    def circle(self) -> Circle:
+        """The pipeline's processes, by rank, outside of steps."""
+        return Circle(self.messages, self.timeout, _TAG)
+
     def connect(self, purpose: str, members: Sequence[int]) -> Connections:
-        """Connects ``members``, numbers in the world with this process among them. All call it together."""
-        # Replicas connect at the same time, for the same purpose.
-        store = prefixed(f"{self.name}/{purpose}/{'-'.join(map(str, members))}", self.store)
-        return self.keep(Connections(store, members))
+        """Connects ``members``, numbers in the world with this process among them. All call it together.
+
+        Raises PeerError if one does not come within ``timeout``.
+        """
+        return self.keep(Connections(self.own_store(purpose, members), members, seconds(self.timeout)))
+
+    def connect_replicas(self) -> Connections | None:
+        """Connects the processes that hold the same stages; None without replicas. All call it together."""
+        if self.replicas is None:
+            return None
+        return self.connect("replicas", dist.get_process_group_ranks(self.replicas))
+
+    def own_store(self, purpose: str, members: Sequence[int]) -> Store:
+        """The part of the store that ``members``, numbers in the world, use for one purpose."""
+        # Replicas have other members, and do the same at the same time.
+        return prefixed(f"{self.name}/{purpose}/{'-'.join(map(str, members))}", self.store)
 
     def keep(self, opened: Opened) -> Opened:
         """Returns ``opened``, which ``close`` will close."""
@@ -132,7 +161,8 @@ class Processes:
 
     def notices(self) -> Notices:
         """The mailboxes through which all these processes learn of a failure."""
-        return Notices(self.store, self.name, self.everyone.index(self.number), len(self.everyone))
+        rank = self.everyone.index(self.number)
+        return Notices(self.store, self.name, rank, len(self.everyone), self.timeout)
 
     def describe(self, rank: int) -> str:
         """A rank of the pipeline in words, for people."""

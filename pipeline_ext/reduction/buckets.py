@@ -12,6 +12,34 @@ from .member import Member, Work
 
 
 class Bucket:
+    """Parameters of one type, whose gradients are reduced together."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+
+    @property
+    def buffer(self) -> Tensor:
+        """A tensor of the type and size of what is reduced."""
+        return torch.empty(
+            sum(p.numel() for p in self.parameters), dtype=self.parameters[0].dtype, device="meta"
+        )
+
+    def check(self) -> None:
+        """Raises InvalidArgument for a gradient that cannot be packed."""
+        for parameter in self.parameters:
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                raise InvalidArgument(
+                    f"the gradient of a parameter of shape {list(parameter.shape)} is sparse, and replicas "
+                    "reduce dense ones only; set it to None, or to its to_dense()"
+                )
+
+    def clear(self) -> None:
+        """Sets every gradient to None."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+class FlatBucket(Bucket):
     """Parameters of one type, and the flat buffer of their gradients.
 
     When a step begins, a parameter without ``.grad`` is given a zeroed view of the buffer and keeps it from
@@ -21,7 +49,7 @@ class Bucket:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], wire: torch.dtype | None) -> None:
-        self.parameters = parameters
+        super().__init__(parameters)
         dtype, device = parameters[0].dtype, parameters[0].device
         # After the gradients a flag for each: 1 if this replica has a gradient, 0 if not.
         tensors = [*parameters, torch.empty(len(parameters), dtype=dtype, device=device)]
@@ -64,15 +92,6 @@ class Bucket:
     def memory(self) -> int:
         """Address of the buffer that the gradients are views of."""
         return self._views[-1].untyped_storage().data_ptr()
-
-    def check(self) -> None:
-        """Raises InvalidArgument for a gradient that cannot be packed."""
-        for parameter in self.parameters:
-            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-                raise InvalidArgument(
-                    f"the gradient of a parameter of shape {list(parameter.shape)} is sparse, and replicas "
-                    "reduce dense ones only; set it to None, or to its to_dense()"
-                )
 
     def clone_misplaced(self, buffers: Collection[int]) -> None:
         """Clones gradients that lie in ``buffers`` where another parameter's gradient belongs."""
@@ -133,11 +152,6 @@ class Bucket:
             if self._is_untouched(i):
                 self.parameters[i].grad = None
 
-    def clear(self) -> None:
-        """Sets every gradient to None."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
     def _is_untouched(self, i: int) -> bool:
         """Whether the gradient of parameter ``i`` is the zeroed view that the step began with."""
         grad, view = self.parameters[i].grad, self._views[i]
@@ -168,10 +182,8 @@ def _strided_like(view: Tensor, parameter: Tensor) -> Tensor:
     return view.as_strided(parameter.shape, parameter.stride()) if dense else view
 
 
-def fill_buckets(
-    parameters: Iterable[nn.Parameter], bucket_bytes: int, wire: torch.dtype | None
-) -> list[Bucket]:
-    """Buckets of one type each and at most ``bucket_bytes``; a larger parameter gets a bucket of its own."""
+def group_for_buckets(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
+    """Groups of one type each and at most ``bucket_bytes``; a larger parameter gets a group of its own."""
     groups: list[list[nn.Parameter]] = []
     filling: dict[torch.dtype, tuple[list[nn.Parameter], int]] = {}
     for parameter in parameters:
@@ -182,4 +194,4 @@ def fill_buckets(
             groups.append(group)
         group.append(parameter)
         filling[parameter.dtype] = (group, nbytes + room)
-    return [Bucket(group, wire) for group in groups]
+    return groups

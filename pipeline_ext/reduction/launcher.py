@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import nn
 
 from ..stages.last_backward import Body
-from .buckets import Bucket
+from .buckets import FlatBucket
 
 
 class BucketLauncher:
@@ -19,16 +19,16 @@ class BucketLauncher:
     the last backward of the step before. When that backward ends, all buckets of the stage are full.
     """
 
-    def __init__(self, launch: Callable[[Bucket], None]) -> None:
+    def __init__(self, launch: Callable[[FlatBucket], None]) -> None:
         self._launch = launch
         self._counts: dict[int, Counter[nn.Parameter]] = {}  # accumulations by stage, in its last backward
-        self._buckets: Mapping[int, Sequence[Bucket]] = {}
+        self._buckets: Mapping[int, Sequence[FlatBucket]] = {}
         self._left: dict[int, int] = {}  # backwards, by stage
-        self._due: deque[Bucket] = deque()
-        self._full: set[Bucket] = set()
+        self._due: deque[FlatBucket] = deque()
+        self._full: set[FlatBucket] = set()
         self._launching = threading.Lock()
 
-    def begin(self, buckets: Mapping[int, Sequence[Bucket]], microbatches: int) -> None:
+    def begin(self, buckets: Mapping[int, Sequence[FlatBucket]], microbatches: int) -> None:
         """Begins a step that reduces ``buckets``, by stage; each stage runs ``microbatches`` backwards."""
         self._buckets = buckets
         self._left = dict.fromkeys(buckets, microbatches)
@@ -65,7 +65,7 @@ class BucketLauncher:
             missing = {parameter: before[parameter] for parameter in bucket.parameters}
 
             def accumulated(
-                parameter: nn.Parameter, bucket: Bucket = bucket, missing: dict[nn.Parameter, int] = missing
+                parameter: nn.Parameter, bucket: FlatBucket = bucket, missing: dict[nn.Parameter, int] = missing
             ) -> None:
                 counts[parameter] += 1
                 if counts[parameter] == missing.get(parameter):
@@ -80,7 +80,7 @@ class BucketLauncher:
             for handle in handles:
                 handle.remove()
 
-    def _fill(self, buckets: Sequence[Bucket]) -> None:
+    def _fill(self, buckets: Sequence[FlatBucket]) -> None:
         with self._launching:
             self._full.update(buckets)
             while self._due and self._due[0] in self._full:

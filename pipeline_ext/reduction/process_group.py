@@ -18,7 +18,7 @@ from ..errors import InvalidArgument, ReductionError, StepTimeout
 from ..processes.connections import Connections
 from ..processes.differences import digest, first_difference
 from ..processes.notices import Notices
-from ..processes.store import default_store, prefixed
+from ..processes.store import asked, default_store, prefixed
 from .member import ENDED, UNEQUAL
 
 _made: Counter[str] = Counter()  # members that were made, by the processes of their group
@@ -42,7 +42,8 @@ class ProcessGroupMember:
     def __init__(self, group: dist.ProcessGroup, *, timeout: float = 300.0) -> None:
         """Returns when all processes of ``group`` have called it, within ``timeout`` seconds.
 
-        Raises InvalidArgument for anything but a process group, dist.DistError if a process does not call it.
+        Raises InvalidArgument for anything but a process group, PeerError if a process does not call it,
+        StepTimeout if the store of torch.distributed does not answer.
         """
         arguments.check_type("group", group, dist.ProcessGroup)
         self._timeout = timedelta(seconds=timeout)
@@ -61,7 +62,7 @@ class ProcessGroupMember:
         self._open: set[ProcessWork] = set()
         self._failure: str | None = None
         self._has_failed = threading.Event()
-        notices = Notices(self._store, "notices", self.rank, self.size)
+        notices = Notices(self._store, "notices", self.rank, self.size, timeout)
         itself = weakref.ref(self)
         notices.watch(lambda _, text: _fail(itself, text), lambda: _status(itself))
         weakref.finalize(self, notices.close)
@@ -140,7 +141,7 @@ class ProcessGroupMember:
 
         Finds out which replicas did not make the call, and tells all others.
         """
-        calls = self._notices.ask(_GRACE)
+        calls = self._notices.ask(_GRACE) or {}
         others = (rank for rank in range(self.size) if rank != self.rank)
         absent = [rank for rank in others if int(calls.get(rank, 0)) < number]
         # A replica that answers and is absent waits for somebody too, and is about to report for whom.
@@ -193,12 +194,16 @@ class ProcessGroupMember:
 
     def _difference(self, plan: Sequence[str], other: int) -> str:
         """Where ``plan`` differs from another replica's; that replica calls this too."""
-        self._store.set(f"plan {self.rank}", "\n".join(plan))
-        try:
+
+        def exchange() -> list[str]:
+            self._store.set(f"plan {self.rank}", "\n".join(plan))
             self._store.wait([f"plan {other}"], timedelta(seconds=_GRACE))
-        except dist.DistError:
+            return self._store.get(f"plan {other}").decode().splitlines()
+
+        try:
+            theirs = asked(exchange, _GRACE)
+        except (StepTimeout, RuntimeError):
             return f"{self._name()} and {self._name(other)} do not reduce the same"
-        theirs = self._store.get(f"plan {other}").decode().splitlines()
         ours, its = first_difference(plan, theirs)
         return f"{self._name()} reduces {ours} where {self._name(other)} reduces {its}; {UNEQUAL}"
 

@@ -33,6 +33,9 @@ class Seeds(Protocol):
     def seed(self, stage: int, part: int) -> int:
         """The seed of one of a stage's tasks, by its number among them."""
 
+    def on_device(self, stage: int) -> torch.Generator | None:
+        """The generator of the GPU on which a stage runs; None on the CPU."""
+
 
 Task = tuple[Seeds, int, int]  # with the arguments of ``Seeds.seed``
 
@@ -40,23 +43,64 @@ Task = tuple[Seeds, int, int]  # with the arguments of ``Seeds.seed``
 class Calls:
     """The context of a forward whose calls of modules draw the same numbers in whatever stage they run.
 
-    Each call draws from a stream of its own, and so does what is around calls. What draws nothing pays nothing.
-
-    Attributes:
-        number: of the call that runs; -1 around calls.
+    Each call draws from a stream of its own, and so does what is around calls. On the CPU what draws nothing
+    pays nothing. The generator of a GPU is seeded where a call begins and ends: its operators do not all take a
+    generator, but each kernel gets the state when it is enqueued.
     """
 
     def __init__(self) -> None:
-        self.number = AROUND
+        self._number = AROUND
+        self._on_device: tuple[torch.Generator, Task] | None = None
+        self._offset = 0  # of that generator's stream around calls, while a call runs
         self._streams: dict[int, Task] = {}  # by call
         self._state: Tensor | None = None  # of the stream around calls, while a call draws
 
     def __enter__(self) -> "Calls":
         self._outer, _thread.calls = _thread.calls, self
+        task = _thread.task
+        generator = None if task is None else task[0].on_device(task[1])
+        if task is not None and generator is not None:
+            self._on_device = generator, task
+            self._seed_device()
         return self
 
     def __exit__(self, *_: object) -> None:
         _thread.calls = self._outer
+        if self._on_device is not None:
+            self._look_at_device()
+            generator, (seeds, stage, part) = self._on_device
+            generator.manual_seed(seeds.seed(stage, part))
+
+    @property
+    def number(self) -> int:
+        """The number of the call that runs; -1 around calls."""
+        return self._number
+
+    @number.setter
+    def number(self, number: int) -> None:
+        if self._on_device is None:
+            self._number = number
+        else:
+            self._look_at_device()
+            self._number = number
+            self._seed_device()
+
+    def _seed_device(self) -> None:
+        assert self._on_device is not None
+        generator, (seeds, _, part) = self._on_device
+        generator.manual_seed(seeds.seed(-2 - self._number, part))
+        if self._number == AROUND:
+            generator.set_offset(self._offset)
+
+    def _look_at_device(self) -> None:
+        """Notes whether what ran has drawn."""
+        assert self._on_device is not None
+        generator, (seeds, stage, _) = self._on_device
+        offset = generator.get_offset()
+        if offset != (self._offset if self._number == AROUND else 0):
+            seeds.drew.add(stage)
+        if self._number == AROUND:
+            self._offset = offset
 
     def stream(self, task: Task) -> Task:
         """The stream of what runs now, as a part of ``task``."""

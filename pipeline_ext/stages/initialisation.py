@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import InvalidArgument
-from ..processes.connections import own_part
+from ..processes.connections import Connections, own_part
 from .wrapped import reduced_in
 
 Place = tuple[dict[str, Any], str]  # where a module holds a tensor: the table, and the name in it
@@ -21,7 +21,7 @@ Place = tuple[dict[str, Any], str]  # where a module holds a tensor: the table, 
 class Initialise(Protocol):
     """``initialise`` of a certain model."""
 
-    def __call__(self, *, modules: Sequence[nn.Module], replicas: dist.ProcessGroup | None) -> None: ...
+    def __call__(self, *, modules: Sequence[nn.Module], replicas: Connections | None) -> None: ...
 
 
 def initialise(
@@ -29,7 +29,7 @@ def initialise(
     around: Sequence[nn.Module] = (),
     *,
     modules: Sequence[nn.Module],
-    replicas: dist.ProcessGroup | None,
+    replicas: Connections | None,
 ) -> None:
     """Gives parameters and buffers on the meta device memory and values, the same in all ``replicas``.
 
@@ -219,11 +219,10 @@ def _refuse_plain_tensors(modules: Iterable[nn.Module]) -> None:
                 )
 
 
-def _make_equal(modules: Sequence[nn.Module], replicas: dist.ProcessGroup) -> None:
+def _make_equal(modules: Sequence[nn.Module], replicas: Connections) -> None:
     """Gives every replica the parameters and buffers of the first, except what wrapped stages reduce."""
-    first = dist.get_process_group_ranks(replicas)[0]
     own = reduced_in(modules)
     with torch.no_grad():
         for tensor in dict.fromkeys(t for m in modules for t in (*m.parameters(), *m.buffers())):
             if tensor not in own:
-                dist.broadcast(own_part(tensor), first, group=replicas)
+                replicas.make_equal(tensor)

@@ -1,19 +1,13 @@
 """Modules in evaluation mode for a while."""
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch import nn
 
+from .. import _C
 
-@contextlib.contextmanager
-def evaluation_mode(roots: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside it, the modules and all inside them are in evaluation mode; then each is in its own again."""
-    training = [module for root in roots for module in root.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+
+def evaluation_mode(roots: Iterable[nn.Module]) -> _C.EvaluationMode:
+    """A context in which the modules, and all inside them, are in evaluation mode."""
+    modules = dict.fromkeys(module for root in roots for module in root.modules())
+    return _C.EvaluationMode([module for module in modules if module.training])

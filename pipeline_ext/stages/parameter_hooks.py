@@ -4,54 +4,47 @@ Autograd runs them for each microbatch. An optimizer that steps in such a hook w
 other microbatches still need the old ones.
 """
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from .aliases import check_no_hooks
 from .reach import Owners
 
 
 class ParameterHooks:
     """Runs the post-accumulate-grad hooks of a pipeline's parameters."""
 
-    def __init__(self, owners: Owners, microbatches: int, on_aliases: bool) -> None:
-        """``owners`` know the parameters. ``on_aliases``: stages run on aliases of all of them, as on GPUs."""
+    def __init__(self, owners: Owners, microbatches: int) -> None:
+        """``owners`` know the parameters."""
         self._owners = owners
         self._microbatches = microbatches
-        self._on_aliases = on_aliases
         self._warned = False
         self._before: list[tuple[nn.Parameter, Tensor | None, int]] = []
+        self._held: list[tuple[dict[int, Any], dict[int, Any]]] = []  # the hooks of a parameter, and a copy
 
-    def check(self) -> None:
-        """Raises InvalidArgument for a hook of another kind that would not run."""
-        if self._on_aliases:
-            check_no_hooks(self._owners.parameters, "stages on a GPU run on aliases of their parameters")
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside it, a step runs without them."""
-        held: list[tuple[dict[int, Any], dict[int, Any]]] = []
-        self._before = []
+    def hold(self) -> None:
+        """A step runs without them from now on, until ``put_back``."""
+        self.put_back()
+        held, self._before = [], []
         for parameter in self._owners.parameters:
             hooks = parameter._post_accumulate_grad_hooks
             if hooks:
                 held.append((hooks, dict(hooks)))
                 self._before.append((parameter, parameter.grad, _version(parameter.grad)))
         self._warn()
+        self._held = held
         for hooks, _ in held:
             hooks.clear()
-        try:
-            yield
-        finally:
-            for hooks, own in held:
-                hooks.update(own)
+
+    def put_back(self) -> None:
+        """Parameters have their hooks again. After Ctrl-C at any moment it can be called again."""
+        for hooks, own in self._held:
+            hooks.update(own)
+        self._held = []
 
     def run(self) -> None:
-        """Runs those of the parameters whose gradient has changed in the step that ``held`` held."""
+        """Runs those of the parameters whose gradient has changed in the step since ``hold``."""
         for parameter, grad, version in self._before:
             if parameter.grad is not None and (
                 parameter.grad is not grad or _version(parameter.grad) != version

@@ -54,12 +54,23 @@ class StepStreams:
     def in_this_thread(self) -> Iterator[None]:
         """Inside it, the calling thread may enter tasks."""
         try:
+            self.start()
             yield
         finally:
-            drawing.enter(None)
+            self.leave()
+
+    def start(self) -> None:
+        """From now on the calling thread may enter tasks."""
+
+    def leave(self) -> None:
+        """From now on the calling thread draws from torch's own generators. May be called again."""
+        drawing.enter(None)
 
     def seed(self, stage: int, part: int) -> int:
         return _seed(self.base, self._replica, stage, part)
+
+    def on_device(self, stage: int) -> torch.Generator | None:
+        return None
 
 
 class NoStreams(StepStreams):

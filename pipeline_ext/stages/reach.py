@@ -64,6 +64,10 @@ class Owners:
                 for name, parameter in module.named_parameters(remove_duplicate=False):
                     self._of.setdefault(parameter, {}).setdefault(stage, _unsplit_name(module, name))
 
+    def of(self, stage: int) -> list[tuple[str, Tensor]]:
+        """The parameters of a stage, by their names in the model."""
+        return [(held[stage], parameter) for parameter, held in self._of.items() if stage in held]
+
     def without_gradient(self, stages: Iterable[int]) -> list[str]:
         """The names of these stages' parameters that could have a gradient and have none."""
         chosen = set(stages)

@@ -59,6 +59,8 @@ class SharedParameters:
 
     def target(self, stage: int, parameter: nn.Parameter) -> nn.Parameter:
         """Where to add the gradients that a stage finds for one of its parameters in this step."""
+        if not self._aliases:  # a look-up by parameter takes a microsecond
+            return parameter
         return self._aliases.get(parameter, {}).get(stage, parameter)
 
     def watch(self, stage: int, forward: Body) -> Body:

@@ -17,6 +17,7 @@ from ..transport.dtensors import Meshes
 from . import boundary
 from .abandoned import this_thread
 from .elsewhere import refused
+from .finite import GRADIENT, LOSS, RESULT
 from .loss_view import LossView
 from .reach import NoDerivativeByReceived, Owners, reached
 from .skips import StageSkips
@@ -171,6 +172,9 @@ class Stage:
                 self._check_whole([*(loss for loss, _ in losses), *sent], all_received)
             step.exchange.send_value(self.index, m, value)
         stashed = self._skips.send(step.exchange, m, scope)
+        if step.watch is not None:
+            step.watch.look(RESULT, self.index, m, [*sent, *stashed])
+            step.watch.look(LOSS, self.index, m, (loss for loss, weight in losses if weight != 0))
         self._in_flight[m] = InFlight(received, popped, sent, stashed, losses)
 
     def backward(self, m: int) -> None:
@@ -249,6 +253,8 @@ class Stage:
     def _send_back(self, step: Step, m: int, in_flight: InFlight) -> None:
         self._entrance.returned(in_flight.received)
         grads_in = [tensor.gradient() for tensor in in_flight.received]
+        if step.watch is not None:
+            step.watch.look(GRADIENT, self.index, m, grads_in)
         if self.index == 0:
             step.input_grads[m] = grads_in
         else:

@@ -13,6 +13,7 @@ from ..base.tensors import differentiable
 from ..errors import PipelineError
 from ..transport.exchange import Exchange
 from .context import CallerContext
+from .finite import Watch
 from .random_streams import NoStreams, StepStreams
 
 
@@ -33,6 +34,7 @@ class Step:
         scaler: torch.amp.GradScaler | None = None,
         keep_outputs: bool = True,
         random: StepStreams | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """``rows`` of each microbatch, and ``inputs``: None if another process has the first stage.
 
@@ -41,6 +43,7 @@ class Step:
         self.exchange = exchange
         self.inputs = inputs
         self.random = random or NoStreams()
+        self.watch = watch
         self.context = context
         self.targets = targets
         self._target_rows = target_rows

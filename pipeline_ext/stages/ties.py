@@ -37,11 +37,14 @@ class Ties:
     def __init__(self, ties: list[_Tie]) -> None:
         self._ties = ties
 
+    def __bool__(self) -> bool:
+        return bool(self._ties)
+
     def make_equal(self) -> None:
         """Gives all copies the values of the first process."""
         with torch.no_grad():
             for tie in self._ties:
-                tie.among.broadcast(tie.parameter, 0).wait()
+                tie.among.make_equal(tie.parameter)
 
     def begin(self) -> None:
         """Keeps the gradients of earlier steps in the first process only, so that they count once."""

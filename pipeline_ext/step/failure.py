@@ -61,7 +61,9 @@ def _failure(plan: _C.Plan, result: StepResult, state: str, awaited: Sequence[st
     kind, stage, m, rank, _ = plan.describe(result.failed_task)
     where = f"{action}, the {_KINDS[kind]} of microbatch {m} at stage {stage} on rank {rank}"
     if isinstance(error, DeviceError):
-        return DeviceError(f"{error}; it happened at {where}; {state}")
+        device_error = DeviceError(f"{error}; it happened at {where}; {state}")
+        device_error.__cause__ = error.__cause__
+        return device_error
     if not isinstance(error, Exception):  # KeyboardInterrupt and the like keep their type
         error.add_note(f"raised in {where}; {state}")
         return error

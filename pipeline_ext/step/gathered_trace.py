@@ -6,7 +6,7 @@ from ..errors import PeerError
 from ..processes import clocks
 from ..processes.group import Processes, seconds
 from ..processes.peer import Peer
-from ..processes.values import as_bytes, as_tensor
+from ..processes.values import as_bytes, as_tensor, encode
 from ..report.merged import Part, merged
 from ..report.trace import Trace
 
@@ -27,6 +27,7 @@ class TraceGathering:
         Raises PeerError if a process is gone, or does not come in time.
         """
         part = Part.of(trace)
+        self._processes.circle.of_all(encode(None))  # which names a process that does not come, in all others
         if self._processes.rank > 0:
             self._give(part)
             return None

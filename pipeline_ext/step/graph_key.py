@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import _C
 from ..base.comparable import comparable
-from ..model.module_watch import ModuleWatch
+from ..base.tensors import dense_parts
 from ..stages.context import CallerContext
 from .batch import Batch
 
@@ -20,42 +21,49 @@ class NotCapturable(Exception):
 class GraphKeys:
     """Finds a step's key: a graph captured in a step can be replayed for any step with the same key.
 
-    The key holds the batch's shapes, types and values that are not tensors; the caller's context; the mode of
-    each module; the addresses of parameters and buffers; which parameters require a gradient and which have
-    one; an optimizer's settings and the addresses of its state.
+    The key holds the batch's shapes, types and values that are not tensors; the caller's context; which modules
+    and parameters there are, and each module's mode; the addresses and shapes of parameters and buffers; which
+    parameters require a gradient and which have one; an optimizer's settings and the addresses of its state.
     """
 
     def __init__(self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> None:
         self._optimizer = optimizer
-        self._watch = ModuleWatch(modules)
-        self._find()
+        self._state = _C.ModelState(modules)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The modules' parameters when a key was last computed."""
-        return self._parameters
+        return self._state.parameters
 
     def of(
         self, leaves: Sequence[Any], spec: pytree.TreeSpec, batch: Batch, context: CallerContext
     ) -> Hashable:
         """The key of a step. ``leaves`` and ``spec``: the batch's inputs and target. Raises NotCapturable."""
-        if self._watch.changed():
-            self._find()
-        if any(p._post_accumulate_grad_hooks for p in self._parameters):
-            raise NotCapturable("a parameter has a post-accumulate-grad hook, which a replay would not call")
+        state = self._state.read()
+        if self._state.hook is not None:
+            raise NotCapturable(f"a parameter has a {self._state.hook}, which a replay would not call")
         return (
             spec,
             tuple(map(_key_of_leaf, leaves)),
             (batch.keep_outputs, batch.keep_losses, batch.record, context),
-            tuple((p.data_ptr(), p.requires_grad, p.grad is None) for p in self._parameters),
-            tuple(b.data_ptr() for table in self._buffers for b in table.values() if b is not None),
-            tuple(module.training for module in self._watch.modules),
+            state,
+            tuple(map(_memory, self._state.others)),
             () if self._optimizer is None else _of_optimizer(self._optimizer),
         )
 
-    def _find(self) -> None:
-        self._parameters = self._watch.parameters
-        self._buffers = [module._buffers for module in self._watch.modules if module._buffers]
+    def put_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Makes ``gradients`` the parameters' own, with the values that those have now.
+
+        Call it after ``of``, with nothing in between that changes a ``.grad``.
+        """
+        others = self._state.put_gradients(gradients)
+        if others:
+            parameters = self.parameters
+            for i in others:
+                parameter, gradient = parameters[i], gradients[i]
+                assert parameter.grad is not None and gradient is not None
+                gradient.copy_(parameter.grad)
+                parameter.grad = gradient
 
 
 def check_capturable(optimizer: torch.optim.Optimizer) -> None:
@@ -77,6 +85,18 @@ def _key_of_leaf(leaf: Any) -> Hashable:
             f"an input is a {type(leaf).__name__}, which cannot be compared with that of an earlier step"
         )
     return found
+
+
+def _memory(tensor: Tensor) -> Hashable:
+    """Where a tensor's values lie, and how they are read there."""
+    return (
+        type(tensor),
+        tensor.shape,
+        tuple(
+            (part.data_ptr(), part.shape, part.stride(), part.dtype, part.device, part.is_conj(), part.is_neg())
+            for part in dense_parts(tensor)
+        ),
+    )
 
 
 def _of_optimizer(optimizer: torch.optim.Optimizer) -> Hashable:

@@ -20,6 +20,8 @@ from ..engines.cuda.device_step import DeviceStep
 from ..engines.protocol import Engine, Route
 from ..errors import PipelineError, StepTimeout
 from ..stages.stage import Stage
+from ..stages.ties import Ties
+from ..transport.format import Format
 from .batch import Batch, Outcome
 from .failure import NO_GRADIENTS
 from .graph_key import GraphKeys, NotCapturable, check_capturable
@@ -52,8 +54,8 @@ class _Captured(NamedTuple):
     batch: list[Tensor]  # the graph's own
     outcome: Outcome  # without its losses
     losses: Tensor | None  # of all microbatches; None if the caller did not ask for them
-    parameters: list[nn.Parameter]
     gradients: list[Tensor | None]  # one for each parameter
+    formats: list[Format]  # of its messages: the graph reads their tables
 
 
 class StepGraphs:
@@ -85,6 +87,7 @@ class StepGraphs:
         engine: Engine[Any],
         route: Route,
         stages: Sequence[Stage],
+        ties: Ties,
         optimizer: torch.optim.Optimizer | None,
         timeout: float,
     ) -> "StepGraphs":
@@ -94,7 +97,7 @@ class StepGraphs:
         if not isinstance(engine, DeviceEngine):
             graphs.fall_back("the ranks are on the CPU")
             return graphs
-        reason = _obstacle(engine, route, optimizer)
+        reason = _obstacle(engine, route, ties, optimizer)
         if engine.agreed_key("graphs" if reason is None else None, timeout) is None:
             graphs.fall_back(reason or _ELSEWHERE)
         return graphs
@@ -136,6 +139,8 @@ class StepGraphs:
                 return outcome
             captured = self._capture(leaves, spec, batch, stepper)
             if captured is None:
+                assert self._memory is not None
+                self._memory.release()  # here nothing holds what the capture has made
                 return stepper.train(batch)
             self._seen.clear()
             self._graphs[key] = captured
@@ -144,12 +149,8 @@ class StepGraphs:
         self._graphs.move_to_end(key)
         # The replay overwrites the times of the last trace; they are read before only if someone else holds it.
         stepper.trace = None
-        try:
-            outcome = self._replay(captured, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
-        except BaseException as error:
-            stepper.give_up()
-            error.add_note(NO_GRADIENTS)
-            raise
+        stepper.begun = True
+        outcome = self._replay(captured, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
         stepper.keep_trace(outcome.result, batch.record)
         return outcome
 
@@ -177,10 +178,10 @@ class StepGraphs:
         parameters = self._keys.parameters
         before = [p.grad for p in parameters]
         if self._memory is None:
-            self._memory = torch_side.GraphMemory()
+            self._memory = torch_side.GraphMemory(self._engine().devices[0])
         graph = torch_side.Graph(self._memory)
         try:
-            with self._engine().capturing(), graph.capture(self._engine().devices[0]):
+            with self._engine().capturing(), graph.capture():
                 outcome = stepper.train(batch._replace(inputs=inputs, target=target))
                 kept = [loss for loss in outcome.losses if loss is not None] if batch.keep_losses else []
                 losses = torch.stack(kept) if kept else None
@@ -195,7 +196,8 @@ class StepGraphs:
         self.report.captured += 1
         gradients = [p.grad for p in parameters]
         own = [leaf for leaf in own if isinstance(leaf, Tensor)]
-        return _Captured(graph, own, outcome._replace(losses=[]), losses, parameters, gradients)
+        formats = stepper.routes.train.exchange.formats
+        return _Captured(graph, own, outcome._replace(losses=[]), losses, gradients, formats)
 
     def _replay(self, captured: _Captured, tensors: list[Tensor]) -> Outcome:
         recorded = self._recorded()
@@ -207,11 +209,7 @@ class StepGraphs:
         with torch.no_grad():
             if tensors:
                 torch._foreach_copy_(captured.batch, tensors)
-            for parameter, gradient in zip(captured.parameters, captured.gradients):
-                if parameter.grad is not gradient:
-                    if parameter.grad is not None and gradient is not None:
-                        gradient.copy_(parameter.grad)
-                    parameter.grad = gradient
+            self._keys.put_gradients(captured.gradients)
             captured.graph.replay()
             # Copies for the caller: the next replay overwrites all of the graph's memory.
             loss, _, outputs, step = captured.outcome
@@ -225,12 +223,18 @@ class StepGraphs:
         return Outcome(loss, [*losses], outputs, step)
 
 
-def _obstacle(engine: DeviceEngine, route: Route, optimizer: torch.optim.Optimizer | None) -> str | None:
+def _obstacle(
+    engine: DeviceEngine, route: Route, ties: Ties, optimizer: torch.optim.Optimizer | None
+) -> str | None:
     """Why no step can be captured; None if steps may be."""
+    if ties:
+        return "processes share parameters, whose gradients they add up on their hosts"
+    if engine.averages:
+        return "hosts agree in each step on which gradients the replicas of a mesh average"
     if len(set(engine.devices)) > 1:
         return "the ranks are on several GPUs, and a graph's memory is on one"
-    if route.exchange.packs:
-        return "results are packed (pack, wire), which copies tables from the host"
+    if route.exchange.packs_for_others:
+        return "messages between processes are packed (pack, wire), whose formats no graph keeps"
     if optimizer is not None:
         try:
             check_capturable(optimizer)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..engines.choice import MANY_PROCESSES, ONE_PROCESS, EngineTypes
+from ..engines.choice import MANY_PROCESSES, ONE_PROCESS, EngineTypes, make_reduction
 from ..engines.devices import DevicesLike, of_process
 from ..engines.lifetime import Lifetime
 from ..engines.protocol import Engine
@@ -17,14 +17,17 @@ from ..model.skips import DeclaredSkips
 from ..plan.build import AUTO, ScheduleLike
 from ..plan.first_steps import FirstSteps
 from ..processes.agreement import as_in_the_first, check_agreement, skips_of_all
+from ..processes.circle import Circle
 from ..processes.group import MeshLike, Processes
-from ..reduction import GradientReduction, ProcessGroupMember
+from ..reduction import ProcessGroupMember
+from ..reduction.replica_reduction import ReplicaReduction
 from ..report.trace import Trace
 from ..stages.initialisation import Initialise
 from ..stages.random_streams import AnyOfAll
 from ..stages.ties import Ties, find_ties
 from .agreed_choice import OneChooses
 from .gathered_trace import TraceGathering
+from .nonfinite import AddUp
 
 
 class OneProcess:
@@ -32,11 +35,13 @@ class OneProcess:
 
     Attributes:
         group: the processes that hold the stages; None for one process.
+        circle: these processes outside of steps; None for one process, and where they communicate by NCCL.
         in_order: whether tasks must run in one order, the same in all processes.
         engines: the engine types that run the ranks.
     """
 
     group: dist.ProcessGroup | None = None
+    circle: Circle | None = None
     in_order = False
     engines: EngineTypes = ONE_PROCESS
 
@@ -73,12 +78,16 @@ class OneProcess:
         initialise(modules=list(local), replicas=None)
         return Ties([])
 
-    def reduction(self) -> GradientReduction | None:
-        """Averages gradients over the replicas of the mesh; None without replicas."""
+    def reduction(self, device: torch.device) -> ReplicaReduction[Any] | None:
+        """Averages gradients on ``device`` over the replicas of the mesh; None without replicas."""
         return None
 
     def choose_together(self, first_steps: FirstSteps) -> None:
         """Makes all processes follow one choice."""
+
+    def add_up(self, engine: Engine[Any]) -> AddUp | None:
+        """Makes a tensor the sum of those of all processes; None for one process."""
+        return None
 
     def any_of_all(self, engine: Engine[Any]) -> AnyOfAll | None:
         """Tells whether something is true in any process; None for one process."""
@@ -88,7 +97,9 @@ class OneProcess:
         """Raises InvalidArgument for an "auto" that GPUs do not support."""
         if schedule != AUTO:
             raise InvalidArgument(
-                'pack="auto" measures what packing costs on CPUs; give a number, or devices=["cpu", ...]'
+                'pack="auto" is refused on GPUs: on one nothing is sent, so that K = 1 is best, and between '
+                "them what a message costs cannot be measured, because each has a clock of its own; give a "
+                'number, or devices=["cpu", ...]'
             )
 
     def gather(self, trace: Trace, lifetime: Lifetime) -> Trace | None:
@@ -99,15 +110,19 @@ class OneProcess:
 class ManyProcesses(OneProcess):
     """Each of several processes holds the stages of one rank."""
 
-    def __init__(self, processes: Processes, timeout: float) -> None:
-        """``timeout``: seconds to wait for another process."""
+    def __init__(self, processes: Processes) -> None:
         self._processes = processes
-        self._timeout = timeout
-        self._gathering = TraceGathering(processes, timeout)
+        self._timeout = processes.timeout
+        self._gathering = TraceGathering(processes, self._timeout)
         self._agreed = 0  # weights so far
         self.group = processes.group
         self.in_order = processes.in_order
         self.engines = EngineTypes(*(functools.partial(made, processes=processes) for made in MANY_PROCESSES))
+
+    @property
+    def circle(self) -> Circle | None:  # type: ignore[override]
+        over_cpus = "gloo" in dist.get_backend_config(self._processes.group)
+        return self._processes.circle if over_cpus else None
 
     def devices(self, devices: DevicesLike) -> DevicesLike:
         return of_process(devices, self._processes)
@@ -137,24 +152,30 @@ class ManyProcesses(OneProcess):
     ) -> Ties:
         # Find ties first: once modules have memory here and none elsewhere, they look different.
         ties = find_ties(stages, loss_fn, rank_of_stage, self._processes)
-        initialise(modules=list(local), replicas=self._processes.replicas)
+        initialise(modules=list(local), replicas=self._processes.connect_replicas())
         ties.make_equal()
         return ties
 
-    def reduction(self) -> GradientReduction | None:
+    def reduction(self, device: torch.device) -> ReplicaReduction[Any] | None:
         replicas = self._processes.replicas
         if replicas is None:
             return None
-        return GradientReduction(self._processes.keep(ProcessGroupMember(replicas)))
+        return make_reduction(self._processes.keep(ProcessGroupMember(replicas)), device)
 
     def choose_together(self, first_steps: FirstSteps) -> None:
         if first_steps.chooses:
             first_steps.others = OneChooses(self._processes, self._gathering, self._timeout)
 
+    def add_up(self, engine: Engine[Any]) -> AddUp | None:
+        return functools.partial(engine.add_up, among=self._processes.messages, timeout=self._timeout)
+
     def any_of_all(self, engine: Engine[Any]) -> AnyOfAll | None:
+        add_up = self.add_up(engine)
+        assert add_up is not None
+
         def any_of_all(here: bool) -> bool:
             count = torch.tensor(float(here))
-            engine.add_up(count, self._processes.messages, self._timeout)
+            add_up(count)
             return bool(count)
 
         return any_of_all
@@ -166,11 +187,11 @@ class ManyProcesses(OneProcess):
 
     def gather(self, trace: Trace, lifetime: Lifetime) -> Trace | None:
         lifetime.check()
-        with lifetime.one_at_a_time("gather_trace was called"):
+        with lifetime.turn("gather_trace was called"):
             return self._gathering.gather(trace)
 
 
 def sharing_of(mesh: MeshLike, timeout: float) -> OneProcess:
     """How the processes of ``Pipeline(mesh=)`` share a pipeline. Raises InvalidArgument."""
-    processes = Processes.of(mesh)
-    return OneProcess() if processes is None else ManyProcesses(processes, timeout)
+    processes = Processes.of(mesh, timeout)
+    return OneProcess() if processes is None else ManyProcesses(processes)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from ..engines.protocol import Engine, Route, StepResult
-from ..errors import InvalidArgument, PipelineError
+from ..errors import DeadPipeline, InvalidArgument, PipelineError
 from ..microbatches.counting import LossWeight, check_unmasked, counts
 from ..microbatches.cutting import Cutter, Presplit, Whole
 from ..microbatches.joining import join
 from ..plan.first_steps import FirstSteps
-from ..reduction import GradientReduction
+from ..reduction.replica_reduction import ReplicaReduction
 from ..report.trace import Trace
 from ..stages.context import CallerContext
 from ..stages.loss_view import LossView
@@ -28,8 +28,9 @@ from ..stages.ties import Ties
 from ..stages.wrapped import WrappedStages
 from .batch import Batch, Outcome
 from .failure import NO_GRADIENTS
+from .nonfinite import NonFinite
 from .routes import Routes
-from .run import give_up, run_step
+from .run import give_up, run_step, wait_for_inputs
 
 
 @dataclass(kw_only=True, eq=False)
@@ -43,6 +44,7 @@ class Stepper:
         timeout: seconds without progress after which a step is given up.
         trace: the trace of the last training step, if it was recorded.
         syncs: whether training steps reduce gradients, if there are replicas.
+        begun: whether a training step has begun, so that there may be gradients of a part of it.
     """
 
     stages: list[Stage]
@@ -57,15 +59,17 @@ class Stepper:
     ties: Ties
     first_steps: FirstSteps
     cutter: Cutter
-    reduction: GradientReduction | None
+    reduction: ReplicaReduction[Any] | None
     optimizer: torch.optim.Optimizer | None
     scaler: torch.amp.GradScaler | None
     microbatches: int
     weighted: bool
     loss_weight: LossWeight | str | None
     timeout: float
+    nonfinite: NonFinite
     trace: Trace | None = field(default=None, init=False)
     syncs: bool = field(default=True, init=False)
+    begun: bool = field(default=False, init=False)
     _warned: bool = field(default=False, init=False)
     _context: CallerContext = field(default_factory=CallerContext.of_this_thread, init=False)
 
@@ -78,6 +82,7 @@ class Stepper:
 
         Unless it ``applies`` the gradients, no optimizer and no hook gets them, and they are not scaled.
         """
+        self.begun = False
         count, target = self.microbatches, batch.target
         cut = None if batch.inputs is None else self.cutter.cut_inputs(batch.inputs, count)
         rows = None if cut is None else sum(cut.lengths)
@@ -93,55 +98,92 @@ class Stepper:
             scaler=self.scaler if applies else None,
             keep_outputs=batch.keep_outputs,
             random=self.random.begin(),
+            watch=self.nonfinite.watch(count) if applies else None,
         )
+        if applies:
+            self.nonfinite.check(step)
         counted = self._counted(step.targets or self.cutter.cut_target(batch.labels, rows, count))
+        try:
+            return self._train(step, counted, batch, applies)
+        except BaseException as error:
+            self.abandon(error)
+            raise
+        finally:
+            self.hooks.put_back()
+
+    def _train(self, step: Step, counted: list[float], batch: Batch, applies: bool) -> Outcome:
         self.owners.refresh()
-        self.hooks.check()
         self.shared.begin()
-        self.ties.begin()
         if self.loss_view is not None:
             self.loss_view.begin()
-        with self._replicas(), self.wrapped.step(self.syncs), self.hooks.held():
+        if applies:
+            self.hooks.hold()
+        with self._replicas(), self.wrapped.step(self.syncs):
+            self.begun = True
+            self.ties.begin()
             if counted:
                 step.loss_weights = self._loss_weights(counted)
             result = self._run(self.routes.train, step, record=batch.record)
             if not step.has_trained and self._has_loss and any(step.loss_weights or [1]):
+                self.begun = False  # there are no gradients
                 raise PipelineError(
                     "step found nothing to train: no microbatch's loss depends on anything that requires a "
                     "gradient; are all parameters frozen, or is the loss detached?"
                 )
-            try:
-                self.shared.end()
-                if self.loss_view is not None:
-                    self.loss_view.end()
-                step.backward_into_inputs()
-                if self.reduction is not None:
-                    reduced = self.reduction.finish(self.timeout)
-                    if self.trace is not None:
-                        self.trace.add_reductions(reduced)
-                self.ties.end(functools.partial(self.engine.add_up, timeout=self.timeout))
-                loss = step.known_loss()
-                assert loss is not None  # the last stage is here, or its process has sent it
-                keep = batch.keep_outputs and self._has_loss
-                outputs = join(step.outputs, self.cutter.batch_dim) if keep else None
-            except BaseException as error:
-                self.engine.failed(f"{type(error).__name__}: {error}")
-                self.give_up()
-                error.add_note(NO_GRADIENTS)
-                raise
+            self.shared.end()
+            if self.loss_view is not None:
+                self.loss_view.end()
+            step.backward_into_inputs()
+            if self.reduction is not None:
+                reduced = self.reduction.finish(self.timeout)
+                if self.trace is not None:
+                    self.trace.add_reductions(reduced)
+            self.ties.end(functools.partial(self.engine.add_up, timeout=self.timeout))
+            loss = step.known_loss()
+            assert loss is not None  # the last stage is here, or its process has sent it
+            found = self.nonfinite.find(step, loss, self.syncs, self.timeout) if applies else None
+            drops = self.nonfinite.drops(found)
+            keep = batch.keep_outputs and self._has_loss
+            outputs = join(step.outputs, self.cutter.batch_dim) if keep else None
         if not self._warned and any(step.loss_weights or [1]):
             self._warn_of_idle()
-        try:
-            self.random.end(step.random, trains=True)
-            if applies:
-                self.hooks.run()
-        except BaseException as error:
+        self.random.end(step.random, trains=True)
+        if drops:
             self.give_up()
-            error.add_note(NO_GRADIENTS)
-            raise
-        if self.optimizer is not None and applies:
-            self.optimizer.step()
+        self.nonfinite.act(found)
+        if applies and not drops:
+            self.hooks.put_back()
+            self.hooks.run()
+            if self.optimizer is not None:
+                self.optimizer.step()
         return Outcome(loss, step.losses if self._has_loss else [], outputs, result)
+
+    def abandon(self, error: BaseException) -> None:
+        """After ``error`` at any moment of a training step that has begun: leaves no gradients of a part of it.
+
+        Other processes and replicas, which may have the whole step, are told.
+        """
+        if not (self.begun or (self.reduction is not None and self.reduction.in_step)):
+            return
+        if NO_GRADIENTS in " ".join([str(error), *getattr(error, "__notes__", [])]):
+            return  # whoever says so has done it
+        self.begun = False
+        self.hooks.put_back()
+        self.engine.failed(f"{type(error).__name__}: {error}")
+        if self.reduction is not None:
+            self.reduction.abandon(error)
+        self.give_up()
+        error.add_note(NO_GRADIENTS)
+
+    def check(self) -> None:
+        """Raises DeadPipeline, with no gradients left, if what the last step returned is useless."""
+        error = self.engine.interruption
+        if error is not None:
+            self.give_up()
+            raise DeadPipeline(
+                f"this pipeline is dead: {self.engine.death}: {error}; what its last step returned is useless, "
+                f"and {NO_GRADIENTS}; make a new one"
+            )
 
     def evaluate(self, inputs: Whole | Presplit | None) -> Any:
         """The last stage's output for the whole batch; None if another process has that stage.
@@ -161,7 +203,12 @@ class Stepper:
         )
         self._run(route, step)
         self.random.end(step.random, trains=False)
+        wait_for_inputs(self.engine, route, self.stages, self.timeout)
         return join(step.outputs, self.cutter.batch_dim) if self._has_loss else None
+
+    def release_inputs(self) -> None:
+        """Waits until the caller may change the batch of a training step. Raises as ``Pipeline.step`` does."""
+        wait_for_inputs(self.engine, self.routes.train, self.stages, self.timeout)
 
     def _warn_of_idle(self) -> None:
         """Warns in the first step of parameters that no gradient has reached."""

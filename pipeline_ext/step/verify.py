@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from ..base.undone import undone
 from ..calls.plain import run_whole
 from ..calls.program import Program
 from ..microbatches.cutting import Arguments, Cutter, Presplit, Whole, input_name
@@ -83,20 +84,26 @@ class Unsplit:
     @contextlib.contextmanager
     def _drawing(self, streams: StepStreams, m: int) -> Iterator[None]:
         """Inside it, each stage's layers draw from the stage's own stream."""
-        handles = []
-        for index, stage in self.stages.items():
-            first = next(iter(stage.layers)) if isinstance(stage, Slice) else stage
+        firsts = {
+            index: next(iter(stage.layers)) if isinstance(stage, Slice) else stage
+            for index, stage in self.stages.items()
+        }
+        before = [(first._forward_pre_hooks, set(first._forward_pre_hooks)) for first in firsts.values()]
 
-            def begin(*_: Any, index: int = index) -> None:
-                streams.enter(index, m)
+        def put_back() -> None:
+            for hooks, own in before:
+                for number in set(hooks) - own:
+                    del hooks[number]
 
-            handles.append(first.register_forward_pre_hook(begin))
-        streams.enter(0, m)
-        try:
+        with undone(put_back):
+            for index, first in firsts.items():
+
+                def begin(*_: Any, index: int = index) -> None:
+                    streams.enter(index, m)
+
+                first.register_forward_pre_hook(begin)
+            streams.enter(0, m)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def verify(
@@ -106,18 +113,38 @@ def verify(
     target: Any,
     named_parameters: Mapping[str, nn.Parameter],
     labels: Any = None,
+    replays: bool = False,
 ) -> Verification:
     """Compares one step. The model, its gradients and the random state are as before when it returns.
 
+    ``replays``: other steps may be replays of a graph.
+
     Raises as ``Pipeline.step`` does.
     """
+    check = _Comparison(unsplit, stepper, named_parameters)
+    try:
+        return _compared(check, unsplit, stepper, inputs, target, named_parameters, labels, replays)
+    except BaseException:
+        check.end()
+        raise
+
+
+def _compared(
+    check: "_Comparison",
+    unsplit: Unsplit,
+    stepper: Stepper,
+    inputs: Whole | Presplit,
+    target: Any,
+    named_parameters: Mapping[str, nn.Parameter],
+    labels: Any,
+    replays: bool,
+) -> Verification:
     count = stepper.microbatches
     cut = stepper.cutter.cut_inputs(inputs, count)
     rows = sum(cut.lengths)
     targets = stepper.cutter.cut_target(target, rows, count)
     counted = targets or stepper.cutter.cut_target(labels, rows, count)
     weights = stepper.weights_of(cut.lengths, counted)
-    check = _Comparison(unsplit, stepper, named_parameters)
     with check.untouched():
         batch = Batch(inputs, target, keep_outputs=False, keep_losses=False, record=False, labels=labels)
         pipelined, found = check.gradients_of(lambda: stepper.train(batch, applies=False).loss)
@@ -130,6 +157,11 @@ def verify(
     loss_whole: Tensor | None = None
     reasons: list[str] = []
     at_once: Gradients | None = None
+    if draws and replays:
+        reasons.append(
+            "the step was compared without its graph: a replay draws other random numbers, from the GPU's own "
+            "generator"
+        )
     if draws:
         reasons.append(
             "the whole batch was not compared: the model draws random numbers, other ones for a whole batch"
@@ -178,10 +210,16 @@ class _Comparison:
         """Puts gradients, buffers and the random state back. Hooks that apply gradients do not run."""
         trace = self._stepper.trace
         try:
-            with untouched(*self._modules), self._stepper.hooks.held():
+            self._stepper.hooks.hold()
+            with untouched(*self._modules):
                 yield
         finally:
             self._stepper.trace = trace
+            self.end()
+
+    def end(self) -> None:
+        """Undoes what a comparison that Ctrl-C has ended may have left. May be called again."""
+        self._stepper.hooks.put_back()
 
     def gradients_of(self, step: Callable[[], Tensor]) -> tuple[Tensor, Gradients]:
         """The loss of a step, and what it left in ``.grad``."""

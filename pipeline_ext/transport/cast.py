@@ -79,11 +79,16 @@ class Cast(Format):
     def _pack_scaled(self, sent: list[Tensor], buffer: Tensor) -> None:
         if self._largest is None:
             self._largest = torch.zeros(len(sent) + 1, device=buffer.device)
+        scales = _scales_for(self._largest, self._wire)
         # In place, because other streams may still read this tensor.
-        self._largest.copy_(self._pack_with(_scales_for(self._largest, self._wire), sent, buffer))
-        # On a GPU this check would make the host wait for the device.
-        if not buffer.is_cuda and _misfit(self._scales_in(buffer), self._largest, self._wire):
-            self._pack_with(_scales_for(self._largest, self._wire), sent, buffer)
+        self._largest.copy_(self._pack_with(scales, sent, buffer))
+        fitting = _scales_for(self._largest, self._wire)
+        misfit = _misfit(scales, self._largest, self._wire)
+        if buffer.is_cuda:
+            # To look would make the host wait for the device: packed again, with the same scales if they fit.
+            self._pack_with(torch.where(misfit, fitting, scales), sent, buffer)
+        elif misfit:
+            self._pack_with(fitting, sent, buffer)
         if self._wire == torch.float8_e4m3fn:  # it has no infinity: a tensor that holds one arrives as NaN
             self._scales_in(buffer).masked_fill_(~self._largest.isfinite(), torch.nan)
 
@@ -114,11 +119,11 @@ def _scales_for(largest: Tensor, wire: torch.dtype) -> Tensor:
     return torch.exp2(torch.where(exponents.isfinite(), exponents, 0.0).clamp(-120, 120))
 
 
-def _misfit(scales: Tensor, largest: Tensor, wire: torch.dtype) -> bool:
+def _misfit(scales: Tensor, largest: Tensor, wire: torch.dtype) -> Tensor:
     """Whether a largest magnitude is too large for its scale, or so small that it loses precision."""
     scaled = largest * scales
     seen = largest.isfinite() & (largest > 0)
-    return bool((seen & ((scaled > _LARGEST[wire]) | (scaled < _LARGEST[wire] / 64))).any())
+    return (seen & ((scaled > _LARGEST[wire]) | (scaled < _LARGEST[wire] / 64))).any()
 
 
 def _bits(scales: Tensor) -> Tensor:

@@ -35,10 +35,10 @@ class StreamMemory(Protocol):
     def packed(self, results: dict[int, Any], buffer: Tensor) -> None:
         """Keeps these results, by microbatch, and ``buffer`` alive: they were packed into it just now."""
 
-    def copy(self, results: Sequence[int], buffer: Tensor, nbytes: int) -> Tensor:
+    def copy(self, m: int, results: Sequence[int], buffer: Tensor, nbytes: int) -> Tensor:
         """A buffer of the same size on the receiver's device, with the first ``nbytes`` copied.
 
-        ``results``: the microbatches whose results it holds.
+        ``m``: the microbatch whose task copies. ``results``: the microbatches whose results it holds.
         """
 
 
@@ -84,6 +84,11 @@ class Channel:
         """Whether a packer writes the messages."""
         return not self.hands_over
 
+    @property
+    def formats(self) -> list[Format]:
+        """Those of the last step's messages."""
+        return list(self._known.values())
+
     def begin(self) -> None:
         """Prepares for a step."""
         self.end()
@@ -123,12 +128,15 @@ class Channel:
         self.seconds += self._link.send()
 
     def transfer(self, m: int) -> None:
-        """Copies the message with microbatch ``m``'s result to the receiver's device, if it is another."""
-        if self._stream_memory is not None and not self._stream_memory.stays:
-            message = self._arrived[m].message
+        """Copies the message with microbatch ``m``'s result to the receiver's device, if it is not there."""
+        memory = self._stream_memory
+        if memory is None or memory.stays:
+            return
+        message = self._arrived[m].message
+        if not message.is_copied:
             group = self._grouping.groups[self._grouping.index(m)]
-            nbytes = message.description.format.sent_nbytes
-            message.buffer = self._stream_memory.copy(group, message.buffer, nbytes)
+            message.buffer = memory.copy(m, group, message.buffer, message.description.format.sent_nbytes)
+            message.is_copied = True
 
     def receive(self, m: int) -> Leaves:
         """The result of microbatch ``m``, to be called once."""

@@ -11,11 +11,13 @@ from ..plan.records import Messages
 from .channel import Channel
 from .direction import FromProcess, ToProcess
 from .dtensors import Meshes, from_local, to_local
+from .format import Format
 from .link import FREE_LINK, LocalLink
 from .make_channels import ChannelMaker, RemoteChannelOf, StreamMemoryOf, WireTypes
 from .remote_receiver import Listener, RemoteReceiver
 from .remote_sender import RemoteSender
 from .skip_channels import SkipChannels
+from .stream_remote import StreamReceiver, StreamSender
 
 
 class StepData(Protocol):
@@ -49,8 +51,8 @@ class Exchange:
     ) -> None:
         """``wire`` and ``wire_forward``: types of gradients and activations by boundary; empty: their own.
 
-        ``stream_memory_of``: for ranks on device streams, what manages the memory of the activations ("F") or
-        gradients ("B") that cross a boundary.
+        ``stream_memory_of``: for ranks on device streams, what manages the memory of what one stage sends to
+        another, over a skip or across a boundary.
 
         ``skips``: names of the plan's skips. A skip is cast to the wire type of its sender's boundary.
 
@@ -62,8 +64,8 @@ class Exchange:
         make = ChannelMaker(plan, wire, wire_forward, link, stream_memory_of, remote_channel_of)
         self._forward, self._backward = make.at_boundaries(True), make.at_boundaries(False)
         self._skips = SkipChannels(make.of_skips(skips, True), make.of_skips(skips, False))
-        self._at_boundaries = [*self._forward.channels, *self._backward.channels]
-        self._channels = [*self._at_boundaries, *self._skips.forward.channels, *self._skips.backward.channels]
+        directions = (self._forward, self._backward, self._skips.forward, self._skips.backward)
+        self._channels = [channel for direction in directions for channel in direction.channels]
         self._senders = [c for c in self._channels if isinstance(c, RemoteSender)]
         self._receivers = [c for c in self._channels if isinstance(c, RemoteReceiver)]
         self._boundaries_between_ranks = [
@@ -93,9 +95,14 @@ class Exchange:
         return self._step
 
     @property
-    def packs(self) -> bool:
-        """Whether a packer writes any messages at the boundaries."""
-        return any(channel.packs for channel in self._at_boundaries)
+    def packs_for_others(self) -> bool:
+        """Whether a packer writes or reads any messages between the GPUs of processes."""
+        return any(c.packs for c in self._channels if isinstance(c, StreamSender | StreamReceiver))
+
+    @property
+    def formats(self) -> list[Format]:
+        """Those of the last step's messages within this process: they own tables that GPUs read."""
+        return [format for c in self._channels if isinstance(c, Channel) for format in c.formats]
 
     def begin(self, step: StepData) -> None:
         """Prepares for a step."""

@@ -11,7 +11,8 @@ from .direction import AnyChannel, Direction, FromProcess, ToProcess
 from .link import LocalLink
 
 WireTypes = Sequence[torch.dtype | None]  # by boundary; empty: the tensors' own
-StreamMemoryOf = Callable[[int, str], StreamMemory]  # takes a boundary, and "F" or "B"
+# Takes the sending stage, the receiving stage, and whether it is for a skip.
+StreamMemoryOf = Callable[[int, int, bool], StreamMemory]
 # Takes the sending stage, the receiving stage, K, the wire type, and the name of a skip or None.
 RemoteChannelOf = Callable[[int, int, int, torch.dtype | None, str | None], ToProcess | FromProcess | None]
 
@@ -41,14 +42,13 @@ class ChannelMaker:
 
     def _at_boundary(self, boundary: int, forward: bool) -> AnyChannel | None:
         plan = self.plan
-        memory_of = self.stream_memory_of
-        memory = None if memory_of is None else memory_of(boundary, "F" if forward else "B")
+        sender, receiver = (boundary, boundary + 1) if forward else (boundary + 1, boundary)
+        memory = self._memory(sender, receiver, is_skip=False)
         if not self.is_between_ranks(boundary, boundary + 1):
             return Channel(plan.num_microbatches, stream_memory=memory)
         pack = (plan.packs_forward if forward else plan.packs)[boundary]
         wire = self._wire(boundary, forward)
         if self.remote_channel_of is not None:
-            sender, receiver = (boundary, boundary + 1) if forward else (boundary + 1, boundary)
             return self.remote_channel_of(sender, receiver, pack, wire, None)
         # Activations are in use while their microbatch is in flight at the later stage, gradients while it is
         # in flight at the earlier one, which holds at least as many.
@@ -57,14 +57,18 @@ class ChannelMaker:
 
     def _of_skip(self, name: str, skip: _C.Skip, forward: bool) -> AnyChannel | None:
         plan = self.plan
+        sender, receiver = (skip.source, skip.target) if forward else (skip.target, skip.source)
+        memory = self._memory(sender, receiver, is_skip=True)
         if not self.is_between_ranks(skip.source, skip.target):
-            return Channel(plan.num_microbatches)
+            return Channel(plan.num_microbatches, stream_memory=memory)
         pack = skip.pack_forward if forward else skip.pack
         wire = self._wire(skip.source if forward else skip.target - 1, forward)
         if self.remote_channel_of is not None:
-            sender, receiver = (skip.source, skip.target) if forward else (skip.target, skip.source)
             return self.remote_channel_of(sender, receiver, pack, wire, name)
-        return Channel(plan.num_microbatches, pack, wire, plan.limits[skip.source], self.link)
+        return Channel(plan.num_microbatches, pack, wire, plan.limits[skip.source], self.link, memory)
+
+    def _memory(self, sender: int, receiver: int, is_skip: bool) -> StreamMemory | None:
+        return None if self.stream_memory_of is None else self.stream_memory_of(sender, receiver, is_skip)
 
     def _wire(self, boundary: int, forward: bool) -> torch.dtype | None:
         wires = self.wire_forward if forward else self.wire

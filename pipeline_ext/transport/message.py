@@ -67,11 +67,16 @@ def choose_format(
 
 
 class Message:
-    """A received message: the results of a group of microbatches in one buffer."""
+    """A received message: the results of a group of microbatches in one buffer.
+
+    Attributes:
+        is_copied: whether ``buffer`` is a copy on the receiver's device.
+    """
 
     def __init__(self, description: Description, buffer: Tensor) -> None:
         self.description = description
         self.buffer = buffer
+        self.is_copied = False
         self._in_use = len(description.parts)  # results
         self._tensors: list[Tensor] | None = None
 

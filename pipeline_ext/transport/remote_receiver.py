@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import PeerError
+from ..processes.connections import PATIENCE
 from ..processes.peer import Peer
 from .description import Description, Leaves
 from .encoding import decode
@@ -129,7 +130,7 @@ class RemoteReceiver:
                     break
                 posted.append((self._peer.recv(packet.part(sent_nbytes(expected))), packet, expected))
             work, packet, expected = posted.popleft()
-            work.wait()
+            work.wait(PATIENCE)
             description, packet = self._open(index, packet, expected)
             message = Message(description, packet.body)
             for m, part in zip(group, description.parts):
@@ -147,10 +148,10 @@ class RemoteReceiver:
             raise PeerError(f"message {arrived} came in place of {index}: the processes' plans differ")
         if kind == DESCRIBED:
             described = torch.empty(nbytes, dtype=torch.uint8)
-            self._peer.recv(described, second_tag=True).wait()
+            self._peer.recv(described, second_tag=True).wait(PATIENCE)
             description = decode(described)
             packet = self._packets.take(description.format.nbytes)
-            self._peer.recv(packet.part(description.format.sent_nbytes), second_tag=True).wait()
+            self._peer.recv(packet.part(description.format.sent_nbytes), second_tag=True).wait(PATIENCE)
         else:
             assert expected is not None  # or the sender would have described it
             description = expected

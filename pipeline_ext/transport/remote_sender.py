@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from ..errors import PeerError
+from ..processes.connections import PATIENCE
 from ..processes.peer import Peer
 from .description import Description, Leaves
 from .encoding import encode
@@ -127,6 +128,6 @@ class RemoteSender:
         while len(self._pending) >= self._flow.room:
             works, packet = self._pending.popleft()
             for work in works:
-                work.wait()
+                work.wait(PATIENCE)
             self._packets.give_back(packet)
         return self._packets.take(nbytes)

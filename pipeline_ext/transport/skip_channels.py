@@ -4,11 +4,14 @@ from torch import Tensor
 
 from ..errors import PipelineError
 from .channel import Channel
-from .direction import Direction
+from .description import Leaves
+from .direction import Direction, FromProcess
 
 
 class SkipChannels:
     """The channels of all skip connections, by name.
+
+    Where stages are on different devices, the task that receives copies what it receives.
 
     Attributes:
         forward, backward: each channel carries one tensor, or None, of each microbatch.
@@ -40,7 +43,7 @@ class SkipChannels:
         """
         channel = self.forward.receiving[name]
         tensor: Tensor
-        (tensor,) = channel.receive(m)
+        (tensor,) = _fetch(channel, m)
         if not isinstance(channel, Channel):
             return tensor
         sent, version = self._sent.pop((name, m))
@@ -58,8 +61,14 @@ class SkipChannels:
     def receive_gradient(self, name: str, m: int) -> Tensor | None:
         """The gradient of what microbatch ``m`` stashed."""
         gradient: Tensor | None
-        (gradient,) = self.backward.receiving[name].receive(m)
+        (gradient,) = _fetch(self.backward.receiving[name], m)
         return gradient
+
+
+def _fetch(channel: Channel | FromProcess, m: int) -> Leaves:
+    if isinstance(channel, Channel):
+        channel.transfer(m)
+    return channel.receive(m)
 
 
 def _version(tensor: Tensor) -> int:

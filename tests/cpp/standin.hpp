@@ -1,5 +1,5 @@
 // Access to the stand-in driver for tests of the core: its controls, and the driver's functions that torch
-// would call. tests/standin/driver.cpp documents each one.
+// would call. tests/softgpu/machine/script.cpp documents each one.
 #pragma once
 
 #include <dlfcn.h>

@@ -4,6 +4,7 @@
 #include <random>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 #include "check.hpp"
 #include "runtime/host_executor.hpp"
@@ -164,6 +165,20 @@ TEST(the_first_exception_stops_the_step_and_the_next_step_runs) {
   }
 }
 
+TEST(a_failure_that_comes_before_a_step_stops_it) {
+  const auto plan = shared_plan(make_plan(find_schedule("1f1b"), 2, 2, 2, {}));
+  Pool pool(2);
+  std::atomic<int> count{0};
+  const auto program = program_of(plan, [&](const Action&) { ++count; });
+  CHECK(!pool.fail(std::make_exception_ptr(std::runtime_error("the first"))));
+  CHECK(!pool.fail(std::make_exception_ptr(std::runtime_error("the second"))));
+  const StepResult result = pool.run(program, {});
+  CHECK(result.outcome == Outcome::Failed);
+  CHECK_EQ(count.load(), 0);
+  CHECK_THROWS(std::rethrow_exception(result.error), std::runtime_error, "the first");
+  CHECK(pool.run(program, {}).outcome == Outcome::Done);
+}
+
 TEST(an_interrupt_stops_the_step_once_running_tasks_return) {
   const auto plan = shared_plan(make_plan(find_schedule("1f1b"), 2, 2, 50, {}));
   Pool pool(2);
@@ -173,7 +188,7 @@ TEST(an_interrupt_stops_the_step_once_running_tasks_return) {
     std::this_thread::sleep_for(5ms);
   });
   RunOptions options;
-  options.poll = [] { return true; };
+  options.poll = [pressed = false]() mutable { return !std::exchange(pressed, true); };
   CHECK(pool.run(program, options).outcome == Outcome::Interrupted);
   CHECK(count < 60);
   CHECK(!pool.dead());
@@ -196,6 +211,26 @@ TEST(a_body_that_does_not_return_is_abandoned) {
     CHECK_THROWS(pool.run(program, {}), std::logic_error, "dead");
   }
   let_go = true;  // the pool is gone; its thread must end by itself
+  std::this_thread::sleep_for(50ms);
+}
+
+TEST(closing_abandons_a_body_that_does_not_return_within_a_limit) {
+  static std::atomic<bool> inside{false}, let_go{false};
+  const auto plan = shared_plan(make_plan(find_schedule("1f1b"), 2, 2, 2, {}));
+  Pool pool(2);
+  const auto program = program_of(plan, [](const Action& a) {
+    if (a == Action{1, 0, Kind::F}) inside = true;
+    while (a == Action{1, 0, Kind::F} && !let_go) std::this_thread::sleep_for(1ms);
+  });
+  StepResult result;
+  std::thread busy([&] { result = pool.run(program, {}); });
+  while (!inside) std::this_thread::sleep_for(1ms);
+  pool.close(std::chrono::milliseconds(20));
+  busy.join();
+  CHECK(result.outcome == Outcome::Closed);
+  CHECK(result.waiting.find("rank 1: 1F0 is running and has not returned") != std::string::npos);
+  CHECK(pool.dead());
+  let_go = true;  // the program must outlive its body
   std::this_thread::sleep_for(50ms);
 }
 

@@ -170,10 +170,33 @@ TEST(the_host_is_at_most_two_steps_ahead) {
   CHECK(scene.executor->wait_for_room({0s, nullptr}) == Outcome::TimedOut);
 }
 
+TEST(what_reads_inputs_is_waited_for_and_only_once) {
+  Scene scene(overlapping());
+  scene.make();
+  CHECK(scene.executor->wait_for_inputs({0s, nullptr}) == Outcome::Done);
+  controls().pause(1);
+  scene.executor->mark_inputs(0, scene.callers[0]);
+  CHECK(scene.executor->wait_for_inputs({20ms, nullptr}) == Outcome::TimedOut);
+  CHECK(scene.executor->wait_for_inputs({0s, nullptr}) == Outcome::Done);
+  scene.executor->mark_inputs(0, scene.callers[0]);
+  controls().pause(0);
+  CHECK(scene.executor->wait_for_inputs({}) == Outcome::Done);
+}
+
+TEST(a_query_that_a_capture_forbids_leaves_the_executor_alive) {
+  Scene scene(overlapping());
+  scene.make();
+  controls().fail_at(controls().num_calls() + 2, cuda::kFirstCaptureError);
+  CHECK_THROWS(scene.executor->wait_for_room({}), cuda::CudaError,
+               "cuEventQuery failed: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED (900)");
+  CHECK(!scene.executor->dead());
+  CHECK(scene.executor->wait_for_room({}) == Outcome::Done);
+}
+
 TEST(where_the_driver_cannot_say_whether_there_is_room_the_executor_is_dead) {
   Scene scene(overlapping());
   scene.make();
-  controls().fail_at(controls().num_calls() + 1, 719);  // the first makes the context current
+  controls().fail_at(controls().num_calls() + 2, 719);  // the context is made current, the capture mode relaxed
   CHECK_THROWS(scene.executor->wait_for_room({}), cuda::CudaError,
                "cuEventQuery failed: CUDA_ERROR_LAUNCH_FAILED (719)");
   CHECK(scene.executor->dead());

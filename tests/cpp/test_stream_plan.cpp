@@ -352,6 +352,38 @@ TEST(processes_enqueue_what_they_run_send_and_receive_in_the_one_order_of_all_ta
   }
 }
 
+TEST(what_skips_carry_to_another_device_is_waited_for_but_copied_by_nobody_else) {
+  Random random(5);
+  for (const Schedule& schedule : schedules()) {
+    if (schedule.layout == Layout::Bidirectional) continue;
+    for (int round = 0; round < 40; ++round) {
+      const auto [stages, ranks] = size_of(schedule, 2 + random() % 3, 1 + random() % 2);
+      const int microbatches = 2 + random() % 7;
+      PlanOptions options{.overlap = random() % 2 == 0, .reactive = true};
+      if (random() % 2 == 0) options.packs.forward = options.packs.backward = std::vector<int>(stages - 1, 2);
+      const Plan plain = make_plan(schedule, stages, ranks, microbatches, options);
+      const auto k = [&] { return 1 + static_cast<int>(random() % 2); };
+      options.packs.skips = {{0, stages - 1, k(), k()}, {stages - 2, stages - 1, k(), k()}};
+      const Case c{make_plan(plain.order(), options), random_costs(stages, random),
+                   random_devices(ranks, random)};
+      std::map<std::string, TaskId> task;  // the two plans number their tasks differently
+      for (TaskId t = 0; t < c.plan->size(); ++t) task[to_text(c.plan->action(t))] = t;
+      for (TaskId number = 0; number < plain.size(); ++number) {
+        const TaskId t = task[to_text(plain.action(number))];
+        const std::uint32_t own = c.laid.op_of(t), sent = c.laid.sent_by(t);
+        bool copied = false;
+        for (const TaskId across : plain.successors(number)) {
+          const TaskId after = task[to_text(plain.action(across))];
+          copied |= c.device_of(after) != c.device_of(t);
+          CHECK(c.before[c.laid.op_of(after)][c.device_of(after) == c.device_of(t) ? own : sent]);
+        }
+        CHECK_EQ(sent != own, copied);
+        for (const TaskId after : c.plan->successors(t)) CHECK(c.before[c.laid.op_of(after)][own]);
+      }
+    }
+  }
+}
+
 TEST(a_stage_keeps_the_order_of_its_microbatches_where_tasks_take_no_time) {
   const Order order = order_from_csv(
       "0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B0,0RECV_B1,0B0,0B1\n"
@@ -368,4 +400,9 @@ TEST(a_stream_plan_refuses_what_is_of_another_plan) {
   const TaskTimes times = times_of(*plan, Costs::uniform(2));
   CHECK_THROWS(StreamPlan(plan, times, {0}), PlanError, "there are 1 devices for 2 ranks");
   CHECK_THROWS(StreamPlan(plan, {{0.0}, {1.0}}, {0, 0}), PlanError, "the times are of another plan");
+  PlanOptions options;
+  options.packs.skips = {{0, 1}};
+  const auto skips = std::make_shared<const Plan>(make_plan(find_schedule("gpipe"), 2, 2, 2, options));
+  CHECK_THROWS(StreamPlan(skips, times_of(*skips, Costs::uniform(2)), {0, 0}, 1), PlanError,
+               "skips between the GPUs of several processes are not laid out");
 }

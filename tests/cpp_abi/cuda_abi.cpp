@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "cuda/abi.hpp"
-#include "standin/errors.hpp"
+#include "softgpu/machine/errors.hpp"
 
 namespace pe::cuda {
 namespace {
@@ -51,6 +51,8 @@ static_assert(same_to_call<decltype(AttributeValue::priority), decltype(CUlaunch
 SAME_VALUE(kSuccess, CUDA_SUCCESS);
 SAME_VALUE(kNotReady, CUDA_ERROR_NOT_READY);
 SAME_VALUE(kPeerAccessAlreadyEnabled, CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED);
+SAME_VALUE(kFirstCaptureError, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+SAME_VALUE(kLastCaptureError, CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD);
 SAME_VALUE(kStreamNonBlocking, CU_STREAM_NON_BLOCKING);
 SAME_VALUE(kEventDefault, CU_EVENT_DEFAULT);
 SAME_VALUE(kEventDisableTiming, CU_EVENT_DISABLE_TIMING);
@@ -58,24 +60,26 @@ SAME_VALUE(kEventRecordDefault, CU_EVENT_RECORD_DEFAULT);
 SAME_VALUE(kEventRecordExternal, CU_EVENT_RECORD_EXTERNAL);
 SAME_VALUE(kNodeTypeKernel, CU_GRAPH_NODE_TYPE_KERNEL);
 SAME_VALUE(kAttributePriority, CU_LAUNCH_ATTRIBUTE_PRIORITY);
+SAME_VALUE(kCaptureNone, CU_STREAM_CAPTURE_STATUS_NONE);
 SAME_VALUE(kCaptureActive, CU_STREAM_CAPTURE_STATUS_ACTIVE);
+SAME_VALUE(kCaptureModeRelaxed, CU_STREAM_CAPTURE_MODE_RELAXED);
 
 // The constants of the stand-in driver.
-SAME_VALUE(standin::kInvalidValue, CUDA_ERROR_INVALID_VALUE);
-SAME_VALUE(standin::kNoDevice, CUDA_ERROR_NO_DEVICE);
-SAME_VALUE(standin::kInvalidDevice, CUDA_ERROR_INVALID_DEVICE);
-SAME_VALUE(standin::kInvalidContext, CUDA_ERROR_INVALID_CONTEXT);
-SAME_VALUE(standin::kInvalidHandle, CUDA_ERROR_INVALID_HANDLE);
-SAME_VALUE(standin::kIllegalState, CUDA_ERROR_ILLEGAL_STATE);
-SAME_VALUE(standin::kNotFound, CUDA_ERROR_NOT_FOUND);
-SAME_VALUE(standin::kCaptureUnsupported, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
-SAME_VALUE(standin::kCaptureInvalidated, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
-SAME_VALUE(standin::kCaptureUnmatched, CUDA_ERROR_STREAM_CAPTURE_UNMATCHED);
-SAME_VALUE(standin::kCaptureMerge, CUDA_ERROR_STREAM_CAPTURE_MERGE);
-SAME_VALUE(standin::kCaptureUnjoined, CUDA_ERROR_STREAM_CAPTURE_UNJOINED);
-SAME_VALUE(standin::kCaptureIsolation, CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
-SAME_VALUE(standin::kCaptureImplicit, CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
-SAME_VALUE(standin::kCapturedEvent, CUDA_ERROR_CAPTURED_EVENT);
+SAME_VALUE(softgpu::kInvalidValue, CUDA_ERROR_INVALID_VALUE);
+SAME_VALUE(softgpu::kNoDevice, CUDA_ERROR_NO_DEVICE);
+SAME_VALUE(softgpu::kInvalidDevice, CUDA_ERROR_INVALID_DEVICE);
+SAME_VALUE(softgpu::kInvalidContext, CUDA_ERROR_INVALID_CONTEXT);
+SAME_VALUE(softgpu::kInvalidHandle, CUDA_ERROR_INVALID_HANDLE);
+SAME_VALUE(softgpu::kIllegalState, CUDA_ERROR_ILLEGAL_STATE);
+SAME_VALUE(softgpu::kNotFound, CUDA_ERROR_NOT_FOUND);
+SAME_VALUE(softgpu::kCaptureUnsupported, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+SAME_VALUE(softgpu::kCaptureInvalidated, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+SAME_VALUE(softgpu::kCaptureUnmatched, CUDA_ERROR_STREAM_CAPTURE_UNMATCHED);
+SAME_VALUE(softgpu::kCaptureMerge, CUDA_ERROR_STREAM_CAPTURE_MERGE);
+SAME_VALUE(softgpu::kCaptureUnjoined, CUDA_ERROR_STREAM_CAPTURE_UNJOINED);
+SAME_VALUE(softgpu::kCaptureIsolation, CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
+SAME_VALUE(softgpu::kCaptureImplicit, CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
+SAME_VALUE(softgpu::kCapturedEvent, CUDA_ERROR_CAPTURED_EVENT);
 
 }  // namespace
 }  // namespace pe::cuda

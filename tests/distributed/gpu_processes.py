@@ -90,13 +90,14 @@ def _fake_nccl(calls, double):
 
     class NcclCommunicator:
         def __init__(self, size, number, rank):
-            assert size == 2 and len(number) == 128
-            self.name, self.rank = str(number), rank
+            assert type(number) is bytes and len(number) == 128
+            self.name, self.rank = number.hex(), rank
             self.numbers = itertools.count()
             self.aborted, self.awaited = False, ""
-            # As NCCL: returns when both have called it.
+            # As NCCL: returns when all have called it.
             store.set(f"{self.name}/{rank}", "here")
-            store.wait([f"{self.name}/{1 - rank}"])
+            store.wait([f"{self.name}/{other}" for other in range(size)])
+            self.size = size
             self.end = len(ends)
             ends.append(self)
 
@@ -122,6 +123,17 @@ def _fake_nccl(calls, double):
                 if came:
                     buffer.copy_(torch.frombuffer(bytearray(came), dtype=torch.uint8))
 
+        def allReduce(self, address, result, count, kind, how, stream):
+            assert not self.aborted and address == result and how == "sum"
+            values = _bytes_at(address, count * (8 if kind == torch.float64 else 4)).view(kind)
+            number = next(self.numbers)
+            store.set(f"{self.name}/{number}/{self.rank}", bytes(values.view(torch.uint8).numpy()))
+            keys = [f"{self.name}/{number}/{rank}" for rank in range(self.size)]
+            store.wait(keys)
+            values.zero_()
+            for key in keys:
+                values += torch.frombuffer(bytearray(store.get(key)), dtype=kind)
+
         def abort(self):
             self.aborted = True
             store.clone().set(self.awaited, b"")
@@ -136,8 +148,11 @@ def _fake_nccl(calls, double):
         library=library,  # whose operations are there as long as it is
         available=True,
         NCCL_UINT8="uint8",
+        NCCL_FLOAT32=torch.float32,
+        NCCL_FLOAT64=torch.float64,
+        NCCL_SUM="sum",
         NcclCommunicator=NcclCommunicator,
-        get_unique_id=lambda: tuple(byte - 128 for byte in os.urandom(128)),
+        get_unique_id=lambda: os.urandom(128),
     )
 
 

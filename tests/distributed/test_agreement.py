@@ -85,6 +85,7 @@ def test_every_process_is_told_what_differs():
 
 
 def stay_away():
+    dist.barrier()  # all are connected before one ends
     if dist.get_rank() == 1:
         return None
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))

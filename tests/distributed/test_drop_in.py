@@ -337,6 +337,23 @@ def test_the_timeout_is_the_group_s():
     assert "for 3 seconds" in first and "the gradients of microbatch 0 across boundary 0 from rank 1" in first
 
 
+def evaluate_for_a_frozen_process():
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    second = dist.get_rank() == 1
+    schedule, _, _ = make("GPipe", 4, group, wrap=lambda module: Freezes(WIDTH, WIDTH) if second else module)
+    with pytest.raises(pe.StepTimeout) as caught:
+        schedule.eval(*([] if second else [batch(8000)[0]]))
+    with pytest.raises(pe.DeadPipeline):
+        schedule.eval(batch(8)[0])
+    return str(caught.value)
+
+
+def test_what_nobody_receives_is_waited_for_within_the_timeout():
+    first, second = outcomes(2, evaluate_for_a_frozen_process)
+    assert isinstance(second, Gone)
+    assert "3 seconds" in first and "process 1 does not answer" in first, first
+
+
 def raise_and_stay():
     """Process 0 raises when all is on its way to it, and lives on until process 1 has left its step."""
     schedule, modules, count = make("GPipe", 4)

@@ -142,7 +142,8 @@ def test_a_process_that_does_not_come_is_named(fault):
     first, second = outcomes(2, gather_without, fault)
     assert isinstance(second, Gone)
     assert isinstance(first, Failed) and first.kind is pe.PeerError, first
-    assert "rank 1 (process 1) has not given its trace" in first.message
+    why = "is gone" if fault is die else "has not come within 3 seconds"
+    assert f"process 1 {why}" in first.message
 
 
 def test_of_one_process_it_is_the_trace():

@@ -1,5 +1,7 @@
 """Pipelines whose ranks are processes with a GPU each, played on the CPU: gradients, messages, failures."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +10,9 @@ from device_log import WITHIN_A_STEP, Order
 from gpu_processes import install
 from models import chain
 from processes import Gone, die, outcomes, run
+from random_runs import Dawdling
 from reference import gradients, reference_step, twin
+from replicas import average
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -213,7 +217,7 @@ def test_sends_and_receives_are_in_the_steps_graph(standin_library):
 
 def test_packed_messages_leave_steps_without_a_graph(standin_library):
     for launches, captured, fallback in run(2, graphs, standin_library, {"pack": 2}):
-        assert (launches, captured) == (0, 0) and "results are packed" in fallback
+        assert (launches, captured) == (0, 0) and "messages between processes are packed" in fallback
 
 
 class Item(nn.Module):
@@ -258,7 +262,7 @@ def nothing_stops_the_host(library):
             pipe.step(*batch(16)[:1], target=batch(16)[1])
         log = gpu.standin.log()
         looks = [i for i, entry in enumerate(log) if entry.name == "cuEventQuery"]
-        order = Order(log[looks[-1] + 1 :])
+        order = Order(log[looks[-1] + 2 :])  # after the thread's capture mode is its own again
         layout, plan = pipe._routes.train.layout, pipe.plan
         streams = layout.streams
         assert order.calls <= WITHIN_A_STEP
@@ -309,6 +313,79 @@ def test_tied_parameters_are_summed_and_norms_are_of_all_stages(standin_library)
     run(2, ties_and_norms, standin_library)
 
 
+class InPart(nn.Module):
+    """Its replicas use one parameter or the other, and none uses the third."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+        self.number = number
+
+    def forward(self, x):
+        return self.layers[self.number](x)
+
+
+def replicas(library, carrier, pp, options):
+    install(library, carrier)
+    mesh = init_device_mesh("cpu", (2, pp), mesh_dim_names=("dp", "pp"))
+    number = mesh["dp"].get_local_rank()
+    model = chain(4)
+    model[7] = InPart(number)
+    plains = [twin(model), twin(model)]
+    plains[1 - number][7].number = 1 - number
+    losses = []
+    with pe.Pipeline(model, pp, 4, loss_fn=F.mse_loss, mesh=mesh, devices=["cuda:0"], **options) as pipe:
+        here = {p for module in pipe.stage_modules for p in module.parameters()}
+        for step in range(4):  # no step but the third has gradients before
+            pairs = [batch(11 if step == 1 else 8, 2 * step + replica) for replica in range(2)]
+            for m in (model, *plains) if step != 3 else ():
+                m.zero_grad()
+            with pipe.no_sync() if step == 2 else contextlib.nullcontext():
+                losses.append(pipe.step(pairs[number][0], target=pairs[number][1]).item())
+            for plain, (x, y) in zip(plains, pairs):
+                reference_step(plain, x, y, 4, F.mse_loss)
+            if step != 2:
+                average(plains)
+            grads = gradients(plains[number])
+            for name, p in model.named_parameters():
+                expected = grads[name] if p in here else None
+                same = p.grad is None if expected is None else torch.equal(p.grad, expected)
+                assert same, (step, name)
+        assert "graphs" not in options or "the replicas of a mesh" in pipe.graph.fallback
+    return losses
+
+
+@pytest.mark.parametrize("carrier", ["CuPy", "torch"])
+@pytest.mark.parametrize("pp, options", [(1, {}), (2, {"schedule": "zb-h1"}), (2, {"graphs": True})])
+def test_replicas_have_the_mean_of_their_gradients_bit_for_bit(standin_library, carrier, pp, options):
+    losses = run(2 * pp, replicas, standin_library, carrier, pp, options)
+    assert losses[:pp] == [losses[0]] * pp and losses[pp:] == [losses[pp]] * pp
+    assert losses[0] != losses[pp]
+
+
+def one_replica_fails(library, pp):
+    install(library, "CuPy")
+    mesh = init_device_mesh("cpu", (2, pp), mesh_dim_names=("dp", "pp"))
+    model = chain(4)
+    model[7] = nn.Sequential(model[7], Fails(2 if dist.get_rank() == 2 * pp - 1 else 100))
+    with pe.Pipeline(model, pp, 4, loss_fn=F.mse_loss, mesh=mesh, devices=["cuda:0"], timeout=20) as pipe:
+        try:
+            for _ in range(3):
+                pipe.step(*batch(8)[:1], target=batch(8)[1])
+        except pe.PipelineError as error:
+            assert all(p.grad is None for p in pipe.parameters())
+            return type(error), str(error)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_a_stage_that_raises_ends_the_step_of_all_replicas(standin_library, pp):
+    *others, (kind, said) = run(2 * pp, one_replica_fails, standin_library, pp)
+    assert kind is pe.StageError and "raised ValueError: no" in said
+    for kind, said in others:
+        assert kind in (pe.PeerError, pe.ReductionError), said
+        assert "raised ValueError: no" in said
+
+
 def refused(library):
     install(library, "CuPy")
     said = []
@@ -322,14 +399,23 @@ def refused(library):
     refuse(mesh=dist.group.WORLD, devices=["cuda:0", "cuda:1"])
     refuse(mesh=dist.group.WORLD, devices=["cuda:3"])
     refuse(mesh=dist.group.WORLD, devices=["cuda:0"] if dist.get_rank() else ["cpu"])
-    refuse(1, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "pp")), devices=["cuda:0"])
     return said
 
 
 def test_what_processes_with_gpus_do_not_do_is_refused_with_advice(standin_library):
     for said in run(2, refused, standin_library):
-        many, absent, differ, replicas = said
+        many, absent, differ = said
         assert "give a list with this process's device alone" in many
         assert "devices holds 'cuda:3', and torch sees 1 of them" in absent
         assert "devices is cuda, where CuPy carries messages in process 1 and cpu in process 0" in differ
-        assert 'mesh has a dimension "dp"; gradients are averaged over it on CPUs only' in replicas
+
+
+def skips_refused(library):
+    install(library, "CuPy")
+    model = nn.Sequential(Dawdling(None, ["early"], []), Dawdling(None, [], ["early"]))
+    with pytest.raises(pe.InvalidArgument, match="only neighbors have connections of NCCL; pass the skipped"):
+        pe.Pipeline(model, 2, 2, loss_fn=F.mse_loss, mesh=dist.group.WORLD, devices=["cuda:0"])
+
+
+def test_skips_between_the_gpus_of_processes_are_refused(standin_library):
+    run(2, skips_refused, standin_library)

@@ -9,6 +9,7 @@ import time
 import pytest
 from launcher import SMALL, command, environment, torchrun, train
 
+from pipeline_ext.base.lock import locked
 from pipeline_ext.cli import main
 from pipeline_ext.lm import checkpoint
 
@@ -136,3 +137,11 @@ def test_what_does_not_suit_the_processes_is_refused_in_a_sentence(tmp_path, tex
     result = torchrun(2, train(*SMALL, "--data", text, *args), tmp_path)
     assert result.returncode != 0 and message in result.stderr
     assert "step" not in result.stdout and not (tmp_path / "runs").exists()
+
+
+def test_a_second_run_in_one_folder_is_refused_in_all_its_processes(tmp_path, text):
+    with locked(tmp_path / ".running", "trains here"):
+        result = torchrun(2, train(*SMALL, "--data", text, "--out", tmp_path), tmp_path)
+    assert result.returncode != 0
+    assert result.stderr.count("pipeline-ext: this run cannot start: process ") == 2
+    assert not list(tmp_path.iterdir())

@@ -21,6 +21,7 @@ CASES = {
     "packed": {"pack": 4, "pack_forward": 2},
     "interleaved": {"schedule": "interleaved-1f1b"},
     "graphs": {"graphs": True},
+    "replicas": {},
 }
 
 
@@ -46,7 +47,11 @@ def main(case):
         nccl.carrier = lambda: "torch"
     ranks, gpu = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(gpu)
-    mesh = init_device_mesh("cuda", (ranks,), mesh_dim_names=("pp",))
+    replicas = 2 if case == "replicas" else 1
+    ranks //= replicas
+    torch.distributed.init_process_group("nccl")  # which has no connections between CPUs
+    mesh = init_device_mesh("cuda", (replicas, ranks), mesh_dim_names=("dp", "pp"))
+    number = mesh["dp"].get_local_rank()
     torch.manual_seed(0)
     model = nn.Sequential(*(Residual(64) for _ in range(8)))
     plain = twin(model).cuda()
@@ -54,13 +59,14 @@ def main(case):
     with pe.Pipeline(model, stages, 8, loss_fn=F.mse_loss, mesh=mesh, timeout=60, **CASES[case]) as pipe:
         for step in range(8):
             rows = 40 if step == 4 else 32  # another shape, between steps of one
-            x, y = torch.randn(rows, 64), torch.randn(rows, 64)
+            batches = torch.randn(replicas, 2, rows, 64)
             model.zero_grad()
             plain.zero_grad()
+            x, y = batches[number]
             loss = pipe.step(x, target=y)
-            expected = reference_step(plain, x.cuda(), y.cuda(), 8, F.mse_loss)
-            assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-            grads = gradients(plain)
+            expected = [reference_step(plain, *batch.cuda(), 8, F.mse_loss) for batch in batches]
+            assert loss.item() == pytest.approx(expected[number].item(), rel=1e-5)
+            grads = {name: grad / replicas for name, grad in gradients(plain).items()}
             for name, parameter in pipe.named_parameters():
                 largest = grads[name].abs().max()
                 assert (parameter.grad - grads[name]).abs().max() <= 1e-4 * largest, name

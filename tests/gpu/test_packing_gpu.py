@@ -151,6 +151,8 @@ def test_what_one_stream_packs_another_unpacks_after_an_event():
 
 def test_cupys_arrays_are_taken_wherever_tensors_are():
     cupy = pytest.importorskip("cupy", reason="cupy is not installed")
+    if torch.cuda.get_device_name().startswith("software"):
+        pytest.skip("a software GPU runs no kernels that CuPy made")
     given = [torch.randn(40, 60, device="cuda").t(), torch.tensor([1, 2, 3], device="cuda")]
     arrays = [cupy.from_dlpack(tensor) for tensor in given]
     back = [cupy.zeros_like(array) for array in arrays]

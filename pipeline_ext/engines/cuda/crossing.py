@@ -22,12 +22,12 @@ class Crossing(DeviceCopy):
         keepalive: KeepAlive,
         executor: _C.StreamExecutor,
         devices: Sequence[torch.device],
-        boundary: int,
-        direction: str,
+        sender: int,
+        receiver: int,
         pair: Pair,
     ) -> None:
         """As ``DeviceCopy``; all ``devices`` are this process's."""
-        super().__init__(layout, keepalive, executor, devices, boundary, direction)
+        super().__init__(layout, keepalive, executor, devices, sender, receiver)
         self.stays = False
         self._pair = pair
 
@@ -35,12 +35,12 @@ class Crossing(DeviceCopy):
         """As ``transport.stream_remote.StreamConnection``; the current stream is that of the copy, as below."""
         if nbytes:
             self._pair.send(buffer[:nbytes])
-        packed = max(self._position(self._made, m) for m in results)
-        self._keepalive.keep(buffer, packed, self._layout.position(*self._sent, m))
+        packed = max(self._made[m] for m in results)
+        self._keepalive.keep(buffer, packed, self._copies[m])
 
     def receive(self, m: int, results: Sequence[int], nbytes: int, sent_nbytes: int) -> Tensor:
         buffer = torch_side.empty(nbytes, self._to)
         if sent_nbytes:
             self._pair.receive(buffer[:sent_nbytes])
-        self._keepalive.keep(buffer, self._layout.position(*self._sent, m), self._last_use(results))
+        self._keepalive.keep(buffer, self._copies[m], self._last_use(results))
         return buffer

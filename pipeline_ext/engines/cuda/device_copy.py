@@ -1,4 +1,4 @@
-"""Moves results across a boundary between stages whose tasks run on streams."""
+"""Moves results from one stage to another whose tasks run on streams."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from .layout import Position, StreamLayout
 
 
 class DeviceCopy:
-    """One direction across one boundary: keeps what is sent alive, and copies it to another device.
+    """What one stage sends another: keeps it alive, and copies it to another device.
 
     Attributes:
         stays: whether sender and receiver are on one device.
@@ -25,48 +25,50 @@ class DeviceCopy:
         keepalive: KeepAlive,
         executor: _C.StreamExecutor,
         devices: Sequence[torch.device],
-        boundary: int,
-        direction: str,
+        sender: int,
+        receiver: int,
+        is_skip: bool = False,
     ) -> None:
-        """``devices`` are by stage; ``direction`` is "F" for activations and "B" for gradients."""
-        self._layout = layout
+        """``devices`` are by stage."""
         self._keepalive = keepalive
         self._executor = executor
-        sender, receiver = (boundary, boundary + 1) if direction == "F" else (boundary + 1, boundary)
         self._from, self._to = devices[sender], devices[receiver]
         self.stays = self._from == self._to
-        self._made = ("F" if direction == "F" else "BI", sender)
+        direction, kinds = ("F", ["F"]) if sender < receiver else ("B", ["B", "I"])
+        self._made = _positions(layout, kinds, sender)
         # A stage uses what it received until its backward has run.
-        self._used = ("BW" if layout.plan.has_backward else "F", receiver)
-        self._sent = (f"SEND_{direction}", sender)
+        self._used = _positions(layout, ["B", "W"] if layout.plan.has_backward else ["F"], receiver)
+        carrying = (kinds, receiver) if is_skip else ([f"SEND_{direction}"], sender)
+        self._copies = _positions(layout, *carrying)
 
     def handed_over(self, m: int, value: Any) -> None:
         """Keeps ``value`` alive: the receiver uses the sender's own tensors."""
-        self._keepalive.keep(value, self._position(self._made, m), self._position(self._used, m))
+        self._keepalive.keep(value, self._made[m], self._used[m])
 
     def packed(self, results: dict[int, Any], buffer: Tensor) -> None:
         """Keeps these results, by microbatch, and ``buffer`` alive: they were just packed into it."""
-        packs = max(self._position(self._made, m) for m in results)
+        packs = max(self._made[m] for m in results)
         for m, value in results.items():
-            self._keepalive.keep(value, self._position(self._made, m), packs)
+            self._keepalive.keep(value, self._made[m], packs)
         if self.stays:
             self._keepalive.keep(buffer, packs, self._last_use(results))
 
-    def copy(self, results: Sequence[int], buffer: Tensor, nbytes: int) -> Tensor:
+    def copy(self, m: int, results: Sequence[int], buffer: Tensor, nbytes: int) -> Tensor:
         """As ``transport.channel.StreamMemory``; the current stream is that of the copy."""
-        packed = max(self._position(self._made, m) for m in results)
-        sent = max(self._layout.position(*self._sent, m) for m in results if self._layout.has(*self._sent, m))
+        packed = max(self._made[m] for m in results)
+        copies = self._copies[m]
         copied = torch_side.empty(buffer.numel(), self._to)
-        self._executor.copy(
-            to=copied.data_ptr(),
-            to_device=self._to.index,
-            source=buffer.data_ptr(),
-            source_device=self._from.index,
-            nbytes=nbytes,
-            stream=torch_side.callers([self._to.index])[0],
-        )
-        self._keepalive.keep(buffer, packed, sent)
-        self._keepalive.keep(copied, sent, self._last_use(results))
+        if nbytes:
+            self._executor.copy(
+                to=copied.data_ptr(),
+                to_device=self._to.index,
+                source=buffer.data_ptr(),
+                source_device=self._from.index,
+                nbytes=nbytes,
+                stream=torch_side.callers([self._to.index])[0],
+            )
+        self._keepalive.keep(buffer, packed, copies)
+        self._keepalive.keep(copied, copies, self._last_use(results))
         return copied
 
     def take(self, nbytes: int, device: torch.device) -> Tensor:
@@ -76,10 +78,16 @@ class DeviceCopy:
     def give_back(self, buffer: Tensor) -> None:
         """Does nothing: ``buffer`` is kept alive until its stream may reuse it."""
 
-    def _position(self, of: tuple[str, int], m: int) -> Position:
-        kinds, stage = of  # the plan has one of these kinds
-        return next(self._layout.position(k, stage, m) for k in kinds if self._layout.has(k, stage, m))
-
     def _last_use(self, results: Sequence[int] | dict[int, Any]) -> Position:
         # The receiver's tasks of one kind run one after another, so the last one ends last.
-        return max(self._position(self._used, m) for m in results)
+        return max(self._used[m] for m in results)
+
+
+def _positions(layout: StreamLayout, kinds: Sequence[str], stage: int) -> dict[int, Position]:
+    """By microbatch, where a stage's action of one of ``kinds`` is enqueued; each has one of them."""
+    return {
+        m: layout.position(kind, stage, m)
+        for kind in kinds
+        for m in range(layout.plan.num_microbatches)
+        if layout.has(kind, stage, m)
+    }

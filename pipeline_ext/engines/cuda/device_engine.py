@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ...errors import InvalidArgument
+from ...errors import DeviceError, InvalidArgument
 from ...processes.connections import Connections
 from ...stages.recomputation import RecomputationGuard
 from ...stages.stage import Stage
@@ -40,6 +40,7 @@ class DeviceEngine:
 
     Attributes:
         devices: one for each rank.
+        averages: whether gradients are averaged over replicas.
     """
 
     def __init__(self, parts: EngineParts, rank: int | None = None) -> None:
@@ -47,18 +48,25 @@ class DeviceEngine:
 
         Raises DeviceError if the driver or a device cannot be used.
         """
+        torch_side.warn_of_few_queues()
         self.devices = list(parts.devices)
+        self.averages = parts.reduction is not None
         self._rank = rank
         self._of_stage = [self.devices[rank] for rank in parts.plan.rank_of_stage]
         self._executor = _C.StreamExecutor([device.index for device in self.devices])
         self._exchange_of = parts.exchange_of
-        self._parameters = LaneParameters(parts.stages, parts.shared.target)
+        self._parameters = LaneParameters(parts.stages, parts.shared.target, self._of_stage)
         modules = [stage.module for stage in parts.stages]
         # One thread enqueues everything, so random numbers are drawn in the plan's order.
         self._guard = RecomputationGuard(modules, overlap=parts.plan.overlap)
         self._capturing = False
+        self._non_blocking = parts.non_blocking
         self.stop: Callable[[], object] = self._executor.close
         self.close: Callable[[], object] = functools.partial(_close, self._executor, self._guard)
+
+    @property
+    def interruption(self) -> Exception | None:
+        return None  # no other process is in it
 
     @property
     def dead(self) -> bool:
@@ -101,7 +109,7 @@ class DeviceEngine:
     def agreed_key(self, key: Hashable | None, timeout: float) -> Hashable | None:
         return key
 
-    def settle(self, route: DeviceRoute) -> None:
+    def settle(self, route: DeviceRoute, timeout: float) -> None:
         pass  # nothing was sent to another process
 
     def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
@@ -111,16 +119,29 @@ class DeviceEngine:
         pass
 
     def arrive(self, value: Any, stage: int) -> Any:
-        if torch_side.is_capturing() and not self._capturing:
-            raise InvalidArgument(
-                "a CUDA graph of the caller's is being captured, and a step cannot be a part of it; give "
-                "graphs=True to Pipeline, which captures whole steps itself, and call step and eval outside of "
-                "torch.cuda.graph"
-            )
-        return torch_side.move(value, self._of_stage[stage])
+        self._check_no_capture()
+        device = self._of_stage[stage]
+        try:
+            moved = torch_side.move(value, device)
+        except RuntimeError as error:
+            if torch_side.is_of_capture(error):
+                raise DeviceError(f"nothing was run: {_refused_by_capture(error)}") from error
+            raise
+        # Whether CUDA stages pageable memory before the copy's call returns depends on the machine.
+        if not self._non_blocking and torch_side.on_host(value):
+            (caller,) = torch_side.callers([device.index])
+            self._executor.mark_inputs(device=device.index, caller=caller)
+        return moved
+
+    def wait_for_inputs(self, timeout: float) -> NotRun | None:
+        outcome = self._executor.wait_for_inputs(timeout=timeout)
+        if outcome == "done":
+            return None
+        return NotRun(outcome, "  a GPU has not read the inputs; it has not ended the step before")
 
     def wait_for_room(self, timeout: float) -> NotRun | None:
         """Waits until the devices have ended all steps but the last; returns NotRun if they do not."""
+        self._check_no_capture()
         outcome = self._executor.wait_for_room(timeout=timeout)
         if outcome == "done":
             return None
@@ -163,10 +184,19 @@ class DeviceEngine:
             self._parameters.end()
         if result.outcome != "done":
             self._parameters.forget()
-        return DeviceStep(route.layout, result, self._executor.idle)
+        step = functools.partial(DeviceStep, route.layout, result, self._executor.idle)
+        return step() if self._capturing else _explained(step())  # no local: the error refers to this frame
 
     def give_up(self, stages: list[Stage]) -> None:
         pass  # no thread of ours is left in a stage
+
+    def _check_no_capture(self) -> None:
+        if torch_side.is_capturing(self._executor.devices):
+            raise InvalidArgument(
+                "a CUDA graph of the caller's is being captured, and a step cannot be a part of it; give "
+                "graphs=True to Pipeline, which captures whole steps itself, and call step and eval outside of "
+                "torch.cuda.graph"
+            )
 
     def _exchange(
         self, layout: StreamLayout, keepalive: KeepAlive, remote_channel_of: RemoteChannelOf | None = None
@@ -213,6 +243,22 @@ class DeviceEngine:
         trains = layout.plan.has_backward and kind in ("F", "B", "I", "W")
         enqueue = train if trains else run
         return _with_range(enqueue, layout.plan, stage, kind) if torch_side.a_profiler_listens() else enqueue
+
+
+def _explained(step: DeviceStep) -> DeviceStep:
+    if torch_side.is_of_capture(step.error):
+        refused = DeviceError(_refused_by_capture(step.error))
+        refused.__cause__, step.error = step.error, refused
+    return step
+
+
+def _refused_by_capture(error: BaseException | None) -> str:
+    """What to do about an error of torch's by which CUDA refused a call during a capture."""
+    said = str(error).partition("\n")[0]
+    return (
+        f"{said}: a CUDA graph is captured in another thread, or by a stage; give capture_error_mode="
+        '"thread_local" to torch.cuda.graph there, or capture while no step runs'
+    )
 
 
 def _with_range(enqueue: Body, plan: _C.Plan, stage: int, kind: str) -> Body:

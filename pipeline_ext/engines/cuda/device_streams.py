@@ -4,8 +4,7 @@ A kernel gets the state of the GPU's generator, two numbers, when the host enque
 tasks of a step, one after another. So each task begins with a state of its own, whatever runs beside it.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ class DeviceStreams(RandomStreams):
         self._devices = devices
 
     def _streams(self, state: Tensor) -> StepStreams:
-        if torch_side.is_capturing():
+        if torch_side.is_capturing({device.index for device in self._devices}):
             return NoStreams()
         return _OnDevices(state, self._replica, [torch_side.generator(device) for device in self._devices])
 
@@ -36,6 +35,7 @@ class _OnDevices(StepStreams):
         super().__init__(state, replica)
         self._generators = generators
         self._last: tuple[int, torch.Generator] | None = None
+        self._before: dict[int, tuple[torch.Generator, Tensor]] = {}  # and their states
 
     def enter(self, stage: int, m: int, backward: bool = False) -> None:
         super().enter(stage, m, backward)
@@ -44,17 +44,19 @@ class _OnDevices(StepStreams):
         generator.manual_seed(self.seed(stage, 2 * m + backward))
         self._last = stage, generator
 
-    @contextlib.contextmanager
-    def in_this_thread(self) -> Iterator[None]:
-        before = {id(generator): (generator, generator.get_state()) for generator in self._generators}
-        try:
-            with super().in_this_thread():
-                yield
-        finally:
-            self._look()
-            self._last = None
-            for generator, state in before.values():
-                generator.set_state(state)
+    def on_device(self, stage: int) -> torch.Generator | None:
+        return self._generators[stage]
+
+    def start(self) -> None:
+        self._before = {id(generator): (generator, generator.get_state()) for generator in self._generators}
+
+    def leave(self) -> None:
+        super().leave()
+        self._look()
+        self._last = None
+        for generator, state in self._before.values():
+            generator.set_state(state)
+        self._before = {}
 
     def _look(self) -> None:
         """Notes whether the last task drew."""

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ...base.flat import is_flat
+from ...base.tensors import dense_parts
 from .layout import Position, StreamLayout
 
 
@@ -56,22 +57,10 @@ class KeepAlive:
 
 def _storages(value: Any) -> Iterator[int]:
     """The storages of the tensors in a value, each by a number that is its own while it lives."""
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            for part in _parts(leaf):
+    flat = tuple(value) if type(value) is list else value
+    for leaf in flat if is_flat(flat) else pytree.tree_leaves(value):
+        if type(leaf) is Tensor and leaf.layout is torch.strided:
+            yield leaf.untyped_storage()._cdata
+        elif isinstance(leaf, Tensor):
+            for part in dense_parts(leaf):
                 yield part.untyped_storage()._cdata
-
-
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The dense tensors that hold a tensor's values: those of a DTensor, or of a sparse or jagged one."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
-    elif tensor.layout is torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
-    else:
-        yield tensor

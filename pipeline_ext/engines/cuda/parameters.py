@@ -17,6 +17,7 @@ from ...model.module_watch import ModuleWatch
 from ...stages.aliases import Holder, alias, holders
 from ...stages.gradients import total
 from ...stages.stage import Stage
+from . import torch_side
 
 Target = Callable[[int, nn.Parameter], nn.Parameter]
 
@@ -38,23 +39,33 @@ class _FlatWeights(NamedTuple):
 class LaneParameters:
     """The aliases of all stages' parameters, by lane.
 
-    Hooks on a parameter are not called: gradients are added to it outside of autograd.
+    Gradients are added outside of autograd, except to a parameter with hooks (``register_hook``): its gradient
+    of each microbatch goes through a backward of the parameter itself, which calls them. These run on the
+    caller's stream, one after another, whatever lane the gradient is from: a hook may replace a tensor that it
+    keeps, and what it frees on this stream, no other one uses.
     """
 
-    def __init__(self, stages: Sequence[Stage], target: Target) -> None:
-        """``target(stage, parameter)`` says where to add a stage's gradients of a parameter."""
+    def __init__(self, stages: Sequence[Stage], target: Target, devices: Sequence[torch.device]) -> None:
+        """``target(stage, parameter)`` says where to add a stage's gradients of a parameter.
+
+        ``devices`` are by stage.
+        """
         self._stages = stages
         self._target = target
+        self._devices = devices
+        self._callers: dict[torch.device, Any] = {}  # their current streams when the step began
         self._holders: dict[int, list[Holder]] = {}  # by stage, like the next two
         self._flat: dict[int, list[_FlatWeights]] = {}
         self._large: dict[int, bool] = {}
         self._watch = ModuleWatch(module for stage in stages for module in stage.modules())
         self._seen: list[tuple[int, bool]] | None = None
         self._aliases: dict[tuple[int, int], dict[nn.Parameter, nn.Parameter]] = {}  # by stage and lane
+        self._held: dict[tuple[int, int], list[nn.Parameter]] = {}  # the same, one for each holder
         self._replaced: list[Tensor] = []  # gradients that other lanes may still read
 
     def begin(self) -> None:
         """Prepares for a step: makes new aliases if parameters were replaced since the last step."""
+        self._callers = {device: torch_side.current_stream(device) for device in set(self._devices)}
         replaced = self._watch.changed()
         if self._seen is not None and not replaced and self._state() == self._seen:
             return
@@ -72,14 +83,14 @@ class LaneParameters:
             index: sum(p.numel() * p.itemsize for p in {holder.parameter for holder in found}) > _LARGE
             for index, found in self._holders.items()
         }
-        self._aliases = {}
+        self._aliases, self._held = {}, {}
         self._seen = self._state()
 
     def enter(self, stage: int, lane: int) -> None:
         """Puts the lane's aliases into the stage's modules."""
         aliases = self._aliases_of(stage, lane)
-        for holder in self._holders[stage]:
-            holder.put(aliases[holder.parameter])
+        for holder, lane_alias in zip(self._holders[stage], self._held[stage, lane]):
+            holder.put(lane_alias)
         for flat in self._flat[stage]:
             flat.put([aliases.get(w, w) if isinstance(w, nn.Parameter) else w for w in flat.weights])
 
@@ -96,17 +107,20 @@ class LaneParameters:
             return
         for parameter, lane_alias in self._aliases_of(stage, lane).items():
             grad = self._target(stage, parameter).grad
-            if grad is not None and not grad.is_sparse:
+            if grad is not None and not grad.is_sparse and not parameter._backward_hooks:
                 lane_alias.grad = grad
 
     def after_backward(self, stage: int, lane: int) -> None:
         """Adds the gradients of the lane's aliases to those of the parameters."""
-        sums, grads = [], []
+        sums, grads, hooked = [], [], []
         for parameter, lane_alias in self._aliases_of(stage, lane).items():
             grad = lane_alias.grad
             if grad is None:
                 continue
             lane_alias.grad = None
+            if parameter._backward_hooks:
+                hooked.append((parameter, grad))
+                continue
             target = self._target(stage, parameter)
             before = target.grad
             if before is None:
@@ -120,6 +134,11 @@ class LaneParameters:
         if sums:
             with torch.no_grad():
                 torch._foreach_add_(sums, grads)
+        if hooked:
+            with torch_side.in_turn_on(self._callers[self._devices[stage]]):
+                for parameter, grad in hooked:
+                    # A copy, because a hook may keep it: ``grad`` is the lane's memory.
+                    torch.autograd.backward(parameter, grad.clone())
 
     def end(self) -> None:
         """Called when the caller's streams wait for all others."""
@@ -143,4 +162,5 @@ class LaneParameters:
         if aliases is None:
             aliases = {holder.parameter: alias(holder.parameter) for holder in self._holders[stage]}
             self._aliases[stage, lane] = aliases
+            self._held[stage, lane] = [aliases[holder.parameter] for holder in self._holders[stage]]
         return aliases

@@ -2,15 +2,16 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ...errors import PeerError, StepTimeout
+from ...errors import InvalidArgument, PeerError, PipelineError, StepTimeout
 from ...processes.connections import Connections
 from ...processes.failure import GRACE, Failure
 from ...processes.group import Processes, seconds
+from ...reduction.replica_reduction import ReplicaReduction
 from ...stages.step import Step
 from ...transport.exchange import Exchange
 from ...transport.flow import Flow
@@ -24,7 +25,8 @@ from .device_engine import DeviceEngine, DeviceRoute
 from .device_step import DeviceStep, NotRun
 from .keepalive import KeepAlive
 from .layout import StreamLayout
-from .nccl import Pair, make_pairs
+from .nccl import Pair, Sums, make_pairs, make_sums
+from .replicas import DeviceReduction
 from .step_signature import StepSignatures
 
 
@@ -40,7 +42,17 @@ class DeviceProcessEngine(DeviceEngine):
         parts: EngineParts,
         processes: Processes,
     ) -> None:
-        """``parts.devices`` has this process's device for each rank. Raises as ``DeviceEngine`` does."""
+        """``parts.devices`` has this process's device for each rank.
+
+        Raises as ``DeviceEngine`` does, and InvalidArgument for skip connections.
+        """
+        if parts.plan.skips:
+            raise InvalidArgument(
+                "skip connections between the GPUs of several processes are refused: only neighbors have "
+                "connections of NCCL; pass the skipped tensor on as a part of each stage's result, cut the "
+                "model so that each skip lies in one stage, run all ranks in one process, or give "
+                'devices=["cpu"]'
+            )
         super().__init__(parts, processes.rank)
         self._processes = processes
         self._rank_of_first_stage = parts.plan.rank_of_stage[0]
@@ -49,12 +61,23 @@ class DeviceProcessEngine(DeviceEngine):
         self._signatures = StepSignatures(parts.stages, processes, self._failure, descriptions)
         try:
             self._pairs = make_pairs(parts.plan.rank_of_stage, processes, self.devices[0])
+            sums = make_sums(processes, self.devices[0])
         except BaseException:
             self.close()
             raise
-        self._waits = _Waits(descriptions, self._pairs)
+        if sums is not None:
+            assert isinstance(parts.reduction, DeviceReduction)
+            parts.reduction.use(sums)
+        carriers: list[Pair | Sums] = [*self._pairs.values()]
+        if sums is not None:
+            carriers.append(sums)
+        self._waits = _Waits(descriptions, carriers)
         self._failure.watch(self._waits)
-        self.close = functools.partial(_close, self.close, self._failure, processes)
+        self.close = functools.partial(_close, self.close, self._failure, processes, parts.reduction)
+
+    @property
+    def interruption(self) -> Exception | None:
+        return self._failure.error
 
     @property
     def death(self) -> str:
@@ -65,12 +88,16 @@ class DeviceProcessEngine(DeviceEngine):
         return super().dead or self._failure.is_known
 
     def agreed_count(self, count: int | None) -> int:
-        return self._processes.agree(count, self._rank_of_first_stage)
+        try:
+            return self._processes.agree(count, self._rank_of_first_stage, self._failure.finish)
+        except PipelineError as error:
+            self.failed(str(error))
+            raise
 
     def add_up(self, tensor: Tensor, among: Connections, timeout: float) -> None:
         total = tensor.cpu()
         work = among.all_reduce(total, seconds(timeout + GRACE))
-        self._failure.finish(work, timeout, "the processes that share a parameter with it")
+        self._failure.finish(work, timeout, among.others)
         tensor.copy_(total)
 
     def run(self, route: DeviceRoute, *, timeout: float, record: bool) -> DeviceStep | NotRun:
@@ -83,12 +110,21 @@ class DeviceProcessEngine(DeviceEngine):
             result = NotRun("timed out", f"  {error}")
         except PeerError as error:
             result = NotRun("failed", "", error)
+        return self._blamed(result) or result
+
+    def wait_for_inputs(self, timeout: float) -> NotRun | None:
+        # A GPU that waits for a process that has gone reads no inputs.
+        result = super().wait_for_inputs(timeout)
+        return None if result is None else self._blamed(result) or result
+
+    def _blamed(self, result: DeviceStep | NotRun) -> NotRun | None:
+        """The failure of another process, if that explains the result; looks for who is silent, if it may."""
         if self._failure.error is None:
             if result.outcome == "timed out" or isinstance(result.error, PeerError):
                 self._failure.seek()
         elif result.error is None or isinstance(result.error, PeerError):
             return NotRun("failed", "", self._failure.error)
-        return result
+        return None
 
     def agreed_key(self, key: Hashable | None, timeout: float) -> str | None:
         return self._signatures.agree(key, timeout)
@@ -96,7 +132,7 @@ class DeviceProcessEngine(DeviceEngine):
     def failed(self, reason: str) -> None:
         if self._capturing:
             return  # nothing has run: steps go on without a graph
-        self._failure.tell(reason)
+        self._failure.tell(f"{reason}{self._failure.silence}")
         self._waits.fail()
 
     def _exchange(
@@ -106,7 +142,8 @@ class DeviceProcessEngine(DeviceEngine):
             letter = "F" if flow.what == "activations" else "B"
             boundary = flow.receiver - 1 if letter == "F" else flow.receiver
             pair = self._pairs[boundary, letter]
-            parts = (layout, keepalive, self._executor, self._of_stage, boundary, letter, pair)
+            ends = (boundary, boundary + 1) if letter == "F" else (boundary + 1, boundary)
+            parts = (layout, keepalive, self._executor, self._of_stage, *ends, pair)
             return Crossing(*parts), f"{boundary}{letter}"
 
         def sender(peer: object, flow: Flow) -> StreamSender:
@@ -125,17 +162,24 @@ class _Waits(NamedTuple):
     """This process's waits for others, on the host and on the GPU."""
 
     descriptions: Descriptions
-    pairs: Mapping[tuple[int, str], Pair]
+    carriers: Sequence[Pair | Sums]
 
     def fail(self, error: Exception | None = None) -> None:
         """Ends them."""
         self.descriptions.give_up()
-        for pair in self.pairs.values():
+        for carrier in self.carriers:
             with contextlib.suppress(RuntimeError):  # it has ended already
-                pair.abort()
+                carrier.abort()
 
 
-def _close(close: Callable[[], object], failure: Failure, processes: Processes) -> None:
+def _close(
+    close: Callable[[], object],
+    failure: Failure,
+    processes: Processes,
+    reduction: ReplicaReduction[Any] | None,
+) -> None:
     close()
+    if reduction is not None:
+        reduction.close()
     failure.close()
     processes.close(idle=not failure.is_known)

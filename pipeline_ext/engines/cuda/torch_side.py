@@ -1,9 +1,11 @@
 """The engine's calls to torch.cuda, all in one place."""
 
 import contextlib
+import functools
 import gc
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +14,24 @@ from torch.utils import _pytree as pytree
 
 # The number of a device's hardware queues; CUDA reads it when it starts. Streams that share a queue can hold
 # each other up (head-of-line blocking).
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+_IS_LATE = _QUEUES not in os.environ and torch.cuda.is_initialized()
+os.environ.setdefault(_QUEUES, "32")
+
+
+_OF_CAPTURE = range(900, 909)  # cudaErrorStreamCaptureUnsupported to cudaErrorStreamCaptureWrongThread
+
+
+@functools.cache
+def warn_of_few_queues() -> None:
+    """Warns, once, if CUDA started before this module could ask it for more queues."""
+    if _IS_LATE:
+        warnings.warn(
+            "CUDA started before pipeline_ext was imported, with its usual 8 queues, in which the streams of "
+            "ranks hold one another up; import pipeline_ext before the first use of CUDA, or start the program "
+            f"with {_QUEUES}=32 in its environment",
+            stacklevel=6,
+        )
 
 
 def num_devices() -> int:
@@ -35,6 +54,23 @@ def callers(devices: Sequence[int]) -> list[int]:
     return [torch._C._cuda_getCurrentRawStream(device) for device in devices]
 
 
+def current_stream(device: torch.device) -> Any:
+    """The stream that is current on ``device``."""
+    return torch.cuda.current_stream(device)
+
+
+@contextlib.contextmanager
+def in_turn_on(stream: Any) -> Iterator[None]:
+    """Inside it, ``stream`` is current, and begins after the current one, which waits for its end."""
+    before = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(before)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        before.wait_stream(stream)
+
+
 def use(stream: Any) -> None:
     """Makes a stream, and its device, current."""
     torch.cuda.set_stream(stream)
@@ -45,9 +81,18 @@ def generator(device: torch.device) -> torch.Generator:
     return torch.cuda.default_generators[device.index]
 
 
-def is_capturing() -> bool:
-    """Whether what the calling thread enqueues now becomes a part of a graph."""
-    return torch.cuda.is_current_stream_capturing()
+def is_capturing(devices: Iterable[int]) -> bool:
+    """Whether what the calling thread enqueues now on one of ``devices`` becomes a part of a graph."""
+    for device in devices:
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return True
+    return False
+
+
+def is_of_capture(error: BaseException | None) -> bool:
+    """Whether torch raised ``error`` because CUDA refuses a call while a graph is captured."""
+    return getattr(error, "error_code", None) in _OF_CAPTURE
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -74,7 +119,7 @@ def move_module(module: nn.Module, device: torch.device) -> None:
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """A pytree with its tensors on ``device``; the host does not wait for pinned ones."""
+    """A pytree with its tensors on ``device``, which reads those ``on_host`` later."""
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device, non_blocking=True)
     if type(value) is tuple:
@@ -84,16 +129,37 @@ def move(value: Any, device: torch.device) -> Any:
     return pytree.tree_map_only(Tensor, lambda tensor: move(tensor, device), value)
 
 
+def on_host(value: Any) -> bool:
+    """Whether a pytree has tensors in the host's memory."""
+    return any(isinstance(leaf, Tensor) and leaf.device.type == "cpu" for leaf in pytree.tree_leaves(value))
+
+
 def empty(nbytes: int, device: torch.device) -> Tensor:
     """Uninitialised memory, allocated on the current stream."""
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 class GraphMemory:
-    """A memory pool for graphs that never run at the same time."""
+    """A memory pool for graphs that never run at the same time, and the stream on which they are captured."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.handle = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        self.device = device
+
+    def release(self) -> None:
+        """Gives the memory back when a capture has failed and all graphs are dropped.
+
+        Torch counts the captures that use a pool, and does not count down for one that failed. Then the pool
+        keeps even segments without a live block. A pool whose count is right must not be counted down again.
+        """
+        torch.cuda.empty_cache()
+        if any(
+            segment["segment_pool_id"] == self.handle and segment["active_size"] == 0
+            for segment in torch.cuda.memory_snapshot()
+        ):
+            torch._C._cuda_releasePool(self.device.index, self.handle)
+            torch.cuda.empty_cache()
 
 
 class Graph:
@@ -104,13 +170,12 @@ class Graph:
         self._memory = memory
 
     @contextlib.contextmanager
-    def capture(self, device: torch.device) -> Iterator[None]:
-        """Captures what runs inside it, on a stream of its own, which is current there.
+    def capture(self) -> Iterator[None]:
+        """Captures what runs inside it, on the stream of its memory, which is current there.
 
         A failed capture leaves torch as it was before: some versions end a capture only if it succeeds.
         """
-        caller = torch.cuda.current_stream(device)
-        stream = torch.cuda.Stream(device)
+        caller = torch.cuda.current_stream(self._memory.device)
         gc.collect()
         collects = gc.isenabled()
         gc.disable()  # it may free another graph, which must not happen during a capture
@@ -119,12 +184,12 @@ class Graph:
             with torch.cuda.graph(
                 self._graph,
                 pool=self._memory.handle,
-                stream=stream,
+                stream=self._memory.stream,
                 capture_error_mode="thread_local",
             ):
                 yield
         except BaseException:
-            _end_failed_capture(device, self._memory)
+            _end_failed_capture(self._memory)
             raise
         finally:
             torch.cuda.set_stream(caller)
@@ -136,10 +201,10 @@ class Graph:
         self._graph.replay()
 
 
-def _end_failed_capture(device: torch.device, memory: GraphMemory) -> None:
+def _end_failed_capture(memory: GraphMemory) -> None:
     with contextlib.suppress(RuntimeError):  # if the end of the capture has done it already
-        torch._C._cuda_endAllocateToPool(device.index, memory.handle)
-    generator = torch.cuda.default_generators[device.index]
+        torch._C._cuda_endAllocateToPool(memory.device.index, memory.handle)
+    generator = torch.cuda.default_generators[memory.device.index]
     with contextlib.suppress(RuntimeError):
         # The state that the capture used would refuse to draw outside of a capture.
         generator.graphsafe_set_state(generator.graphsafe_get_state().clone_state())

@@ -1,13 +1,15 @@
 """Real processes of a gloo group on loopback, each of which runs a function of a test.
 
-They are forked from a server that has imported torch once, so that one starts in a moment. The store is the
-test's own: it outlives any of the processes, as under torchrun.
+They are forked from a server that has imported torch once, so that one starts in a moment. Unless a test says
+how they join, the store is the test's own: it outlives any of the processes, as under torchrun.
 """
 
+import functools
 import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_FOREVER = 1e6  # seconds
 TIMEOUT = 60.0  # seconds within which all processes of a test end, imports and all
 
 # Torch asks for the name of each end of a connection to its store; where an answer is lost that takes 5 s.
@@ -40,6 +43,8 @@ _context.set_forkserver_preload(
     ]
 )
 
+Join = Callable[[int, int], None]
+
 _to_test: Connection | None = None  # in each of the processes
 
 
@@ -54,7 +59,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Gone:
-    """A process that ended, was stopped, or had to be killed, without a result."""
+    """A process that ended, was stopped, hangs, or had to be killed, without a result."""
 
     why: str
 
@@ -65,24 +70,32 @@ def run(size: int, body: Callable[..., Any], *args: Any, timeout: float = TIMEOU
     ``body`` is a function of a module; what it returns is pickled.
     """
     found = outcomes(size, body, *args, timeout=timeout)
-    for rank, outcome in enumerate(found):
-        if isinstance(outcome, Failed):
-            raise AssertionError(f"process {rank} raised:\n{outcome.traceback}")
+    failed = {rank: outcome for rank, outcome in enumerate(found) if isinstance(outcome, Failed)}
+    if failed:
+        raise AssertionError(
+            "\n".join(f"process {rank} raised:\n{outcome.traceback}" for rank, outcome in failed.items())
+        )
     for rank, outcome in enumerate(found):
         assert not isinstance(outcome, Gone), f"process {rank} {outcome.why}"
     return found
 
 
-def outcomes(size: int, body: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-    """As ``run``, with ``Failed`` or ``Gone`` for the processes that have no result."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def outcomes(
+    size: int, body: Callable[..., Any], *args: Any, timeout: float = TIMEOUT, join: Join | None = None
+) -> list[Any]:
+    """As ``run``, with ``Failed`` or ``Gone`` for the processes that have no result.
+
+    ``join(rank, size)`` is called in each, and makes the process group; it is pickled.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if join is None else None
+    join = functools.partial(_join, store.port) if store is not None else join
     processes, connections = [], []
     try:
         for rank in range(size):
             here, there = _context.Pipe(duplex=False)
             connections.append(here)
             processes.append(
-                _context.Process(target=_main, args=(there, rank, size, store.port, body, args), daemon=True)
+                _context.Process(target=_main, args=(there, rank, size, join, body, args), daemon=True)
             )
             processes[-1].start()
             there.close()
@@ -97,13 +110,24 @@ def outcomes(size: int, body: Callable[..., Any], *args: Any, timeout: float = T
 
 def freeze() -> None:
     """Stops this process (SIGSTOP) for as long as the test lasts."""
-    _to_test.send_bytes(pickle.dumps(Gone("was stopped")))
+    _end_without_result("was stopped")
     _signal_myself(signal.SIGSTOP)
+
+
+def hang() -> None:
+    """Keeps this thread for as long as the test lasts; of the main thread, the test waits for no result."""
+    if threading.current_thread() is threading.main_thread():
+        _end_without_result("hangs")
+    time.sleep(_FOREVER)
 
 
 def die() -> None:
     """Kills this process (SIGKILL)."""
     _signal_myself(signal.SIGKILL)
+
+
+def _end_without_result(why: str) -> None:
+    _to_test.send_bytes(pickle.dumps(Gone(why)))
 
 
 def _signal_myself(number: signal.Signals) -> None:
@@ -123,23 +147,27 @@ def _gather(connections: list[Connection], timeout: float) -> list[Any]:
             except EOFError:
                 found.setdefault(connection, Gone("ended"))
                 running.discard(connection)
-            if found[connection] == Gone("was stopped"):
+            if isinstance(found[connection], Gone):
                 running.discard(connection)
     for connection in running:
         found[connection] = Gone(f"had not ended after {timeout:g} seconds")
     return [found[connection] for connection in connections]
 
 
-def _main(to_test: Connection, rank: int, size: int, port: int, body: Callable[..., Any], args: tuple) -> None:
+def _join(port: int, rank: int, size: int) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    limit = timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+
+
+def _main(to_test: Connection, rank: int, size: int, join: Join, body: Callable[..., Any], args: tuple) -> None:
     global _to_test
     _to_test = to_test
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        limit = timedelta(seconds=TIMEOUT)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        join(rank, size)
         outcome = body(*args)
     except BaseException as error:
         outcome = Failed(type(error), str(error), traceback.format_exc())

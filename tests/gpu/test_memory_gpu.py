@@ -1,0 +1,49 @@
+"""Memory that one stream of a GPU allocated and others read: it is not handed out again too early."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gpu_cases import RANKS, STAGES, WIDTH, plain_twin
+from models import encoder_and_decoders
+from random_orders import NAMED
+from reference import reference_step
+
+import pipeline_ext as pe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+MICROBATCHES = 16
+
+
+@pytest.fixture
+def steps(request):
+    return 200 if request.config.getoption("--all") else 8
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["a lane for each rank", "lanes"])
+@pytest.mark.parametrize("schedule", NAMED)
+def test_what_all_stages_hand_on_and_read_is_kept_for_each(schedule, overlap, steps, short_searches):
+    stages = encoder_and_decoders(STAGES, WIDTH)
+    plain = plain_twin(stages)
+    options = {
+        "schedule": schedule,
+        "overlap": overlap,
+        "devices": ["cuda:0"] * RANKS.get(schedule, STAGES),
+        "trace": False,
+    }
+    wrong = []
+    with pe.Pipeline(stages, microbatches=MICROBATCHES, loss_fn=F.mse_loss, **options) as pipe:
+        for step in range(steps):
+            x, y = torch.randn(2 * MICROBATCHES, WIDTH), torch.randn(2 * MICROBATCHES, WIDTH)
+            plain.zero_grad()
+            reference_step(plain, x.cuda(), y.cuda(), MICROBATCHES, F.mse_loss)
+            for stage in stages:
+                stage.zero_grad()
+            pipe.step(x, target=y)
+            ours = [p.grad for stage in stages for p in stage.parameters()]
+            if not all(torch.equal(p.grad, grad) for p, grad in zip(plain.parameters(), ours)):
+                wrong.append(step)
+    assert not wrong, f"{len(wrong)} of {steps} steps are wrong: {wrong}"
