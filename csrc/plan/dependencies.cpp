@@ -186,7 +186,8 @@ std::vector<SkipsSent> find_skips_sent(const TaskIndex& index, const Shape& shap
 
 }  // namespace
 
-Dependencies::Dependencies(const std::vector<Action>& actions, const Shape& shape, const Packs& packs)
+Dependencies::Dependencies(const std::vector<Action>& actions, const Shape& shape, const Packs& packs,
+                           bool both_ways)
     : successors_begin_(actions.size() + 1, 0), num_dependencies_(actions.size(), 0) {
   const TaskIndex index(actions, shape, packs);
   const TaskId size = static_cast<TaskId>(actions.size());
@@ -206,15 +207,25 @@ Dependencies::Dependencies(const std::vector<Action>& actions, const Shape& shap
   for (TaskId t = 0; t < size; ++t) successors_begin_[t + 1] += successors_begin_[t];
   successors_.resize(successors_begin_.back());
   std::vector<TaskId> next(successors_begin_.begin(), successors_begin_.end() - 1);
+  if (both_ways) {
+    predecessors_begin_.reserve(actions.size() + 1);
+    predecessors_.reserve(successors_.size());
+  }
   for (TaskId t = 0; t < size; ++t) {
     check_interrupt(t);
-    for_each_dependency(actions[t], index, shape, [&](TaskId before) { successors_[next[before]++] = t; });
+    if (both_ways) predecessors_begin_.push_back(static_cast<TaskId>(predecessors_.size()));
+    for_each_dependency(actions[t], index, shape, [&](TaskId before) {
+      successors_[next[before]++] = t;
+      if (both_ways) predecessors_.push_back(before);
+    });
   }
+  if (both_ways) predecessors_begin_.push_back(static_cast<TaskId>(predecessors_.size()));
   skips_sent_ = find_skips_sent(index, shape, size);
 }
 
 std::size_t Dependencies::nbytes() const {
-  return sizeof(TaskId) * (successors_begin_.size() + successors_.size()) +
+  return sizeof(TaskId) * (successors_begin_.size() + successors_.size() + predecessors_begin_.size() +
+                           predecessors_.size()) +
          sizeof(std::uint16_t) * num_dependencies_.size() + sizeof(SkipsSent) * skips_sent_.size();
 }
 

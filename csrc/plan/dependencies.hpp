@@ -23,12 +23,16 @@ struct SkipsSent {
 
 class Dependencies {
  public:
-  // Throws PlanError if a task waits for more than kMaxDependencies tasks.
-  Dependencies(const std::vector<Action>& actions, const Shape& shape, const Packs& packs);
+  // `both_ways`: predecessors() may be asked for. Throws PlanError if a task waits for more than
+  // kMaxDependencies tasks.
+  Dependencies(const std::vector<Action>& actions, const Shape& shape, const Packs& packs, bool both_ways);
 
   std::uint16_t num_dependencies(TaskId task) const { return num_dependencies_[task]; }
   std::span<const TaskId> successors(TaskId task) const {
     return {successors_.data() + successors_begin_[task], successors_.data() + successors_begin_[task + 1]};
+  }
+  std::span<const TaskId> predecessors(TaskId task) const {
+    return {predecessors_.data() + predecessors_begin_[task], predecessors_.data() + predecessors_begin_[task + 1]};
   }
   SkipsSent skips_sent(TaskId task) const { return skips_sent_.empty() ? SkipsSent{} : skips_sent_[task]; }
   std::size_t nbytes() const;
@@ -36,6 +40,8 @@ class Dependencies {
  private:
   std::vector<TaskId> successors_begin_;
   std::vector<TaskId> successors_;
+  std::vector<TaskId> predecessors_begin_;  // empty unless both ways are kept
+  std::vector<TaskId> predecessors_;
   std::vector<std::uint16_t> num_dependencies_;
   std::vector<SkipsSent> skips_sent_;  // by task; empty without skips
 };

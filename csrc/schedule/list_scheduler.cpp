@@ -43,6 +43,16 @@ TaskId ListScheduler::next_forward(int worker) const {
   return next;
 }
 
+TaskId ListScheduler::planned_next(int worker) const {
+  TaskId next = kNoTask;
+  int queue = plan_.first_queue_of(worker);
+  for (const Queue& q : plan_.queues_of(worker)) {
+    const int at = queue++;
+    if (head_[at] != q.end) next = std::min(next, plan_.queued(head_[at]));
+  }
+  return next;
+}
+
 TaskId ListScheduler::take_joined(int worker) {
   const TaskId task = plan_.queued(head_[plan_.first_queue_of(worker)]++);
   if (plan_.takes_slot(task)) occupy_slot(task);
@@ -67,12 +77,7 @@ std::string ListScheduler::waiting() const {
   int lines = 0;
   std::string text;
   for (int worker = first_worker(); worker < end_worker(); ++worker) {
-    TaskId first = kNoTask;
-    int queue = plan_.first_queue_of(worker);
-    for (const Queue& q : plan_.queues_of(worker)) {
-      const int at = queue++;
-      if (head_[at] != q.end) first = std::min(first, plan_.queued(head_[at]));
-    }
+    const TaskId first = planned_next(worker);
     if (first == kNoTask) continue;
     if (++lines > kMostLines) return text + "  and more ranks\n";
     text += "  rank " + std::to_string(plan_.rank_of_worker(worker)) + ": " + to_text(plan_.action(first)) +
@@ -101,7 +106,10 @@ std::string ListScheduler::waiting() const {
 
 namespace {
 
-void run_without_time(ListScheduler& scheduler, const Plan& plan) {
+bool never_waits(TaskId, TaskId) { return false; }
+
+template <class MayRun>
+void run_without_time(ListScheduler& scheduler, const Plan& plan, MayRun&& may_run) {
   std::vector<int> awake;
   awake.reserve(plan.num_workers());
   for (int worker = 0; worker < plan.num_workers(); ++worker) awake.push_back(worker);
@@ -110,26 +118,37 @@ void run_without_time(ListScheduler& scheduler, const Plan& plan) {
     const int worker = awake.back();
     awake.pop_back();
     check_interrupt();
-    for (TaskId task; (task = scheduler.take(worker)) != kNoTask;) {
+    const auto ready = [&](TaskId task) { return may_run(worker, task); };
+    for (TaskId task; (task = scheduler.take(worker, ready, never_waits)) != kNoTask;) {
       scheduler.finish(task, wake);
       for (const TaskId after : plan.successors(task)) scheduler.arrive(after, wake);
     }
   }
 }
 
+bool runs_any(int, TaskId) { return true; }
+
 }  // namespace
 
 bool ends(const Plan& plan) {
   if (plan.runs_in_order() && run_in_order(plan, NoClock{})) return true;
   ListScheduler scheduler(plan);
-  run_without_time(scheduler, plan);
+  run_without_time(scheduler, plan, runs_any);
+  return scheduler.done();
+}
+
+bool ends_as_planned(const Plan& plan) {
+  ListScheduler scheduler(plan);
+  run_without_time(scheduler, plan,
+                   [&](int worker, TaskId task) { return task == scheduler.planned_next(worker); });
   return scheduler.done();
 }
 
 void check_ends(const Plan& plan) {
+  if (plan.options().looks_ahead) return;
   if (plan.runs_in_order() && run_in_order(plan, NoClock{})) return;
   ListScheduler scheduler(plan);
-  run_without_time(scheduler, plan);
+  run_without_time(scheduler, plan, runs_any);
   if (!scheduler.done()) {
     throw PlanError("this schedule never ends: these tasks wait for one another\n" + scheduler.cycle() +
                     "by rank:\n" + scheduler.waiting());

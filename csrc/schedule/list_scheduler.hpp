@@ -26,12 +26,15 @@ class ListScheduler {
   ListScheduler(const Plan& plan, Memory memory);
 
   // The task that `worker` starts now, or kNoTask. Occupies a slot if the task takes one. Skips tasks for which
-  // is_here(task) is false: the simulator uses this for inputs that are sent but have not arrived.
-  template <class IsHere>
-  TaskId take(int worker, IsHere&& is_here);
+  // is_here(task) is false: the simulator uses this for inputs that are sent but have not arrived. Skips a task
+  // other than the next planned one if waits(planned, task) is true.
+  template <class IsHere, class Waits>
+  TaskId take(int worker, IsHere&& is_here, Waits&& waits);
   TaskId take(int worker) {
-    return take(worker, [](TaskId) { return true; });
+    return take(worker, [](TaskId) { return true; }, [](TaskId, TaskId) { return false; });
   }
+  // The first task of the worker, in planned order, that has not begun, or kNoTask.
+  TaskId planned_next(int worker) const;
 
   // Takes the next task of a worker that has one queue, to run it joined to the one just taken. The caller has
   // checked that it may start.
@@ -103,14 +106,17 @@ class ListScheduler {
 // another.
 void check_ends(const Plan& plan);
 bool ends(const Plan& plan);
+// Whether it ends if every worker takes its tasks exactly as planned.
+bool ends_as_planned(const Plan& plan);
 
-template <class IsHere>
-TaskId ListScheduler::take(int worker, IsHere&& is_here) {
+template <class IsHere, class Waits>
+TaskId ListScheduler::take(int worker, IsHere&& is_here, Waits&& waits) {
   TaskId best = kNoTask;
   int best_queue = -1;
   int best_priority = 0;
   const bool limited = memory_ && memory_->limited();
   const TaskId forward = limited ? next_forward(worker) : kNoTask;
+  const TaskId planned = plan_.options().looks_ahead ? planned_next(worker) : kNoTask;
   int queue = plan_.first_queue_of(worker);
   for (const Queue& q : plan_.queues_of(worker)) {
     const int at = queue++;
@@ -118,6 +124,7 @@ TaskId ListScheduler::take(int worker, IsHere&& is_here) {
     const TaskId task = plan_.queued(head_[at]);
     if (missing_[task] != 0 || !has_slot(task) || !is_here(task)) continue;
     if (limited && plan_.takes_slot(task) && (task != forward || !memory_->fits(task))) continue;
+    if (planned != kNoTask && task != planned && waits(planned, task)) continue;
     if (best == kNoTask || q.priority < best_priority || (q.priority == best_priority && task < best)) {
       best = task;
       best_queue = at;

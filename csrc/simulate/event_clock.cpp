@@ -7,6 +7,7 @@
 
 #include "plan/interrupt.hpp"
 #include "schedule/list_scheduler.hpp"
+#include "schedule/look_ahead.hpp"
 #include "simulate/event_heap.hpp"
 
 namespace pe {
@@ -17,7 +18,7 @@ constexpr double kNever = std::numeric_limits<double>::infinity();
 
 class EventClock {
  public:
-  EventClock(const Plan& plan, const Costs& costs, Simulation& result)
+  EventClock(const Plan& plan, const Costs& costs, Simulation& result, bool apart)
       : plan_(plan),
         costs_(costs),
         result_(result),
@@ -25,7 +26,12 @@ class EventClock {
         scheduler_(plan, costs.memory(plan.num_stages())),
         workers_(plan.num_workers()),
         may_contend_(plan.options().overlap && costs.contention > 1.0),
-        joins_pairs_(plan.joins_pairs()) {
+        joins_pairs_(plan.joins_pairs()),
+        looks_ahead_(plan.options().looks_ahead),
+        apart_(apart) {
+    for (int rank = 0; looks_ahead_ && rank < (apart ? plan.num_ranks() : 1); ++rank) {
+      ahead_.emplace_back(plan, scheduler_, apart ? rank : kEveryRank, 0);
+    }
     result_.begin.resize(plan.size());
     if (may_contend_) result_.stretched_end.resize(plan.size());
     if (!costs.transfer.empty()) link_free_.assign(costs.num_links(plan.shape()), 0.0);
@@ -93,6 +99,7 @@ class EventClock {
       retime(index ^ 1, costs_.contention);
     }
     const TaskId end = joins_pairs_ ? plan_.end_of_cell(task) : task + 1;
+    if (looks_ahead_) known_by(task).end(task);
     for (TaskId part = task; part < end; ++part) finish(part);
   }
 
@@ -105,6 +112,7 @@ class EventClock {
       if (plan_.rank_of(after) != plan_.rank_of(task)) {
         if (sent_.empty()) send(task);
         here = sent_to(plan_.action(after).stage).arrival;
+        if (looks_ahead_ && apart_) known_by(after).hear(task, here);
       }
       arrival(after) = std::max(arrival(after), here);
       scheduler_.arrive(after, waker);
@@ -155,7 +163,7 @@ class EventClock {
         if (here <= now_) return true;
         soonest = std::min(soonest, here);
         return false;
-      });
+      }, [&](TaskId planned, TaskId task) { return waits(planned, task); });
       if (worker.task == kNoTask) {
         if (soonest < kNever) {
           events_.push({soonest, static_cast<std::uint32_t>(index), kLookAgain});
@@ -163,6 +171,7 @@ class EventClock {
         continue;
       }
       result_.begin[worker.task] = now_;
+      if (looks_ahead_) known_by(worker.task).begin(worker.task, now_);
       if (joins_pairs_) {
         const TaskId end = plan_.end_of_cell(worker.task);
         for (TaskId part = worker.task + 1; part < end; ++part) {
@@ -178,6 +187,21 @@ class EventClock {
     }
     awake_.clear();
   }
+
+  // Whether a worker leaves `task` for now, because `planned` comes sooner than `task` would end.
+  bool waits(TaskId planned, TaskId task) {
+    const bool missing = scheduler_.missing(planned) > 0;
+    if (!missing && arrival(planned) <= now_) return false;  // it lacks a slot or memory, which `task` may free
+    const auto expected = [&](TaskId t) {
+      const Action& action = plan_.action(t);
+      return costs_.of(action) + (plan_.num_sent(t) > 0 ? costs_.latency[Costs::boundary_sent_over(action)] : 0.0);
+    };
+    double ready_in = arrival(planned) - now_;
+    if (missing) ready_in = std::max(ready_in, known_by(planned).ready_in(planned, now_, expected));
+    return ready_in < costs_.of(plan_.action(task));
+  }
+
+  LookAhead& known_by(TaskId task) { return ahead_[apart_ ? plan_.rank_of(task) : 0]; }
 
   // When the whole cell that begins with `first` may begin. A part may need another part of the cell: it runs
   // after it.
@@ -213,6 +237,7 @@ class EventClock {
   Simulation& result_;
   const Dependencies& dependencies_;
   ListScheduler scheduler_;
+  std::vector<LookAhead> ahead_;  // what all ranks know; or what each knows, by rank
   std::vector<Worker> workers_;
   EventHeap events_;
   std::vector<int> awake_;
@@ -220,13 +245,15 @@ class EventClock {
   std::vector<Sent> sent_;         // by the task that ended last; one entry per stage, skips included
   const bool may_contend_;
   const bool joins_pairs_;
+  const bool looks_ahead_;
+  const bool apart_;
   double now_ = 0;
 };
 
 }  // namespace
 
-void simulate_events(const Plan& plan, const Costs& costs, Simulation& result) {
-  EventClock(plan, costs, result).run();
+void simulate_events(const Plan& plan, const Costs& costs, Simulation& result, bool apart) {
+  EventClock(plan, costs, result, apart).run();
 }
 
 }  // namespace pe

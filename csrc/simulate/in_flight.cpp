@@ -101,6 +101,10 @@ Settled settle(Draft draft, const Packs& packs, const Slots& slots) {
   for (std::size_t s = 0; s < slots.room.size(); ++s) {
     draft.limits[s] = std::max(draft.limits[s], slots.room[s]);
   }
+  if (!packs.any() && slots.most.empty() && draft.preference.empty()) {  // the order holds as it is
+    for (int& limit : draft.limits) limit = std::min(limit, draft.shape.num_microbatches);
+    return {std::move(draft.order), std::move(draft.limits)};
+  }
   const int delayed = num_delayed(draft, packs);
   const auto limits_of = [&](int times) { return raised(draft, times, delayed, slots.most); };
   int times = 1;

@@ -101,10 +101,21 @@ bool sends_explicitly(const Order& order) {
   return false;
 }
 
+// Reactive ranks look ahead if the order ends as planned. Otherwise they run whatever is ready.
+Plan plan_of(const Order& order, const Shape& shape, PlanOptions options, const std::vector<int>& limits = {}) {
+  options.looks_ahead = options.reactive;
+  Plan plan(order, shape, options, limits);
+  if (!options.looks_ahead || ends_as_planned(plan)) return plan;
+  options.looks_ahead = false;
+  return Plan(order, shape, std::move(options), limits);
+}
+
 // Changes the order if packs or the caller's limits require it.
 Plan settled_plan(const Order& order, const Shape& shape, const PlanOptions& options, const Slots& slots) {
   const Settled settled = settle(draft_of(order, shape), options.packs, slots);
-  return Plan(settled.order, shape, options, settled.limits);
+  Plan plan = plan_of(settled.order, shape, options, settled.limits);
+  check_ends(plan);
+  return plan;
 }
 
 // Throws PlanError if `plan`, in the given order, holds more than `slots` allow or would never end.
@@ -157,11 +168,11 @@ Plan make_plan(const Schedule& schedule, int num_stages, int num_ranks, int micr
     }
     // From here on the planned order decides, also for reactive ranks: if they followed the preference instead,
     // 1F1B would be a tenth slower when times vary.
-    return Plan(settled.order, shape, std::move(options), settled.limits);
+    return plan_of(settled.order, shape, std::move(options), settled.limits);
   }
   const Order order = order_of(schedule, placement, microbatches);
   if (options.packs.any() || slots.given()) return settled_plan(order, shape, options, slots);
-  Plan plan(order, shape, std::move(options));
+  Plan plan = plan_of(order, shape, std::move(options));
   check_ends(plan);
   return plan;
 }
@@ -179,7 +190,7 @@ Plan make_plan(const Order& order, PlanOptions options, const Slots& slots) {
   if (options.reactive && (options.packs.any() || slots.given())) {
     return settled_plan(order, shape, options, slots);
   }
-  Plan plan(order, shape, std::move(options));
+  Plan plan = plan_of(order, shape, std::move(options));
   check_kept(plan, slots);
   return plan;
 }
@@ -197,7 +208,7 @@ Plan make_forward_plan(const std::vector<int>& rank_of_stage, int num_ranks, int
     check_interrupt(m);
     for (int s = 0; s < num_stages; ++s) order[rank_of_stage[s]].push_back({s, m, Kind::F});
   }
-  return Plan(order, shape, {overlap, reactive, packs});
+  return Plan(order, shape, {.overlap = overlap, .reactive = reactive, .packs = packs});
 }
 
 }  // namespace pe

@@ -79,7 +79,7 @@ double Simulation::bubble_latest() const {
   return bubble_of(static_cast<int>(std::max_element(finish.begin(), finish.end()) - finish.begin()));
 }
 
-Simulation simulate(const Plan& plan, const Costs& costs, bool by_events) {
+Simulation simulate(const Plan& plan, const Costs& costs, bool by_events, bool apart) {
   costs.validate(plan.num_stages(), plan.num_ranks());
   const Memory memory = costs.memory(plan.num_stages());
   const bool in_order = plan.runs_in_order() && !by_events;
@@ -93,7 +93,7 @@ Simulation simulate(const Plan& plan, const Costs& costs, bool by_events) {
     }
   }
   Simulation result;
-  simulate_events(plan, costs, result);
+  simulate_events(plan, costs, result, apart);
   note_ranks(plan, costs, result);
   return result;
 }
