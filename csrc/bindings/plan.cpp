@@ -72,6 +72,9 @@ Tasks are numbered rank by rank in their planned order. Read the order with ``or
       .def_property_readonly(
           "reactive", [](const Plan& p) { return p.options().reactive; },
           "Whether a rank whose next planned task is not ready takes another that is.")
+      .def_property_readonly(
+          "looks_ahead", [](const Plan& p) { return p.options().looks_ahead; },
+          "Whether such a rank first asks if the planned task is expected before the other would end.")
       .def_property_readonly("rank_of_stage", [](const Plan& p) { return p.shape().rank_of_stage; })
       .def_property_readonly(
           "rank_of_copy", [](const Plan& p) { return p.shape().rank_of_copy; },

@@ -71,10 +71,10 @@ void bind_simulate(py::module_& m) {
 
   m.def(
       "simulate",
-      [](const Plan& plan, const Costs& costs, bool by_events) {
-        return interruptible([&] { return simulate(plan, costs, by_events); });
+      [](const Plan& plan, const Costs& costs, bool by_events, bool apart) {
+        return interruptible([&] { return simulate(plan, costs, by_events, apart); });
       },
-      py::arg("plan"), py::arg("costs"), py::arg("by_events") = false);
+      py::arg("plan"), py::arg("costs"), py::arg("by_events") = false, py::arg("apart") = false);
   m.def(
       "lower_bound",
       [](const std::vector<int>& rank_of_stage, int num_ranks, int microbatches, const Costs& costs) {

@@ -32,7 +32,8 @@ class Dependencies {
     return {successors_.data() + successors_begin_[task], successors_.data() + successors_begin_[task + 1]};
   }
   std::span<const TaskId> predecessors(TaskId task) const {
-    return {predecessors_.data() + predecessors_begin_[task], predecessors_.data() + predecessors_begin_[task + 1]};
+    return {predecessors_.data() + predecessors_begin_[task],
+            predecessors_.data() + predecessors_begin_[task + 1]};
   }
   SkipsSent skips_sent(TaskId task) const { return skips_sent_.empty() ? SkipsSent{} : skips_sent_[task]; }
   std::size_t nbytes() const;

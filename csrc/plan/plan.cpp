@@ -85,7 +85,8 @@ void Plan::number_tasks(const Order& order) {
 
 const Dependencies& Plan::dependencies() const {
   std::call_once(lazy_->once, [&] {
-    lazy_->dependencies = std::make_unique<const Dependencies>(actions_, shape_, options_.packs, options_.looks_ahead);
+    lazy_->dependencies =
+        std::make_unique<const Dependencies>(actions_, shape_, options_.packs, options_.looks_ahead);
     lazy_->made = lazy_->dependencies.get();
   });
   return *lazy_->dependencies;

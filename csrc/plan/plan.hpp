@@ -26,11 +26,11 @@ struct Queue {
 struct PlanOptions {
   bool overlap = false;   // a rank's forward and backward stream may run at the same time
   bool reactive = false;  // a rank whose next planned task is not ready takes another that is
+  Packs packs{};          // between stages on different ranks; within a rank each result is handed over alone
+  Memory memory{};        // its limits hold whatever order ranks run in
   // A reactive rank waits for its next planned task if that is expected soon. Only for an order that ends as
   // planned.
   bool looks_ahead = false;
-  Packs packs{};          // between stages on different ranks; within a rank each result is handed over alone
-  Memory memory{};        // its limits hold whatever order ranks run in
 };
 
 // The most microbatches in flight at once.

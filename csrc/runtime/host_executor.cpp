@@ -6,24 +6,31 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <limits>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
 #include <utility>
 
+#include "runtime/mean_times.hpp"
 #include "runtime/process_end.hpp"
 #include "schedule/list_scheduler.hpp"
+#include "schedule/look_ahead.hpp"
 
 namespace pe {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+constexpr Nanoseconds kNoWait = std::numeric_limits<Nanoseconds>::max();
 constexpr auto kPollPeriod = std::chrono::milliseconds(50);
 
 Nanoseconds now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
 }
+
+double to_seconds(Nanoseconds time) { return 1e-9 * static_cast<double>(time); }
 
 void check_delivery(const Plan& plan, TaskId task) {
   if (task < plan.size()) return;
@@ -40,14 +47,17 @@ struct HostExecutor::Delivery {
 };
 
 struct HostExecutor::Step {
-  Step(std::shared_ptr<const Program> to_run, int of_rank, bool record)
+  Step(std::shared_ptr<const Program> to_run, int of_rank, const RunOptions& options)
       : program(std::move(to_run)),
         rank(of_rank),
         first_worker(rank == kEveryRank ? 0 : rank * program->plan().workers_per_rank()),
         scheduler(program->plan(), rank) {
     result.begin = now();
     last_progress = result.begin;
-    if (record) {
+    if (options.look_ahead && plan().options().looks_ahead) {
+      ahead.emplace(plan(), scheduler, rank, to_seconds(result.begin));
+    }
+    if (options.record) {
       result.task_begin.assign(program->plan().size(), 0);
       result.task_end.assign(program->plan().size(), 0);
     }
@@ -56,6 +66,15 @@ struct HostExecutor::Step {
   const Plan& plan() const { return program->plan(); }
   bool recording() const { return !result.task_begin.empty(); }
   bool over() const { return running == 0 && (stopping || scheduler.done()); }
+
+  // How long a worker leaves `task` for now, at most, because `planned` is expected before `task` would end.
+  // Not at all as long as no step has told how long tasks take.
+  Nanoseconds wait(TaskId planned, TaskId task, const MeanTimes& times) const {
+    if (!ahead || !times.known() || scheduler.missing(planned) == 0) return 0;
+    const auto expected = [&](TaskId t) { return times.of(plan().action(t)); };
+    const double seconds = ahead->wait(planned, task, to_seconds(now()), expected);
+    return static_cast<Nanoseconds>(std::min(seconds, kForever.count()) * 1e9);
+  }
 
   // Tells the scheduler that the results of `task` are there. Calls wake(worker) with workers counted from this
   // process's first one.
@@ -77,6 +96,7 @@ struct HostExecutor::Step {
       if (action.stage != delivery.stage || plan().rank_of(*it) != rank) continue;
       if (std::find(ms.begin(), ms.end(), action.microbatch) == ms.end()) continue;
       if (std::find(after.begin(), it, *it) != it) continue;
+      if (ahead) ahead->hear(delivery.task, to_seconds(now()));
       scheduler.arrive(*it, [&](int worker) { wake(worker - first_worker); });
     }
   }
@@ -85,6 +105,7 @@ struct HostExecutor::Step {
   const int rank;
   const int first_worker;
   ListScheduler scheduler;
+  std::optional<LookAhead> ahead;
   StepResult result;
   Nanoseconds last_progress;
   int running = 0;
@@ -114,7 +135,8 @@ struct HostExecutor::Shared {
   std::vector<TaskId> running;                // by worker
   std::vector<Delivery> early;                // deliveries for the next step
   std::exception_ptr early_error;             // of the next step
-  std::vector<bool> abandoned;                // by worker
+  MeanTimes times;
+  std::vector<bool> abandoned;  // by worker
   std::vector<std::thread> threads;
   bool closing = false;
   bool giving_up = false;
@@ -146,23 +168,37 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
   Shared& s = *shared;
   if (s.hooks.start) s.hooks.start(me);
   std::vector<int> to_wake;
+  const auto is_here = [](TaskId) { return true; };
   const auto wake = [&](int worker) {
     if (worker != me) to_wake.push_back(worker);
   };
   std::unique_lock lock(s.mutex);
   while (!s.closing) {
     Step* const step = s.step.get();
-    const TaskId task = step && !step->stopping ? step->scheduler.take(step->first_worker + me) : kNoTask;
+    Nanoseconds wait = kNoWait;
+    const auto waits = [&](TaskId planned, TaskId task) {
+      const Nanoseconds at_most = step->wait(planned, task, s.times);
+      if (at_most > 0) wait = std::min(wait, at_most);
+      return at_most > 0;
+    };
+    const TaskId task =
+        step && !step->stopping ? step->scheduler.take(step->first_worker + me, is_here, waits) : kNoTask;
     if (task == kNoTask && to_wake.empty()) {
-      s.work[me].wait(lock);
+      if (wait == kNoWait) {
+        s.work[me].wait(lock);
+      } else {
+        s.work[me].wait_for(lock, std::chrono::nanoseconds(wait));
+      }
       continue;
     }
     if (task != kNoTask) {
       s.running[me] = task;
       ++step->running;
       step->last_progress = now();
+      if (step->ahead) step->ahead->begin(task, to_seconds(step->last_progress));
       if (step->recording()) step->result.task_begin[task] = step->last_progress;
     }
+    const Nanoseconds began = task == kNoTask ? 0 : step->last_progress;
     lock.unlock();
     for (const int worker : to_wake) s.work[worker].notify_one();
     to_wake.clear();
@@ -200,6 +236,10 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
         step->result.error = error;
       }
     } else {
+      if (step->ahead) {
+        step->ahead->end(task);
+        s.times.note(step->plan().action(task), to_seconds(ended - began));
+      }
       step->scheduler.finish(task, [&](int worker) { wake(worker - step->first_worker); });
       step->arrive_after(task, wake);
     }
@@ -232,9 +272,10 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   }
   const std::vector<Delivery> early = std::exchange(s.early, {});
   for (const Delivery& delivery : early) check_delivery(plan, delivery.task);
-  s.step = std::make_unique<Step>(std::move(program), rank_, options.record);
+  s.step = std::make_unique<Step>(std::move(program), rank_, options);
   s.runner = std::this_thread::get_id();
   Step& step = *s.step;
+  if (step.ahead) s.times.begin(step.program->shared_plan());
   for (const Delivery& delivery : early) step.arrive(delivery, [](int) {});
   if (s.early_error) {
     step.stopping = true;
@@ -276,6 +317,7 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
       }
     }
   }
+  if (step.ahead && step.result.outcome == Outcome::Done) s.times.end();
   StepResult result = std::move(step.result);
   result.end = now();
   result.peak_by_stage = step.scheduler.peak_by_stage();

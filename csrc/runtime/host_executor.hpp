@@ -42,6 +42,7 @@ struct StepResult {
 
 struct RunOptions {
   bool record = true;
+  bool look_ahead = true;  // false: a reactive rank runs whatever is ready
   std::chrono::duration<double> timeout{1800};
   std::function<bool()> poll;  // called about every 50 ms on the caller's thread; true: stop
 };

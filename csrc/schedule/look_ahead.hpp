@@ -1,10 +1,10 @@
 // Whether a rank whose next planned task is not ready should wait for it, although it could run another one.
 //
-// It waits if the planned task is expected to be ready before the other one would end. The planned order has
-// reasons that no rank sees alone: a backward that runs early fills a slot's time, and the forward that comes
-// meanwhile is late at every later stage. Waiting never deadlocks where the planned order ends. Proof: suppose
-// no task runs. Take the first task of the in-order run that has not begun. All tasks planned before it on its
-// worker have ended, and so have its dependencies; it is what its worker waits for, and it is ready.
+// It waits if the planned task is expected to be ready before the other one would end: a backward that runs
+// early makes the forward that comes meanwhile late, at this stage and at all later ones. It does not wait for
+// what is long overdue. Waiting never deadlocks where the planned order ends. Proof: suppose no task runs. Take
+// the first task of the in-order run that has not begun. All tasks planned before it on its worker have ended,
+// and so have its dependencies; it is what its worker waits for, and it is ready.
 #pragma once
 
 #include <algorithm>
@@ -42,50 +42,80 @@ class LookAhead {
     since_[plan_.worker_of(task)] = now;
   }
 
-  // How long from now until the inputs of `task` are expected. What nothing is known of never comes.
+  // How long a worker should leave `other` and wait for `planned`, at most; 0: not at all.
   // `expected(task)`: how long a task takes, its results' way included.
   template <class Expected>
-  double ready_in(TaskId task, double now, Expected&& expected) const {
-    return ready_in(task, now, expected, 1);
+  double wait(TaskId planned, TaskId other, double now, Expected&& expected) const {
+    const double length = expected(other);
+    const Estimate inputs = inputs_of(planned, {now, kPatience * length}, expected, 1);
+    return inputs.ready_in < length ? inputs.holds_for : 0;
   }
 
  private:
   static constexpr double kNever = std::numeric_limits<double>::infinity();
+  // How long a task may be overdue, in lengths of the other task, before nobody waits for it any more.
+  // Of another process only the earliest time is known.
+  static constexpr double kPatience = 4;
+  static constexpr double kPatienceApart = 24;
+
+  struct Estimate {
+    double ready_in = 0;        // kNever: nothing is known
+    double holds_for = kNever;  // how long the estimate may be believed
+
+    void add(const Estimate& other) {
+      ready_in = std::max(ready_in, other.ready_in);
+      holds_for = std::min(holds_for, other.holds_for);
+    }
+  };
+  struct Moment {
+    double now;
+    double patience;
+
+    Estimate due(double time) const {
+      const double left = time - now;
+      if (left + patience <= 0) return {kNever, 0};
+      return {std::max(0.0, left), left + patience};
+    }
+  };
 
   // `depth`: how many tasks that have not begun may lie between what runs now and `task`.
   template <class Expected>
-  double ready_in(TaskId task, double now, Expected& expected, int depth) const {
-    double wait = 0;
+  Estimate inputs_of(TaskId task, const Moment& moment, Expected& expected, int depth) const {
+    Estimate all;
     for (const TaskId before : plan_.dependencies().predecessors(task)) {
-      wait = std::max(wait, done_in(before, now, expected, depth));
+      all.add(end_of(before, moment, expected, depth));
     }
-    return wait;
+    return all;
   }
 
   template <class Expected>
-  double done_in(TaskId task, double now, Expected& expected, int depth) const {
+  Estimate end_of(TaskId task, const Moment& moment, Expected& expected, int depth) const {
+    if (rank_ != kEveryRank && plan_.rank_of(task) != rank_) return heard(task, moment, expected);
+    if (scheduler_.finished(task)) return {};
     const int worker = plan_.worker_of(task);
-    if (rank_ != kEveryRank && plan_.rank_of(task) != rank_) return heard_in(task, now, expected);
-    if (scheduler_.finished(task)) return 0;
     const TaskId running = running_[worker];
-    const double rest = running == kNoTask ? 0 : std::max(0.0, since_[worker] + expected(running) - now);
-    if (running == task) return rest;
+    Estimate end;
+    if (running != kNoTask) end = moment.due(since_[worker] + expected(running));
+    if (running == task) return end;
     const bool computes = is_compute(plan_.action(task).kind);
-    if (computes && depth == 0) return kNever;
-    return std::max(rest, ready_in(task, now, expected, depth - computes)) + expected(task);
+    if (computes && depth == 0) return {kNever, 0};
+    end.add(inputs_of(task, moment, expected, depth - computes));
+    end.ready_in += expected(task);
+    return end;
   }
 
   // For a task of another process: its rank is taken to run on, as planned, since the last result it sent here.
   template <class Expected>
-  double heard_in(TaskId task, double now, Expected& expected) const {
-    if (heard_[task]) return 0;
+  Estimate heard(TaskId task, const Moment& moment, Expected& expected) const {
+    if (heard_[task]) return {};
     const int rank = plan_.rank_of(task);
     const TaskId last = last_[rank];
     double work = 0;
     for (TaskId t = last == kNoTask ? plan_.first_of_rank(rank) : last + 1; t <= task; ++t) {
       if (!heard_[t]) work += expected(t);
     }
-    return std::max(0.0, since_[plan_.worker_of(last == kNoTask ? task : last)] + work - now);
+    const Moment apart{moment.now, moment.patience * kPatienceApart / kPatience};
+    return apart.due(since_[plan_.worker_of(last == kNoTask ? task : last)] + work);
   }
 
   const Plan& plan_;

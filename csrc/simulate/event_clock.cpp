@@ -57,7 +57,7 @@ class EventClock {
                       std::string(joins_pairs_ ? " where the parts of an overlapped pair run as one" : "") +
                       ": these tasks wait for one another\n" + scheduler_.waiting());
     }
-    result_.makespan = now_;
+    result_.makespan = last_end_;  // later events are of workers that would have looked again
     result_.peak_in_flight = scheduler_.peak_by_rank();
     result_.peak_in_flight_of_stage = scheduler_.peak_by_stage();
     result_.peak_memory = scheduler_.peak_memory();
@@ -94,6 +94,7 @@ class EventClock {
     if (event.generation != worker.generation || worker.task == kNoTask) return;
     const TaskId task = worker.task;
     worker.task = kNoTask;
+    last_end_ = now_;
     if (may_contend_) {
       result_.stretched_end[task] = now_;
       retime(index ^ 1, costs_.contention);
@@ -158,12 +159,19 @@ class EventClock {
       worker.awake = false;
       if (worker.task != kNoTask) continue;
       double soonest = kNever;
-      worker.task = scheduler_.take(index, [&](TaskId task) {
+      const auto is_here = [&](TaskId task) {
         const double here = joins_pairs_ ? arrival_of_cell(task) : arrival(task);
         if (here <= now_) return true;
         soonest = std::min(soonest, here);
         return false;
-      }, [&](TaskId planned, TaskId task) { return waits(planned, task); });
+      };
+      const auto waits = [&](TaskId planned, TaskId task) {
+        const double at_most = wait(planned, task);
+        const double again = now_ + at_most;
+        if (again > now_) soonest = std::min(soonest, again);
+        return again > now_;
+      };
+      worker.task = scheduler_.take(index, is_here, waits);
       if (worker.task == kNoTask) {
         if (soonest < kNever) {
           events_.push({soonest, static_cast<std::uint32_t>(index), kLookAgain});
@@ -188,17 +196,19 @@ class EventClock {
     awake_.clear();
   }
 
-  // Whether a worker leaves `task` for now, because `planned` comes sooner than `task` would end.
-  bool waits(TaskId planned, TaskId task) {
-    const bool missing = scheduler_.missing(planned) > 0;
-    if (!missing && arrival(planned) <= now_) return false;  // it lacks a slot or memory, which `task` may free
-    const auto expected = [&](TaskId t) {
+  // How long a worker leaves `task` for now, at most, because `planned` comes sooner than `task` would end.
+  double wait(TaskId planned, TaskId task) {
+    const double on_its_way = arrival(planned) - now_;
+    const double length = costs_.of(plan_.action(task));
+    if (scheduler_.missing(planned) == 0) {  // else it lacks a slot or memory, which `task` may free
+      return on_its_way > 0 && on_its_way < length ? on_its_way : 0;
+    }
+    if (on_its_way >= length) return 0;
+    return known_by(planned).wait(planned, task, now_, [&](TaskId t) {
       const Action& action = plan_.action(t);
-      return costs_.of(action) + (plan_.num_sent(t) > 0 ? costs_.latency[Costs::boundary_sent_over(action)] : 0.0);
-    };
-    double ready_in = arrival(planned) - now_;
-    if (missing) ready_in = std::max(ready_in, known_by(planned).ready_in(planned, now_, expected));
-    return ready_in < costs_.of(plan_.action(task));
+      const bool travels = t != task && plan_.num_sent(t) > 0;
+      return costs_.of(action) + (travels ? costs_.latency[Costs::boundary_sent_over(action)] : 0.0);
+    });
   }
 
   LookAhead& known_by(TaskId task) { return ahead_[apart_ ? plan_.rank_of(task) : 0]; }
@@ -248,6 +258,7 @@ class EventClock {
   const bool looks_ahead_;
   const bool apart_;
   double now_ = 0;
+  double last_end_ = 0;
 };
 
 }  // namespace

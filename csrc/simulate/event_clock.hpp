@@ -8,8 +8,8 @@
 
 namespace pe {
 
-// Fills `result` except for `busy`, `first_start` and `finish`; `apart` as in simulate(). Throws PlanError if the
-// plan cannot end.
+// Fills `result` except for `busy`, `first_start` and `finish`; `apart` as in simulate(). Throws PlanError if
+// the plan cannot end.
 void simulate_events(const Plan& plan, const Costs& costs, Simulation& result, bool apart);
 
 }  // namespace pe

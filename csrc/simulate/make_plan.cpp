@@ -208,7 +208,7 @@ Plan make_forward_plan(const std::vector<int>& rank_of_stage, int num_ranks, int
     check_interrupt(m);
     for (int s = 0; s < num_stages; ++s) order[rank_of_stage[s]].push_back({s, m, Kind::F});
   }
-  return Plan(order, shape, {.overlap = overlap, .reactive = reactive, .packs = packs});
+  return Plan(order, shape, {overlap, reactive, packs});
 }
 
 }  // namespace pe

@@ -28,9 +28,9 @@ struct Simulation {
 };
 
 // Throws PlanError if the costs do not fit the plan, if the plan cannot end, or if its planned order exceeds a
-// memory limit. `apart`: ranks are processes, and one that looks ahead knows of the others only the results that
-// it has got. `by_events`: use the event clock even for a plan that runs in order, so that tests can compare the
-// clocks.
+// memory limit. `apart`: ranks are processes, and one that looks ahead knows of the others only the results
+// that it has got. `by_events`: use the event clock even for a plan that runs in order, so that tests can
+// compare the clocks.
 Simulation simulate(const Plan& plan, const Costs& costs, bool by_events = false, bool apart = false);
 
 // When each task ends. Throws PlanError if the times are of another plan, or the costs do not fit this one.

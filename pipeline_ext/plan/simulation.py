@@ -63,7 +63,9 @@ class Simulation:
         return dict(enumerate(_C.simulated_order(self.plan, self._times)))
 
 
-def simulate(plan: _C.Plan, costs: Costs = _PLAIN, *, noise: float = 0.0, seed: int = 0) -> Simulation:
+def simulate(
+    plan: _C.Plan, costs: Costs = _PLAIN, *, noise: float = 0.0, seed: int = 0, processes: bool = False
+) -> Simulation:
     """Runs ``plan`` under a virtual clock.
 
     Args:
@@ -72,6 +74,7 @@ def simulate(plan: _C.Plan, costs: Costs = _PLAIN, *, noise: float = 0.0, seed: 
         costs: costs of tasks, links and memory.
         noise: coefficient of variation of a random factor on the time of each task (log-normal, mean 1).
         seed: seed of these factors, at least 0. The same action gets the same factor in every mode.
+        processes: the ranks are processes: a reactive one knows of the others only the results that it has got.
 
     Raises:
         InvalidSchedule: the costs do not fit the plan or add up to no finite time, or the plan's order exceeds
@@ -83,7 +86,7 @@ def simulate(plan: _C.Plan, costs: Costs = _PLAIN, *, noise: float = 0.0, seed: 
     arguments.check_seed(seed)
     arguments.check_between("noise", noise, 0, 1000)
     by_stage = costs.by_stage(plan.num_stages, plan.num_ranks).with_noise(noise, seed)
-    times = _C.simulate(plan, by_stage)
+    times = _C.simulate(plan, by_stage, apart=bool(processes))
     if times.makespan == math.inf:
         raise InvalidSchedule("the step takes longer than a number can tell; give times in a larger unit")
     return Simulation(plan, by_stage, times)

@@ -119,6 +119,77 @@ TEST(a_reactive_step_keeps_its_limit_of_memory) {
   CHECK(pool.run(program, with_timeout(10)).outcome == Outcome::Done);
 }
 
+// Stage 1 could run `1B0` while its next planned task, `1F1`, waits for stage 0's long `0F1`.
+TEST(a_reactive_rank_waits_if_its_planned_task_is_expected_before_another_would_end) {
+  const auto plan = shared_plan(
+      make_plan(parse_order({{"0F0", "0F1", "0B0", "0B1"}, {"1F0", "1F1", "1B0", "1B1"}}), {.reactive = true}));
+  CHECK(plan->options().looks_ahead);
+  std::mutex mutex;
+  std::string ran;
+  std::chrono::milliseconds backward{};
+  const auto program = program_of(plan, [&](const Action& action) {
+    if (action.stage == 1) {
+      std::lock_guard lock(mutex);
+      ran += to_text(action) + ' ';
+    }
+    std::this_thread::sleep_for(action.kind == Kind::B ? backward : action.stage == 0 ? 100ms : 1ms);
+  });
+  const auto ran_in = [&](Pool& pool, bool look_ahead = true) {
+    ran.clear();
+    RunOptions options = with_timeout(10);
+    options.look_ahead = look_ahead;
+    CHECK(pool.run(program, options).outcome == Outcome::Done);
+    return ran;
+  };
+  const std::string planned = "1F0 1F1 1B0 1B1 ", reacting = "1F0 1B0 1F1 1B1 ";
+  Pool pool(2);
+  backward = 1ms;
+  CHECK_EQ(ran_in(pool), reacting);
+  backward = 400ms;
+  CHECK_EQ(ran_in(pool), reacting);  // it is taken to be as short as before
+  CHECK_EQ(ran_in(pool), planned);
+  CHECK_EQ(ran_in(pool, false), reacting);
+}
+
+TEST(a_process_that_looks_ahead_knows_of_the_others_what_it_has_got) {
+  const auto plan = shared_plan(
+      make_plan(parse_order({{"0F0", "0F1", "0B0", "0B1"}, {"1F0", "1F1", "1B0", "1B1"}}), {.reactive = true}));
+  std::mutex mutex;
+  std::string ran;
+  std::chrono::milliseconds forward{}, backward{};
+  const auto program = program_of(plan, [&](const Action& action) {
+    {
+      std::lock_guard lock(mutex);
+      ran += to_text(action) + ' ';
+    }
+    std::this_thread::sleep_for(action.kind == Kind::B ? backward : forward);
+  });
+  HostExecutor executor(1, {"test"}, {}, 1);
+  const auto step = [&] {
+    ran.clear();
+    std::thread other([&] {
+      executor.deliver(0, 1, {0});
+      std::this_thread::sleep_for(200ms);
+      executor.deliver(1, 1, {1});
+    });
+    CHECK(executor.run(program, with_timeout(10)).outcome == Outcome::Done);
+    other.join();
+    return ran;
+  };
+  const std::string planned = "1F0 1F1 1B0 1B1 ", reacting = "1F0 1B0 1F1 1B1 ";
+  forward = 100ms;
+  backward = 50ms;
+  CHECK_EQ(step(), reacting);  // nothing is known of times yet
+  CHECK_EQ(step(), planned);   // `1F0` took as long as `0F1` is expected to take: that is due
+  forward = 1ms;
+  backward = 100ms;
+  CHECK_EQ(step(), reacting);  // `0F1` is expected to take 100 ms, and `1B0` half of that
+  CHECK_EQ(step(), planned);
+  backward = 2ms;
+  CHECK_EQ(step(), planned);
+  CHECK_EQ(step(), reacting);  // `0F1` is overdue by 24 times the 2 ms of `1B0`
+}
+
 TEST(forward_and_backward_of_a_rank_meet_when_they_may_overlap) {
   const auto order = parse_order({{"0F0", "0F1", "0B0", "0B1"}});
   for (const bool overlap : {false, true}) {

@@ -186,3 +186,40 @@ TEST(random_simulations_keep_the_rules) {
     }
   }
 }
+
+// Of 20 random steps each; the order that may never end as planned is tried too.
+TEST(looking_ahead_keeps_reaction_from_losing) {
+  int eager_loses = 0;
+  for (const char* name : {"1f1b", "zb-h1", "interleaved-1f1b", "v-min"}) {
+    const Schedule& schedule = find_schedule(name);
+    const auto [stages, ranks] = size_of(schedule, 4, 2);
+    for (const int microbatches : {8, 16}) {
+      const Plan planned = make_plan(schedule, stages, ranks, microbatches, {});
+      const Plan ahead = make_plan(schedule, stages, ranks, microbatches, {.reactive = true});
+      CHECK(ahead.options().looks_ahead);
+      const Plan eager(planned.order(), planned.shape(), {.reactive = true}, planned.limits());
+      for (const double cv : {0.1, 0.3, 1.0}) {
+        Costs costs = Costs::uniform(stages);
+        costs.noise.cv = cv;
+        double sums[4] = {};
+        for (costs.noise.seed = 0; costs.noise.seed < 20; ++costs.noise.seed) {
+          sums[0] += simulate(planned, costs).makespan;
+          sums[1] += simulate(ahead, costs).makespan;
+          sums[2] += simulate(ahead, costs, false, true).makespan;
+          sums[3] += simulate(eager, costs).makespan;
+        }
+        CHECK(sums[1] <= 1.005 * sums[0]);
+        CHECK(sums[2] <= 1.007 * sums[0]);
+        eager_loses += sums[3] > 1.01 * sums[0];
+      }
+    }
+  }
+  CHECK(eager_loses > 0);
+}
+
+TEST(an_order_that_ends_only_if_ranks_change_it_is_run_without_looking_ahead) {
+  const Plan plan =
+      make_plan(parse_order({{"0F0", "0B0", "0F1", "0B1"}, {"1F0", "1F1", "1B0", "1B1"}}), {.reactive = true});
+  CHECK(!plan.options().looks_ahead);
+  CHECK(simulate(plan, Costs::uniform(2)).makespan > 0);
+}
