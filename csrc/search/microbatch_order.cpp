@@ -75,7 +75,7 @@ class Search {
       if (num_orders(given_ranks_, left_) <= left_) {
         try_all(std::move(ascending));
       } else {
-        try_sorted(std::move(ascending));
+        try_sorted(ascending);
         vary();
       }
     }
@@ -102,9 +102,16 @@ class Search {
     } while (std::next_permutation(ranks.begin(), ranks.end()));
   }
 
-  void try_sorted(std::vector<int> ascending) {
-    std::vector<int> descending(ascending.rbegin(), ascending.rend());
-    for (const auto& order : {ascending, descending, pyramid(ascending), pyramid(descending)}) {
+  void try_sorted(const std::vector<int>& ascending) {
+    const std::vector<int> descending(ascending.rbegin(), ascending.rend());
+    // Small ones where the pipeline fills or drains, and only there: ranks wait for one another then.
+    const int few = std::min(plan_.num_ranks() - 1, static_cast<int>(ascending.size()));
+    std::vector<int> small_last = ascending;
+    std::rotate(small_last.begin(), small_last.begin() + few, small_last.end());
+    std::reverse(small_last.end() - few, small_last.end());
+    const std::vector<int> small_first(small_last.rbegin(), small_last.rend());
+    for (const auto& order :
+         {pyramid(ascending), small_last, small_first, ascending, descending, pyramid(descending)}) {
       if (left_ > 0) time(order);
     }
   }
@@ -114,10 +121,10 @@ class Search {
     double makespan = least_;
     const int size = static_cast<int>(now.size());
     while (left_ > 0) {
-      std::vector<int> next = now;
       const int a = random_.below(size);
       const int b = random_.below(size);
-      if (next[a] == next[b]) continue;
+      if (now[a] == now[b]) continue;
+      std::vector<int> next = now;
       if (random_.one_in(2)) {
         std::swap(next[a], next[b]);
       } else if (a < b) {
