@@ -198,6 +198,9 @@ def search_zero_bubble(
     seed: int,
     threads: int,
 ) -> tuple[list[list[str]], float, int, bool]: ...
+def order_microbatches(
+    plan: Plan, costs: CostsByStage, simulations: int, seed: int
+) -> tuple[list[int], float, float]: ...
 def keep_freed_memory() -> bool: ...
 
 class Program:

@@ -30,6 +30,7 @@ Problem::Problem(const Placement& placement, int microbatches, const Costs& cost
       chunk_of_(placement.rank_of_stage.size()),
       stages_of_(placement.num_ranks),
       times_{costs.forward, costs.input_grad, costs.weight_grad},
+      varies_(costs.microbatch.given()),
       taken_(costs.taken),
       freed_by_input_(costs.freed_by_input_grad),
       limit_(costs.memory_limit),
@@ -79,6 +80,11 @@ Problem Problem::with_first(int microbatches) const {
   std::iota(first.begin(), first.end(), 0);
   costs.microbatch = costs_.microbatch.reordered(first);
   return Problem(placement_, microbatches, costs, objective_);
+}
+
+double Problem::time_of(Pass pass, int stage, int m) const {
+  const int p = static_cast<int>(pass);
+  return costs_.of({stage, m, kKindOf[p]}) + sending_[p][stage];
 }
 
 Score Problem::score(const std::vector<double>& begin, const std::vector<double>& end) const {

@@ -56,9 +56,7 @@ class Problem {
 
   // How long a pass of microbatch `m` keeps its rank busy, sending its result included.
   double time(Pass pass, int stage, int m) const {
-    const int p = static_cast<int>(pass);
-    if (!costs_.microbatch.given()) return times_[p][stage];
-    return costs_.of({stage, m, kKindOf[p]}) + sending_[p][stage];
+    return varies_ ? time_of(pass, stage, m) : times_[static_cast<int>(pass)][stage];
   }
   double taken(int stage) const { return taken_[stage]; }                    // at `F`
   double freed_by_input(int stage) const { return freed_by_input_[stage]; }  // at `I`
@@ -81,6 +79,8 @@ class Problem {
   Tokens to_tokens(const Order& order) const;
 
  private:
+  double time_of(Pass pass, int stage, int m) const;
+
   Placement placement_;
   Costs costs_;
   int microbatches_;
@@ -88,6 +88,7 @@ class Problem {
   std::vector<int> rank_of_, chunk_of_;
   std::vector<std::vector<int>> stages_of_;
   std::array<std::vector<double>, kNumPasses> times_, sending_;  // by pass and stage; sending is part of time
+  bool varies_;                                                  // by microbatch: then `times_` do not hold
   std::vector<double> taken_, freed_by_input_;
   std::vector<double> limit_;
   std::vector<double> latency_, transfer_;

@@ -50,8 +50,12 @@ class InOrderClock {
     return charges_[kComputes * (copy + a.stage) + static_cast<int>(a.kind)];
   }
   double duration_of(TaskId first, TaskId end) const {
-    if (end > first + 1) return costs_.duration_of_cell(plan_, first);
-    return vary_ ? costs_.duration(plan_, first) : charge_of(plan_.action(first)).duration;
+    if (vary_ || end > first + 1) return duration_of_cell(first);
+    return charge_of(plan_.action(first)).duration;
+  }
+  // Not inlined: it would slow down the loop over tasks that do not need it.
+  [[gnu::noinline]] double duration_of_cell(TaskId first) const {
+    return costs_.duration_of_cell(plan_, first);
   }
 
   static constexpr int kComputes = 4;  // kinds

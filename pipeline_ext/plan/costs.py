@@ -71,9 +71,7 @@ class Costs:
             object.__setattr__(self, "microbatch", factors)
         for name, listed_by in LISTED_BY.items():
             value = getattr(self, name)
-            if name == MICROBATCH:
-                continue
-            if value is not None or getattr(Costs, name) is not None:
+            if name != MICROBATCH and (value is not None or getattr(Costs, name) is not None):
                 _check_numbers(name, value, listed_by)
 
     @classmethod
@@ -200,22 +198,29 @@ def recut(costs: Costs, num_stages: int, wanted: int) -> Costs:
                 "here; give one number for all"
             )
     if costs.microbatch is not None:
-        check_stages_of_factors(costs, num_stages)
+        check_factors(costs, num_stages)
         cut[MICROBATCH] = microbatch_factors.recut(
             costs.microbatch, costs.times(num_stages), num_stages, wanted
         )
     return replace(costs, **cut)
 
 
-def check_stages_of_factors(costs: Costs, num_stages: int) -> None:
-    """Raises InvalidSchedule if ``costs.microbatch`` lists another number of stages."""
-    if costs.microbatch is not None:
-        listed = microbatch_factors.num_stages(costs.microbatch)
-        if listed not in (None, num_stages):
-            raise InvalidSchedule(
-                f"microbatch has lists for {listed} stages; give one list for all, or one for each of the "
-                f"{num_stages} stages"
-            )
+def check_factors(costs: Costs, num_stages: int, microbatches: int | None = None) -> None:
+    """Raises InvalidSchedule if ``costs.microbatch`` is for other numbers of stages or microbatches."""
+    if costs.microbatch is None:
+        return
+    factors_for = microbatch_factors.num_microbatches(costs.microbatch)
+    if microbatches not in (None, factors_for):
+        raise InvalidSchedule(
+            f"microbatch has factors for {factors_for} microbatches; give one for each of the {microbatches} "
+            "microbatches"
+        )
+    listed = microbatch_factors.num_stages(costs.microbatch)
+    if listed not in (None, num_stages):
+        raise InvalidSchedule(
+            f"microbatch has lists for {listed} stages; give one list for all, or one for each of the "
+            f"{num_stages} stages"
+        )
 
 
 def rebatched(costs: Costs, factor: float) -> Costs:
