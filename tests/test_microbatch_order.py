@@ -85,9 +85,7 @@ def test_a_table_counts_at_each_stage():
     plan = built(("1f1b", 2, 4))
     costs = pe.Costs(microbatch=[[1, 1, 1, 6], [6, 1, 1, 1]])
     found = pe.microbatch_order(plan, costs)
-    best = min(
-        pe.simulate(plan, costs.reordered(order)).makespan for order in itertools.permutations(range(4))
-    )
+    best = min(pe.simulate(plan, costs.reordered(order)).makespan for order in itertools.permutations(range(4)))
     assert found.makespan == best < found.given
 
 
@@ -108,5 +106,7 @@ def test_what_is_no_argument_is_refused(given, said):
 
 @pytest.mark.parametrize("order", [[0, 1], [0, 1, 1], [1, 2, 3], "012"])
 def test_an_order_lists_each_microbatch_once(order):
-    with pytest.raises(pe.InvalidArgument, match="order is .*; give each of the 3 microbatches, from 0 to 2, once"):
+    with pytest.raises(
+        pe.InvalidArgument, match="order is .*; give each of the 3 microbatches, from 0 to 2, once"
+    ):
         pe.Costs(microbatch=[1, 2, 3]).reordered(order)

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_orders import NAMED, costs_for, orders
@@ -14,6 +15,7 @@ from pipeline_ext.plan.comparison import planned, simulated
 from pipeline_ext.plan.costs import rebatched, recut
 from pipeline_ext.plan.microbatch_factors import KINDS
 from pipeline_ext.plan.search import search
+from pipeline_ext.report.timeline import unit_of
 
 CLOSE = 1e-9
 MODES = [{}, {"overlap": True}, {"reactive": True}, {"overlap": True, "reactive": True}]
@@ -24,7 +26,9 @@ def built(schedule, **mode):
     if isinstance(schedule, tuple):
         name, ranks, microbatches = schedule
         chunks = {"looped": 3, "v": 2}.get(_C.layout_of(name), 1)
-        return pe.build_plan(name, num_stages=ranks * chunks, num_ranks=ranks, microbatches=microbatches, **mode)
+        return pe.build_plan(
+            name, num_stages=ranks * chunks, num_ranks=ranks, microbatches=microbatches, **mode
+        )
     return _C.plan_of_cells(schedule, **mode)
 
 
@@ -134,9 +138,10 @@ def test_a_schedule_by_name_is_compared_at_the_factors():
     found = planned("zb-h1", num_stages=4, num_ranks=4, microbatches=4, costs=costs)
     assert found.ideal == 3 * 7
     assert found.simulation.makespan >= found.lower_bound >= 3 * 7
-    assert found.simulation.makespan > planned(
-        "zb-h1", num_stages=4, num_ranks=4, microbatches=4, costs=pe.Costs()
-    ).simulation.makespan
+    assert (
+        found.simulation.makespan
+        > planned("zb-h1", num_stages=4, num_ranks=4, microbatches=4, costs=pe.Costs()).simulation.makespan
+    )
 
 
 # -- cut anew
@@ -167,10 +172,9 @@ def test_a_model_cut_anew_does_the_same_work_for_each_microbatch(cut, wanted):
 def test_a_batch_cut_anew_is_the_same_work_at_each_stage(cut, wanted):
     costs, stages, microbatches = cut
     again = rebatched(costs, microbatches / wanted)
-    count = microbatches if costs.microbatch is None else microbatches
     for kind in KINDS:
         for s in range(stages):
-            had = sum(time_of(costs, s, kind, m) for m in range(count))
+            had = sum(time_of(costs, s, kind, m) for m in range(microbatches))
             has = sum(time_of(again, s, kind, m) for m in range(wanted))
             assert has == pytest.approx(had, abs=CLOSE)
 
@@ -194,7 +198,10 @@ def test_a_search_over_numbers_of_microbatches_does_equal_work():
         ([[]], "microbatch has lists of length 0"),
         ([1.0, [2.0]], r"microbatch is \[1.0, \[2.0\]\]; give one factor"),
         ([[1.0], [2.0, 3.0]], "microbatch has lists of length 1, 2"),
-        ([[[1.0, 1.0, 1.0]]], "microbatch has lists of length 3; .* or four, for F, B, I and W, for each microbatch"),
+        (
+            [[[1.0, 1.0, 1.0]]],
+            "microbatch has lists of length 3; .* or four, for F, B, I and W, for each microbatch",
+        ),
         ([[[[1.0] * 4] * 4]], r"microbatch is \[\[\[\[1.0, .*; give one factor"),
         ([1.0, -1.0], "microbatch holds -1.0; a factor is a finite number of at least 0"),
         ([1.0, math.nan], "microbatch holds nan; a factor"),
@@ -215,6 +222,18 @@ def test_what_is_no_factor_is_refused_when_it_is_given(given, said, tmp_path):
         pe.Costs.load(file)
 
 
+def test_a_picture_and_a_pipeline_know_the_factors(tmp_path):
+    costs = pe.Costs(microbatch=[1.0, 4.0, 1.0])
+    plan = built(("1f1b", 2, 3))
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with pe.Pipeline(layers, 2, 3, "1f1b", torch.nn.functional.mse_loss, reactive=False, costs=costs) as pipe:
+        assert pipe.simulate(costs).makespan == pe.simulate(plan, costs).makespan > pe.simulate(plan).makespan
+    assert unit_of(pe.Costs()) == "F = 1" and unit_of(costs) == "unit of the costs"
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    plan.draw(tmp_path / "plan.svg", costs)
+    assert "unit of the costs" in (tmp_path / "plan.svg").read_text()
+
+
 def test_arrays_are_factors_too():
     numpy = pytest.importorskip("numpy")
     costs = pe.Costs(microbatch=numpy.array([[1, 2], [3, 4]]))
@@ -225,20 +244,21 @@ def test_arrays_are_factors_too():
 def test_lists_that_do_not_fit_the_file_are_refused(tmp_path):
     file = tmp_path / "costs.json"
     file.write_text(json.dumps({"forward": [1, 2, 3], "microbatch": [[1.0, 2.0]] * 2}))
-    with pytest.raises(pe.InvalidArgument, match="'microbatch' in .* has 2 entries, for 2 stages, and 'forward'"):
+    with pytest.raises(
+        pe.InvalidArgument, match="'microbatch' in .* has 2 entries, for 2 stages, and 'forward'"
+    ):
         pe.Costs.load(file)
 
 
-OF_OTHER_MICROBATCHES = pe.Costs(microbatch=[1.0, 2.0])
-OF_OTHER_STAGES = pe.Costs(microbatch=[[1.0] * 4] * 3)
-SAID = {
-    OF_OTHER_MICROBATCHES.__repr__(): "microbatch has factors for 2 microbatches; give one for each of the 4 micro",
-    OF_OTHER_STAGES.__repr__(): "microbatch has lists for 3 stages; give one list for all, or one for each of the 2",
-}
-
-
-@pytest.mark.parametrize("costs", [OF_OTHER_MICROBATCHES, OF_OTHER_STAGES])
-def test_factors_that_do_not_fit_are_refused_wherever_they_are_used(costs):
+@pytest.mark.parametrize(
+    "factors, said",
+    [
+        ([1.0, 2.0], "microbatch has factors for 2 microbatches; give one for each of the 4 microbatches"),
+        ([[1.0] * 4] * 3, "microbatch has lists for 3 stages; give one list for all, or one for each of the 2"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused_wherever_they_are_used(factors, said, tmp_path):
+    costs = pe.Costs(microbatch=factors)
     plan = built(("1f1b", 2, 4))
     uses = [
         lambda: pe.simulate(plan, costs),
@@ -247,18 +267,18 @@ def test_factors_that_do_not_fit_are_refused_wherever_they_are_used(costs):
         lambda: pe.build_plan("zb-auto", num_stages=2, microbatches=4, costs=costs),
         lambda: search(costs, num_ranks=2, microbatches=4, trials=5),
         lambda: search(costs, num_ranks=2, microbatches=(4, 2), chunks=(1, 2), trials=5),
-        lambda: plan.draw("plan.svg", costs),
+        lambda: plan.draw(tmp_path / "plan.svg", costs),
     ]
     for use in uses:
-        with pytest.raises(pe.InvalidSchedule, match=SAID[repr(costs)]):
+        with pytest.raises(pe.InvalidSchedule, match=said):
             use()
 
 
 def test_the_core_refuses_factors_of_another_shape():
     def costs(values, shape):
-        given = {
-            name: [1.0, 1.0] for name in ("forward", "backward", "input_grad", "weight_grad", "taken")
-        } | {name: [0.0] for name in ("latency", "overhead", "transfer")}
+        given = {name: [1.0, 1.0] for name in ("forward", "backward", "input_grad", "weight_grad", "taken")} | {
+            name: [0.0] for name in ("latency", "overhead", "transfer")
+        }
         return _C.CostsByStage(
             **given, contention=1.0, pair=1.0, freed_by_input_grad=[], memory_limit=[],
             microbatch=values, microbatch_shape=shape,

@@ -158,7 +158,8 @@ class Costs:
             raise InvalidSchedule(f"bandwidth holds {min(bandwidth):g}; it is bytes in a unit of time, above 0")
         if min(nbytes, default=0.0) < 0:
             raise InvalidSchedule(f"message_bytes holds {min(nbytes):g}; it is not negative")
-        factors, shape = [], (0, 0, 0)
+        factors: list[float] = []
+        shape = (0, 0, 0)
         if self.microbatch is not None:
             factors, shape = microbatch_factors.flat(self.microbatch)
         return _C.CostsByStage(

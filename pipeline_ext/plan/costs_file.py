@@ -1,6 +1,7 @@
 """Costs as a JSON file: one object of ``Costs``' fields, each a number or a list of numbers.
 
-Factors of microbatches may be lists in lists. A field that is left out or null has its default. A bandwidth of null, also in a list, is infinite.
+The factors of microbatches may be lists in lists. A field that is left out or null has its default. A bandwidth
+of null, also in a list, is infinite.
 """
 
 import json

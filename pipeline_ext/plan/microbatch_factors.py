@@ -1,4 +1,4 @@
-"""Factors on the times of unequal microbatches: a list of one each, a list for each stage, or one by kind too."""
+"""Factors on the times of unequal microbatches: one each; or one at each stage; or one of each kind there."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +11,8 @@ Factors: TypeAlias = Sequence[float] | Sequence[Sequence[float]] | Sequence[Sequ
 
 KINDS = "FBIW"  # the order of the four factors of a microbatch at a stage
 _ACCEPTED = (
-    "give one factor for each microbatch, or a list of such lists, one for each stage, with a factor or four, for "
-    "F, B, I and W, for each microbatch"
+    "give one factor for each microbatch, or a list of such lists, one for each stage, with a factor or four, "
+    "for F, B, I and W, for each microbatch"
 )
 
 
@@ -53,7 +53,7 @@ def of(factors: Any, stage: int, kind: str, microbatch: int) -> float:
 
 
 def flat(factors: Any) -> tuple[list[float], tuple[int, int, int]]:
-    """All factors by stage, microbatch and kind, and the numbers of these, as ``_C.CostsByStage`` takes them."""
+    """All factors by stage, microbatch and kind, and their numbers, as ``_C.CostsByStage`` takes them."""
     levels = _levels(factors)
     shape = (num_stages(factors) or 1, num_microbatches(factors), len(KINDS) if levels == 2 else 1)
     values = factors
