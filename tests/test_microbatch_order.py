@@ -1,7 +1,9 @@
 """The order in which unequal microbatches enter: never worse than given, and close to the best where that is
 known."""
 
+import contextlib
 import itertools
+import math
 import random
 
 import pytest
@@ -11,6 +13,9 @@ from random_orders import costs_for
 from test_unequal_microbatches import MODES, built, named
 
 import pipeline_ext as pe
+from pipeline_ext import _C
+from pipeline_ext.plan import zero_bubble
+from pipeline_ext.plan.zero_bubble import rank_of_stage
 
 
 @settings(deadline=None)
@@ -110,3 +115,60 @@ def test_an_order_lists_each_microbatch_once(order):
         pe.InvalidArgument, match="order is .*; give each of the 3 microbatches, from 0 to 2, once"
     ):
         pe.Costs(microbatch=[1, 2, 3]).reordered(order)
+
+
+def small_case(r):
+    """A placement and costs for which good orders come close to the bound: few tasks, few different times."""
+    ranks, chunks, count = r.randint(1, 3), r.randint(1, 2), r.randint(1, 4)
+    stages = ranks * chunks
+
+    def some(length, *values):
+        return [r.choice(values) for _ in range(length)]
+
+    def row(*values):
+        return some(count, *values)
+
+    i, w = some(stages, 0, 1, 2), some(stages, 0, 1, 3)
+    form = r.randrange(3)
+    factors = row(0.25, 1, 4)
+    if form > 0:
+        factors = [row(0.25, 1, 4) for _ in range(stages)]
+    if form > 1:
+        factors = [[some(4, 0.25, 1, 4) for _ in of_stage] for of_stage in factors]
+    costs = pe.Costs(
+        forward=some(stages, 0, 1, 2),
+        backward=[a + b for a, b in zip(i, w)],
+        input_grad=i,
+        weight_grad=w,
+        latency=r.choice((0.0, 0.0, 1.0)),
+        overhead=r.choice((0.0, 0.0, 0.5)),
+        pair=r.choice((1.0, 1.0, 0.5)),
+        mem_i=r.choice((0.0, 0.5)),
+        memory_limit=r.choice((None, chunks, chunks + 1)),
+        microbatch=factors,
+    )
+    return costs, stages, ranks, count
+
+
+def test_no_order_of_tasks_or_microbatches_beats_the_bound():
+    close = 0
+    for seed in range(600):
+        costs, stages, ranks, count = small_case(random.Random(seed))
+        home = rank_of_stage(stages, ranks)
+        by_stage = costs.by_stage(stages, ranks)
+        least, least_span = _C.lower_bound(home, ranks, count, by_stage)
+        for is_span, bound in ((False, least), (True, least_span)):
+            with contextlib.suppress(pe.InvalidSchedule):  # found none within the memory limit
+                _, found, *_ = _C.search_zero_bubble(
+                    home, ranks, count, by_stage, span=is_span, templates=[], work=500, seconds=math.inf,
+                    seed=seed, threads=1,
+                )  # fmt: skip
+                assert found >= bound * (1 - 1e-9), seed
+                close += found <= bound * (1 + 1e-9)
+        for name in ("gpipe", "1f1b", "zb-h1", "zbv", "dualpipev"):
+            if _C.layout_of(name) != zero_bubble.layout(stages, ranks):
+                continue
+            plan = pe.build_plan(name, num_stages=stages, num_ranks=ranks, microbatches=count)
+            with contextlib.suppress(pe.InvalidSchedule):  # exceeds the memory limit
+                assert pe.microbatch_order(plan, costs).makespan >= least * (1 - 1e-9), (seed, name)
+    assert close > 300  # of 1200: the bound is often reached
