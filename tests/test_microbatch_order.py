@@ -109,7 +109,7 @@ def test_what_is_no_argument_is_refused(given, said):
         pe.microbatch_order(arguments.pop("plan"), arguments.pop("costs"), **arguments)
 
 
-@pytest.mark.parametrize("order", [[0, 1], [0, 1, 1], [1, 2, 3], "012"])
+@pytest.mark.parametrize("order", [[0, 1], [0, 1, 1], [1, 2, 3], "012", 3, [0, None, 2]])
 def test_an_order_lists_each_microbatch_once(order):
     with pytest.raises(
         pe.InvalidArgument, match="order is .*; give each of the 3 microbatches, from 0 to 2, once"

@@ -138,7 +138,11 @@ class Costs:
         if self.microbatch is None:
             return self
         count = microbatch_factors.num_microbatches(self.microbatch)
-        if sorted(order) != list(range(count)):
+        try:
+            complete = sorted(order) == list(range(count))
+        except TypeError:
+            complete = False
+        if not complete:
             raise InvalidArgument(
                 f"order is {order!r:.60}; give each of the {count} microbatches, from 0 to {count - 1}, once"
             )
