@@ -17,6 +17,7 @@ __all__ = [
     "InvalidArgument",
     "InvalidSchedule",
     "LocalGroup",
+    "MicrobatchOrder",
     "NonFiniteError",
     "PackChoice",
     "PeerError",
@@ -44,6 +45,7 @@ __all__ = [
     "import_dcp",
     "load_checkpoint",
     "load_pretrained",
+    "microbatch_order",
     "newest_checkpoint",
     "pop",
     "rows",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .plan.build import build_plan, schedule_names
     from .plan.costs import Costs
+    from .plan.microbatch_order import MicrobatchOrder, microbatch_order
     from .plan.pack_choice import PackChoice
     from .plan.policy import Placement, Policy
     from .plan.profile import Profile
@@ -117,6 +120,7 @@ else:
         "pipeline": ("Pipeline",),
         "plan.build": ("build_plan", "schedule_names"),
         "plan.costs": ("Costs",),
+        "plan.microbatch_order": ("MicrobatchOrder", "microbatch_order"),
         "plan.pack_choice": ("PackChoice",),
         "plan.policy": ("Placement", "Policy"),
         "plan.profile": ("Profile",),

@@ -70,6 +70,15 @@ def costs_for(draw, plan, contention: bool = True) -> pe.Costs:
     def some(count: int, values=number) -> list[float]:
         return draw(st.lists(values, min_size=count, max_size=count))
 
+    def factors() -> object:
+        microbatches, levels = plan.num_microbatches, draw(st.sampled_from((None, 0, 1, 2)))
+        if levels is None:
+            return None
+        if levels == 0:
+            return some(microbatches)
+        rows = [some(microbatches) for _ in range(stages)]
+        return rows if levels == 1 else [[some(4) for _ in row] for row in rows]
+
     taken = some(stages, st.floats(0.5, 3.0))
     share = draw(st.floats(0.0, 1.0))
     return pe.Costs(
@@ -85,6 +94,7 @@ def costs_for(draw, plan, contention: bool = True) -> pe.Costs:
         pair=draw(st.floats(0.3, 1.5)),
         act_memory=taken,
         mem_i=[share * t for t in taken],
+        microbatch=factors(),
     )
 
 

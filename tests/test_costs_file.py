@@ -24,6 +24,9 @@ def load(tmp_path, text):
         pe.Costs(bandwidth=[1e9, math.inf], latency=[0.1, 0.2], message_bytes=4096.0, forward=[1.0, 2.0, 0.5]),
         pe.Costs(input_grad=0.7, weight_grad=1.1, mem_i=0.25, mem_w=[0.75, 0.5], pair=0.8, contention=1.2),
         pe.Costs(memory_limit=[8.0, 9.0], act_memory=[1.0, 2.0, 3.0, 4.0]),
+        pe.Costs(microbatch=[1.0, 0.5, 6.0]),
+        pe.Costs(microbatch=[[1.0, 0.5], [2.0, 0.25]], forward=[1.0, 2.0]),
+        pe.Costs(microbatch=[[[1.0, 1.5, 0.5, 2.0]] * 3] * 2),
     ],
 )
 def test_what_is_saved_is_loaded(tmp_path, costs):

@@ -125,6 +125,10 @@ def test_what_is_chosen_keeps_the_memory_too(reactive):
         (pe.Costs(memory_limit=[1.0, 2.0]), "memory_limit has 2 entries"),
         (pe.Costs(memory_limit=0.5), "rank 0 may hold 0.5|the rank would hold 1 of memory, its limit is 0.5"),
         (pe.Costs(mem_i=2.0), "mem_i 2 and mem_w 0 free more than the act_memory 1"),
+        (
+            pe.Costs(microbatch=[1.0, 2.0]),
+            "microbatch has factors for 2 microbatches; give one for each of the 6",
+        ),
     ],
 )
 @pytest.mark.parametrize("schedule", ["zb-auto", "auto", "1f1b", "zb-h1"])

@@ -124,6 +124,36 @@ def test_costs_come_from_a_file_and_options_win(figures, tmp_path):
     assert found["makespan"] == pe.simulate(built, costs).makespan
 
 
+def test_unequal_microbatches_come_from_an_option_or_a_file(plan, figures, tmp_path):
+    file, page = tmp_path / "costs.json", tmp_path / "page.html"
+    table = [[1.0 + (m == s) for m in range(8)] for s in range(4)]
+    pe.Costs(input_grad=1.0, weight_grad=1.0, microbatch=table).save(file)
+    built = pe.build_plan("zb-h1", num_stages=4, microbatches=8)
+    found = figures("--schedule", "zb-h1", *SHAPE, "--costs", file, "--html", page)
+    simulation = pe.simulate(built, pe.Costs(microbatch=table))
+    assert found["makespan"] == simulation.makespan and found["ideal"] == 3 * 9
+    assert simulation.makespan >= found["lower_bound"] >= 3 * 9
+    (shown,) = read_page(page)["schedules"]
+    assert [task[5:] for task in shown["tasks"]] == [
+        [t.begin, t.end] for t in task_records(built, simulation.begin, simulation.end)
+    ]
+    factors = [1, 1, 6, 1, 1, 2, 1, 1]
+    found = figures("--schedule", "zb-h1", *SHAPE, "--costs", file, "--microbatch-factors", "1,1,6,1,1,2,1,1")
+    assert found["makespan"] == pe.simulate(built, pe.Costs(microbatch=factors)).makespan
+    # A file of other stages is refused by its name; a schedule of two stages a rank does the same work.
+    status, _, err = plan("--schedule", "1f1b", "--ranks", "3", "--microbatches", "8", "--costs", file)
+    assert status == 2 and re.search(r"'microbatch' in '.*costs.json' has lists for 4 stages; give", err)
+    both = figures("--schedule", "1f1b,zbv,zb-auto,auto", *SHAPE, "--costs", file, "--trials", "20")
+    assert [one["ideal"] for one in both if one["chunks"] == 1] == [27.0] * sum(o["chunks"] == 1 for o in both)
+    assert all(one["lower_bound"] <= one["makespan"] for one in both)
+
+
+def read_page(file):
+    page = Page()
+    page.feed(file.read_text())
+    return json.loads(page.data)
+
+
 def test_a_search_chooses_among_microbatches_at_equal_work(figures):
     one = figures("--ranks", "4", "--microbatches", "4", "--trials", "20")
     found = figures("--ranks", "4", "--microbatches", "4,8", "--trials", "20", "--chunks", "1")
@@ -187,6 +217,11 @@ def test_a_deadlock_is_named_with_its_cycle(plan, tmp_path):
             ["--schedule", "1f1b", *SHAPE, "--tf", "1,2"],
             "--tf has 2 entries; give one number, or one for each stage: 4 with 4 stages on 4 ranks",
         ),
+        (
+            ["--schedule", "1f1b", *SHAPE, "--microbatch-factors", "1,2"],
+            "--microbatch-factors has factors for 2 microbatches; give one for each of the 8 microbatches",
+        ),
+        (["--schedule", "1f1b", *SHAPE, "--microbatch-factors", "1,nan"], "'1,nan' is not a number of"),
         (["--schedule", "1f1b", *SHAPE, "--latency", "1,2"], "--latency has 2 entries; .* each boundary: 3"),
         (["--schedule", "1f1b", *SHAPE, "--mem-i", "2"], "free more than the act_memory 1 that F takes"),
         (["--schedule", "1f1b,zbv", *SHAPE, "--latency", "1,2,3"], "latency is given for each boundary"),

@@ -100,7 +100,7 @@ def test_two_stages_a_rank_beat_the_figure_that_one_cannot(capsys):
     assert max(figures["peak_memory"]) <= costs.memory_limit
 
 
-def uneven(draw, stages, ranks):
+def uneven(draw, stages, ranks, microbatches):
     number = st.floats(0.1, 3.0)
     by_stage = st.lists(number, min_size=stages, max_size=stages)
     by_boundary = st.lists(st.floats(0.0, 0.5), min_size=stages - 1, max_size=stages - 1)
@@ -117,6 +117,21 @@ def uneven(draw, stages, ranks):
         act_memory=taken,
         mem_i=[share * draw(st.floats(0.0, 1.0)) for share in taken],
         memory_limit=sum(taken) * draw(st.floats(1.0, 4.0)) if draw(st.booleans()) else None,
+        microbatch=draw(factors(stages, microbatches)),
+    )
+
+
+def factors(stages, microbatches):
+    factor = st.floats(0.1, 6.0)
+
+    def lists(of, length):
+        return st.lists(of, min_size=length, max_size=length)
+
+    return st.one_of(
+        st.none(),
+        lists(factor, microbatches),
+        lists(lists(factor, microbatches), stages),
+        lists(lists(lists(factor, 4), microbatches), stages),
     )
 
 
@@ -125,7 +140,7 @@ def uneven(draw, stages, ranks):
 def test_orders_fit_uneven_costs_and_memory(data):
     ranks, chunks, m = (data.draw(st.integers(1, most)) for most in (4, 3, 7))
     stages = ranks * chunks
-    costs = uneven(data.draw, stages, ranks)
+    costs = uneven(data.draw, stages, ranks, m)
     span = data.draw(st.booleans())
     found = find_order(
         costs, num_stages=stages, num_ranks=ranks, microbatches=m, span=span, work=20_000, seed=3

@@ -133,7 +133,7 @@ def test_peak_memory_is_what_ranks_hold_in_time(schedule, mode, data):
     told = simulation.peak_memory
     if mode == "static":  # where a task takes no time, two orders of one moment's events are as good
         assert all(a >= b - CLOSE for a, b in zip(told, peaks(plan, simulation, costs)))
-    elif min(costs.forward + costs.backward + costs.input_grad + costs.weight_grad) > 0:
+    elif all(b < e for b, e in zip(simulation.begin, simulation.end)):
         assert told == pytest.approx(peaks(plan, simulation, costs))
 
 

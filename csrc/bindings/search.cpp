@@ -8,6 +8,7 @@
 
 #include "bindings/module.hpp"
 #include "bindings/poll.hpp"
+#include "search/microbatch_order.hpp"
 #include "search/zero_bubble_search.hpp"
 
 namespace py = pybind11;
@@ -79,6 +80,16 @@ void bind_search(py::module_& m) {
 ``span``: minimise the largest time, over ranks, from a rank's first begin to its end, not the latest end.
 ``work`` bounds the number of tasks placed; a search that only ``work`` ends is determined by its seed.
 ``seconds`` and Ctrl-C end it with the best order so far; KeyboardInterrupt if there is none soon.)");
+  m.def(
+      "order_microbatches",
+      [](const Plan& plan, const Costs& costs, int simulations, std::uint64_t seed) {
+        const MicrobatchOrder found =
+            interruptible([&] { return order_microbatches(plan, costs, simulations, seed); });
+        return py::make_tuple(found.order, found.makespan, found.given);
+      },
+      py::arg("plan"), py::arg("costs"), py::arg("simulations"), py::arg("seed"),
+      "(order, makespan, given): which given microbatch takes each position, the makespan with that order, and "
+      "with the given one.");
 }
 
 }  // namespace pe

@@ -1,5 +1,7 @@
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "bindings/checks.hpp"
 #include "bindings/module.hpp"
 #include "bindings/poll.hpp"
@@ -15,7 +17,9 @@ namespace {
 Costs make_costs(std::vector<double> forward, std::vector<double> backward, std::vector<double> input_grad,
                  std::vector<double> weight_grad, std::vector<double> latency, std::vector<double> overhead,
                  std::vector<double> transfer, double contention, double pair, std::vector<double> taken,
-                 std::vector<double> freed_by_input_grad, std::vector<double> memory_limit) {
+                 std::vector<double> freed_by_input_grad, std::vector<double> memory_limit,
+                 std::vector<double> microbatch, const std::tuple<int, int, int>& microbatch_shape) {
+  const auto [stages, microbatches, kinds] = microbatch_shape;
   return {std::move(forward),
           std::move(backward),
           std::move(input_grad),
@@ -27,7 +31,9 @@ Costs make_costs(std::vector<double> forward, std::vector<double> backward, std:
           pair,
           std::move(taken),
           std::move(freed_by_input_grad),
-          std::move(memory_limit)};
+          std::move(memory_limit),
+          {},
+          MicrobatchFactors(std::move(microbatch), {stages, microbatches, kinds})};
 }
 
 Costs with_noise(Costs costs, double cv, std::uint64_t seed) {
@@ -42,7 +48,7 @@ void bind_simulate(py::module_& m) {
       .def(py::init(&make_costs), py::kw_only(), py::arg("forward"), py::arg("backward"), py::arg("input_grad"),
            py::arg("weight_grad"), py::arg("latency"), py::arg("overhead"), py::arg("transfer"),
            py::arg("contention"), py::arg("pair"), py::arg("taken"), py::arg("freed_by_input_grad"),
-           py::arg("memory_limit"))
+           py::arg("memory_limit"), py::arg("microbatch"), py::arg("microbatch_shape"))
       .def(
           "memory",
           [](const Costs& costs, int num_stages) {

@@ -68,6 +68,11 @@ double Greedy::reserved_after(int stage) const {
   return reserved;
 }
 
+double Greedy::time_of_next(Pass pass, int stage) const {
+  const std::vector<int>& begun = pass == Pass::F ? forwards_ : pass == Pass::I ? inputs_ : weights_;
+  return problem_.time(pass, stage, begun[stage]);
+}
+
 Greedy::Choice Greedy::choose(const Policy& policy, int rank, double now) {
   const RankPolicy& rule = policy.ranks[rank];
   const Rank& state = ranks_[rank];
@@ -117,7 +122,7 @@ Greedy::Choice Greedy::choose(const Policy& policy, int rank, double now) {
     }
   }
   if (best.stage >= 0 && rule.hold[phase] > 0) {
-    const double until = now + rule.hold[phase] * problem_.time(best.pass, best.stage);
+    const double until = now + rule.hold[phase] * time_of_next(best.pass, best.stage);
     for (std::size_t i = 0; i < num_coming; ++i) {
       if (coming[i].liking > best.liking && coming[i].arrival < until) {
         best = {};
@@ -131,7 +136,7 @@ Greedy::Choice Greedy::choose(const Policy& policy, int rank, double now) {
     if (best.stage < 0 || !rule.early_stages_weights) best = {s, Pass::W, 0};
   }
   if (best.stage >= 0 && !lacks_memory) {
-    const double time = problem_.time(Pass::W, best.stage);
+    const double time = time_of_next(Pass::W, best.stage);
     if (now + time > next_input + rule.input_slack * time) return {};
     if (now + time > next_forward + rule.forward_slack * time) return {};
   }
@@ -141,7 +146,7 @@ Greedy::Choice Greedy::choose(const Policy& policy, int rank, double now) {
 void Greedy::start(int rank, const Choice& choice, double now) {
   Rank& state = ranks_[rank];
   const int s = choice.stage;
-  const double end = now + problem_.time(choice.pass, s);
+  const double end = now + time_of_next(choice.pass, s);
   if (state.begin < 0) state.begin = now;
   state.free_at = state.end = end;
   const auto send = [&](bool forward, int m) {

@@ -67,6 +67,8 @@ class Greedy {
   Choice choose(const Policy& policy, int rank, double now);
   void start(int rank, const Choice& choice, double now);
   double reserved_after(int stage) const;
+  // The time of a pass of the first microbatch that has not begun it.
+  double time_of_next(Pass pass, int stage) const;
 
   std::size_t at(int stage, int m) const {
     return static_cast<std::size_t>(stage) * problem_.microbatches() + m;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <string>
 
 #include "plan/size.hpp"
@@ -29,12 +30,13 @@ Problem::Problem(const Placement& placement, int microbatches, const Costs& cost
       chunk_of_(placement.rank_of_stage.size()),
       stages_of_(placement.num_ranks),
       times_{costs.forward, costs.input_grad, costs.weight_grad},
+      varies_(costs.microbatch.given()),
       taken_(costs.taken),
       freed_by_input_(costs.freed_by_input_grad),
       limit_(costs.memory_limit),
       latency_(costs.latency),
       transfer_(costs.transfer) {
-  costs.validate(num_stages(), placement.num_ranks);
+  costs.validate(num_stages(), placement.num_ranks, microbatches);
   if (constexpr int kMost = std::numeric_limits<decltype(Token::stage)>::max(); num_stages() > kMost) {
     throw PlanError("an order is searched for at most " + std::to_string(kMost) + " stages, got " +
                     std::to_string(num_stages()) + "; name another schedule");
@@ -43,13 +45,17 @@ Problem::Problem(const Placement& placement, int microbatches, const Costs& cost
   if (freed_by_input_.empty()) freed_by_input_.assign(num_stages(), 0.0);
   if (limit_.empty()) limit_.assign(placement.num_ranks, std::numeric_limits<double>::infinity());
   if (transfer_.empty()) transfer_.assign(num_stages(), 0.0);
+  for (auto& by_stage : sending_) by_stage.assign(num_stages(), 0.0);
   for (int s = 0; s < num_stages(); ++s) {
     std::vector<int>& stages = stages_of_[rank_of_[s]];
     chunk_of_[s] = static_cast<int>(stages.size());
     stages.push_back(s);
     if (costs.overhead.empty()) continue;
-    if (s + 1 < num_stages() && crosses(s)) times_[static_cast<int>(Pass::F)][s] += costs.overhead[s];
-    if (s > 0 && crosses(s - 1)) times_[static_cast<int>(Pass::I)][s] += costs.overhead[s - 1];
+    if (s + 1 < num_stages() && crosses(s)) sending_[static_cast<int>(Pass::F)][s] = costs.overhead[s];
+    if (s > 0 && crosses(s - 1)) sending_[static_cast<int>(Pass::I)][s] = costs.overhead[s - 1];
+  }
+  for (int p = 0; p < kNumPasses; ++p) {
+    for (int s = 0; s < num_stages(); ++s) times_[p][s] += sending_[p][s];
   }
   for (int rank = 0; rank < num_ranks(); ++rank) {
     if (stages_of_[rank].empty()) throw PlanError("rank " + std::to_string(rank) + " holds no stage");
@@ -68,7 +74,18 @@ Problem::Problem(const Placement& placement, int microbatches, const Costs& cost
   lower_bound_ = objective_ == Objective::Span ? bound.span : bound.makespan;
 }
 
-Problem Problem::with(int microbatches) const { return Problem(placement_, microbatches, costs_, objective_); }
+Problem Problem::with_first(int microbatches) const {
+  Costs costs = costs_;
+  std::vector<int> first(microbatches);
+  std::iota(first.begin(), first.end(), 0);
+  costs.microbatch = costs_.microbatch.reordered(first);
+  return Problem(placement_, microbatches, costs, objective_);
+}
+
+double Problem::time_of(Pass pass, int stage, int m) const {
+  const int p = static_cast<int>(pass);
+  return costs_.of({stage, m, kKindOf[p]}) + sending_[p][stage];
+}
 
 Score Problem::score(const std::vector<double>& begin, const std::vector<double>& end) const {
   Score score;
@@ -81,7 +98,6 @@ Score Problem::score(const std::vector<double>& begin, const std::vector<double>
 }
 
 Order Problem::to_order(const Tokens& tokens) const {
-  constexpr Kind kKinds[kNumPasses] = {Kind::F, Kind::I, Kind::W};
   Order order;
   std::vector<int> next(std::size_t{kNumPasses} * num_stages(), 0);
   for (const auto& of_rank : tokens) {
@@ -89,7 +105,7 @@ Order Problem::to_order(const Tokens& tokens) const {
     actions.reserve(of_rank.size());
     for (const Token& token : of_rank) {
       const int pass = static_cast<int>(token.pass);
-      actions.push_back({token.stage, next[kNumPasses * token.stage + pass]++, kKinds[pass]});
+      actions.push_back({token.stage, next[kNumPasses * token.stage + pass]++, kKindOf[pass]});
     }
   }
   return order;

@@ -13,6 +13,7 @@ namespace pe {
 
 enum class Pass : std::uint8_t { F, I, W };  // the backward is always split
 inline constexpr int kNumPasses = 3;
+inline constexpr Kind kKindOf[kNumPasses] = {Kind::F, Kind::I, Kind::W};
 
 // One entry of a rank's order. Its microbatch is the number of earlier entries with the same (stage, pass).
 struct Token {
@@ -42,8 +43,8 @@ class Problem {
   // a memory limit too small for one microbatch at each of a rank's stages.
   Problem(const Placement& placement, int microbatches, const Costs& costs, Objective objective);
 
-  // The same problem with another number of microbatches.
-  Problem with(int microbatches) const;
+  // The same problem with only its first microbatches.
+  Problem with_first(int microbatches) const;
 
   int num_ranks() const { return static_cast<int>(stages_of_.size()); }
   int num_stages() const { return static_cast<int>(rank_of_.size()); }
@@ -53,8 +54,10 @@ class Problem {
   const std::vector<int>& stages_of(int rank) const { return stages_of_[rank]; }  // ascending
   int num_tasks() const { return kNumPasses * num_stages() * microbatches_; }
 
-  // How long a pass keeps its rank busy, sending its result included.
-  double time(Pass pass, int stage) const { return times_[static_cast<int>(pass)][stage]; }
+  // How long a pass of microbatch `m` keeps its rank busy, sending its result included.
+  double time(Pass pass, int stage, int m) const {
+    return varies_ ? time_of(pass, stage, m) : times_[static_cast<int>(pass)][stage];
+  }
   double taken(int stage) const { return taken_[stage]; }                    // at `F`
   double freed_by_input(int stage) const { return freed_by_input_[stage]; }  // at `I`
   double freed_by_weight(int stage) const { return taken_[stage] - freed_by_input_[stage]; }
@@ -76,13 +79,16 @@ class Problem {
   Tokens to_tokens(const Order& order) const;
 
  private:
+  double time_of(Pass pass, int stage, int m) const;
+
   Placement placement_;
   Costs costs_;
   int microbatches_;
   Objective objective_;
   std::vector<int> rank_of_, chunk_of_;
   std::vector<std::vector<int>> stages_of_;
-  std::array<std::vector<double>, kNumPasses> times_;
+  std::array<std::vector<double>, kNumPasses> times_, sending_;  // by pass and stage; sending is part of time
+  bool varies_;                                                  // by microbatch: then `times_` do not hold
   std::vector<double> taken_, freed_by_input_;
   std::vector<double> limit_;
   std::vector<double> latency_, transfer_;

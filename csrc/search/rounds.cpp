@@ -37,6 +37,7 @@ class Rounds {
         input_arrival_(at(problem.num_stages(), 0), kUnknown),
         forwards_(problem.num_stages(), 0),
         inputs_(problem.num_stages(), 0),
+        weights_(problem.num_stages(), 0),
         now_(ranks_, 0.0),
         memory_(ranks_, 0.0),
         pending_(ranks_),
@@ -69,7 +70,8 @@ class Rounds {
     for (int rank = ranks_ - 1; rank >= 0; --rank) {
       // More of the early stage while the first input of the late stage is in transit, if memory allows.
       while (rank + 1 < ranks_ && forwards_[early(rank)] < microbatches_ &&
-             now_[rank] + problem_.time(Pass::F, early(rank)) <= forward_arrival_[at(late(rank), 0)] &&
+             now_[rank] + problem_.time(Pass::F, early(rank), forwards_[early(rank)]) <=
+                 forward_arrival_[at(late(rank), 0)] &&
              problem_.fits(rank, memory_[rank] + (2 + 2 * rank) * problem_.taken(early(rank)))) {
         for (int r = 0; r <= rank; ++r) {
           if (!run(Pass::F, early(r))) return false;
@@ -143,7 +145,7 @@ class Rounds {
     const int done = pass == Pass::F ? forwards_[stage] : inputs_[stage];
     if (done == microbatches_) return false;
     const double until = arrival(pass, stage);
-    while (!pending.empty() && now_[rank] + problem_.time(Pass::W, pending.front()) <= until) run_weight(rank);
+    while (!pending.empty() && now_[rank] + time_of_weight(pending.front()) <= until) run_weight(rank);
     double most = built_.most_idle();
     if (!allowed_.empty()) most = std::max(most, most_allowed_ - allowed_[rank]);
     if (may_delay && !pending.empty() && until - now_[rank] > most - built_.idle[rank]) run_weight(rank);
@@ -162,8 +164,8 @@ class Rounds {
     auto& tokens = built_.tokens[rank];
     if (!tokens.empty()) built_.idle[rank] += begin - now_[rank];
     tokens.push_back({static_cast<std::int16_t>(stage), pass});
-    now_[rank] = begin + problem_.time(pass, stage);
     const int m = done++;
+    now_[rank] = begin + problem_.time(pass, stage, m);
     if (forward) {
       memory_[rank] += problem_.taken(stage);
       if (stage + 1 < problem_.num_stages()) {
@@ -179,11 +181,14 @@ class Rounds {
     return true;
   }
 
+  double time_of_weight(int stage) const { return problem_.time(Pass::W, stage, weights_[stage]); }
+
   void run_weight(int rank) {
     const int stage = pending_[rank].front();
     pending_[rank].pop_front();
     built_.tokens[rank].push_back({static_cast<std::int16_t>(stage), Pass::W});
-    now_[rank] += problem_.time(Pass::W, stage);
+    now_[rank] += time_of_weight(stage);
+    ++weights_[stage];
     memory_[rank] -= problem_.freed_by_weight(stage);
   }
 
@@ -194,7 +199,7 @@ class Rounds {
   const int ranks_, microbatches_;
   Links links_;
   std::vector<double> forward_arrival_, input_arrival_;  // by stage and microbatch
-  std::vector<int> forwards_, inputs_;                   // run, by stage
+  std::vector<int> forwards_, inputs_, weights_;         // run, by stage
   std::vector<double> now_, memory_;                     // by rank
   std::vector<std::deque<int>> pending_;                 // by rank, the stages whose `W` is still to run
   Built built_;

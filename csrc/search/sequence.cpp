@@ -71,7 +71,7 @@ bool Filler::advance(const Sequence& sequence, int rank, Tokens* tokens) {
     while (!sequence.has_weights && state.num_pending > 0) {
       const int next = next_weight(rank);
       const double room = arrival - state.now;
-      const bool is_late = (1 - sequence.slack[rank]) * problem_.time(Pass::W, next) > room;
+      const bool is_late = (1 - sequence.slack[rank]) * time_of_weight(next) > room;
       if (is_late && !lacks_memory(rank, mine[state.next])) break;
       run_weight(rank, next, tokens);
     }
@@ -79,7 +79,7 @@ bool Filler::advance(const Sequence& sequence, int rank, Tokens* tokens) {
     const double begin = std::max(state.now, arrival);
     waits_[rank][state.next] = begin - state.now;
     if (state.begin < 0) state.begin = begin;
-    state.now = begin + problem_.time(pass, stage);
+    state.now = begin + problem_.time(pass, stage, m);
     if (tokens) (*tokens)[rank].push_back({stage, pass});
     if (forward) {
       ++forwards_[stage];
@@ -104,6 +104,11 @@ bool Filler::lacks_memory(int rank, const Token& token) const {
   return token.pass == Pass::F && !problem_.fits(rank, ranks_[rank].memory + problem_.taken(token.stage));
 }
 
+// Of the first `W` that is pending: all `I` before the pending ones have had theirs.
+double Filler::time_of_weight(int stage) const {
+  return problem_.time(Pass::W, stage, inputs_[stage] - pending_[stage]);
+}
+
 // The rank's latest stage with a `W` to run: backwards reach later stages first.
 int Filler::next_weight(int rank) const {
   const auto& stages = problem_.stages_of(rank);
@@ -112,9 +117,9 @@ int Filler::next_weight(int rank) const {
 
 void Filler::run_weight(int rank, int stage, Tokens* tokens) {
   Rank& state = ranks_[rank];
+  state.now += time_of_weight(stage);
   --pending_[stage];
   --state.num_pending;
-  state.now += problem_.time(Pass::W, stage);
   state.memory -= problem_.freed_by_weight(stage);
   if (tokens) (*tokens)[rank].push_back({static_cast<std::int16_t>(stage), Pass::W});
 }

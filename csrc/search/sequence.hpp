@@ -41,6 +41,7 @@ class Filler {
   bool advance(const Sequence& sequence, int rank, Tokens* tokens);
   void run_weight(int rank, int stage, Tokens* tokens);
   int next_weight(int rank) const;
+  double time_of_weight(int stage) const;
   bool lacks_memory(int rank, const Token& token) const;
   void hand_over(int from, int to, std::vector<double>& arrivals, int m, double time);
 

@@ -57,7 +57,7 @@ class Search {
   Found run(const std::vector<Order>& templates) {
     // A policy that is good for a short step is nearly as good for a long one.
     const int few = std::min(problem_.microbatches(), kShortStep * problem_.num_ranks());
-    const Problem small = problem_.with(few);
+    const Problem small = problem_.with_first(few);
     std::vector<RatedPolicy> policies = draw(small);
     vary(small, policies, trials(small, kShortAnnealing, 1.0), 0);
     if (few < problem_.microbatches()) {

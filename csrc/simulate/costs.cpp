@@ -18,7 +18,7 @@ Memory Costs::memory(int num_stages) const {
   return {taken.empty() ? std::vector<double>(num_stages, 1.0) : taken, freed_by_input_grad, memory_limit};
 }
 
-void Costs::validate(int num_stages, int num_ranks) const {
+void Costs::validate(int num_stages, int num_ranks, int num_microbatches) const {
   check_charges("forward", forward, num_stages, "stages");
   check_charges("backward", backward, num_stages, "stages");
   check_charges("input_grad", input_grad, num_stages, "stages");
@@ -27,6 +27,7 @@ void Costs::validate(int num_stages, int num_ranks) const {
   if (!overhead.empty()) check_charges("overhead", overhead, num_stages - 1, "boundaries");
   if (!transfer.empty()) check_charges("transfer", transfer, num_stages - 1, "boundaries");
   memory(num_stages).validate(num_stages, num_ranks);
+  microbatch.validate(num_stages, num_microbatches);
   if (!std::isfinite(pair) || pair <= 0) {
     throw PlanError("pair is " + std::to_string(pair) + "; it is a factor above 0");
   }

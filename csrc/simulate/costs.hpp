@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "plan/plan.hpp"
+#include "simulate/microbatch_factors.hpp"
 #include "simulate/noise.hpp"
 
 namespace pe {
@@ -29,29 +30,26 @@ struct Costs {
   std::vector<double> freed_by_input_grad;  // by stage; empty: none, `W` frees it all
   std::vector<double> memory_limit;         // by rank; empty: none
   Noise noise{};                            // on the times of tasks
+  MicrobatchFactors microbatch{};           // on the times of tasks, but not of sending
 
   // `F` = 1, `B` = 2, `I` = `W` = 1 at every stage, no latency.
   static Costs uniform(int num_stages);
 
-  // Throws PlanError unless there is one finite, non-negative number for each stage, boundary and rank.
-  void validate(int num_stages, int num_ranks) const;
+  // Throws PlanError unless there is one finite, non-negative number for each stage, boundary and rank, and a
+  // factor, if any, for each microbatch.
+  void validate(int num_stages, int num_ranks, int num_microbatches) const;
 
   // The memory costs; a microbatch takes 1 at each stage if none are given.
   Memory memory(int num_stages) const;
 
+  // Whether the tasks of one stage and kind may take different times.
+  bool vary() const { return noise.cv > 0 || microbatch.given(); }
+
+  // The time of an action without noise and sending.
   double of(const Action& action) const {
-    switch (action.kind) {
-      case Kind::F:
-        return forward[action.stage];
-      case Kind::B:
-        return backward[action.stage];
-      case Kind::I:
-        return input_grad[action.stage];
-      case Kind::W:
-        return weight_grad[action.stage];
-      default:
-        return 0.0;
-    }
+    if (!is_compute(action.kind)) return 0.0;
+    const double time = of_stage(action.kind, action.stage);
+    return microbatch.given() ? time * microbatch.of(action) : time;
   }
 
   // How long `task` keeps its worker busy, sending its results included.
@@ -82,6 +80,20 @@ struct Costs {
   // The boundary that the results of `action` are sent across.
   static int boundary_sent_over(const Action& action) {
     return action.kind == Kind::F || action.kind == Kind::SendF ? action.stage : action.stage - 1;
+  }
+
+ private:
+  double of_stage(Kind kind, int stage) const {
+    switch (kind) {
+      case Kind::F:
+        return forward[stage];
+      case Kind::B:
+        return backward[stage];
+      case Kind::I:
+        return input_grad[stage];
+      default:
+        return weight_grad[stage];
+    }
   }
 };
 

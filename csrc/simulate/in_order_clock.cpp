@@ -50,21 +50,26 @@ class InOrderClock {
     return charges_[kComputes * (copy + a.stage) + static_cast<int>(a.kind)];
   }
   double duration_of(TaskId first, TaskId end) const {
-    if (end > first + 1) return costs_.duration_of_cell(plan_, first);
-    return costs_.noise.cv > 0 ? costs_.duration(plan_, first) : charge_of(plan_.action(first)).duration;
+    if (vary_ || end > first + 1) return duration_of_cell(first);
+    return charge_of(plan_.action(first)).duration;
+  }
+  // Not inlined: it would slow down the loop over tasks that do not need it.
+  [[gnu::noinline]] double duration_of_cell(TaskId first) const {
+    return costs_.duration_of_cell(plan_, first);
   }
 
   static constexpr int kComputes = 4;  // kinds
 
   const Plan& plan_;
   const Costs& costs_;
+  const bool vary_;  // durations by microbatch: then those in `charges_` do not hold
   Simulation& result_;
   std::vector<Charge> charges_;  // by copy, stage and kind
   std::vector<double> link_free_;
 };
 
 InOrderClock::InOrderClock(const Plan& plan, const Costs& costs, Simulation& result)
-    : plan_(plan), costs_(costs), result_(result) {
+    : plan_(plan), costs_(costs), vary_(costs.vary()), result_(result) {
   result.begin.resize(plan.size());
   for (auto* by_rank : {&result.first_start, &result.finish, &result.busy}) {
     by_rank->assign(plan.num_ranks(), 0.0);

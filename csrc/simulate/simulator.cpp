@@ -80,7 +80,7 @@ double Simulation::bubble_latest() const {
 }
 
 Simulation simulate(const Plan& plan, const Costs& costs, bool by_events, bool apart) {
-  costs.validate(plan.num_stages(), plan.num_ranks());
+  costs.validate(plan.num_stages(), plan.num_ranks(), plan.num_microbatches());
   const Memory memory = costs.memory(plan.num_stages());
   const bool in_order = plan.runs_in_order() && !by_events;
   std::vector<double> planned;
@@ -99,7 +99,7 @@ Simulation simulate(const Plan& plan, const Costs& costs, bool by_events, bool a
 }
 
 std::vector<double> end_times(const Plan& plan, const Costs& costs, const Simulation& simulation) {
-  costs.validate(plan.num_stages(), plan.num_ranks());
+  costs.validate(plan.num_stages(), plan.num_ranks(), plan.num_microbatches());
   check_times(plan, simulation);
   if (!simulation.stretched_end.empty()) return simulation.stretched_end;
   std::vector<double> ends = simulation.begin;

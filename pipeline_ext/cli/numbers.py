@@ -44,6 +44,12 @@ def cost(text: str) -> float | list[float]:
     return _one_or_more(text, lambda number: 0 <= number < math.inf, "a number of at least 0")
 
 
+def factors(text: str) -> list[float]:
+    """The same, as a list in any case."""
+    found = cost(text)
+    return found if isinstance(found, list) else [found]
+
+
 def speed(text: str) -> float | list[float]:
     """One or more numbers above 0, inf included, with commas between them."""
     return _one_or_more(text, lambda number: number > 0, "a number above 0")

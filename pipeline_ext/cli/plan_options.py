@@ -4,11 +4,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, InvalidSchedule
 from ..plan.build import AUTO, schedule_names
-from ..plan.costs import Costs
-from ..plan.costs_file import BOUNDARY, LISTED_BY, RANK
-from .numbers import cost, count, count_or_zero, counts, positive, seconds, speed
+from ..plan.costs import Costs, check_factors
+from ..plan.costs_file import BOUNDARY, LISTED_BY, MICROBATCH, RANK
+from .numbers import cost, count, count_or_zero, counts, factors, positive, seconds, speed
 
 _COSTS = {  # by field of Costs
     "forward": ("--tf", "time of F, the forward, of one stage (default: 1)"),
@@ -75,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field, (flag, help) in _COSTS.items():
         add(flag, dest=field, metavar="X", type=_TYPES.get(field, cost), help=help)
     add(
+        "--microbatch-factors",
+        dest=MICROBATCH,
+        metavar="X,...",
+        type=factors,
+        help="factors on the times of unequal microbatches, one for each (default: 1)",
+    )
+    add(
         "--costs",
         metavar="FILE",
         help="JSON file of costs, as pipe.profile().save(FILE) writes it; other options override it",
@@ -112,12 +119,17 @@ def costs_of(options: argparse.Namespace, num_stages: int, num_ranks: int) -> Co
     Raises InvalidArgument if a list has another length, or frees more memory than was taken.
     """
     costs = Costs(input_grad=1.0, weight_grad=1.0) if options.costs is None else Costs.load(options.costs)
-    given = {field: value for field in _COSTS if (value := getattr(options, field)) is not None}
+    given = {field: value for field in (*_COSTS, MICROBATCH) if (value := getattr(options, field)) is not None}
     costs = replace(costs, **given)
     counts: dict[str | None, int] = {BOUNDARY: num_stages - 1, RANK: num_ranks}
+    try:
+        check_factors(costs, num_stages, options.microbatches[0] if options.microbatches else None)
+    except InvalidSchedule as error:
+        name = "--microbatch-factors" if MICROBATCH in given else f"{MICROBATCH!r} in {options.costs!r}"
+        raise InvalidArgument(str(error).replace(MICROBATCH, name, 1)) from None
     for field, place in LISTED_BY.items():
         value, expected = getattr(costs, field), counts.get(place, num_stages)
-        if isinstance(value, list) and len(value) != expected:
+        if field != MICROBATCH and isinstance(value, list) and len(value) != expected:
             name = _COSTS[field][0] if field in given else f"{field!r} in {options.costs!r}"
             raise InvalidArgument(
                 f"{name} has {len(value)} entries; give one number, or {place}: {expected} with {num_stages} "

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import _C
 from ..errors import InvalidSchedule
-from . import zero_bubble
+from . import microbatch_factors, zero_bubble
 from .build import build_plan
 from .costs import Costs
 from .simulation import Simulation, simulate
@@ -54,10 +54,12 @@ class Planned:
         simulation = self._feasible()
         plan = simulation.plan
         times = self.costs.times(plan.num_stages)
+        factors = self.costs.microbatch
         work = [0.0] * plan.num_ranks
-        for kind, stage, _, rank, _ in map(plan.describe, range(len(plan))):
+        for kind, stage, microbatch, rank, _ in map(plan.describe, range(len(plan))):
             if kind in times:
-                work[rank] += times[kind][stage]
+                factor = 1.0 if factors is None else microbatch_factors.of(factors, stage, kind, microbatch)
+                work[rank] += factor * times[kind][stage]
         busy = [(1.0 - bubble) * simulation.makespan for bubble in simulation.bubble_by_rank]
         return max(map(min, work, busy))
 

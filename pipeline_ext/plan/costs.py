@@ -8,8 +8,8 @@ from typing import Any
 
 from .. import _C
 from ..errors import InvalidArgument, InvalidSchedule
-from . import costs_file
-from .costs_file import BOUNDARY, LISTED_BY, STAGE
+from . import costs_file, microbatch_factors
+from .costs_file import BOUNDARY, LISTED_BY, MICROBATCH, STAGE
 
 PerStage = float | Sequence[float]
 
@@ -41,8 +41,12 @@ class Costs:
         mem_w: the part that ``W`` frees, by stage; None: ``act_memory`` minus ``mem_i``, or all if neither is
             given.
         memory_limit: memory that the microbatches of a rank may take at once, by rank; None: no limit.
+        microbatch: factors on the times of unequal microbatches: a list of M, one for each microbatch of the
+            step; or S such lists, one for each stage; or S lists of M lists of four, the factors of ``F``,
+            ``B``, ``I`` and ``W``. Each is finite and at least 0. They change neither messages nor memory.
+            None: the microbatches are equal.
 
-    Raises InvalidArgument for what is no number and no list of numbers.
+    Raises InvalidArgument for what is no number and no list of numbers, and for factors that are not valid.
     """
 
     forward: PerStage = 1.0
@@ -59,11 +63,15 @@ class Costs:
     mem_i: PerStage | None = None
     mem_w: PerStage | None = None
     memory_limit: PerStage | None = None
+    microbatch: microbatch_factors.Factors | None = None
 
     def __post_init__(self) -> None:
+        if self.microbatch is not None:
+            factors = microbatch_factors.checked(MICROBATCH, self.microbatch)
+            object.__setattr__(self, "microbatch", factors)
         for name, listed_by in LISTED_BY.items():
             value = getattr(self, name)
-            if value is not None or getattr(Costs, name) is not None:
+            if name != MICROBATCH and (value is not None or getattr(Costs, name) is not None):
                 _check_numbers(name, value, listed_by)
 
     @classmethod
@@ -122,6 +130,24 @@ class Costs:
             memory_limit=other.memory_limit,
         )
 
+    def reordered(self, order: Sequence[int]) -> "Costs":
+        """The costs of a step whose microbatch i is microbatch ``order[i]`` of this one.
+
+        Raises InvalidArgument unless ``order`` lists each microbatch once.
+        """
+        if self.microbatch is None:
+            return self
+        count = microbatch_factors.num_microbatches(self.microbatch)
+        try:
+            complete = sorted(order) == list(range(count))
+        except TypeError:
+            complete = False
+        if not complete:
+            raise InvalidArgument(
+                f"order is {order!r:.60}; give each of the {count} microbatches, from 0 to {count - 1}, once"
+            )
+        return replace(self, microbatch=microbatch_factors.reordered(self.microbatch, order))
+
     def by_stage(self, num_stages: int, num_ranks: int) -> _C.CostsByStage:
         """All costs as lists, by stage, boundary or rank.
 
@@ -136,6 +162,10 @@ class Costs:
             raise InvalidSchedule(f"bandwidth holds {min(bandwidth):g}; it is bytes in a unit of time, above 0")
         if min(nbytes, default=0.0) < 0:
             raise InvalidSchedule(f"message_bytes holds {min(nbytes):g}; it is not negative")
+        factors: list[float] = []
+        shape = (0, 0, 0)
+        if self.microbatch is not None:
+            factors, shape = microbatch_factors.flat(self.microbatch)
         return _C.CostsByStage(
             forward=times["F"],
             backward=times["B"],
@@ -149,6 +179,8 @@ class Costs:
             taken=taken,
             freed_by_input_grad=freed_by_input_grad,
             memory_limit=[] if self.memory_limit is None else _spread(self.memory_limit, num_ranks),
+            microbatch=factors,
+            microbatch_shape=shape,
         )
 
 
@@ -156,7 +188,7 @@ def recut(costs: Costs, num_stages: int, wanted: int) -> Costs:
     """Costs of a model cut into ``wanted`` stages, from its costs when cut into ``num_stages``.
 
     A stage's cost is spread evenly over the stage. Raises InvalidSchedule for lists by boundary, because the
-    new cut has other boundaries.
+    new cut has other boundaries, and for factors of another number of stages.
     """
     if num_stages == wanted:
         return costs
@@ -170,17 +202,45 @@ def recut(costs: Costs, num_stages: int, wanted: int) -> Costs:
                 f"{name} is given for each boundary between {num_stages} stages, and there are {wanted} "
                 "here; give one number for all"
             )
+    if costs.microbatch is not None:
+        check_factors(costs, num_stages)
+        cut[MICROBATCH] = microbatch_factors.recut(
+            costs.microbatch, costs.times(num_stages), num_stages, wanted
+        )
     return replace(costs, **cut)
 
 
+def check_factors(costs: Costs, num_stages: int, microbatches: int | None = None) -> None:
+    """Raises InvalidSchedule if ``costs.microbatch`` is for other numbers of stages or microbatches."""
+    if costs.microbatch is None:
+        return
+    factors_for = microbatch_factors.num_microbatches(costs.microbatch)
+    if microbatches not in (None, factors_for):
+        raise InvalidSchedule(
+            f"microbatch has factors for {factors_for} microbatches; give one for each of the {microbatches} "
+            "microbatches"
+        )
+    listed = microbatch_factors.num_stages(costs.microbatch)
+    if listed not in (None, num_stages):
+        raise InvalidSchedule(
+            f"microbatch has lists for {listed} stages; give one list for all, or one for each of the "
+            f"{num_stages} stages"
+        )
+
+
 def rebatched(costs: Costs, factor: float) -> Costs:
-    """Costs when a microbatch has ``factor`` times as many rows."""
+    """Costs when a microbatch has ``factor`` times as many rows.
+
+    Work is spread evenly over a microbatch, so the factor of one that covers parts of others is their mean.
+    """
 
     def times(cost: PerStage) -> PerStage:
         return cost * factor if isinstance(cost, (int, float)) else [c * factor for c in cost]
 
     names = [*(name for name, listed_by in LISTED_BY.items() if listed_by == STAGE), "message_bytes"]
     grown: dict[str, Any] = {name: times(cost) for name in names if (cost := getattr(costs, name)) is not None}
+    if costs.microbatch is not None:
+        grown[MICROBATCH] = microbatch_factors.rebatched(costs.microbatch, factor)
     return replace(costs, **grown)
 
 

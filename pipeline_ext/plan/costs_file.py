@@ -1,6 +1,7 @@
 """Costs as a JSON file: one object of ``Costs``' fields, each a number or a list of numbers.
 
-A field that is left out or null has its default. A bandwidth of null, also in a list, is infinite.
+The factors of microbatches may be lists in lists. A field that is left out or null has its default. A bandwidth
+of null, also in a list, is infinite.
 """
 
 import json
@@ -13,7 +14,9 @@ from typing import Any
 from ..base.files import whole_file
 from ..base.texts import read_text
 from ..errors import InvalidArgument
+from . import microbatch_factors
 
+MICROBATCH = "microbatch"  # the field whose value has a form of its own
 STAGE, BOUNDARY, RANK = "one for each stage", "one for each boundary", "one for each rank"
 LISTED_BY = {
     "forward": STAGE,
@@ -30,6 +33,7 @@ LISTED_BY = {
     "mem_i": STAGE,
     "mem_w": STAGE,
     "memory_limit": RANK,
+    MICROBATCH: None,
 }
 _LEAST = {"contention": 1.0}
 _ABOVE_ZERO = ("bandwidth", "pair")
@@ -69,9 +73,11 @@ def write(path: str | os.PathLike, fields: Mapping[str, Any]) -> None:
         out.write(f"{{\n{lines}\n}}\n".encode())
 
 
-def _checked(key: str, value: Any, file: str) -> float | list[float] | None:
+def _checked(key: str, value: Any, file: str) -> Any:
     if value is None:
         return None
+    if key == MICROBATCH:
+        return microbatch_factors.checked(f"{key!r} in {file}", value)
     numbers = value if isinstance(value, list) and LISTED_BY[key] else [value]
     if key == "bandwidth":
         numbers = [math.inf if number is None else number for number in numbers]
@@ -112,7 +118,11 @@ def _check_lengths(found: Mapping[str, Any], file: str) -> None:
     """Raises InvalidArgument for lists whose lengths do not fit one model."""
     stages: dict[str, int] = {}
     for key, value in found.items():
-        if isinstance(value, list) and LISTED_BY[key] != RANK:
+        if key == MICROBATCH and value is not None:
+            listed = microbatch_factors.num_stages(value)
+            if listed is not None:
+                stages[key] = listed
+        elif isinstance(value, list) and LISTED_BY[key] != RANK:
             stages[key] = len(value) + (LISTED_BY[key] == BOUNDARY)
     for key, number in stages.items():
         first, expected = next(iter(stages.items()))

@@ -10,7 +10,7 @@ from ..base import arguments
 from ..errors import InvalidArgument, InvalidSchedule
 from . import zero_bubble
 from .build import build_plan, check_size
-from .costs import Costs, rebatched, recut
+from .costs import Costs, check_factors, rebatched, recut
 from .simulation import Simulation, simulate
 
 _WIDER = (1.25, 1.5, 2.0)  # times the in-flight limit of a rule
@@ -98,7 +98,8 @@ def search(
 
     Args:
         costs: costs of a model cut into ``num_ranks * chunks[0]`` stages and a batch cut into the first number
-            of ``microbatches``. For other numbers they are divided evenly.
+            of ``microbatches``. For other numbers they are divided evenly, and so is the work of unequal
+            microbatches.
         num_ranks: number of ranks.
         microbatches: number of microbatches, or several such numbers to try.
         chunks: numbers of stages on each rank to try.
@@ -122,6 +123,7 @@ def search(
         raise InvalidArgument("there is nothing to try; give at least one number of microbatches and of chunks")
     check_size(num_ranks * max(chunks), max(counts))
     arguments.check_seed(seed)
+    check_factors(costs, num_ranks * chunks[0], counts[0])
     state = _Search(costs, num_ranks, chunks[0], counts[0], on_progress)
     cuts = [(chunk, count) for chunk in dict.fromkeys(chunks) for count in dict.fromkeys(counts)]
     deadline = math.inf if budget is None else state.begin + budget

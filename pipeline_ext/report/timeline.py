@@ -28,7 +28,8 @@ def draw_plan(plan: _C.Plan, path: str | os.PathLike, costs: Costs | None = None
 
 def unit_of(costs: Costs) -> str:
     """The unit of the time axis, as far as the costs tell it."""
-    return "F = 1" if isinstance(costs.forward, (int, float)) and costs.forward == 1 else "unit of the costs"
+    equal = isinstance(costs.forward, (int, float)) and costs.microbatch is None
+    return "F = 1" if equal and costs.forward == 1 else "unit of the costs"
 
 
 def accepted_path(path: Any, suffixes: Sequence[str]) -> Path:

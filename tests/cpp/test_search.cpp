@@ -36,7 +36,8 @@ TEST(what_a_search_promises_the_simulator_confirms) {
   for (const Layout layout : {Layout::Linear, Layout::V, Layout::Looped}) {
     for (const Objective objective : {Objective::Span, Objective::Makespan}) {
       const int ranks = 3, stages = layout == Layout::Linear ? 3 : 6;
-      const Costs costs = uneven(stages, ranks);
+      Costs costs = uneven(stages, ranks);
+      if (objective == Objective::Span) costs.microbatch = {{1, 3, 0.5, 1, 6, 1, 2}, {1, 7, 1}};
       const Problem problem(place(layout, stages, ranks), 7, costs, objective);
       const Found found = search_zero_bubble(problem, {}, {.work = 100'000});
       const Plan plan = make_plan(problem.to_order(found.tokens), {});
@@ -61,6 +62,14 @@ TEST(a_search_that_is_stopped_has_an_order_all_the_same) {
   const std::atomic<bool> stop{true};
   const Found found = search_zero_bubble(problem, {}, {.work = 1'000'000'000, .stop = &stop});
   CHECK(simulate(make_plan(problem.to_order(found.tokens), {}), uneven(4, 4)).makespan > 0);
+}
+
+TEST(a_search_that_begins_with_a_shorter_step_takes_the_first_microbatches) {
+  Costs costs = Costs::uniform(2);
+  costs.microbatch = {{4, 3, 2, 1}, {1, 4, 1}};
+  const Problem problem = Problem(place(Layout::Linear, 2, 2), 4, costs, Objective::Span).with_first(2);
+  CHECK_EQ(problem.time(Pass::F, 1, 0), 4.0);
+  CHECK_EQ(problem.time(Pass::W, 0, 1), 3.0);
 }
 
 TEST(memory_for_less_than_one_microbatch_is_refused) {

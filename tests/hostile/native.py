@@ -252,7 +252,25 @@ class Draw:
             pair=one_of(self.r, (1.0, 0.7, real(self.r))),
             freed_by_input_grad=[] if self.r.random() < 0.5 else exactly(self.r, stages, real),
             memory_limit=[] if self.r.random() < 0.5 else exactly(self.r, ranks, real),
+            **dict(zip(("microbatch", "microbatch_shape"), self._factors(stages))),
         )
+
+    def _factors(self, stages: int) -> tuple[list[float], tuple[int, int, int]]:
+        """Factors of microbatches and the shape that they have, or nearly."""
+        if self.r.random() < 0.5:
+            return [], (0, 0, 0)
+        microbatches = self.r.randint(1, 8) if self._plan is None else self._plan.num_microbatches
+        shape = one_of(self.r, (1, stages)), microbatches, one_of(self.r, (1, 4))
+        return exactly(self.r, shape[0] * shape[1] * shape[2], real), shape
+
+    def microbatch(self) -> list[float]:
+        return some(self.r, real)
+
+    def microbatch_shape(self) -> tuple[int, ...]:
+        return one_of(self.r, ((0, 0, 0), (1, whole(self.r), 1), (whole(self.r), whole(self.r), whole(self.r))))
+
+    def simulations(self) -> int:
+        return one_of(self.r, (-1, 0, 1, 30, 200))
 
     _CostsByStage = costs
 

@@ -14,6 +14,7 @@
 #include "runtime/host_executor.hpp"
 #include "runtime/stream_plan.hpp"
 #include "schedule/schedule.hpp"
+#include "search/microbatch_order.hpp"
 #include "search/zero_bubble_search.hpp"
 #include "simulate/lower_bound.hpp"
 #include "simulate/make_plan.hpp"
@@ -129,6 +130,12 @@ Costs random_costs(Chance& chance, const Plan& plan) {
   if (chance.one_in(2)) costs.transfer = chance.reals(stages - 1);
   if (chance.one_in(3)) costs.contention = 1.0 + chance.real();
   if (chance.one_in(4)) costs.noise = {chance.real(), 7};
+  if (chance.one_in(3)) {
+    const int rows = chance.one_in(2) ? 1 : stages;
+    const int kinds = chance.one_in(2) ? 1 : MicrobatchFactors::kKinds;
+    costs.microbatch = {chance.reals(rows * plan.num_microbatches() * kinds),
+                        {rows, plan.num_microbatches(), kinds}};
+  }
   return costs;
 }
 
@@ -190,6 +197,14 @@ void search(Chance& chance, const Plan& plan, const Costs& costs) {
   CHECK(found.score.time >= 0.999 * problem.lower_bound());
 }
 
+void order(const Plan& plan, const Costs& costs) {
+  const MicrobatchOrder found = order_microbatches(plan, costs, 20, 3);
+  CHECK(found.makespan <= found.given);
+  Costs reordered = costs;
+  reordered.microbatch = costs.microbatch.reordered(found.order);
+  CHECK_EQ(simulate(plan, reordered).makespan, found.makespan);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -211,6 +226,7 @@ int main(int count, char** arguments) {
         ++executed;
       }
       if (chance.one_in(64)) search(chance, *plan, costs);
+      if (chance.one_in(16)) order(*plan, costs);
     } catch (const PlanError&) {
       ++refused;
     }
