@@ -69,9 +69,9 @@ class FittedCosts:
     """What ``fit_costs`` found. ``str()`` makes a table of it: fitted beside measured times, by stage.
 
     Attributes:
-        fits: by kind of action (``"F"``, ``"B"``, ``"I"``, ``"W"``), a fit for each stage; None if the stage did
-            not run the kind. A fit has ``linear``, ``quadratic`` and ``constant`` (seconds of a token, of a pair
-            of tokens in one row, and of a microbatch), ``measured`` and ``fitted`` (median seconds), and
+        fits: by kind of action (``"F"``, ``"B"``, ``"I"``, ``"W"``), a fit for each stage; None if the stage
+            did not run the kind. A fit has ``linear``, ``quadratic`` and ``constant`` (seconds of a token, of a
+            pair of tokens in one row, and of a microbatch), ``measured`` and ``fitted`` (median seconds), and
             ``median_error`` and ``max_error`` (relative).
         profile: the least of each time in the measured steps, whose messages ``costs`` takes.
         steps: the number of measured steps.
