@@ -145,7 +145,7 @@ def drift(dp):
 @pytest.mark.parametrize("dp", [1, 2])
 def test_all_processes_choose_anew_at_the_step_at_which_one_sees_a_change(dp):
     (chosen, said, plan), *others = run(2 * dp, drift, dp)
-    # Chosen as the fourth step begins; steps 4 to 7 are as promised, 8 to 11 are not.
+    # The looks are as steps 7 and 11 begin, counted from 0: at what 3 to 6 took, and at what 7 to 10 took.
     assert chosen == [False] * 3 + [True] * 8 + [False] * 3 + [True] * 6
     first, changed, second = said.splitlines()
     assert "50% more than the" in changed and "chosen anew" in changed
