@@ -238,6 +238,21 @@ def test_what_does_not_match_is_refused(traces, tokens, said):
         pe.fit_costs([measured([1] * M, terms, "1f1b")] * traces, tokens)
 
 
+def test_what_is_no_trace_is_refused():
+    # gather_trace() is None on the other ranks
+    with pytest.raises(pe.InvalidArgument, match=r"traces\[1\] is a NoneType; give pipe\.trace after a step"):
+        pe.fit_costs(
+            [measured([1], dict.fromkeys([("F", 0), ("B", 0)], (0, 0, 1)), "gpipe", stages=1), None], [[1]] * 2
+        )
+
+
+def test_sizes_of_any_magnitude_are_fitted():
+    terms = dict.fromkeys([("F", 0), ("B", 0)], (1e-9, 0.0, 0.5))
+    tokens = [[2**31 - 1] * 9, [1], [2**31 - 1, 1], 2**30]
+    fitted = pe.fit_costs([measured(tokens, terms, "gpipe", stages=1)], [tokens])
+    assert fitted.fits["F"][0].max_error < 1e-6
+
+
 def test_traces_of_other_pipelines_or_of_a_part_of_one_are_refused():
     terms = {(kind, stage): (1e-6, 0.0, 0.0) for kind in "FB" for stage in range(3)}
     two, three = (measured([1] * M, terms, "1f1b", stages=stages) for stages in (2, 3))

@@ -1,5 +1,6 @@
 """The time of a stage as a function of a microbatch's tokens, fitted to measured steps."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ KINDS = ("F", "B", "I", "W")
 
 # Which of linear, quadratic and constant are not 0. Of fits that are as close, the first counts.
 _SUBSETS = [(2,), (0,), (1,), (0, 2), (1, 2), (0, 1), (0, 1, 2)]
+_HEADER = ["stage", "", "measured", "fitted", "median error", "max error", "a token", "a pair", "constant"]
 _AS_CLOSE = 1e-9  # relative difference of squared residuals
 _ROUNDING = 1e-20  # of a squared residual, as a share of the squared times
 _TOLD_APART = 1e-3  # the least of three scaled columns' singular values, as a share of the largest
@@ -62,6 +64,14 @@ class StageFit:
     fitted: float
     median_error: float
     max_error: float
+
+    def cells(self) -> list[str]:
+        """For the table."""
+        return [
+            *(f"{seconds * 1e3:.3f} ms" for seconds in (self.measured, self.fitted)),
+            *(f"{error:.1%}" for error in (self.median_error, self.max_error)),
+            *(f"{seconds:.3g} s" for seconds in (self.linear, self.quadratic, self.constant)),
+        ]
 
 
 @dataclass(frozen=True)
@@ -136,25 +146,11 @@ class FittedCosts:
         return found
 
     def __str__(self) -> str:
-        rows = [
-            ("stage", "", "measured", "fitted", "median error", "max error", "a token", "a pair", "constant")
-        ]
-        for stage in self._stages:
-            for kind in KINDS:
-                fit = self.fits[kind][stage]
-                if fit is not None:
-                    times = (fit.measured, fit.fitted)
-                    errors = (fit.median_error, fit.max_error)
-                    terms = (fit.linear, fit.quadratic, fit.constant)
-                    rows.append(
-                        (
-                            str(stage),
-                            kind,
-                            *(f"{seconds * 1e3:.3f} ms" for seconds in times),
-                            *(f"{error:.1%}" for error in errors),
-                            *(f"{seconds:.3g} s" for seconds in terms),
-                        )
-                    )
+        rows = [_HEADER]
+        for stage, kind in itertools.product(self._stages, KINDS):
+            fit = self.fits[kind][stage]
+            if fit is not None:
+                rows.append([str(stage), kind, *fit.cells()])
         of_steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
         title = f"seconds of a microbatch, fitted to {of_steps}; measured, fitted: medians"
         return "\n".join([title, *table(rows, "><" + ">" * 7), *([self.doubt] if self.doubt else [])])
@@ -194,16 +190,7 @@ def fit_costs(traces: Sequence[Measured], tokens: Sequence[Sequence[Any]]) -> Fi
     Raises InvalidArgument if the numbers of traces, microbatches and stages do not match, for tokens that are
     no whole numbers of at least 0, and for a stage without measured ``F`` and backward.
     """
-    if not isinstance(traces, Sequence) or not traces:
-        raise InvalidArgument("traces is no list of traces, or empty; give pipe.trace of one step or more")
-    if not isinstance(tokens, Sequence) or len(tokens) != len(traces):
-        given = (
-            f"has {len(tokens)} entries" if isinstance(tokens, Sequence) else f"is a {type(tokens).__name__}"
-        )
-        raise InvalidArgument(
-            f"tokens {given} where there are {len(traces)} traces; give a list for each trace, with the tokens "
-            "of its microbatches"
-        )
+    _check_counts(traces, tokens)
     num_stages = traces[0].plan.num_stages
     samples: dict[tuple[str, int], list[tuple[Size, float]]] = {}
     for step, (trace, of_step) in enumerate(zip(traces, tokens)):
@@ -238,6 +225,23 @@ def fit_costs(traces: Sequence[Measured], tokens: Sequence[Sequence[Any]]) -> Fi
     return FittedCosts(fits, fastest([trace.profile() for trace in traces]), len(traces), doubt)
 
 
+def _check_counts(traces: Any, tokens: Any) -> None:
+    """Raises InvalidArgument unless there are traces, and a list of tokens for each."""
+    if not isinstance(traces, Sequence) or not traces:
+        raise InvalidArgument("traces is no list of traces, or empty; give pipe.trace of one step or more")
+    for step, trace in enumerate(traces):
+        if not hasattr(trace, "tasks"):
+            raise InvalidArgument(f"traces[{step}] is a {type(trace).__name__}; give pipe.trace after a step")
+    if not isinstance(tokens, Sequence) or len(tokens) != len(traces):
+        given = (
+            f"has {len(tokens)} entries" if isinstance(tokens, Sequence) else f"is a {type(tokens).__name__}"
+        )
+        raise InvalidArgument(
+            f"tokens {given} where there are {len(traces)} traces; give a list for each trace, with the tokens "
+            "of its microbatches"
+        )
+
+
 def _sizes(name: str, tokens: Any) -> list[Size]:
     """The size of each microbatch of a step. Raises InvalidArgument."""
     found = tokens.tolist() if isinstance(tokens, Tensor) else tokens
@@ -261,7 +265,7 @@ def _seconds(terms: Sequence[float], size: Size) -> float:
 
 def _columns(sizes: Sequence[Size]) -> tuple[Tensor, Tensor]:
     """Tokens, squares and ones, each over its largest value, and these values."""
-    columns = torch.tensor([(*size, 1) for size in sizes], dtype=torch.float64)
+    columns = torch.tensor([(*map(float, size), 1.0) for size in sizes], dtype=torch.float64)
     largest = columns.amax(0).clamp(min=1.0)
     return columns / largest, largest
 
@@ -281,8 +285,11 @@ def _fit(samples: Sequence[tuple[Size, float]]) -> StageFit:
             terms[subset] = found
     fitted = columns @ terms
     errors = ((fitted - measured).abs() / measured).nan_to_num(0.0).tolist()  # 0/0: nothing was measured
+    linear, quadratic, constant = (terms / scale).tolist()
     return StageFit(
-        *(terms / scale).tolist(),
+        linear,
+        quadratic,
+        constant,
         measured=statistics.median(measured.tolist()),
         fitted=statistics.median(fitted.tolist()),
         median_error=statistics.median(errors),
