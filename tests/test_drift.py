@@ -13,6 +13,7 @@ from reference import assert_same_gradients, gradients, reference_step, twin
 from torch import nn
 
 import pipeline_ext as pe
+from pipeline_ext.lm.summary import Summary
 from pipeline_ext.plan import drift as drift_module
 from pipeline_ext.plan import schedule_choice
 from pipeline_ext.plan.drift import STEPS, Drift
@@ -183,3 +184,14 @@ def test_gpus_are_not_watched(gpus, steps):
         for _ in range(12):
             pipe.step(x, target=x)
         assert pipe.schedule_choice is not None
+
+
+def test_the_summary_of_a_training_is_of_the_last_choice():
+    summary = Summary("auto", 2, 4, bubble_predicted=0.2, messages_per_step=16)
+    plan = pe.build_plan("1f1b", num_stages=2, microbatches=4)
+    choices = [pe.ScheduleChoice(plan, name, t, "1f1b", t, 1) for name, t in (("1f1b", 0.5), ("zb-h1", 0.25))]
+    for choice, seconds in ((0, 0.6), (0, None), (0, 0.8), (1, 0.3), (1, 0.5), (1, 0.4)):
+        summary.add_choice(choices[choice], seconds)
+    found = summary.as_json()
+    assert found["schedule_chosen"] == "zb-h1"
+    assert (found["pipeline_ms_predicted"], found["pipeline_ms_measured"]) == (250, pytest.approx(400))
