@@ -12,6 +12,7 @@ __all__ = [
     "Costs",
     "DeadPipeline",
     "DeviceError",
+    "FittedCosts",
     "GradientReduction",
     "GraphReport",
     "InvalidArgument",
@@ -39,9 +40,11 @@ __all__ = [
     "Trace",
     "Verification",
     "WithLoss",
+    "balanced_microbatches",
     "build_plan",
     "count_not",
     "export_dcp",
+    "fit_costs",
     "import_dcp",
     "load_checkpoint",
     "load_pretrained",
@@ -76,12 +79,14 @@ if TYPE_CHECKING:
         StageError,
         StepTimeout,
     )
+    from .microbatches.balance import balanced_microbatches
     from .microbatches.counting import count_not
     from .microbatches.rows import rows, whole
     from .model.skips import pop, skips, stash
     from .pipeline import Pipeline
     from .plan.build import build_plan, schedule_names
     from .plan.costs import Costs
+    from .plan.fit import FittedCosts, fit_costs
     from .plan.microbatch_order import MicrobatchOrder, microbatch_order
     from .plan.pack_choice import PackChoice
     from .plan.policy import Placement, Policy
@@ -114,12 +119,14 @@ else:
             "StageError",
             "StepTimeout",
         ),
+        "microbatches.balance": ("balanced_microbatches",),
         "microbatches.counting": ("count_not",),
         "microbatches.rows": ("rows", "whole"),
         "model.skips": ("pop", "skips", "stash"),
         "pipeline": ("Pipeline",),
         "plan.build": ("build_plan", "schedule_names"),
         "plan.costs": ("Costs",),
+        "plan.fit": ("FittedCosts", "fit_costs"),
         "plan.microbatch_order": ("MicrobatchOrder", "microbatch_order"),
         "plan.pack_choice": ("PackChoice",),
         "plan.policy": ("Placement", "Policy"),

@@ -146,6 +146,7 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
     )
     if planned.first_steps.chooses and devices[0].type == "cuda":
         sharing.check_gpu_choice(settings.schedule)
+        planned.first_steps.timed = False
     if callable(settings.loss_weight) and parts.wrapped:
         raise InvalidArgument(
             "loss_weight needs the counts of all replicas, which a stage in fully_shard or "

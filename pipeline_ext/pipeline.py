@@ -87,7 +87,8 @@ class Pipeline(UnsplitModel, NoModule):
             three steps. When the fourth begins it simulates and searches for two seconds, follows the best
             order, and prints it. It considers orders that keep stages on their ranks and hold no more
             microbatches than ``in_flight`` allows. Without ``in_flight``, a rank may hold as many as in the
-            first steps.
+            first steps. On CPUs, if the median of 20 steps is more than 10 % off what it promised, it says so,
+            measures three steps and chooses anew.
         overlap: run a rank's forward and backward tasks at the same time: on the CPU in two threads, on a GPU
             on separate streams. A recomputed module may then run two forwards at once. None: True on GPUs,
             False on the CPU.
@@ -557,7 +558,10 @@ class Pipeline(UnsplitModel, NoModule):
 
     @property
     def plan(self) -> _C.Plan:
-        """The plan of a step. ``pack="auto"`` and ``schedule="auto"`` replace it as the fourth step begins."""
+        """The plan of a step. ``pack="auto"`` and ``schedule="auto"`` replace it as the fourth step begins.
+
+        ``schedule="auto"`` may do so again: see ``schedule``.
+        """
         return self._routes.train.plan
 
     @property
@@ -568,7 +572,7 @@ class Pipeline(UnsplitModel, NoModule):
 
     @property
     def schedule_choice(self) -> ScheduleChoice | None:
-        """The choice of ``schedule="auto"``; None before it is made."""
+        """The choice of ``schedule="auto"``; None before it is made, and while it is made anew."""
         choice = self._first_steps.choice
         return choice if isinstance(choice, ScheduleChoice) else None
 

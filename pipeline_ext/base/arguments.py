@@ -62,11 +62,16 @@ def check_dimension(name: str, value: Any) -> None:
 
 
 def _whole(value: Any) -> int:
-    """``value`` if it is a whole number, else 0, which no argument accepts."""
+    """``value`` if it is a whole number, else 0."""
+    return _index(value) or 0
+
+
+def _index(value: Any) -> int | None:
+    """``value`` if it is a whole number, else None."""
     try:
-        return 0 if isinstance(value, bool) else operator.index(value)
+        return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        return 0
+        return None
 
 
 def check_type(name: str, value: Any, accepted: type) -> None:
@@ -165,6 +170,22 @@ def numbers(name: str, value: Any, length: int, accepted: str, most: int = 2**31
     ):
         raise InvalidArgument(f"{name} is {_shown(value)}; give {accepted}")
     return [_whole(number) for number in found]
+
+
+def size(name: str, value: Any, most: int = 2**31 - 1) -> int:
+    """``value`` as a whole number from 0 to ``most``; raises InvalidArgument."""
+    number = _index(value)
+    if number is None or not 0 <= number <= most:
+        raise InvalidArgument(f"{name} is {_shown(value)}; give a whole number from 0 to {most}")
+    return number
+
+
+def sizes(name: str, value: Any) -> list[int]:
+    """``value``, whole numbers from 0 in a sequence or an array, as a list; raises InvalidArgument."""
+    found = value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor
+    if not isinstance(found, Sequence) or isinstance(found, (str, bytes)):
+        raise InvalidArgument(f"{name} is {_shown(value)}; give a list of whole numbers of at least 0")
+    return [size(f"{name}[{index}]", number) for index, number in enumerate(found)]
 
 
 def check_trains(has_loss: bool, losses: Any, target: Any) -> None:

@@ -1,6 +1,7 @@
-"""Reads text files that users name: schedules and costs."""
+"""Texts: reads the files that users name, schedules and costs; lays out tables."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import InvalidArgument
@@ -26,3 +27,10 @@ def read_text(what: str, path: str | os.PathLike[str]) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"{named} is not text in UTF-8: {error}") from error
+
+
+def table(rows: Sequence[Sequence[str]], align: str = "") -> list[str]:
+    """The lines of a table; ``align`` has a "<" or ">" for each column, and "<" holds for those beyond it."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = align.ljust(len(widths), "<")
+    return ["  ".join(map("{:{}{}}".format, row, sides, widths)).rstrip() for row in rows]

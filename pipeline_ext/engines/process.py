@@ -39,6 +39,7 @@ class ProcessEngine(HostEngine):
         self._failure = Failure(processes.notices(), processes.everyone)
         self._rank_of_first_stage = parts.plan.rank_of_stage[0]
         self._exchanges: list[Exchange] = []
+        self._routes: dict[_C.Plan, HostRoute] = {}  # a plan may be followed again: its threads live on
         super().__init__(parts, processes.rank)
         self._failure.watch(self._executor)
         self.close = functools.partial(_close, self.close, self._exchanges, self._failure, processes)
@@ -56,10 +57,12 @@ class ProcessEngine(HostEngine):
         return super().dead or self._failure.is_known
 
     def route(self, plan: _C.Plan, bodies: Bodies) -> HostRoute:
-        remote_channel_of = remote_channels(plan, self._processes, *self._channel_types)
-        exchange = self._exchange_of(plan, remote_channel_of=remote_channel_of)
-        self._exchanges.append(exchange)
-        return HostRoute(plan, _C.Program(plan, dict(bodies)), exchange)
+        if plan not in self._routes:
+            remote_channel_of = remote_channels(plan, self._processes, *self._channel_types)
+            exchange = self._exchange_of(plan, remote_channel_of=remote_channel_of)
+            self._exchanges.append(exchange)
+            self._routes[plan] = HostRoute(plan, _C.Program(plan, dict(bodies)), exchange)
+        return self._routes[plan]
 
     def agreed_count(self, count: int | None) -> int:
         try:

@@ -27,9 +27,17 @@ class Summary:
     steps: list[StepMetrics] = field(default_factory=list)
     peak_in_flight: list[int] = field(default_factory=list)  # by rank
     bubble_simulated: float = math.nan  # with the stage times measured in the last step
-    schedule_choice: ScheduleChoice | None = None  # with --schedule auto, once it is made
+    schedule_choice: ScheduleChoice | None = None  # with --schedule auto, once it is made: the last
     verified: str | None = None  # whether a step equals plain autograd
     seconds_since_choice: list[float] = field(default_factory=list)  # of each step of the pipeline
+
+    def add_choice(self, choice: ScheduleChoice, seconds: float | None) -> None:
+        """A step followed ``choice``, and took the pipeline so many seconds; None: it was not timed."""
+        if choice is not self.schedule_choice:
+            self.schedule_choice = choice
+            self.seconds_since_choice.clear()
+        if seconds is not None:
+            self.seconds_since_choice.append(seconds)
 
     def as_json(self) -> dict:
         """Plain values; None if not measured."""

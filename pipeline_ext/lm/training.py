@@ -218,9 +218,9 @@ class Training:
     def _add_to_summary(self, metrics: StepMetrics) -> None:
         self.summary.steps.append(metrics)
         self.summary.messages_per_step = self.pipe.plan.num_messages
-        self.summary.schedule_choice = self.pipe.schedule_choice
-        if metrics.bubble is not None and self.pipe.schedule_choice is not None:
-            self.summary.seconds_since_choice.append(self.pipe.trace.step_time)
+        if self.pipe.schedule_choice is not None:
+            timed = metrics.bubble is not None
+            self.summary.add_choice(self.pipe.schedule_choice, self.pipe.trace.step_time if timed else None)
 
     def _is_timed(self, step: int) -> bool:
         """With CUDA graphs only the last steps: a timed step needs a graph of its own, a slower one."""

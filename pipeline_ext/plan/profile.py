@@ -5,7 +5,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .. import _C
@@ -82,14 +82,12 @@ def profile(plan: _C.Plan, tasks: Sequence[TaskRecord], messages: Sequence[Messa
     overhead = [_mean_overhead(by_boundary[b]) for b in boundaries]
     result_bytes = [max((m.result_nbytes for m in by_boundary[b]), default=0) for b in boundaries]
 
+    times: dict[tuple[str, int], list[float]] = {}
+    for task, seconds in times_without_messages(plan, tasks, overhead):
+        times.setdefault((task.kind, task.stage), []).append(seconds)
+
     def median(kind: str, stage: int) -> float:
-        times = []
-        for task in tasks:
-            if task.kind == kind and task.stage == stage:
-                boundary = stage if kind == "F" else stage - 1
-                sends = plan.num_messages_of(task.task)
-                times.append(task.end - task.begin - (sends * overhead[boundary] if sends else 0.0))
-        return max(0.0, statistics.median(times)) if times else 0.0
+        return max(0.0, statistics.median(times.get((kind, stage), [0.0])))
 
     stages = range(plan.num_stages)
     backward, input_grad, weight_grad = ([median(kind, s) for s in stages] for kind in "BIW")
@@ -110,6 +108,16 @@ def profile(plan: _C.Plan, tasks: Sequence[TaskRecord], messages: Sequence[Messa
         input_grad=input_grad if split else None,
         weight_grad=weight_grad if split else None,
     )
+
+
+def times_without_messages(
+    plan: _C.Plan, tasks: Sequence[TaskRecord], overhead: Sequence[float]
+) -> Iterator[tuple[TaskRecord, float]]:
+    """Each task and its seconds, less ``overhead`` (by boundary) for each message that it sends."""
+    for task in tasks:
+        boundary = task.stage if task.kind == "F" else task.stage - 1
+        sends = plan.num_messages_of(task.task)
+        yield task, task.end - task.begin - (sends * overhead[boundary] if sends else 0.0)
 
 
 def fastest(profiles: Sequence[Profile]) -> Profile:

@@ -98,6 +98,7 @@ def first_steps(
         Chooser(
             lambda profiles: choose(plan_of, merged(profiles), first, in_flight, memory),
             lambda told: heard(plan_of, told, memory),
+            lambda choice: choice.predicted,
         ),
     )
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..base.texts import table
+
 _ROUNDING = 1e-5  # relative, of a gradient: what another order of sums may change
 _WHOLE = 1e-3  # the same where every operator has other shapes
 _STEPS = 8  # that many roundings of a coarser type
@@ -88,10 +90,7 @@ class Verification:
         off = sorted(self.parameters, key=lambda p: (p.microbatched, p.whole or 0), reverse=True)
         off = [p for p in off if p.microbatched > 0 or (p.whole or 0) > self._rounding_of_whole]
         rows += [(f"  {p.name}", "", _relative(p.microbatched), _relative(p.whole)) for p in off[:_SHOWN]]
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(4)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (header, *rows)
-        ]
+        lines = table([header, *rows])
         if len(off) > _SHOWN:
             lines.append(f"  and {len(off) - _SHOWN} more parameters")
         return "\n".join([*lines, *self.reasons, self.summary()])

@@ -54,16 +54,27 @@ class OneChooses:
             raise PeerError(f"{self._processes.describe(0)} could not choose a plan: {said['error']}")
         return said["choice"]
 
+    def tell(self, value: bool) -> bool:
+        """Raises PeerError if a process is gone, or does not come in time."""
+        told = torch.tensor([value])
+        for connections in self._broadcasts:
+            self._from_the_first(told, connections)
+        return bool(told)
+
     def _broadcast(self, said: Any, connections: Connections) -> Any:
         """What rank 0 of ``connections`` said, in each of its processes."""
         encoded = as_tensor(encode(said))
         size = torch.tensor([len(encoded)])
+        self._from_the_first(size, connections)
+        if connections.rank > 0:
+            encoded = torch.empty(int(size), dtype=torch.uint8)
+        self._from_the_first(encoded, connections)
+        return decode(as_bytes(encoded))
+
+    def _from_the_first(self, tensor: torch.Tensor, connections: Connections) -> None:
+        """Gives ``tensor`` the values that it has in rank 0 of ``connections``."""
         try:
-            connections.broadcast(size, 0).wait(self._timeout)
-            if connections.rank > 0:
-                encoded = torch.empty(int(size), dtype=torch.uint8)
-            connections.broadcast(encoded, 0).wait(self._timeout)
+            connections.broadcast(tensor, 0).wait(self._timeout)
         except RuntimeError as error:
             chooser = connections.members[0]
             raise PeerError(f"process {chooser} has not said which plan to follow: {error}") from error
-        return decode(as_bytes(encoded))

@@ -303,4 +303,6 @@ class Stepper:
             self.keep_trace(result, record)
         if measures:
             self.first_steps.observe(self.trace or self._trace_of(result))
+        elif training and self.first_steps.watches:
+            self.first_steps.took((result.end - result.begin) * 1e-9)
         return result

@@ -16,6 +16,7 @@ from reference import reference_step, twin
 from torch import nn
 
 import pipeline_ext as pe
+from pipeline_ext.plan import drift as drift_module
 from pipeline_ext.plan import pack_choice, schedule_choice
 
 STEPS, MICROBATCHES = 5, 8
@@ -117,3 +118,36 @@ def interrupted(*_, **__):
 def test_where_one_is_interrupted_nothing_is_chosen_and_all_can_try_again():
     _, told = run(2, fail_to_choose)
     assert told == "rank 0 (process 0) could not choose a plan: KeyboardInterrupt: "
+
+
+def drift(dp):
+    """Trains past two choices; returns the steps at which a choice is there, and what was said."""
+    change()
+    drift_module.STEPS = 4
+    chooses = dist.get_rank() == 0
+    mesh = dist.init_device_mesh("cpu", (dp, 2), mesh_dim_names=("dp", "pp"))
+    said, chosen = io.StringIO(), []
+    with pe.Pipeline(model(2, False), 2, MICROBATCHES, "auto", F.mse_loss, mesh=mesh, timeout=20) as pipe:
+        watched = pipe._first_steps
+        x, y = torch.randn(2, 10, WIDTH)
+        for step in range(20):
+            with contextlib.redirect_stdout(said):
+                pipe.step(x, target=y)
+            chosen.append(pipe.schedule_choice is not None)
+            if watched._drift._seconds:  # what the process that chooses has measured counts alone
+                promised = pipe.schedule_choice.predicted
+                watched._drift._seconds[-1] = promised * (1.0 if not chooses or step < 8 else 1.5)
+                if not chooses:
+                    watched._drift._seconds[-1] *= 1 + step
+        return chosen, said.getvalue(), describe(pipe.plan)
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_all_processes_choose_anew_at_the_step_at_which_one_sees_a_change(dp):
+    (chosen, said, plan), *others = run(2 * dp, drift, dp)
+    # The looks are as steps 7 and 11 begin, counted from 0: at what 3 to 6 took, and at what 7 to 10 took.
+    assert chosen == [False] * 3 + [True] * 8 + [False] * 3 + [True] * 6
+    first, changed, second = said.splitlines()
+    assert "50% more than the" in changed and "chosen anew" in changed
+    assert all(line.startswith('schedule="auto": ') for line in (first, changed, second))
+    assert others == [(chosen, "", plan)] * (2 * dp - 1)
