@@ -119,9 +119,10 @@ class FittedCosts:
         ]
 
     def costs(self, tokens: Sequence[Any]) -> Costs:
-        """Costs of a step, in seconds: by stage, the mean over its microbatches; messages as in ``profile``.
+        """Costs of a step whose microbatches have these sizes, in seconds; messages as in ``profile``.
 
-        Takes and raises what ``seconds`` does.
+        By stage they are the mean over the microbatches, times the factors of each. Takes and raises what
+        ``seconds`` does.
         """
         of_kind = [[statistics.fmean(column) for column in zip(*of_stage)] for of_stage in self.seconds(tokens)]
         forward, backward, input_grad, weight_grad = (list(column) for column in zip(*of_kind))
@@ -131,6 +132,7 @@ class FittedCosts:
             backward=backward,
             input_grad=input_grad,
             weight_grad=weight_grad,
+            microbatch=self.factors(tokens),
         )
 
     def factors(self, tokens: Sequence[Any]) -> list[list[list[float]]]:
