@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "runtime/process_end.hpp"
+#include "schedule/decided_order.hpp"
 #include "schedule/list_scheduler.hpp"
 
 namespace pe {
@@ -31,6 +32,14 @@ void check_delivery(const Plan& plan, TaskId task) {
                           std::to_string(plan.size()) + " tasks");
 }
 
+void check_decision(const Plan& plan, int rank, TaskId task) {
+  const TaskId first = plan.first_of_rank(rank), end = plan.end_of_rank(rank);
+  if (task >= first && task < end) return;
+  throw std::out_of_range("task " + std::to_string(task) + " was decided, and those of rank " +
+                          std::to_string(rank) + " are " + std::to_string(first) + " to " +
+                          std::to_string(end - 1));
+}
+
 }  // namespace
 
 struct HostExecutor::Delivery {
@@ -40,9 +49,10 @@ struct HostExecutor::Delivery {
 };
 
 struct HostExecutor::Step {
-  Step(std::shared_ptr<const Program> to_run, int of_rank, bool record)
+  Step(std::shared_ptr<const Program> to_run, int of_rank, bool follows_another, bool record)
       : program(std::move(to_run)),
         rank(of_rank),
+        follows(follows_another),
         first_worker(rank == kEveryRank ? 0 : rank * program->plan().workers_per_rank()),
         scheduler(program->plan(), rank) {
     result.begin = now();
@@ -56,6 +66,16 @@ struct HostExecutor::Step {
   const Plan& plan() const { return program->plan(); }
   bool recording() const { return !result.task_begin.empty(); }
   bool over() const { return running == 0 && (stopping || scheduler.done()); }
+  TaskId take(int worker) {
+    return follows ? decided.take(scheduler, first_worker + worker) : scheduler.take(first_worker + worker);
+  }
+  std::string waiting() const {
+    std::string text = scheduler.waiting();
+    if (!follows) return text;
+    const TaskId next = decided.next();
+    return text + "  rank " + std::to_string(rank) + " follows another process, which has decided " +
+           (next == kNoTask ? "no next task\n" : "that " + to_text(plan().action(next)) + " is next\n");
+  }
 
   // Tells the scheduler that the results of `task` are there. Calls wake(worker) with workers counted from this
   // process's first one.
@@ -83,8 +103,10 @@ struct HostExecutor::Step {
 
   const std::shared_ptr<const Program> program;
   const int rank;
+  const bool follows;
   const int first_worker;
   ListScheduler scheduler;
+  DecidedOrder decided;
   StepResult result;
   Nanoseconds last_progress;
   int running = 0;
@@ -113,6 +135,7 @@ struct HostExecutor::Shared {
   std::unique_ptr<Step> lost;                 // the step that abandoned threads still run
   std::vector<TaskId> running;                // by worker
   std::vector<Delivery> early;                // deliveries for the next step
+  std::vector<TaskId> early_decided;          // decisions for the next step
   std::exception_ptr early_error;             // of the next step
   std::vector<bool> abandoned;                // by worker
   std::vector<std::thread> threads;
@@ -122,9 +145,10 @@ struct HostExecutor::Shared {
 };
 
 HostExecutor::HostExecutor(int num_workers, const std::vector<std::string>& thread_names, ThreadHooks hooks,
-                           int rank)
+                           int rank, bool follows)
     : num_workers_(num_workers),
       rank_(rank),
+      follows_(follows),
       owner_pid_(getpid()),
       shared_(std::make_shared<Shared>(num_workers, std::move(hooks))) {
   try {
@@ -152,7 +176,7 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
   std::unique_lock lock(s.mutex);
   while (!s.closing) {
     Step* const step = s.step.get();
-    const TaskId task = step && !step->stopping ? step->scheduler.take(step->first_worker + me) : kNoTask;
+    const TaskId task = step && !step->stopping ? step->take(me) : kNoTask;
     if (task == kNoTask && to_wake.empty()) {
       s.work[me].wait(lock);
       continue;
@@ -231,11 +255,14 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
     throw std::logic_error("the plan has no rank " + std::to_string(rank_));
   }
   const std::vector<Delivery> early = std::exchange(s.early, {});
+  const std::vector<TaskId> early_decided = std::exchange(s.early_decided, {});
   for (const Delivery& delivery : early) check_delivery(plan, delivery.task);
-  s.step = std::make_unique<Step>(std::move(program), rank_, options.record);
+  for (const TaskId task : early_decided) check_decision(plan, rank_, task);
+  s.step = std::make_unique<Step>(std::move(program), rank_, follows_, options.record);
   s.runner = std::this_thread::get_id();
   Step& step = *s.step;
   for (const Delivery& delivery : early) step.arrive(delivery, [](int) {});
+  for (const TaskId task : early_decided) step.decided.decide(task);
   if (s.early_error) {
     step.stopping = true;
     step.result.outcome = Outcome::Failed;
@@ -267,7 +294,7 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
     if (now() - step.last_progress > timeout) {
       if (!step.stopping) {
         step.result.outcome = Outcome::TimedOut;
-        step.result.waiting = step.scheduler.waiting();
+        step.result.waiting = step.waiting();
         step.stopping = true;
       }
       if (step.running > 0) {
@@ -283,6 +310,7 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   std::unique_ptr<Step> ended = std::move(s.step);
   if (s.dead) s.lost = std::move(ended);
   s.early.clear();
+  s.early_decided.clear();
   s.runner = {};
   lock.unlock();
   s.idle.notify_all();
@@ -306,6 +334,22 @@ void HostExecutor::deliver(TaskId task, int stage, const std::vector<int>& micro
   for (const int worker : to_wake) s.work[worker].notify_one();
   // On a shared core, lets the worker begin before this thread prepares for the next message.
   if (!to_wake.empty()) std::this_thread::yield();
+}
+
+void HostExecutor::decide(TaskId task) {
+  Shared& s = *shared_;
+  {
+    std::lock_guard lock(s.mutex);
+    if (!s.step) {
+      s.early_decided.push_back(task);
+      return;
+    }
+    if (s.step->stopping) return;
+    check_decision(s.step->plan(), rank_, task);
+    s.step->last_progress = now();
+    s.step->decided.decide(task);
+  }
+  s.work[0].notify_one();
 }
 
 bool HostExecutor::fail(std::exception_ptr error) {

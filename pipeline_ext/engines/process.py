@@ -11,13 +11,14 @@ from ..errors import PipelineError, StepTimeout
 from ..processes.connections import Connections
 from ..processes.failure import GRACE, Failure
 from ..processes.group import Processes, seconds
+from ..transport.decisions import DecisionSender
 from ..transport.exchange import Exchange
 from ..transport.remote_receiver import Listener, RemoteReceiver
 from ..transport.remote_sender import RemoteSender
 from .host import HostEngine, HostRoute
 from .parts import EngineParts
 from .protocol import Bodies
-from .remote_channels import remote_channels
+from .remote_channels import decisions_of, remote_channels
 
 _FOREVER = 1e7  # seconds
 _CLOSE_WAIT = 10.0  # seconds that a pipeline, when closed, waits for others to receive what it sent
@@ -36,10 +37,11 @@ class ProcessEngine(HostEngine):
         """``channel_types`` make senders and receivers; see ``remote_channels``."""
         self._processes = processes
         self._channel_types = channel_types
-        self._failure = Failure(processes.notices(), processes.everyone)
+        self._decides = parts.plan.reactive and len(processes.partners) > 1
+        self._failure = Failure(processes.notices(), processes.informed)
         self._rank_of_first_stage = parts.plan.rank_of_stage[0]
         self._exchanges: list[Exchange] = []
-        super().__init__(parts, processes.rank)
+        super().__init__(parts, processes.rank, follows=self._decides and not processes.leads)
         self._failure.watch(self._executor)
         self.close = functools.partial(_close, self.close, self._exchanges, self._failure, processes)
 
@@ -57,7 +59,10 @@ class ProcessEngine(HostEngine):
 
     def route(self, plan: _C.Plan, bodies: Bodies) -> HostRoute:
         remote_channel_of = remote_channels(plan, self._processes, *self._channel_types)
-        exchange = self._exchange_of(plan, remote_channel_of=remote_channel_of)
+        decisions = decisions_of(plan, self._processes) if self._decides else None
+        if isinstance(decisions, DecisionSender):
+            bodies = decisions.telling(bodies)
+        exchange = self._exchange_of(plan, remote_channel_of=remote_channel_of, decisions=decisions)
         self._exchanges.append(exchange)
         return HostRoute(plan, _C.Program(plan, dict(bodies)), exchange)
 
@@ -74,7 +79,7 @@ class ProcessEngine(HostEngine):
         self._failure.finish(work, timeout, among.others)
 
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
-        route.exchange.listen(Listener(self._executor.deliver, self._failure.lost))
+        route.exchange.listen(Listener(self._executor.deliver, self._executor.decide, self._failure.lost))
         result = super().run(route, timeout=timeout, record=record)
         if result.outcome == "timed out":
             self._failure.seek()
