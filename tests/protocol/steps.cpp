@@ -119,7 +119,9 @@ class Scene {
   struct Now {
     Watch::State watch;
     std::array<Process, kMostProcesses> processes;
-    int fail, interrupt;  // as often it may still happen
+    std::array<TaskId, Watch::State::kTasks> order;  // that was decided
+    int ran;                                         // of these
+    int fail, interrupt;                             // as often it may still happen
     int happened;
   };
 
@@ -247,7 +249,7 @@ class Scene {
         TaskId task = first;
         while (!may_be_next(task, first, decided) || skipped-- > 0) ++task;
         decided |= 1u << (task - first);
-        ++mine.decided;
+        now_.order[mine.decided++ % (end - first)] = task;
         executor.decide(task);
       }
     }
@@ -294,6 +296,7 @@ class Scene {
       return true;
     };
     const int happened = now_.happened;
+    now_.ran = 0;
     watch_.step_begins(process, rank);
     StepResult result;
     try {
@@ -316,6 +319,9 @@ class Scene {
     const TaskId task = watch_.find(action.stage, action.kind, action.microbatch);
     const int thread = world::me();
     watch_.begins(thread, task);
+    if (settings_.of("follow") != 0 && now_.order[now_.ran++] != task) {
+      world::fail(to_text(action) + " begins out of the decided order");
+    }
     world::name(names_[task].c_str());
     if (now_.fail > 0 && world::choose(2) == 1) {
       --now_.fail;
