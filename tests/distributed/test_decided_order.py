@@ -83,7 +83,7 @@ def trained(mesh, schedule, stages_of, reactive, evaluates=False):
         for step in range(STEPS):
             x, y = batch(step)
             pipe.zero_grad()
-            numbers.append(pipe.step(x, target=y).loss.clone())
+            numbers.append(pipe.step(x, target=y).detach().clone())
             numbers += [local(p.grad).clone() for p in pipe.parameters()]
             orders.append([task.action for task in pipe.trace.tasks])
             if evaluates:
