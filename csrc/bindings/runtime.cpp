@@ -56,8 +56,8 @@ std::unique_ptr<HostExecutor, DeleteWithoutGil> make_executor(const std::vector<
   if (rank) checked("rank", *rank, kMostStages);
   const int workers = static_cast<int>(thread_names.size());
   if (follows && (!rank || workers != 1)) {
-    throw py::value_error("follows is for one rank with one worker, got " + std::to_string(workers) + " workers" +
-                          (rank ? "" : " of all ranks"));
+    throw py::value_error("follows is for one rank with one worker, got " + std::to_string(workers) +
+                          " workers" + (rank ? "" : " of all ranks"));
   }
   survive_unwinding();
   py::gil_scoped_release release;  // if not all threads start, those that did need it to end

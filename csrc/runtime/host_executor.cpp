@@ -209,6 +209,7 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
     if (s.abandoned[me]) {  // the step is gone
       lock.unlock();        // before `error` is destroyed, which may need the GIL
       error = nullptr;
+      if (s.hooks.stop) s.hooks.stop(me);
       thread_has_ended();
       return;
     }
@@ -337,6 +338,7 @@ void HostExecutor::deliver(TaskId task, int stage, const std::vector<int>& micro
 }
 
 void HostExecutor::decide(TaskId task) {
+  if (!follows_) throw std::invalid_argument("it follows no other process");
   Shared& s = *shared_;
   {
     std::lock_guard lock(s.mutex);

@@ -8,18 +8,18 @@
 // This does not deadlock if a pipeline of the leaders alone does not. Proof: order all tasks of all groups by
 // the moment in which their leaders took them. Suppose that some member never ends some task, and take the
 // first such task T. Its leader took it when the tasks that T needs had ended in processes of other ranks, or
-// in the leader itself. So their leaders had taken them earlier, and every member of their groups ends them: the
-// inputs of T reach every member of its own group. Each member has ended what its rank took before T, because a
-// rank runs one task at a time; so T finds the same free slots and the same memory as in the leader. A follower
-// is told of T whatever its threads and those of the leader do: the message leaves before T begins, and a thread
-// that does nothing else receives it. So all members begin T, and what they do together in it ends. Hence T ends
-// in every member, and so does every task that is taken. When all of those have ended, each leader is where it
-// could be in a pipeline of its own, which goes on.
+// in the leader itself. So their leaders had taken them earlier, and every member of their groups ends them:
+// the inputs of T reach every member of its own group. Each member has ended what its rank took before T,
+// because a rank runs one task at a time; so T finds the same free slots and the same memory as in the leader.
+// A follower is told of T whatever its threads and those of the leader do: the message leaves before T begins,
+// and a thread that does nothing else receives it. So all members begin T, and what they do together in it
+// ends. Hence T ends in every member, and so does every task that is taken. When all of those have ended, each
+// leader is where it could be in a pipeline of its own, which goes on.
 //
-// A stage's last backward may also wait for other replicas (fully_shard, DistributedDataParallel). A rank reduces
-// its stages in descending order, so one that waits in the reduction of stage s has run all `F`, and all of the
-// stages from s on; it withholds backwards of earlier stages only, which no reduction of stage s or of a later
-// one needs. So among the reductions that wait, those of the highest stage find their partners.
+// A stage's last backward may also wait for other replicas (fully_shard, DistributedDataParallel). A rank
+// reduces its stages in descending order, so one that waits in the reduction of stage s has run all `F`, and
+// all of the stages from s on; it withholds backwards of earlier stages only, which no reduction of stage s or
+// of a later one needs. So among the reductions that wait, those of the highest stage find their partners.
 #pragma once
 
 #include <cstddef>

@@ -51,7 +51,7 @@ class ProcessEngine(HostEngine):
 
     @property
     def death(self) -> str:
-        return super().death if super().dead else self._failure.describe()
+        return f"{super().death}{self._failure.silence}" if super().dead else self._failure.describe()
 
     @property
     def dead(self) -> bool:
@@ -96,7 +96,7 @@ class ProcessEngine(HostEngine):
             )
 
     def failed(self, reason: str) -> None:
-        self._failure.tell(reason)
+        self._failure.tell(f"{reason}{self._failure.silence}")
         for exchange in self._exchanges:
             exchange.give_up()
 

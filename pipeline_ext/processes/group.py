@@ -48,8 +48,8 @@ class Processes:
         everyone: all processes of the pipeline and of its replicas, as numbers in the world.
         partners: the processes that hold the same stages of one replica, as numbers in the world. If there are
             several, they communicate inside tasks (tensor parallelism), and need one order of tasks.
-        leads: whether this process is the first of its partners, which decides on that order if it is not planned.
-        informed: everyone and all of their partners, as numbers in the world: no step goes on without any of them.
+        leads: whether this process is the first of its partners, which decides the order if tasks react.
+        informed: everyone and their partners, as numbers in the world: a failure of any of them ends a step.
         name: the pipeline's name, unique among those that the same processes share.
         have_gpus: whether each process is meant to have a GPU.
         timeout: seconds to wait for another process.

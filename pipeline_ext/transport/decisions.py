@@ -1,10 +1,11 @@
-"""One order for the processes that hold the same stages: one of them decides what runs next, and tells the others.
+"""One order for the processes that hold the same stages: one of them, the leader, tells the others the next.
 
 ``csrc/schedule/decided_order.hpp`` says why nobody waits forever. A message is one int64. The first of a step
-names the step and the plan; then comes one for each task of the rank, before the leader runs it. After a failure
-one says that nothing more is sent, because gloo cannot end a receive that waits.
+names the step and the plan; then comes one for each task of the rank, before the leader runs it. After a
+failure one says that nothing more is sent, because gloo cannot end a receive that waits.
 """
 
+import contextlib
 import functools
 import threading
 import zlib
@@ -45,19 +46,16 @@ class DecisionSender:
 
     def telling(self, bodies: Bodies) -> Bodies:
         """``bodies`` that tell the others first; one for each task, because the others wait for all."""
-        return {
-            key: functools.partial(self._run, tasks, bodies.get(key)) for key, tasks in self._tasks.items()
-        }
+        return {key: functools.partial(self._run, tasks, bodies.get(key)) for key, tasks in self._tasks.items()}
 
     def give_up(self) -> None:
         """Tells the others not to wait any longer."""
         message = torch.tensor([_NO_MORE])
+        self._messages.append(message)  # kept until it is sent
+        self._works.append([])
         for peer in self._peers:
-            try:
-                self._works.append([peer.send(message)])
-            except RuntimeError:  # it is gone
-                continue
-            self._messages.append(message)
+            with contextlib.suppress(RuntimeError):  # it is gone
+                self._works[-1].append(peer.send(message))
 
     def flush(self, timeout: float) -> None:
         """Returns when the others have everything that was sent, or after ``timeout`` seconds."""
@@ -145,13 +143,13 @@ class DecisionReceiver:
             if index == 0:
                 self._plan.check(value, self._peer.name)
                 continue
-            listener.decide(value)
             self._heard = index
+            listener.decide(value)
         return True
 
 
 class _Named:
-    """A plan and the number of its steps, as one number: two processes find out when they run different ones."""
+    """A plan and the number of its steps, as one number, by which processes notice that they run others."""
 
     def __init__(self, plan: _C.Plan) -> None:
         self._text = zlib.crc32(plan.to_csv().encode())

@@ -338,4 +338,5 @@ TEST(one_that_follows_waits_for_decisions_and_refuses_those_of_other_plans) {
   CHECK(executor.run(program_of(plan, {}), with_timeout(0.1)).waiting.find("has decided no next task") !=
         std::string::npos);
   CHECK_THROWS(HostExecutor(2, {"a", "b"}, {}, 0, true), std::invalid_argument, "one worker");
+  CHECK_THROWS(Pool(1).decide(0), std::invalid_argument, "follows no other process");
 }

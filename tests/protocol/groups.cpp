@@ -55,8 +55,8 @@ class Groups {
  private:
   using State = std::vector<Process>;  // by rank, then member
 
-  // Every turn adds to what has happened, so no state comes twice on a way: an end is reached from each, if only
-  // ends have no turn.
+  // Every turn adds to what has happened, so no state comes twice on a way: an end is reached from each, if
+  // only ends have no turn.
   void go_on_from(const State& state) {
     found_.longest = std::max(found_.longest, way_.size());
     bool is_end = true;
@@ -75,8 +75,7 @@ class Groups {
       const TaskId running = state[process].running;
       turn(name + " begins", [&](State& next) { return begin(next, process); });
       if (running != kNoTask) {
-        turn(name + " ends " + to_text(plan_.action(running)),
-             [&](State& next) { return end(next, process); });
+        turn(name + " ends " + to_text(plan_.action(running)), [&](State& next) { return end(next, process); });
       }
       turn(name + " is told", [&](State& next) { return tell(next[process]); });
       for (TaskId task = 0; task < plan_.size(); ++task) {

@@ -7,8 +7,9 @@
 // that raise), interrupt (times that the caller asks to stop), late (once, nothing happens for a long time),
 // tell (another thread fails the step), close (another thread closes the executor), spurious (waits end by
 // themselves). steps: how many, one after another. apart=1: each rank is a process with an executor of its own.
-// alone=R: so it is, and only that of rank R is here; the other may do all that it may do in any plan. follow=1: it
-// runs what another process decides, in any order that the plan allows. members=N: see groups.hpp; its fault=1, 2.
+// alone=R: so it is, and only that of rank R is here; the other may do all that it may do in any plan.
+// follow=1: it runs what another process decides, in any order that the plan allows. members=N: see groups.hpp;
+// its fault=1, 2.
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -255,7 +256,8 @@ class Scene {
     }
   }
 
-  // Whether the leader could take the task after those that it has: they are a set, from the rank's first task on.
+  // Whether the leader could take the task after those that it has: they are a set, from the rank's first task
+  // on.
   bool may_be_next(TaskId task, TaskId first, unsigned decided) const {
     const auto is_decided = [&](TaskId other) { return (decided >> (other - first) & 1) != 0; };
     if (is_decided(task)) return false;
