@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from processes import Gone, die, freeze, outcomes, run
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -160,12 +160,37 @@ def test_parameters_that_other_processes_share_are_refused():
 # Failures.
 
 
-class Faulty(Block):
+class Sum(torch.autograd.Function):
+    """Adds up what the members of a group have: values in the forward, or else gradients in the backward.
+
+    Unlike a DTensor's, its collectives go to the group that it is given, also after a failure: what torch has
+    cached for a mesh it takes for any equal one.
+    """
+
+    @staticmethod
+    def forward(ctx, x, group, of_values):
+        ctx.group, ctx.of_values = group, of_values
+        x = x.clone()
+        if of_values:
+            dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        if not ctx.of_values:
+            dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None, None
+
+
+class Faulty(nn.Module):
     """In microbatch 1 of the second step it does ``fault``, if any, before it meets its partner."""
 
-    def __init__(self, index, fault):
-        super().__init__(index, lambda: None)
-        self.fault, self.forwards = fault, 0
+    def __init__(self, index, group, fault):
+        super().__init__()
+        torch.manual_seed(2 * index + dist.get_rank(group))
+        self.up, self.down = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE, bias=False)
+        self.group, self.fault, self.forwards = group, fault, 0
         self.store = dist.distributed_c10d._get_default_store().clone()
 
     def forward(self, x):
@@ -176,7 +201,7 @@ class Faulty(Block):
             while self.store.add("in the second step", 0) < dist.get_world_size():
                 time.sleep(0.01)
             self.fault()
-        return super().forward(x)
+        return x + Sum.apply(self.down(self.up(Sum.apply(x, self.group, False)).relu()), self.group, True)
 
 
 def complain():
@@ -185,15 +210,26 @@ def complain():
 
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.5)  # the caller sees it before the step ends
 
 
 def step_of(mesh, fault, timeout):
-    stages = [Faulty(index, fault if index == mesh.get_local_rank("pp") else None) for index in range(2)]
-    stages = [parallelize_module(stage, mesh["tp"], PLAN) for stage in stages]
+    group, here = mesh.get_group("tp"), mesh.get_local_rank("pp")
+    stages = [Faulty(index, group, fault if index == here else None) for index in range(2)]
     pipe = pe.Pipeline(stages, None, COUNT, "1f1b", F.mse_loss, mesh=mesh, timeout=timeout)
     x, y = batch()
     pipe.step(x, target=y)
     return pipe, x, y
+
+
+def new_mesh():
+    """Of new groups: a collective that some members never joined is left in the old ones."""
+    found = []
+    for rows in ([[0, 2], [1, 3]], [[0, 1], [2, 3]]):
+        groups = [dist.new_group(row) for row in rows]
+        found.append(next(g for g, row in zip(groups, rows) if dist.get_rank() in row))
+    numbers = torch.arange(4).view(2, 2)
+    return DeviceMesh.from_group(found, "cpu", mesh=numbers, mesh_dim_names=("pp", "tp"))
 
 
 def fail(victim, fault, timeout):
@@ -206,12 +242,13 @@ def fail(victim, fault, timeout):
         pipe.step(x, target=y)
     pipe.close()
     if fault in (complain, interrupt):  # all processes are there: a new pipeline works
-        again = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "tp"))
+        again = new_mesh()
         first, *_ = step_of(again, None, 20)
-        expected = [local(p.grad).clone() for p in first.parameters()]
+        expected = [p.grad.clone() for p in first.parameters()]
+        assert all(grad.any() for grad in expected)
         first.close()
         second, *_ = step_of(again, None, 20)
-        assert all(torch.equal(local(p.grad), e) for p, e in zip(second.parameters(), expected))
+        assert all(torch.equal(p.grad, e) for p, e in zip(second.parameters(), expected))
         second.close()
     return type(failed.value), "\n".join([str(failed.value), *getattr(failed.value, "__notes__", [])])
 
@@ -233,7 +270,7 @@ def test_a_failure_of_any_process_ends_the_step_in_all(victim, fault):
         assert "every .grad of the model is None" in text
         if fault is die:  # the partner's own communication finds that first
             assert kind in (pe.PeerError, pe.StageError)
-            assert f"process {victim}" in text or "Connection closed by peer" in text, text
+            assert f"process {victim}" in text or "Connection" in text, text
         else:
             assert kind in ((pe.PeerError, pe.StepTimeout) if fault is freeze else (pe.PeerError,)), text
             assert f"process {victim}" in text, text
