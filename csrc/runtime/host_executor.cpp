@@ -151,6 +151,9 @@ HostExecutor::HostExecutor(int num_workers, const std::vector<std::string>& thre
       follows_(follows),
       owner_pid_(getpid()),
       shared_(std::make_shared<Shared>(num_workers, std::move(hooks))) {
+  if (follows && (rank == kEveryRank || num_workers != 1)) {
+    throw std::invalid_argument("only a rank with one worker follows another process");
+  }
   try {
     for (int worker = 0; worker < num_workers; ++worker) {
       auto& thread =
