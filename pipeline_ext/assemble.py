@@ -143,6 +143,7 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
         wrapped=WrappedStages(stages, settings.microbatches),
         reduction=reduction,
         non_blocking=settings.non_blocking,
+        partners=sharing.partners,
     )
     if planned.first_steps.chooses and devices[0].type == "cuda":
         sharing.check_gpu_choice(settings.schedule)
@@ -153,7 +154,7 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
             "DistributedDataParallel does not share; replicate the pipeline with the dimension 'dp' of mesh, "
             "or with reduction="
         )
-    if settings.nonfinite in (RAISE, SKIP) and (parts.wrapped or sharing.in_order):
+    if settings.nonfinite in (RAISE, SKIP) and (parts.wrapped or sharing.partners):
         raise InvalidArgument(
             f"nonfinite={settings.nonfinite!r} drops a step in all processes, and those of a stage in "
             "fully_shard, DistributedDataParallel or tensor parallelism see different parts of its values; "
@@ -314,6 +315,7 @@ def _ordering(
     settings: Settings, num_stages: int, given: list[torch.device] | None, sharing: OneProcess
 ) -> Ordering:
     on_gpus = device_choice.of_ranks(given, 1)[0].type == "cuda"
+    overlap = on_gpus if settings.overlap is None else settings.overlap
     return Ordering.of(
         settings.schedule,
         num_stages=num_stages,
@@ -323,8 +325,9 @@ def _ordering(
         pack_forward=settings.pack_forward,
         in_flight=settings.in_flight,
         costs=settings.costs,
-        overlap=on_gpus if settings.overlap is None else settings.overlap,
-        reactive=settings.reactive and not sharing.in_order,
+        overlap=overlap,
+        # One process decides for its partners what one thread runs; two have no order among each other.
+        reactive=settings.reactive and not (sharing.partners and (overlap or on_gpus)),
         graphs=settings.graphs,
     )
 

@@ -95,9 +95,9 @@ class Pipeline(UnsplitModel, NoModule):
         reactive: let a rank whose next planned task is not ready run another task that is. The microbatches
             of one stage and kind keep their order, and the limit of microbatches in flight holds, so the
             gradients are the same. False: follow the planned order exactly. A ``schedule`` that lists its order
-            is then refused if ``pack`` or ``in_flight`` would change it. Always False if ``mesh`` has
-            dimensions other than "pp" and "dp": their processes must communicate in one order (tensor
-            parallelism).
+            is then refused if ``pack`` or ``in_flight`` would change it. If ``mesh`` has dimensions other than
+            "pp" and "dp" (tensor parallelism), one of the processes that hold the same stages decides the order
+            for all of them; with ``overlap`` or on GPUs it is then the planned one.
         in_flight: the most microbatches that a stage may hold at once: a number, or a list by stage. None: as
             many as the schedule takes. A schedule that could never finish within the limit is refused.
         costs: the costs for which ``"zb-auto"`` searches an order, within their ``memory_limit`` or else

@@ -13,6 +13,7 @@ MICROBATCHES = 3
 every = pytest.mark.every
 
 SCHEDULER, EXECUTOR = "schedule/list_scheduler.hpp", "runtime/host_executor.cpp"
+DECIDED = "schedule/decided_order.hpp"
 FAULTS = {
     "a count decremented twice": [
         Edit(
@@ -81,6 +82,20 @@ FAULTS = {
             '  s.early.clear();\n  if (planted("a failed step remembered")) s.early_error = result.error;\n',
         )
     ],
+    "a decision that wakes nobody": [
+        Edit(
+            EXECUTOR,
+            "  s.work[0].notify_one();",
+            '  if (!planted("a decision that wakes nobody")) s.work[0].notify_one();',
+        )
+    ],
+    "what is ready taken before what is decided": [
+        Edit(
+            DECIDED,
+            "return head == decided;",
+            'return planted("what is ready taken before what is decided") || head == decided;',
+        )
+    ],
     "an order turned round": [
         Edit(
             "plan/plan.cpp",
@@ -92,10 +107,12 @@ FAULTS = {
 }
 
 
-def explore(program, schedule, planted="", microbatches=MICROBATCHES, **settings):
+def explore(program, schedule, planted="", microbatches=MICROBATCHES, stages=2, **settings):
     """The states and transitions found, and what is violated with the way there."""
     reactive, overlap = (bool(settings.get(name)) for name in ("reactive", "overlap"))
-    plan = pe.build_plan(schedule, num_stages=2, microbatches=microbatches, reactive=reactive, overlap=overlap)
+    plan = pe.build_plan(
+        schedule, num_stages=stages, microbatches=microbatches, reactive=reactive, overlap=overlap
+    )
     cells = "/".join(",".join(actions) for actions in plan.order().values())
     numbers = [f"{name}={number:d}" for name, number in settings.items()]
     ran = subprocess.run(
@@ -185,6 +202,44 @@ def test_when_one_of_two_processes_fails_both_return(program, steps):
     assert not violated, text
 
 
+FOLLOWS = {"follow": True, "reactive": True}
+FAILS = {"fail": 1, "steps": 2}
+
+
+@pytest.mark.parametrize(
+    "rank, microbatches, events",
+    [
+        (0, 3, {}),
+        (1, 2, {}),
+        (0, 1, FAILS),
+        pytest.param(1, 3, {}, marks=every),
+        pytest.param(0, 2, FAILS, marks=every),
+    ],
+)
+def test_a_process_that_follows_keeps_the_rules_whatever_is_decided(program, rank, microbatches, events):
+    _, _, violated, text = explore(program, "1f1b", microbatches=microbatches, alone=rank, **FOLLOWS, **events)
+    assert not violated, text
+
+
+MEMBERS = {"members": 2, "reactive": True}  # of each of the two ranks
+
+
+@pytest.mark.parametrize(
+    "schedule, stages, limit",
+    [("gpipe", 2, 3), ("1f1b", 2, 2), ("1f1b", 2, 3), ("zb-h1", 2, 3), ("interleaved-1f1b", 4, 3)],
+)
+def test_groups_of_which_one_member_decides_never_wait_for_ever(program, schedule, stages, limit):
+    states, _, violated, text = explore(program, schedule, stages=stages, limit=limit, **MEMBERS)
+    assert not violated, text
+    assert states > 1000
+
+
+@pytest.mark.parametrize("fault", [1, 2], ids=["a follower decides by itself", "a leader tells late"])
+def test_a_member_of_a_group_that_breaks_the_rule_is_found(program, fault):
+    _, _, violated, text = explore(program, "gpipe", fault=fault, **MEMBERS)
+    assert "nobody can go on" in violated, text
+
+
 FINDINGS = [
     ("a count decremented twice", "1f1b", {}, "begins before"),
     ("a slot given back early", "1f1b", {"overlap": True, "reactive": True}, "one too many in flight"),
@@ -194,6 +249,8 @@ FINDINGS = [
     ("a failure before a step forgotten", "1f1b", {"alone": 0, "tell": True}, "although its thread has seen"),
     ("a failed step remembered", "1f1b", {"fail": 1, "steps": 2}, "of which nothing has failed"),
     ("an order turned round", "gpipe", {"reactive": True}, "out of order"),
+    ("a decision that wakes nobody", "1f1b", {"alone": 0, **FOLLOWS}, "nobody can go on"),
+    ("what is ready taken before what is decided", "1f1b", {"alone": 0, **FOLLOWS}, "out of the decided order"),
 ]
 
 

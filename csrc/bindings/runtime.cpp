@@ -48,17 +48,21 @@ struct DeleteWithoutGil {
 };
 
 std::unique_ptr<HostExecutor, DeleteWithoutGil> make_executor(const std::vector<std::string>& thread_names,
-                                                              std::optional<int> rank) {
+                                                              std::optional<int> rank, bool follows) {
   if (thread_names.size() > kMostThreads) {
     throw PlanError("a process runs at most " + std::to_string(kMostThreads) + " workers, a thread each, got " +
                     std::to_string(thread_names.size()) + "; give fewer stages, or more processes");
   }
   if (rank) checked("rank", *rank, kMostStages);
   const int workers = static_cast<int>(thread_names.size());
+  if (follows && (!rank || workers != 1)) {
+    throw py::value_error("follows is for one rank with one worker, got " + std::to_string(workers) +
+                          " workers" + (rank ? "" : " of all ranks"));
+  }
   survive_unwinding();
   py::gil_scoped_release release;  // if not all threads start, those that did need it to end
   return std::unique_ptr<HostExecutor, DeleteWithoutGil>(
-      new HostExecutor(workers, thread_names, python_threads(workers), rank.value_or(kEveryRank)));
+      new HostExecutor(workers, thread_names, python_threads(workers), rank.value_or(kEveryRank), follows));
 }
 
 bool fail(HostExecutor& executor, const py::object& error) {
@@ -136,11 +140,15 @@ void bind_runtime(py::module_& m) {
   py::class_<HostExecutor, std::unique_ptr<HostExecutor, DeleteWithoutGil>>(
       m, "HostExecutor", R"(Native threads, one per worker, that run one step after another.
 
-With ``rank``, only that rank's workers; then ``deliver`` reports the results of other ranks.)")
-      .def(py::init(&make_executor), py::arg("thread_names"), py::arg("rank") = py::none())
+With ``rank``, only that rank's workers; then ``deliver`` reports the results of other ranks. One that ``follows``
+runs its rank's tasks in the order given to ``decide``.)")
+      .def(py::init(&make_executor), py::arg("thread_names"), py::arg("rank") = py::none(),
+           py::arg("follows") = false)
       .def("deliver", &HostExecutor::deliver, py::arg("task"), py::arg("stage"), py::arg("microbatches"),
            py::call_guard<py::gil_scoped_release>(),
            "The results of another rank's task for a stage and these microbatches have arrived.")
+      .def("decide", &HostExecutor::decide, py::arg("task"), py::call_guard<py::gil_scoped_release>(),
+           "The process that this one follows has taken the task.")
       .def("fail", &fail, py::arg("error"),
            "Stops the running step with this exception, or else the next one; returns whether a step was "
            "running.")

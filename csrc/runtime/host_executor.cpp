@@ -16,6 +16,7 @@
 
 #include "runtime/mean_times.hpp"
 #include "runtime/process_end.hpp"
+#include "schedule/decided_order.hpp"
 #include "schedule/list_scheduler.hpp"
 #include "schedule/look_ahead.hpp"
 
@@ -38,6 +39,14 @@ void check_delivery(const Plan& plan, TaskId task) {
                           std::to_string(plan.size()) + " tasks");
 }
 
+void check_decision(const Plan& plan, int rank, TaskId task) {
+  const TaskId first = plan.first_of_rank(rank), end = plan.end_of_rank(rank);
+  if (task >= first && task < end) return;
+  throw std::out_of_range("task " + std::to_string(task) + " was decided, and those of rank " +
+                          std::to_string(rank) + " are " + std::to_string(first) + " to " +
+                          std::to_string(end - 1));
+}
+
 }  // namespace
 
 struct HostExecutor::Delivery {
@@ -47,14 +56,15 @@ struct HostExecutor::Delivery {
 };
 
 struct HostExecutor::Step {
-  Step(std::shared_ptr<const Program> to_run, int of_rank, const RunOptions& options)
+  Step(std::shared_ptr<const Program> to_run, int of_rank, bool follows_another, const RunOptions& options)
       : program(std::move(to_run)),
         rank(of_rank),
+        follows(follows_another),
         first_worker(rank == kEveryRank ? 0 : rank * program->plan().workers_per_rank()),
         scheduler(program->plan(), rank) {
     result.begin = now();
     last_progress = result.begin;
-    if (options.look_ahead && plan().options().looks_ahead) {
+    if (options.look_ahead && !follows && plan().options().looks_ahead) {
       ahead.emplace(plan(), scheduler, rank, to_seconds(result.begin));
     }
     if (options.record) {
@@ -66,6 +76,18 @@ struct HostExecutor::Step {
   const Plan& plan() const { return program->plan(); }
   bool recording() const { return !result.task_begin.empty(); }
   bool over() const { return running == 0 && (stopping || scheduler.done()); }
+  template <class Waits>
+  TaskId take(int worker, Waits&& waits) {
+    if (follows) return decided.take(scheduler, first_worker + worker);
+    return scheduler.take(first_worker + worker, [](TaskId) { return true; }, waits);
+  }
+  std::string waiting() const {
+    std::string text = scheduler.waiting();
+    if (!follows) return text;
+    const TaskId next = decided.next();
+    return text + "  rank " + std::to_string(rank) + " follows another process, which has decided " +
+           (next == kNoTask ? "no next task\n" : "that " + to_text(plan().action(next)) + " is next\n");
+  }
 
   // How long a worker leaves `task` for now, at most, because `planned` is expected before `task` would end.
   // Not at all as long as no step has told how long tasks take.
@@ -103,9 +125,11 @@ struct HostExecutor::Step {
 
   const std::shared_ptr<const Program> program;
   const int rank;
+  const bool follows;
   const int first_worker;
   ListScheduler scheduler;
   std::optional<LookAhead> ahead;
+  DecidedOrder decided;
   StepResult result;
   Nanoseconds last_progress;
   int running = 0;
@@ -134,6 +158,7 @@ struct HostExecutor::Shared {
   std::unique_ptr<Step> lost;                 // the step that abandoned threads still run
   std::vector<TaskId> running;                // by worker
   std::vector<Delivery> early;                // deliveries for the next step
+  std::vector<TaskId> early_decided;          // decisions for the next step
   std::exception_ptr early_error;             // of the next step
   MeanTimes times;
   std::vector<bool> abandoned;  // by worker
@@ -144,11 +169,15 @@ struct HostExecutor::Shared {
 };
 
 HostExecutor::HostExecutor(int num_workers, const std::vector<std::string>& thread_names, ThreadHooks hooks,
-                           int rank)
+                           int rank, bool follows)
     : num_workers_(num_workers),
       rank_(rank),
+      follows_(follows),
       owner_pid_(getpid()),
       shared_(std::make_shared<Shared>(num_workers, std::move(hooks))) {
+  if (follows && (rank == kEveryRank || num_workers != 1)) {
+    throw std::invalid_argument("only a rank with one worker follows another process");
+  }
   try {
     for (int worker = 0; worker < num_workers; ++worker) {
       auto& thread =
@@ -168,7 +197,6 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
   Shared& s = *shared;
   if (s.hooks.start) s.hooks.start(me);
   std::vector<int> to_wake;
-  const auto is_here = [](TaskId) { return true; };
   const auto wake = [&](int worker) {
     if (worker != me) to_wake.push_back(worker);
   };
@@ -181,8 +209,7 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
       if (at_most > 0) wait = std::min(wait, at_most);
       return at_most > 0;
     };
-    const TaskId task =
-        step && !step->stopping ? step->scheduler.take(step->first_worker + me, is_here, waits) : kNoTask;
+    const TaskId task = step && !step->stopping ? step->take(me, waits) : kNoTask;
     if (task == kNoTask && to_wake.empty()) {
       if (wait == kNoWait) {
         s.work[me].wait(lock);
@@ -221,6 +248,7 @@ void HostExecutor::work(const std::shared_ptr<Shared>& shared, int me) {
     if (s.abandoned[me]) {  // the step is gone
       lock.unlock();        // before `error` is destroyed, which may need the GIL
       error = nullptr;
+      if (s.hooks.stop) s.hooks.stop(me);
       thread_has_ended();
       return;
     }
@@ -271,12 +299,15 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
     throw std::logic_error("the plan has no rank " + std::to_string(rank_));
   }
   const std::vector<Delivery> early = std::exchange(s.early, {});
+  const std::vector<TaskId> early_decided = std::exchange(s.early_decided, {});
   for (const Delivery& delivery : early) check_delivery(plan, delivery.task);
-  s.step = std::make_unique<Step>(std::move(program), rank_, options);
+  for (const TaskId task : early_decided) check_decision(plan, rank_, task);
+  s.step = std::make_unique<Step>(std::move(program), rank_, follows_, options);
   s.runner = std::this_thread::get_id();
   Step& step = *s.step;
   if (step.ahead) s.times.begin(step.program->shared_plan());
   for (const Delivery& delivery : early) step.arrive(delivery, [](int) {});
+  for (const TaskId task : early_decided) step.decided.decide(task);
   if (s.early_error) {
     step.stopping = true;
     step.result.outcome = Outcome::Failed;
@@ -308,7 +339,7 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
     if (now() - step.last_progress > timeout) {
       if (!step.stopping) {
         step.result.outcome = Outcome::TimedOut;
-        step.result.waiting = step.scheduler.waiting();
+        step.result.waiting = step.waiting();
         step.stopping = true;
       }
       if (step.running > 0) {
@@ -325,6 +356,7 @@ StepResult HostExecutor::run(std::shared_ptr<const Program> program, const RunOp
   std::unique_ptr<Step> ended = std::move(s.step);
   if (s.dead) s.lost = std::move(ended);
   s.early.clear();
+  s.early_decided.clear();
   s.runner = {};
   lock.unlock();
   s.idle.notify_all();
@@ -348,6 +380,23 @@ void HostExecutor::deliver(TaskId task, int stage, const std::vector<int>& micro
   for (const int worker : to_wake) s.work[worker].notify_one();
   // On a shared core, lets the worker begin before this thread prepares for the next message.
   if (!to_wake.empty()) std::this_thread::yield();
+}
+
+void HostExecutor::decide(TaskId task) {
+  if (!follows_) throw std::invalid_argument("it follows no other process");
+  Shared& s = *shared_;
+  {
+    std::lock_guard lock(s.mutex);
+    if (!s.step) {
+      s.early_decided.push_back(task);
+      return;
+    }
+    if (s.step->stopping) return;
+    check_decision(s.step->plan(), rank_, task);
+    s.step->last_progress = now();
+    s.step->decided.decide(task);
+  }
+  s.work[0].notify_one();
 }
 
 bool HostExecutor::fail(std::exception_ptr error) {

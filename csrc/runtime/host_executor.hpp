@@ -49,15 +49,17 @@ struct RunOptions {
 
 class HostExecutor {
  public:
-  // Called on each thread when it starts and before it ends. An abandoned thread never calls `stop`.
+  // Called on each thread when it starts and before it ends.
   struct ThreadHooks {
     std::function<void(int worker)> start;
     std::function<void(int worker)> stop;
   };
 
-  // Starts one thread per worker of `rank`, or of all ranks. They live until close().
+  // Starts one thread per worker of `rank`, or of all ranks. They live until close(). If it `follows`, its one
+  // worker runs the tasks in the order given to decide(). Throws std::invalid_argument if it follows with
+  // several workers, or with all ranks.
   HostExecutor(int num_workers, const std::vector<std::string>& thread_names, ThreadHooks hooks,
-               int rank = kEveryRank);
+               int rank = kEveryRank, bool follows = false);
   ~HostExecutor();
   HostExecutor(const HostExecutor&) = delete;
   HostExecutor& operator=(const HostExecutor&) = delete;
@@ -71,6 +73,10 @@ class HostExecutor {
   // The results of another rank's `task` for `stage` and these microbatches have arrived. If no step is
   // running, they are for the next one.
   void deliver(TaskId task, int stage, const std::vector<int>& microbatches);
+
+  // The process that this one follows has taken `task`. If no step is running, it is for the next one. Throws
+  // std::out_of_range for a task that is not its rank's, std::invalid_argument if it follows nobody.
+  void decide(TaskId task);
 
   // Stops the running step as if a body had thrown `error`. Returns whether a step was running; if not, the
   // next one stops when it begins: it may be just about to begin.
@@ -93,6 +99,7 @@ class HostExecutor {
 
   const int num_workers_;
   const int rank_;
+  const bool follows_;
   const int owner_pid_;
   std::shared_ptr<Shared> shared_;
 };

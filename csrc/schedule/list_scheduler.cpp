@@ -106,8 +106,6 @@ std::string ListScheduler::waiting() const {
 
 namespace {
 
-bool never_waits(TaskId, TaskId) { return false; }
-
 template <class MayRun>
 void run_without_time(ListScheduler& scheduler, const Plan& plan, MayRun&& may_run) {
   std::vector<int> awake;
@@ -119,7 +117,7 @@ void run_without_time(ListScheduler& scheduler, const Plan& plan, MayRun&& may_r
     awake.pop_back();
     check_interrupt();
     const auto ready = [&](TaskId task) { return may_run(worker, task); };
-    for (TaskId task; (task = scheduler.take(worker, ready, never_waits)) != kNoTask;) {
+    for (TaskId task; (task = scheduler.take(worker, ready)) != kNoTask;) {
       scheduler.finish(task, wake);
       for (const TaskId after : plan.successors(task)) scheduler.arrive(after, wake);
     }

@@ -30,8 +30,12 @@ class ListScheduler {
   // other than the next planned one if waits(planned, task) is true.
   template <class IsHere, class Waits>
   TaskId take(int worker, IsHere&& is_here, Waits&& waits);
+  template <class IsHere>
+  TaskId take(int worker, IsHere&& is_here) {
+    return take(worker, is_here, [](TaskId, TaskId) { return false; });
+  }
   TaskId take(int worker) {
-    return take(worker, [](TaskId) { return true; }, [](TaskId, TaskId) { return false; });
+    return take(worker, [](TaskId) { return true; });
   }
   // The first task of the worker, in planned order, that has not begun, or kNoTask.
   TaskId planned_next(int worker) const;

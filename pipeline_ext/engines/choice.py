@@ -63,7 +63,7 @@ def make_engine(parts: EngineParts, types: EngineTypes) -> Engine[Any]:
 
     Raises InvalidArgument for what GPUs do not support, DeviceError if one cannot be used.
     """
-    parts.wrapped.check(parts.shared, parts.plan, parts.devices[0])
+    parts.wrapped.check(parts.shared, parts.plan, parts.devices[0], parts.partners)
     if parts.devices[0].type == "cpu":
         return types.host(parts)
     if isinstance(parts.reduction, GradientReduction):

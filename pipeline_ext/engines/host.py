@@ -30,11 +30,14 @@ class HostRoute(NamedTuple):
 class HostEngine:
     """The ``Engine`` of the CPU."""
 
-    def __init__(self, parts: EngineParts, rank: int | None = None) -> None:
-        """``rank``: the only one to run; None: all. Later plans must have as many workers as ``parts.plan``."""
+    def __init__(self, parts: EngineParts, rank: int | None = None, follows: bool = False) -> None:
+        """``rank``: the only one to run; None: all. Later plans must have as many workers as ``parts.plan``.
+
+        ``follows``: the rank's tasks run in the order in which another process takes them.
+        """
         threads = _thread_names(parts.plan, rank)
         modules = [stage.module for stage in parts.stages]
-        self._executor = _C.HostExecutor(threads, rank)
+        self._executor = _C.HostExecutor(threads, rank, follows)
         self._guard = RecomputationGuard(modules, overlap=parts.plan.overlap)
         self._exchange_of = parts.exchange_of
         self._shared = parts.shared

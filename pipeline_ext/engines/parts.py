@@ -27,6 +27,7 @@ class EngineParts:
         wrapped: stages in DistributedDataParallel or fully_shard.
         reduction: averages gradients over replicas; None without replicas.
         non_blocking: the caller leaves a batch alone until a GPU has read it.
+        partners: the processes, as numbers in the world, that run the same tasks in the same order.
     """
 
     plan: _C.Plan
@@ -37,3 +38,4 @@ class EngineParts:
     wrapped: WrappedStages
     reduction: ReplicaReduction[Any] | None = None
     non_blocking: bool = False
+    partners: Sequence[int] = ()

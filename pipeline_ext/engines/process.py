@@ -11,13 +11,14 @@ from ..errors import PipelineError, StepTimeout
 from ..processes.connections import Connections
 from ..processes.failure import GRACE, Failure
 from ..processes.group import Processes, seconds
+from ..transport.decisions import DecisionSender
 from ..transport.exchange import Exchange
 from ..transport.remote_receiver import Listener, RemoteReceiver
 from ..transport.remote_sender import RemoteSender
 from .host import HostEngine, HostRoute
 from .parts import EngineParts
 from .protocol import Bodies
-from .remote_channels import remote_channels
+from .remote_channels import decisions_of, remote_channels
 
 _FOREVER = 1e7  # seconds
 _CLOSE_WAIT = 10.0  # seconds that a pipeline, when closed, waits for others to receive what it sent
@@ -36,11 +37,12 @@ class ProcessEngine(HostEngine):
         """``channel_types`` make senders and receivers; see ``remote_channels``."""
         self._processes = processes
         self._channel_types = channel_types
-        self._failure = Failure(processes.notices(), processes.everyone)
+        self._decides = parts.plan.reactive and len(processes.partners) > 1
+        self._failure = Failure(processes.notices(), processes.informed)
         self._rank_of_first_stage = parts.plan.rank_of_stage[0]
         self._exchanges: list[Exchange] = []
         self._routes: dict[_C.Plan, HostRoute] = {}  # a plan may be followed again: its threads live on
-        super().__init__(parts, processes.rank)
+        super().__init__(parts, processes.rank, follows=self._decides and not processes.leads)
         self._failure.watch(self._executor)
         self.close = functools.partial(_close, self.close, self._exchanges, self._failure, processes)
 
@@ -50,7 +52,7 @@ class ProcessEngine(HostEngine):
 
     @property
     def death(self) -> str:
-        return super().death if super().dead else self._failure.describe()
+        return f"{super().death}{self._failure.silence}" if super().dead else self._failure.describe()
 
     @property
     def dead(self) -> bool:
@@ -59,7 +61,10 @@ class ProcessEngine(HostEngine):
     def route(self, plan: _C.Plan, bodies: Bodies) -> HostRoute:
         if plan not in self._routes:
             remote_channel_of = remote_channels(plan, self._processes, *self._channel_types)
-            exchange = self._exchange_of(plan, remote_channel_of=remote_channel_of)
+            decisions = decisions_of(plan, self._processes) if self._decides else None
+            if isinstance(decisions, DecisionSender):
+                bodies = decisions.telling(bodies)
+            exchange = self._exchange_of(plan, remote_channel_of=remote_channel_of, decisions=decisions)
             self._exchanges.append(exchange)
             self._routes[plan] = HostRoute(plan, _C.Program(plan, dict(bodies)), exchange)
         return self._routes[plan]
@@ -77,7 +82,7 @@ class ProcessEngine(HostEngine):
         self._failure.finish(work, timeout, among.others)
 
     def run(self, route: HostRoute, *, timeout: float, record: bool) -> _C.StepResult:
-        route.exchange.listen(Listener(self._executor.deliver, self._failure.lost))
+        route.exchange.listen(Listener(self._executor.deliver, self._executor.decide, self._failure.lost))
         result = super().run(route, timeout=timeout, record=record)
         if result.outcome == "timed out":
             self._failure.seek()
@@ -94,7 +99,7 @@ class ProcessEngine(HostEngine):
             )
 
     def failed(self, reason: str) -> None:
-        self._failure.tell(reason)
+        self._failure.tell(f"{reason}{self._failure.silence}")
         for exchange in self._exchanges:
             exchange.give_up()
 

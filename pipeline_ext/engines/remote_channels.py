@@ -1,4 +1,4 @@
-"""The channels between a plan's stages in different processes."""
+"""What a plan's processes tell one another: results of stages, and decisions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from .. import _C
 from ..processes.group import Processes
 from ..processes.peer import Peer
+from ..transport.decisions import DecisionReceiver, DecisionSender
 from ..transport.flow import Flow
 from ..transport.make_channels import RemoteChannelOf
 from ..transport.remote_receiver import RemoteReceiver
@@ -70,3 +71,13 @@ def remote_channels(
         return make_receiver(peer, flow, [said.get(groups[g][-1], last[g]) for g in order])
 
     return remote_channel_of
+
+
+def decisions_of(plan: _C.Plan, processes: Processes) -> DecisionSender | DecisionReceiver:
+    """This process's side where the processes that hold the same stages run the order of the first of them."""
+    connections, partners = processes.decisions, processes.partners
+    if processes.leads:
+        others = range(1, len(partners))
+        peers = [Peer(connections, other, 0, f"process {partners[other]}") for other in others]
+        return DecisionSender(peers, plan, processes.rank)
+    return DecisionReceiver(Peer(connections, 0, 0, f"process {partners[0]}"), plan, processes.rank)

@@ -23,7 +23,7 @@ class Failure:
     """The failure of one of a pipeline's processes. If it is this one, the others are told."""
 
     def __init__(self, notices: Notices, everyone: list[int]) -> None:
-        """``everyone``: the processes to tell, as numbers in the world."""
+        """``everyone``: the processes that ``notices`` reach and this one, as numbers in the world."""
         self._notices = notices
         self._everyone = everyone
         self._told = threading.Event()  # another process has told of its failure

@@ -46,7 +46,10 @@ class Processes:
         replicas: the group of the processes that hold the same stages in all replicas; None without replicas.
         number: this process's number in the world.
         everyone: all processes of the pipeline and of its replicas, as numbers in the world.
-        in_order: whether stages may communicate with other processes too, which needs one order of tasks.
+        partners: the processes that hold the same stages of one replica, as numbers in the world. If there are
+            several, they communicate inside tasks (tensor parallelism), and need one order of tasks.
+        leads: whether this process is the first of its partners, which decides the order if tasks react.
+        informed: everyone and their partners, as numbers in the world: a failure of any of them ends a step.
         name: the pipeline's name, unique among those that the same processes share.
         have_gpus: whether each process is meant to have a GPU.
         timeout: seconds to wait for another process.
@@ -57,7 +60,8 @@ class Processes:
         group: dist.ProcessGroup,
         replicas: dist.ProcessGroup | None,
         everyone: list[int],
-        in_order: bool = False,
+        partners: list[int] | None = None,
+        informed: list[int] | None = None,
         have_gpus: bool = False,
         timeout: float = _TIMEOUT,
     ) -> None:
@@ -66,13 +70,15 @@ class Processes:
         self.group = group
         self.replicas = replicas
         self.everyone = everyone
-        self.in_order = in_order
         self.members: list[int] = dist.get_process_group_ranks(group)
         self.rank: int = dist.get_group_rank(group, dist.get_rank())
         self.size = len(self.members)
         self.number: int = dist.get_rank()
-        key = tuple(everyone)
-        self.name = f"pipeline_ext/{'-'.join(map(str, everyone))}/{_made[key]}"
+        self.partners = partners or [self.number]
+        self.leads = self.partners[0] == self.number
+        self.informed = informed or everyone
+        key = tuple(self.informed)
+        self.name = f"pipeline_ext/{'-'.join(map(str, key))}/{_made[key]}"
         _made[key] += 1
         self.store = default_store()
         self._opened: list[Closable] = []
@@ -109,13 +115,21 @@ class Processes:
         both = mesh[tuple(n for n in names if n in ("dp", "pp"))] if has_replicas else mesh["pp"]
         everyone = sorted(both.mesh.flatten().tolist())
         replicas = mesh.get_group("dp") if has_replicas else None
-        in_order = any(mesh[name].size() > 1 for name in names if name not in ("dp", "pp"))
-        return cls(mesh.get_group("pp"), replicas, everyone, in_order, mesh.device_type == "cuda", timeout)
+        others = tuple(n for n in names if n not in ("dp", "pp"))
+        partners = sorted(mesh[others].mesh.flatten().tolist()) if others else None
+        informed = sorted(mesh.mesh.flatten().tolist())
+        have_gpus = mesh.device_type == "cuda"
+        return cls(mesh.get_group("pp"), replicas, everyone, partners, informed, have_gpus, timeout)
 
     @functools.cached_property
     def messages(self) -> Connections:
         """The connections between the pipeline's processes, by rank, for its messages."""
         return self.connect("messages", self.members)
+
+    @functools.cached_property
+    def decisions(self) -> Connections:
+        """The connections between the partners, in their order, for what one of them decides."""
+        return self.connect("decisions", self.partners)
 
     def agree(self, count: int | None, rank: int, finish: Finish) -> int:
         """The ``count`` of rank ``rank``, in all processes; the others' ``count`` does not matter.
@@ -161,8 +175,8 @@ class Processes:
 
     def notices(self) -> Notices:
         """The mailboxes through which all these processes learn of a failure."""
-        rank = self.everyone.index(self.number)
-        return Notices(self.store, self.name, rank, len(self.everyone), self.timeout)
+        rank = self.informed.index(self.number)
+        return Notices(self.store, self.name, rank, len(self.informed), self.timeout)
 
     def describe(self, rank: int) -> str:
         """A rank of the pipeline in words, for people."""

@@ -55,10 +55,18 @@ class WrappedStages:
         """Whether there are any."""
         return any(self._ddp.values()) or any(self._sharded.values())
 
-    def check(self, shared: SharedParameters, plan: _C.Plan, device: torch.device) -> None:
-        """Raises InvalidArgument for wrapped or tensor-parallel stages that cannot run this plan."""
+    def check(
+        self, shared: SharedParameters, plan: _C.Plan, device: torch.device, partners: Sequence[int] = ()
+    ) -> None:
+        """Raises InvalidArgument for wrapped or tensor-parallel stages that cannot run this plan.
+
+        ``partners``: the processes, as numbers in the world, that run a reactive plan in one order.
+        """
         wrapped: list[nn.Module] = [*self._all(self._ddp), *self._all(self._sharded)]
-        if (plan.overlap or plan.reactive) and not self._shared_out <= reduced_in(wrapped):
+        of_others = self._shared_out - reduced_in(wrapped)
+        if not plan.overlap:
+            of_others = {p for p in of_others if not set(p.device_mesh.mesh.flatten().tolist()) <= {*partners}}
+        if (plan.overlap or plan.reactive) and of_others:
             raise InvalidArgument(
                 "a stage has DTensor parameters (tensor parallelism), whose processes must run all tasks in "
                 "one order; give overlap=False and reactive=False"

@@ -16,7 +16,10 @@ from .gathered_trace import TraceGathering
 
 
 class OneChooses:
-    """Implements ``Others`` for a pipeline's first steps: rank 0 of the first replica chooses."""
+    """Implements ``Others`` for a pipeline's first steps: rank 0 of the first replica chooses.
+
+    If several processes hold its stages, the first of these does.
+    """
 
     def __init__(self, processes: Processes, gathering: TraceGathering, timeout: float) -> None:
         """``timeout``: seconds to wait for another process."""
@@ -25,12 +28,14 @@ class OneChooses:
         self._timeout = seconds(timeout)
         replicas = processes.replicas
         self._is_first_replica = replicas is None or dist.get_rank(replicas) == 0
-        self.chooses = self._is_first_replica and processes.rank == 0
+        self.chooses = self._is_first_replica and processes.rank == 0 and processes.leads
         # A choice is broadcast over these in turn, from rank 0 of each.
         self._broadcasts: list[Connections] = [processes.messages]
         if replicas is not None and processes.rank == 0:
             members = dist.get_process_group_ranks(replicas)
             self._broadcasts.insert(0, processes.connect("choices", members))
+        if len(processes.partners) > 1 and self._is_first_replica and processes.rank == 0:
+            self._broadcasts.insert(0, processes.connect("choices", processes.partners))
 
     def gather(self, trace: Profiled) -> Trace | None:
         """Raises PeerError if a process is gone, or does not come in time."""

@@ -36,13 +36,14 @@ class OneProcess:
     Attributes:
         group: the processes that hold the stages; None for one process.
         circle: these processes outside of steps; None for one process, and where they communicate by NCCL.
-        in_order: whether tasks must run in one order, the same in all processes.
+        partners: the processes that hold the same stages of one replica, as numbers in the world; empty if this
+            one holds them alone. They communicate inside tasks, and run them in one order.
         engines: the engine types that run the ranks.
     """
 
     group: dist.ProcessGroup | None = None
     circle: Circle | None = None
-    in_order = False
+    partners: Sequence[int] = ()
     engines: EngineTypes = ONE_PROCESS
 
     def devices(self, devices: DevicesLike) -> DevicesLike:
@@ -116,7 +117,7 @@ class ManyProcesses(OneProcess):
         self._gathering = TraceGathering(processes, self._timeout)
         self._agreed = 0  # weights so far
         self.group = processes.group
-        self.in_order = processes.in_order
+        self.partners = processes.partners if len(processes.partners) > 1 else ()
         self.engines = EngineTypes(*(functools.partial(made, processes=processes) for made in MANY_PROCESSES))
 
     @property

@@ -9,6 +9,7 @@ from .. import _C
 from ..base.flat import flatten, unflatten
 from ..plan.records import Messages
 from .channel import Channel
+from .decisions import DecisionReceiver, DecisionSender
 from .direction import FromProcess, ToProcess
 from .dtensors import Meshes, from_local, to_local
 from .format import Format
@@ -48,6 +49,7 @@ class Exchange:
         stream_memory_of: StreamMemoryOf | None = None,
         skips: Sequence[str] = (),
         remote_channel_of: RemoteChannelOf | None = None,
+        decisions: DecisionSender | DecisionReceiver | None = None,
     ) -> None:
         """``wire`` and ``wire_forward``: types of gradients and activations by boundary; empty: their own.
 
@@ -58,6 +60,8 @@ class Exchange:
 
         ``remote_channel_of``: for ranks that are processes, the sender or receiver of this process between two
         stages; None if neither stage is here.
+
+        ``decisions``: this process's side, where one of several processes decides the order of their tasks.
         """
         self.num_stages = plan.num_stages
         self._trains = plan.has_backward
@@ -66,8 +70,9 @@ class Exchange:
         self._skips = SkipChannels(make.of_skips(skips, True), make.of_skips(skips, False))
         directions = (self._forward, self._backward, self._skips.forward, self._skips.backward)
         self._channels = [channel for direction in directions for channel in direction.channels]
-        self._senders = [c for c in self._channels if isinstance(c, RemoteSender)]
-        self._receivers = [c for c in self._channels if isinstance(c, RemoteReceiver)]
+        others = [*self._channels, decisions]
+        self._senders = [c for c in others if isinstance(c, RemoteSender | DecisionSender)]
+        self._receivers = [c for c in others if isinstance(c, RemoteReceiver | DecisionReceiver)]
         self._boundaries_between_ranks = [
             b for b in range(plan.num_stages - 1) if make.is_between_ranks(b, b + 1)
         ]

@@ -26,6 +26,7 @@ class Listener(NamedTuple):
     """Callbacks of a receiver's thread."""
 
     deliver: Callable[[int, int, Sequence[int]], object]  # what a task sent a stage of these microbatches
+    decide: Callable[[int], object]  # the task that another process has taken
     fail: Callable[[Exception], object]
 
 

@@ -365,3 +365,49 @@ TEST(a_body_may_be_missing) {
   Pool pool(2);
   CHECK(pool.run(std::make_shared<Program>(plan), {}).outcome == Outcome::Done);
 }
+
+TEST(one_that_follows_runs_the_order_that_is_decided) {
+  const auto plan = shared_plan(make_plan(find_schedule("gpipe"), 1, 1, 3, {.reactive = true}));
+  const std::vector<TaskId> decided = {0, 3, 1, 2, 4, 5};  // 0F0 0B0 0F1 0F2 0B1 0B2
+  HostExecutor executor(1, {"test"}, {}, 0, true);
+  std::vector<TaskId> ran;
+  std::atomic<std::size_t> count{0};
+  const auto program = program_of(plan, [&](const Action& action) {
+    for (TaskId task = 0; task < plan->size(); ++task) {
+      if (plan->action(task).kind == action.kind && plan->action(task).microbatch == action.microbatch) {
+        ran.push_back(task);
+      }
+    }
+    ++count;
+  });
+  for (int step = 0; step < 20; ++step) {
+    ran.clear();
+    count = 0;
+    const auto early = static_cast<std::size_t>(step % 7);  // what is decided before the step
+    for (std::size_t i = 0; i < early; ++i) executor.decide(decided[i]);
+    std::thread leader([&] {
+      while (count < early) std::this_thread::sleep_for(10us);
+      std::this_thread::sleep_for(100us);
+      for (std::size_t i = early; i < decided.size(); ++i) executor.decide(decided[i]);
+    });
+    CHECK(executor.run(program, with_timeout(10)).outcome == Outcome::Done);
+    leader.join();
+    CHECK(ran == decided);
+  }
+}
+
+TEST(one_that_follows_waits_for_decisions_and_refuses_those_of_other_plans) {
+  const auto plan = shared_plan(make_plan(find_schedule("1f1b"), 2, 2, 2, {.reactive = true}));
+  HostExecutor executor(1, {"test"}, {}, 1, true);
+  executor.decide(5);
+  const StepResult result = executor.run(program_of(plan, {}), with_timeout(0.1));
+  CHECK(result.outcome == Outcome::TimedOut);
+  CHECK(result.waiting.find("rank 1 follows another process, which has decided that 1B0 is next") !=
+        std::string::npos);
+  executor.decide(3);  // of rank 0
+  CHECK_THROWS(executor.run(program_of(plan, {}), {}), std::out_of_range, "those of rank 1 are 4 to 7");
+  CHECK(executor.run(program_of(plan, {}), with_timeout(0.1)).waiting.find("has decided no next task") !=
+        std::string::npos);
+  CHECK_THROWS(HostExecutor(2, {"a", "b"}, {}, 0, true), std::invalid_argument, "one worker");
+  CHECK_THROWS(Pool(1).decide(0), std::invalid_argument, "follows no other process");
+}

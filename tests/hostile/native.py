@@ -148,7 +148,7 @@ class Draw:
     def flag(self) -> bool:
         return self.r.random() < 0.5
 
-    overlap = reactive = by_events = span = record = capturing = accumulate = flag
+    follows = overlap = reactive = by_events = span = record = capturing = accumulate = flag
 
     def schedule(self) -> str:
         return self._name if self.r.random() < 0.8 else schedule_name(self.r)
@@ -350,9 +350,11 @@ class Draw:
     def _HostExecutor(self) -> _C.HostExecutor:
         plan = self.plan()
         if self.r.random() < 0.4:
-            executor = _C.HostExecutor(["w"] * (1 + plan.overlap), self.r.randrange(5))
+            follows = not plan.overlap and self.flag()
+            executor = _C.HostExecutor(["w"] * (1 + plan.overlap), self.r.randrange(5), follows)
             for _ in range(self.r.randrange(3)):
                 executor.deliver(self.r.randrange(50), self.r.randrange(5), [self.r.randrange(5)])
+                executor.decide(self.r.randrange(50))
         else:
             executor = _C.HostExecutor(["w"] * plan.num_workers)
         if self.r.random() < 0.1:

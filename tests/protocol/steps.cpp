@@ -8,6 +8,8 @@
 // tell (another thread fails the step), close (another thread closes the executor), spurious (waits end by
 // themselves). steps: how many, one after another. apart=1: each rank is a process with an executor of its own.
 // alone=R: so it is, and only that of rank R is here; the other may do all that it may do in any plan.
+// follow=1: it runs what another process decides, in any order that the plan allows. members=N: see groups.hpp;
+// its fault=1, 2.
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -22,6 +24,7 @@
 
 #include "plan/order.hpp"
 #include "protocol/explore.hpp"
+#include "protocol/groups.hpp"
 #include "protocol/watch.hpp"
 #include "runtime/host_executor.hpp"
 #include "schedule/list_scheduler.hpp"
@@ -110,14 +113,16 @@ class Scene {
  private:
   // What a process has done for others, and what has reached it.
   struct Process {
-    int begun, sent, received;
+    int begun, sent, received, decided;
     bool noticed, failed, closed;
   };
   // All of the state that is not the core's.
   struct Now {
     Watch::State watch;
     std::array<Process, kMostProcesses> processes;
-    int fail, interrupt;  // as often it may still happen
+    std::array<TaskId, Watch::State::kTasks> order;  // that was decided
+    int ran;                                         // of these
+    int fail, interrupt;                             // as often it may still happen
     int happened;
   };
 
@@ -152,7 +157,7 @@ class Scene {
     const int workers = plan_->workers_per_rank();
     for (int p = 0; p < kMostProcesses; ++p) {
       if (alone_ == kEveryRank || alone_ == p)
-        executors[p].emplace(workers, names_of_threads(workers), hooks(p), p);
+        executors[p].emplace(workers, names_of_threads(workers), hooks(p), p, settings_.of("follow") != 0);
     }
     const int first = alone_ == kEveryRank ? 0 : alone_;
     std::thread other([&] { alone_ == kEveryRank ? run_process(*executors[1], 1) : play_other(); });
@@ -181,6 +186,8 @@ class Scene {
     watch_.works(world::me(), p);
     std::thread receiver([&, p] { receive(executor, p); });
     std::thread watcher([&, p] { hear(executor, p); });
+    std::optional<std::thread> decider;
+    if (settings_.of("follow") != 0) decider.emplace([&, p] { decide(executor, p); });
     Process& mine = now_.processes[p];
     for (int step = 0; step < settings_.of("steps", 1) && !mine.failed; ++step) {
       ++mine.begun;
@@ -191,6 +198,7 @@ class Scene {
     mine.closed = true;
     receiver.join();
     watcher.join();
+    if (decider) decider->join();
   }
 
   // One message after another: those of a step once that has begun.
@@ -220,6 +228,51 @@ class Scene {
     }
   }
 
+  // Another process decides the order of each step, whatever the plan allows: it may be far ahead, and late.
+  void decide(HostExecutor& executor, int p) {
+    watch_.works(world::me(), p);
+    const auto open = [](void* process) {
+      const Process& mine = *static_cast<Process*>(process);
+      const int tasks = static_cast<int>(scene->plan_->end_of_rank(0));  // as many on each rank
+      return mine.closed || mine.decided / tasks < mine.begun;
+    };
+    Process& mine = now_.processes[p];
+    const TaskId first = plan_->first_of_rank(p), end = plan_->end_of_rank(p);
+    for (int step = 0; step < settings_.of("steps", 1); ++step) {
+      unsigned decided = 0;
+      for (TaskId count = first; count < end; ++count) {
+        world::name("hears");
+        world::await(open, &mine, alone_ == kEveryRank);
+        if (mine.closed) return;
+        int found = 0;
+        for (TaskId task = first; task < end; ++task) found += may_be_next(task, first, decided);
+        int skipped = found == 1 ? 0 : world::choose(found);
+        TaskId task = first;
+        while (!may_be_next(task, first, decided) || skipped-- > 0) ++task;
+        decided |= 1u << (task - first);
+        now_.order[mine.decided++ % (end - first)] = task;
+        executor.decide(task);
+      }
+    }
+  }
+
+  // Whether the leader could take the task after those that it has: they are a set, from the rank's first task
+  // on.
+  bool may_be_next(TaskId task, TaskId first, unsigned decided) const {
+    const auto is_decided = [&](TaskId other) { return (decided >> (other - first) & 1) != 0; };
+    if (is_decided(task)) return false;
+    const Action& a = plan_->action(task);
+    int in_flight = 0;
+    for (TaskId other = first; other < plan_->end_of_rank(plan_->rank_of(task)); ++other) {
+      const Action& b = plan_->action(other);
+      if (b.kind == a.kind && other < task && !is_decided(other)) return false;
+      const bool is_before = b.microbatch == a.microbatch && other < task && a.kind != Kind::F;
+      if (is_before && !is_decided(other)) return false;
+      if (is_decided(other)) in_flight += plan_->takes_slot(other) - plan_->frees_slot(other);
+    }
+    return a.kind != Kind::F || in_flight < plan_->limit(a.stage);
+  }
+
   void hear(HostExecutor& executor, int p) {
     watch_.works(world::me(), p);
     Process& mine = now_.processes[p];
@@ -246,6 +299,7 @@ class Scene {
       return true;
     };
     const int happened = now_.happened;
+    now_.ran = 0;
     watch_.step_begins(process, rank);
     StepResult result;
     try {
@@ -268,6 +322,9 @@ class Scene {
     const TaskId task = watch_.find(action.stage, action.kind, action.microbatch);
     const int thread = world::me();
     watch_.begins(thread, task);
+    if (settings_.of("follow") != 0 && now_.order[now_.ran++] != task) {
+      world::fail(to_text(action) + " begins out of the decided order");
+    }
     world::name(names_[task].c_str());
     if (now_.fail > 0 && world::choose(2) == 1) {
       --now_.fail;
@@ -322,8 +379,11 @@ Scene* Scene::scene = nullptr;
 int main(int count, char** given) {
   if (count < 2) return 2;
   const Settings settings(count - 2, given + 2);
-  Scene scene(plan_of(given[1], settings), settings);
-  const world::Explored found = scene.explore(settings.of("most", 10'000'000));
+  const std::shared_ptr<const Plan> plan = plan_of(given[1], settings);
+  const int members = settings.of("members");
+  const world::Explored found = members > 0
+                                    ? explore_groups(*plan, members, static_cast<Fault>(settings.of("fault")))
+                                    : Scene(plan, settings).explore(settings.of("most", 10'000'000));
   for (const std::string& line : found.trace) std::printf("  %s\n", line.c_str());
   if (!found.violation.empty()) std::printf("violated: %s\n", found.violation.c_str());
   std::printf("%zu states, %zu transitions, %zu ends, longest way %zu\n", found.states, found.transitions,

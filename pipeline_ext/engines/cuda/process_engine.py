@@ -56,7 +56,7 @@ class DeviceProcessEngine(DeviceEngine):
         super().__init__(parts, processes.rank)
         self._processes = processes
         self._rank_of_first_stage = parts.plan.rank_of_stage[0]
-        self._failure = Failure(processes.notices(), processes.everyone)
+        self._failure = Failure(processes.notices(), processes.informed)
         descriptions = Descriptions(processes, self._failure)
         self._signatures = StepSignatures(parts.stages, processes, self._failure, descriptions)
         try:
