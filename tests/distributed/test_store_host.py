@@ -43,9 +43,9 @@ def make(rank, port, fault):
     store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     print("ready", flush=True)
+    sys.stdin.readline()
     if rank == 0:
         os.kill(os.getpid(), getattr(signal, fault))
-    sys.stdin.readline()
     began = time.monotonic()
     try:
         pe.Pipeline([nn.Linear(8, 8)] * 2, None, 4, loss_fn=F.mse_loss, mesh=dist.group.WORLD, timeout=LIMIT)
@@ -71,6 +71,8 @@ def test_a_pipeline_is_not_waited_for_where_the_host_of_the_store_is_stopped_or_
     try:
         for process in (host, other):
             assert process.stdout.readline() == "ready\n"
+        host.stdin.write("go\n")
+        host.stdin.flush()
         os.waitid(os.P_PID, host.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         text, _ = other.communicate("go\n", timeout=60)
         seconds, _, text = text.partition(" ")
