@@ -1,8 +1,8 @@
 """A training step whose stages take varying times: ranks that react, ranks that keep their order, and the peer.
 
 Four ranks, as threads of one process and as gloo processes. The stages wait instead of computing, so that a
-machine with few cores carries them; every contender waits the same times in the same step. Beside each stands the
-step as simulated with those very times. Writes bench/results/variability.json.
+machine with few cores carries them; every contender waits the same times in the same step. Beside each stands
+the step as simulated with those very times. Writes bench/results/variability.json.
 """
 
 import argparse
@@ -132,7 +132,9 @@ def batch() -> tuple[Tensor, Tensor]:
     return rows.requires_grad_(), rows.detach()  # so that the first stage has an `I` too
 
 
-def steps_of(clock: Clock, stages: list[Stage], step: Callable[[], object], barrier: Callable[[], object]) -> Run:
+def steps_of(
+    clock: Clock, stages: list[Stage], step: Callable[[], object], barrier: Callable[[], object]
+) -> Run:
     def run(steps: int) -> list[Span]:
         spans = []
         for _ in range(steps):

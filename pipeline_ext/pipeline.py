@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,8 @@ class Pipeline(UnsplitModel, NoModule):
             for all of them; with ``overlap`` or on GPUs it is then the planned one.
         in_flight: the most microbatches that a stage may hold at once: a number, or a list by stage. None: as
             many as the schedule takes. A schedule that could never finish within the limit is refused.
+            ``"auto"``: as many as shorten a step whose times vary by 30 %, simulated, within the
+            ``memory_limit`` of ``costs``; ``pipeline-ext plan --noise 0.3`` shows what each number brings.
         costs: the costs for which ``"zb-auto"`` searches an order, within their ``memory_limit`` or else
             ``in_flight``. None: ``F`` = ``I`` = ``W`` = 1 at each stage. The ``memory_limit`` applies to every
             schedule: an order that exceeds it is refused, and reactive ranks begin an ``F`` only if it fits.
@@ -214,7 +216,7 @@ class Pipeline(UnsplitModel, NoModule):
         pack_skips: Mapping[str, int | str] | None = None,
         wire: WireLike = None,
         wire_forward: WireLike = None,
-        in_flight: int | Sequence[int] | None = None,
+        in_flight: int | Sequence[int] | Literal["auto"] | None = None,
         costs: Costs | None = None,
         nonfinite: str | None = None,
         timeout: float = 1800.0,

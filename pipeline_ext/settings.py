@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Settings:
     schedule: ScheduleLike = "1f1b"
     overlap: bool | None = None
     reactive: bool = True
-    in_flight: int | Sequence[int] | None = None
+    in_flight: int | Sequence[int] | Literal["auto"] | None = None
     costs: Costs | None = None
 
     devices: DevicesLike = None

@@ -155,7 +155,7 @@ def in_flight(value: Any, num_stages: int) -> list[int]:
     """The most microbatches that each stage may hold at once; empty for None. Raises InvalidArgument."""
     if value is None:
         return []
-    accepted = f"a whole number of at least 1, or a list of one for each of the {num_stages} stages"
+    accepted = f'a whole number of at least 1, a list of one for each of the {num_stages} stages, or "auto"'
     by_stage = [value] * num_stages if _whole(value) > 0 else value
     return numbers("in_flight", by_stage, num_stages, accepted)
 

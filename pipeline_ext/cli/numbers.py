@@ -31,6 +31,14 @@ def positive(text: str) -> float:
     return value
 
 
+def noise(text: str) -> float:
+    """A coefficient of variation."""
+    value = _number(text)
+    if not 0 <= value <= 1000:
+        raise ArgumentTypeError(f"{text!r} is not a coefficient of variation, from 0 to 1000")
+    return value
+
+
 def seconds(text: str) -> float:
     """A time such as 500ms, 5s or 1m; a number without a unit is in seconds."""
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(ms|s|m|)", text)

@@ -13,11 +13,12 @@ from ..base.files import whole_file
 from ..base.texts import read_text
 from ..errors import InvalidArgument, InvalidSchedule
 from ..plan import zero_bubble
-from ..plan.build import AUTO, check_size, schedule_names
+from ..plan.build import AUTO, build_plan, check_size, schedule_names
 from ..plan.comparison import Planned, planned, searched, simulated, stages_of
 from ..plan.costs import Costs, rebatched, recut
 from ..plan.search import SearchResult, search
 from ..plan.simulation import Simulation
+from ..plan.slots import choose_slots
 from ..report.page import save_page
 from ..report.panel import Panel, percent, simulated_panel
 from ..report.timeline import SUFFIXES, accepted_path, save_picture, unit_of
@@ -42,7 +43,10 @@ def run(options: argparse.Namespace) -> int:
     names = options.schedule or ([] if options.from_csv else [AUTO])
     _check(options, names)
     results, found = _plan(options, names)
-    show(results, found, Console(highlight=False, stderr=options.json == "-"))
+    console = Console(highlight=False, stderr=options.json == "-")
+    show(results, found, console)
+    if options.noise is not None:
+        _show_slots(results, options.noise, console)
     _write(options, results)
     return 0 if any(result.simulation for result in results) else 1
 
@@ -178,6 +182,30 @@ def _search(options: argparse.Namespace, costs: Costs) -> tuple[Planned, SearchR
         best.schedule, options.ranks, best.chunks, best.microbatches, cut, best.simulation, chosen=True
     )
     return result, found
+
+
+def _show_slots(results: Sequence[Planned], noise: float, console: Console) -> None:
+    """Prints what more slots bring to each schedule that can run."""
+    for result, simulation in feasible(results):
+        plan = simulation.plan
+        schedule = result.schedule if result.schedule in _C.schedule_names() else plan.order()
+        if plan.rank_of_copy or not plan.has_backward:
+            continue
+        choice = choose_slots(
+            lambda room, plan=plan, schedule=schedule, costs=result.costs: build_plan(  # type: ignore[misc]
+                schedule,
+                num_stages=plan.num_stages,
+                num_ranks=plan.num_ranks,
+                microbatches=plan.num_microbatches,
+                overlap=plan.overlap,
+                reactive=True,
+                room=room,
+                memory=costs,
+            ),
+            result.costs,
+            noise=noise,
+        )
+        console.print(f"{result.title}, {choice}", markup=False, soft_wrap=True)
 
 
 def _write(options: argparse.Namespace, results: Sequence[Planned]) -> None:

@@ -8,7 +8,7 @@ from ..errors import InvalidArgument, InvalidSchedule
 from ..plan.build import AUTO, schedule_names
 from ..plan.costs import Costs, check_factors
 from ..plan.costs_file import BOUNDARY, LISTED_BY, MICROBATCH, RANK
-from .numbers import cost, count, count_or_zero, counts, factors, positive, seconds, speed
+from .numbers import cost, count, count_or_zero, counts, factors, noise, positive, seconds, speed
 
 _COSTS = {  # by field of Costs
     "forward": ("--tf", "time of F, the forward, of one stage (default: 1)"),
@@ -65,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overlap",
         action="store_true",
         help="run forward and backward of a rank at the same time; not with auto",
+    )
+    add(
+        "--noise",
+        metavar="CV",
+        type=noise,
+        help="coefficient of variation of the times of tasks: shows what more microbatches in flight bring to "
+        "ranks that react, within --memory-limit",
     )
 
     add = parser.add_argument_group(

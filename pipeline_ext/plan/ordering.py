@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .. import _C
 from ..base import arguments
-from . import pack_choice, schedule_choice
+from . import pack_choice, schedule_choice, slots
 from .build import AUTO, ScheduleLike, build_plan, resolve_zb_auto
 from .costs import Costs
 from .first_steps import FirstSteps
@@ -24,6 +24,7 @@ class Ordering(NamedTuple):
     packs: list[int] | None  # K of gradients by boundary; None: "auto"
     packs_forward: list[int] | None  # K of activations
     in_flight: list[int]  # the most microbatches at once, by stage; or empty
+    finds_slots: bool  # in_flight="auto"
     costs: Costs | None  # for their memory_limit
     overlap: bool
     reactive: bool
@@ -38,7 +39,7 @@ class Ordering(NamedTuple):
         microbatches: int,
         pack: PackLike,
         pack_forward: PackLike,
-        in_flight: int | Sequence[int] | None,
+        in_flight: int | Sequence[int] | Literal["auto"] | None,
         costs: Costs | None,
         overlap: bool,
         reactive: bool,
@@ -47,7 +48,10 @@ class Ordering(NamedTuple):
         """Checks arguments of ``Pipeline``. Raises InvalidArgument and InvalidSchedule, as documented there."""
         packs = arguments.packs("pack", pack, num_stages - 1, microbatches)
         packs_forward = arguments.packs("pack_forward", pack_forward, num_stages - 1, microbatches)
-        most = arguments.in_flight(in_flight, num_stages)
+        finds_slots = isinstance(in_flight, str) and in_flight == slots.AUTO
+        if finds_slots:
+            slots.check(costs, bool(reactive), schedule == AUTO or packs is None or packs_forward is None)
+        most = arguments.in_flight(None if finds_slots else in_flight, num_stages)
         if schedule == AUTO:
             schedule_choice.check(packs, packs_forward, graphs)
         schedule = resolve_zb_auto(
@@ -66,6 +70,7 @@ class Ordering(NamedTuple):
             packs,
             packs_forward,
             most,
+            finds_slots,
             costs,
             bool(overlap),
             bool(reactive),
@@ -92,9 +97,16 @@ class Ordering(NamedTuple):
                 self.in_flight,
                 self.costs,
             )
+        own_room: Sequence[int] = ()
+        if self.finds_slots:
+            packs = {"packs": self.packs or (), "packs_forward": self.packs_forward or ()}
+            assert self.costs is not None  # slots.check
+            own_room = slots.choose_slots(
+                lambda room: plan_of(self.schedule, room=room, **packs), self.costs
+            ).chosen.room
         return pack_choice.first_steps(
             lambda packs, packs_forward, room=(): plan_of(
-                self.schedule, packs=packs, packs_forward=packs_forward, room=room
+                self.schedule, packs=packs, packs_forward=packs_forward, room=room or own_room
             ),
             self.packs,
             self.packs_forward,

@@ -305,9 +305,7 @@ class Draw:
 
     def _SimulatedTimes(self) -> _C.SimulatedTimes:
         plan = self.plan()
-        return _C.simulate(
-            plan, pe.Costs().by_stage(plan.num_stages, plan.num_ranks), self.flag(), self.flag()
-        )
+        return _C.simulate(plan, pe.Costs().by_stage(plan.num_stages, plan.num_ranks), self.flag(), self.flag())
 
     # Execution.
 
