@@ -104,4 +104,6 @@ def test_plan_shows_what_more_slots_bring(capsys):
     assert lines[title].startswith("1f1b, ")
     slots = [int(line.split()[0]) for line in lines[title + 1 :]]
     assert slots[0] == 4 and max(slots) <= 8 and sum("<- chosen" in line for line in lines) == 1
-    assert main([*command[:-1], "-1"]) == 2
+    with pytest.raises(SystemExit):
+        main([*command[:-1], "-1"])
+    assert "'-1' is not a coefficient of variation, from 0 to 1000" in capsys.readouterr().err

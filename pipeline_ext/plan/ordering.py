@@ -99,11 +99,11 @@ class Ordering(NamedTuple):
             )
         own_room: Sequence[int] = ()
         if self.finds_slots:
-            packs = {"packs": self.packs or (), "packs_forward": self.packs_forward or ()}
             assert self.costs is not None  # slots.check
-            own_room = slots.choose_slots(
-                lambda room: plan_of(self.schedule, room=room, **packs), self.costs
-            ).chosen.room
+            with_packs = functools.partial(
+                plan_of, self.schedule, packs=self.packs or (), packs_forward=self.packs_forward or ()
+            )
+            own_room = slots.choose_slots(lambda room: with_packs(room=room), self.costs).chosen.room
         return pack_choice.first_steps(
             lambda packs, packs_forward, room=(): plan_of(
                 self.schedule, packs=packs, packs_forward=packs_forward, room=room or own_room

@@ -148,7 +148,7 @@ class Draw:
     def flag(self) -> bool:
         return self.r.random() < 0.5
 
-    follows = overlap = reactive = by_events = span = record = capturing = accumulate = flag
+    apart = follows = overlap = reactive = by_events = span = record = capturing = accumulate = flag
 
     def schedule(self) -> str:
         return self._name if self.r.random() < 0.8 else schedule_name(self.r)
