@@ -34,9 +34,9 @@ def microbatch_order(plan: _C.Plan, costs: Costs, *, simulations: int = 300, see
     varies the best of them by swaps and moves. The result is never longer than the given order, which is
     returned if no other is shorter, so also if all factors are equal. It need not be the best there is.
 
-    The cost is that of the simulations. Measured with 4 ranks, 32 microbatches and 300 simulations on two shared
-    cores of a cloud machine (medians of 50): 2.0 ms for ``"1f1b"``, 2.5 ms for ``"zb-h1"``, and 10 ms for
-    ``"1f1b"`` with ``reactive=True``.
+    The cost is that of the simulations. Measured with 4 ranks, 32 microbatches and 300 simulations on two
+    shared cores of a cloud machine (medians of 50): 2.0 ms for ``"1f1b"``, 2.5 ms for ``"zb-h1"``, and 10 ms
+    for ``"1f1b"`` with ``reactive=True``.
 
     Args:
         plan: the plan to run.
