@@ -35,14 +35,15 @@ std::vector<int> ranked(const Plan& plan, const Costs& costs) {
   return rank_of;
 }
 
-// How many different orders there are; at most about `most`.
-double num_orders(const std::vector<int>& ranks, double most) {
+// Whether there are no more than `most` different orders.
+bool has_at_most(long most, const std::vector<int>& ranks) {
+  const auto limit = static_cast<double>(most);
   std::map<int, int> counts;
-  double orders = 1;
-  for (std::size_t i = 0; i < ranks.size() && orders <= most; ++i) {
+  double orders = 1;  // of the ranks so far
+  for (std::size_t i = 0; i < ranks.size() && orders <= limit; ++i) {
     orders *= static_cast<double>(i + 1) / ++counts[ranks[i]];
   }
-  return orders;
+  return orders <= limit;
 }
 
 // The sorted ranks, dealt to the two ends in turn: the largest come to lie in the middle.
@@ -72,7 +73,7 @@ class Search {
     std::vector<int> ascending = given_ranks_;
     std::sort(ascending.begin(), ascending.end());
     if (ascending.front() != ascending.back()) {
-      if (num_orders(given_ranks_, left_) <= left_) {
+      if (has_at_most(left_, given_ranks_)) {
         try_all(std::move(ascending));
       } else {
         try_sorted(ascending);

@@ -45,7 +45,7 @@ TaskTimes times_of(const std::vector<int>& rank_of_stage, int microbatches, cons
     most->assign(stages, 0.0);
   }
   const int different = costs.microbatch.given() ? microbatches : 1;
-  const double alike = microbatches / different;
+  const double alike = costs.microbatch.given() ? 1.0 : microbatches;
   const auto lower = [](double& least, double value) { least = std::min(least, value); };
   const auto raise = [](double& most, double value) { most = std::max(most, value); };
   for (int m = 0; m < different; ++m) {
