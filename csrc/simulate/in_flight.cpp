@@ -75,6 +75,13 @@ void take_pairs_apart(Order& order) {
   }
 }
 
+// Whether an order that need not change takes less time than the one in which ranks react with more room.
+bool is_shorter_as_given(const Draft& draft, const Packs& packs, const Slots& slots, double makespan) {
+  if (packs.any() || !slots.most.empty() || !draft.preference.empty()) return false;
+  const Plan given(draft.order, draft.shape, {});
+  return ends(given) && simulate(given, Costs::uniform(given.num_stages())).makespan < makespan / kNoLonger;
+}
+
 [[noreturn]] void refuse(const Draft& draft, const Packs& packs, const std::vector<int>& most) {
   const int num_stages = draft.shape.num_stages;
   const int needed = smallest(draft.shape.num_microbatches, [&](int limit) {
@@ -101,10 +108,6 @@ Settled settle(Draft draft, const Packs& packs, const Slots& slots) {
   for (std::size_t s = 0; s < slots.room.size(); ++s) {
     draft.limits[s] = std::max(draft.limits[s], slots.room[s]);
   }
-  if (!packs.any() && slots.most.empty() && draft.preference.empty()) {  // the order holds as it is
-    for (int& limit : draft.limits) limit = std::min(limit, draft.shape.num_microbatches);
-    return {std::move(draft.order), std::move(draft.limits)};
-  }
   const int delayed = num_delayed(draft, packs);
   const auto limits_of = [&](int times) { return raised(draft, times, delayed, slots.most); };
   int times = 1;
@@ -122,6 +125,7 @@ Settled settle(Draft draft, const Packs& packs, const Slots& slots) {
   const std::vector<int> allowed = limits_of(times);
   const Plan plan = plan_of(draft, packs, allowed);
   const Simulation simulation = simulate(plan, Costs::uniform(plan.num_stages()));
+  if (is_shorter_as_given(draft, packs, slots, simulation.makespan)) return {std::move(draft.order), allowed};
   std::vector<int> limits = simulation.peak_in_flight_of_stage;
   for (std::size_t s = 0; s < slots.room.size(); ++s) {
     limits[s] = std::max(limits[s], std::min(slots.room[s], allowed[s]));
