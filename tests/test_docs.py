@@ -90,11 +90,13 @@ def test_the_script_for_big_models_runs_and_transformers_reads_what_it_saves(tmp
     assert not any(p.is_meta for p in names["model"].parameters())
 
 
-def test_the_example_of_the_scheduler_page_runs():
+def test_the_examples_of_the_scheduler_page_run():
     text = (ROOT / "docs" / "scheduler.md").read_text()
-    (room,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    names = {"pe": pe, "model": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "mesh": None}
-    exec(room, names | {"loss_fn": nn.functional.mse_loss}, kept := {})
+    slots, room = re.findall(r"```python\n(.*?)```", text, re.S)
+    names = {"pe": pe, "mesh": None, "loss_fn": nn.functional.mse_loss}
+    exec(slots, names | {"model": nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))}, kept := {})
+    assert 4 < max(kept["pipe"].plan.limits) <= 8
+    exec(room, names | {"model": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))}, kept)
     assert kept["pipe"].plan.limits == [3, 1]
 
 

@@ -140,8 +140,8 @@ void bind_runtime(py::module_& m) {
   py::class_<HostExecutor, std::unique_ptr<HostExecutor, DeleteWithoutGil>>(
       m, "HostExecutor", R"(Native threads, one per worker, that run one step after another.
 
-With ``rank``, only that rank's workers; then ``deliver`` reports the results of other ranks. One that ``follows``
-runs its rank's tasks in the order given to ``decide``.)")
+With ``rank``, only that rank's workers; then ``deliver`` reports the results of other ranks. One that
+``follows`` runs its rank's tasks in the order given to ``decide``.)")
       .def(py::init(&make_executor), py::arg("thread_names"), py::arg("rank") = py::none(),
            py::arg("follows") = false)
       .def("deliver", &HostExecutor::deliver, py::arg("task"), py::arg("stage"), py::arg("microbatches"),

@@ -80,7 +80,7 @@ InOrderClock::InOrderClock(const Plan& plan, const Costs& costs, Simulation& res
       for (const Kind kind : {Kind::F, Kind::B, Kind::I, Kind::W}) {
         const Action a{stage, copy == 0 ? 0 : shape.first_of_copy, kind};
         Charge& charge = charges_.emplace_back();
-        charge.duration = costs.of(a);
+        if (!vary_) charge.duration = costs.of(a);  // there may be no such microbatch
         const int after = plan.stage_after(a);
         charge.crosses =
             after != kNoStage && shape.rank_of(after, a.microbatch) != shape.rank_of(stage, a.microbatch);
