@@ -23,6 +23,7 @@ from .microbatches.rows import unmarked
 from .partition import by_calls, given_sample, takes_by_name
 from .plan.build import ScheduleLike
 from .plan.costs import Costs
+from .plan.microbatch_order import MicrobatchOrder
 from .plan.ordering import PackLike
 from .plan.pack_choice import PackChoice
 from .plan.profile import Profile
@@ -35,6 +36,7 @@ from .report.verification import Verification
 from .settings import Settings, WireLike
 from .stages.modes import evaluation_mode
 from .step.batch import Batch
+from .step.entry_order import EntryOrder, check_reorders
 from .step.graphs import GraphReport
 from .step.loss import step_loss
 from .step.verify import verify
@@ -264,6 +266,7 @@ class Pipeline(UnsplitModel, NoModule):
         )
         self.microbatches = settings.microbatches
         self.tracing = bool(trace)
+        self._entry_order = EntryOrder()
         self._settings: Settings | None = None  # until the first batch, if that is the sample
         if by_calls(model) and sample is None:
             self._wait_for_a_sample(settings)
@@ -349,6 +352,7 @@ class Pipeline(UnsplitModel, NoModule):
         arg_mbs: Iterable[Any] | None = None,
         kwarg_mbs: Iterable[dict[str, Any]] | None = None,
         target_mbs: Iterable[Any] | None = None,
+        microbatch_work: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Any]:
         """Runs one batch forward and backward; adds the gradients to the parameters' ``.grad``.
@@ -366,6 +370,10 @@ class Pipeline(UnsplitModel, NoModule):
                 that cannot be joined, as of ragged sequences, come as a list with one for each microbatch.
             arg_mbs, kwarg_mbs, target_mbs: in place of ``args``, ``kwargs``, ``target``: M microbatches, of any
                 shapes, as lists or other iterables of tuples, dicts and targets.
+            microbatch_work: how much work each of M unequal microbatches is, in any unit, as its tokens. They
+                then enter in the order with which the simulated step is shortest (``microbatch_order``), and
+                gradients are summed in that order; ``entry_order`` tells it. Losses and outputs are as given.
+                Errors, traces and random numbers go by the place in that order. Not in many processes.
 
         Returns:
             The total loss, a tensor without dimensions and without gradient; with ``return_outputs``, the
@@ -392,10 +400,13 @@ class Pipeline(UnsplitModel, NoModule):
         inputs = self._inputs(args, kwargs, arg_mbs, kwarg_mbs, fewest=self.microbatches)
         self._check_sample(inputs)
         target = self._target(target, target_mbs, inputs)
+        if microbatch_work is not None:
+            check_reorders(self._group is not None, self._graphs is not None)
         with self._lifetime.turn("step was called"):
             try:
                 self._stepper.begun = False
                 self._first_steps.prepare(self._routes.follow)
+                order = self._entry_order.find(self._routes.train.plan, microbatch_work)
                 last = self._stages[-1]
                 batch = Batch(
                     None if inputs is None else self._engine.arrive(inputs, 0),
@@ -404,6 +415,7 @@ class Pipeline(UnsplitModel, NoModule):
                     keep_losses=losses is not None,
                     record=self.tracing,
                     labels=self._labels(inputs, kwargs) if target is None else None,
+                    order=order,
                 )
                 if self._graphs is None:
                     outcome = self._stepper.train(batch)
@@ -565,6 +577,11 @@ class Pipeline(UnsplitModel, NoModule):
         ``schedule="auto"`` may do so again: see ``schedule``.
         """
         return self._routes.train.plan
+
+    @property
+    def entry_order(self) -> MicrobatchOrder | None:
+        """The order in which the microbatches of the last step entered; None: as they were given."""
+        return self._entry_order.found
 
     @property
     def pack_choice(self) -> PackChoice | None:

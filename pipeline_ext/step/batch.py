@@ -16,6 +16,7 @@ class Batch(NamedTuple):
     keep_losses: bool
     record: bool  # the times of tasks
     labels: Any = None  # what loss_weight counts in, where the model computes its loss and there is no target
+    order: list[int] | None = None  # by place in the plan, which given microbatch enters there; None: as given
 
 
 class Outcome(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from ..engines.protocol import Engine, Route, StepResult
 from ..errors import DeadPipeline, InvalidArgument, PipelineError
 from ..microbatches.counting import LossWeight, check_unmasked, counts
-from ..microbatches.cutting import Cutter, Presplit, Whole
+from ..microbatches.cutting import Cut, Cutter, Presplit, Whole
 from ..microbatches.joining import join
 from ..plan.first_steps import FirstSteps
 from ..reduction.replica_reduction import ReplicaReduction
@@ -27,6 +27,7 @@ from ..stages.step import Step
 from ..stages.ties import Ties
 from ..stages.wrapped import WrappedStages
 from .batch import Batch, Outcome
+from .entry_order import as_given, entering
 from .failure import NO_GRADIENTS
 from .nonfinite import NonFinite
 from .routes import Routes
@@ -86,13 +87,15 @@ class Stepper:
         count, target = self.microbatches, batch.target
         cut = None if batch.inputs is None else self.cutter.cut_inputs(batch.inputs, count)
         rows = None if cut is None else sum(cut.lengths)
+        if cut is not None and batch.order is not None:
+            cut = Cut(entering(cut.parts, batch.order), entering(cut.lengths, batch.order))
         step = Step(
             exchange=self.routes.train.exchange,
             microbatches=count,
             rows=None if cut is None else cut.lengths,
             context=self.caller_context(),
             inputs=None if cut is None else cut.parts,
-            targets=self.cutter.cut_target(target, rows, count),
+            targets=self._cut_target(target, rows, batch),
             target_rows=self.cutter.target_rows(target) if rows is None else rows,
             weighted=self.weighted,
             scaler=self.scaler if applies else None,
@@ -102,7 +105,7 @@ class Stepper:
         )
         if applies:
             self.nonfinite.check(step)
-        counted = self._counted(step.targets or self.cutter.cut_target(batch.labels, rows, count))
+        counted = self._counted(step.targets or self._cut_target(batch.labels, rows, batch))
         try:
             return self._train(step, counted, batch, applies)
         except BaseException as error:
@@ -144,7 +147,7 @@ class Stepper:
             found = self.nonfinite.find(step, loss, self.syncs, self.timeout) if applies else None
             drops = self.nonfinite.drops(found)
             keep = batch.keep_outputs and self._has_loss
-            outputs = join(step.outputs, self.cutter.batch_dim) if keep else None
+            outputs = join(as_given(step.outputs, batch.order), self.cutter.batch_dim) if keep else None
         if not self._warned and any(step.loss_weights or [1]):
             self._warn_of_idle()
         self.random.end(step.random, trains=True)
@@ -156,7 +159,11 @@ class Stepper:
             self.hooks.run()
             if self.optimizer is not None:
                 self.optimizer.step()
-        return Outcome(loss, step.losses if self._has_loss else [], outputs, result)
+        return Outcome(loss, as_given(step.losses, batch.order) if self._has_loss else [], outputs, result)
+
+    def _cut_target(self, target: Any, rows: int | None, batch: Batch) -> list[Any] | None:
+        found = self.cutter.cut_target(target, rows, self.microbatches)
+        return None if found is None else entering(found, batch.order)
 
     def abandon(self, error: BaseException) -> None:
         """After ``error`` at any moment of a training step that has begun: leaves no gradients of a part of it.
