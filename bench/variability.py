@@ -27,6 +27,10 @@ import pipeline_ext as pe
 
 RANKS = 4
 MICROBATCHES = 16
+ROWS = 2  # of a microbatch
+SLOTS = 8  # microbatches that a rank may hold where it finds how many: twice what the fullest does in 1F1B
+MORE = "reactive, more slots"
+ORDERED = "reactive, ordered"
 SECONDS = {"F": 6e-3, "I": 6e-3, "W": 6e-3}  # of a rank and microbatch, in the mean
 SCHEDULES = {"1f1b": "1F1B", "interleaved-1f1b": "Interleaved1F1B", "zb-h1": None}  # and the peer's name
 PEER = "torch.distributed.pipelining"
@@ -94,18 +98,22 @@ class _Waits(torch.autograd.Function):
         return grad, None
 
 
+def _microbatch_of(value: Tensor) -> int:
+    """Any, for a tensor by which the peer only asks for shapes."""
+    first = torch.zeros(()) if value.is_meta else value.detach().flatten()[0]
+    return int(first.nan_to_num(0).clamp(0, ROWS * MICROBATCHES - 1)) // ROWS
+
+
 class Stage(nn.Module):
-    """Waits in its forward, in the gradient of its input and in that of its weight."""
+    """Waits in its forward, in the gradient of its input and in that of its weight; hands its input on."""
 
     def __init__(self, clock: Clock, stage: int, share: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self._clock, self._stage, self._share = clock, stage, share
-        self.microbatch = 0
 
     def forward(self, value: Tensor) -> Tensor:
-        factors = self._clock.factors[self._stage][self.microbatch % MICROBATCHES]
-        self.microbatch += 1
+        factors = self._clock.factors[self._stage][_microbatch_of(value)]
         forward, of_input, of_weight = (
             self._share * SECONDS[kind] * factor for kind, factor in zip(KINDS, factors)
         )
@@ -128,7 +136,7 @@ def stages_of(schedule: str, scenario: str) -> tuple[Clock, list[Stage]]:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    rows = torch.arange(2.0 * MICROBATCHES).view(-1, 1)
+    rows = torch.arange(float(ROWS * MICROBATCHES)).view(-1, 1)  # each says which it is
     return rows.requires_grad_(), rows.detach()  # so that the first stage has an `I` too
 
 
@@ -140,7 +148,6 @@ def steps_of(
         for _ in range(steps):
             for stage in stages:
                 stage.zero_grad()
-                stage.microbatch = 0
             barrier()
             start = time.monotonic()
             step()
@@ -152,7 +159,7 @@ def steps_of(
     return run
 
 
-def ours(scenario: str, schedule: str, reactive: bool, store: str | None, rank: int) -> Run:
+def ours(scenario: str, schedule: str, engine: str, store: str | None, rank: int) -> Run:
     torch.set_num_threads(1)
     mesh, barrier = None, lambda: None
     if store is not None:
@@ -161,11 +168,17 @@ def ours(scenario: str, schedule: str, reactive: bool, store: str | None, rank: 
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
         mesh, barrier = dist.group.WORLD, dist.barrier
     clock, stages = stages_of(schedule, scenario)
-    pipe = pe.Pipeline(
-        stages, len(stages), MICROBATCHES, schedule, loss_fn=loss_fn, mesh=mesh, reactive=reactive
-    )
+    options: dict[str, Any] = {"reactive": engine != "static", "mesh": mesh}
+    if engine == MORE:
+        options |= {"in_flight": "auto", "costs": pe.Costs(memory_limit=SLOTS * len(stages) / RANKS)}
+    pipe = pe.Pipeline(stages, len(stages), MICROBATCHES, schedule, loss_fn=loss_fn, **options)
     x, y = batch()
-    return steps_of(clock, stages, lambda: pipe.step(x, target=y), barrier)
+
+    def step() -> None:
+        work = [factors[0] for factors in clock.factors[0]] if engine == ORDERED else None
+        pipe.step(x, target=y, microbatch_work=work)
+
+    return steps_of(clock, stages, step, barrier)
 
 
 def theirs(scenario: str, schedule: str, package: str, store: str, rank: int) -> Run:
@@ -225,9 +238,12 @@ def measure(scenario: str, schedule: str, rounds: int, steps: int) -> list[dict]
     contenders = {}
     with tempfile.TemporaryDirectory() as folder:
         for ranks in ("threads", "processes"):
-            for name, reactive in (("reactive", True), ("static", False)):
+            names = ["reactive", "static", MORE]
+            if ranks == "threads" and scenario == "by microbatch":
+                names.append(ORDERED)
+            for name in names:
                 store = str(Path(folder) / name) if ranks == "processes" else None
-                args = (scenario, schedule, reactive, store)
+                args = (scenario, schedule, name, store)
                 contenders[ranks, name] = Contender(name, ours, *args, ranks=RANKS if store else 1)
         for name, package in (("drop-in", DROP_IN), ("torch", PEER)):
             if SCHEDULES[schedule] is not None:
@@ -273,7 +289,7 @@ def main() -> None:
                     for name in ("faster_than_static", "faster_than_torch", "promised_over_measured")
                     if name in row
                 ]
-                place = f"{scenario:20} {schedule:17} {row['ranks']:10} {row['engine']:9}"
+                place = f"{scenario:20} {schedule:17} {row['ranks']:10} {row['engine']:21}"
                 print(place, "  ".join(figures), flush=True)
     medians = [row["faster_than_static"]["median"] for row in rows if row["engine"] == "reactive"]
     print(f"reactive over static, median of medians {statistics.median(medians):.3f}")
