@@ -109,7 +109,7 @@ docs: .venv/installed-test
 	@echo build/docs/index.html
 
 bench: .venv/installed-test
-	@for script in cpu_step dist_step overlap_dp dispatch simulate reaction planner_quality pack k_tradeoff recompute any_model default_cut big_model torchtitan_step; do $(BIN)/python bench/$$script.py || exit 1; done
+	@for script in cpu_step dist_step overlap_dp dispatch simulate reaction variability planner_quality pack k_tradeoff recompute any_model default_cut big_model torchtitan_step; do $(BIN)/python bench/$$script.py || exit 1; done
 	@$(BIN)/python bench/tables.py
 
 # A part that fails does not keep the others from running. The short ones come first.

@@ -139,6 +139,23 @@ def reaction(results: dict) -> list[str]:
     return lines
 
 
+def variability(results: dict) -> list[str]:
+    lines = [
+        "| times | schedule | ranks | | step, ms | faster than static | faster than torch "
+        "| promised over measured |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        figures = ("faster_than_static", "faster_than_torch", "promised_over_measured")
+        cells = [
+            _spread(row["step_ms"], ".0f"),
+            *(_spread(row[name]) if name in row else "" for name in figures),
+        ]
+        place = f"{row['scenario']} | {row['schedule']} | {row['ranks']} | {row['engine']}"
+        lines.append(f"| {place} | {' | '.join(cells)} |")
+    return lines
+
+
 def planner_quality(results: dict) -> list[str]:
     lines = ["| | schedule | published | ours | no order below |", "|---|---|---|---|---|"]
     for row in results["rows"]:
@@ -305,6 +322,7 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
     "dispatch": dispatch,
     "simulate": simulate,
     "reaction": reaction,
+    "variability": variability,
     "planner_quality": planner_quality,
     "pack": pack,
     "k_tradeoff": k_tradeoff,
