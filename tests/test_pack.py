@@ -560,8 +560,11 @@ def test_a_limit_may_be_one_for_all_stages():
         ({"wire": torch.int8}, "wire is torch.int8; give one of torch.float64"),
         ({"wire_forward": {0: "bf16"}}, "wire_forward is 'bf16'"),
         ({"in_flight": 0}, "in_flight is 0"),
-        ({"in_flight": [1, 2, 3]}, r"in_flight is \[1, 2, 3\]; .* or a list of one for each of the 2 stages"),
-        ({"in_flight": {0: 2}}, "in_flight is {0: 2}; .* or a list"),
+        (
+            {"in_flight": [1, 2, 3]},
+            r"in_flight is \[1, 2, 3\]; .* a list of one for each of the 2 stages, or \"auto\"",
+        ),
+        ({"in_flight": {0: 2}}, "in_flight is {0: 2}; .* a list"),
         ({"in_flight": [2, 0]}, r"in_flight is \[2, 0\]; give a whole number of at least 1"),
         ({"in_flight": -1}, "in_flight is -1; give a whole number of at least 1"),
     ],

@@ -201,7 +201,9 @@ void execute(Chance& chance, const std::shared_ptr<const Plan>& plan) {
   // In a second step, ranks look ahead by the times of the first.
   for (int step = 0; step < 2; ++step) {
     ran = 0;
-    RunOptions options{.record = chance.one_in(2), .timeout = std::chrono::seconds(60)};
+    RunOptions options;
+    options.record = chance.one_in(2);
+    options.timeout = std::chrono::seconds(60);
     const StepResult result = executor_of(plan->num_workers()).run(program, options);
     CHECK(result.outcome == (fails == kNoTask ? Outcome::Done : Outcome::Failed));
     if (fails == kNoTask) CHECK_EQ(ran.load(), plan->size());
