@@ -54,9 +54,9 @@ class LookAhead {
  private:
   static constexpr double kNever = std::numeric_limits<double>::infinity();
   // How long a task may be overdue, in lengths of the other task, before nobody waits for it any more.
-  // Of another process only the earliest time is known.
   static constexpr double kPatience = 4;
-  static constexpr double kPatienceApart = 24;
+  // Of another process only the earliest time is known. What it waits for may be all other ranks away.
+  double patience_apart() const { return std::max(24, 8 * plan_.num_ranks()); }
 
   struct Estimate {
     double ready_in = 0;        // kNever: nothing is known
@@ -114,7 +114,7 @@ class LookAhead {
     for (TaskId t = last == kNoTask ? plan_.first_of_rank(rank) : last + 1; t <= task; ++t) {
       if (!heard_[t]) work += expected(t);
     }
-    const Moment apart{moment.now, moment.patience * kPatienceApart / kPatience};
+    const Moment apart{moment.now, moment.patience * patience_apart() / kPatience};
     return apart.due(since_[plan_.worker_of(last == kNoTask ? task : last)] + work);
   }
 
