@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import pipeline_ext as pe
+
 
 class Residual(nn.Module):
     def __init__(self, width):
@@ -194,3 +196,22 @@ class Decoder(nn.Module):
 
 def encoder_and_decoders(stages, width=12):
     return [Encoder(width), *(Decoder(width, is_last=i == stages - 1) for i in range(1, stages))]
+
+
+@pe.skips(stash=["mask"])
+class _Masks(nn.Linear):
+    def forward(self, x):
+        pe.stash("mask", x > 0)
+        return super().forward(x)
+
+
+@pe.skips(pop=["mask"])
+class _Masked(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * pe.pop("mask")
+
+
+def masked(width, stages):
+    """The first stage's mask, which has no gradient, goes straight to the last."""
+    kinds = [_Masks, *[nn.Linear] * (stages - 2), _Masked]
+    return nn.Sequential(*(kind(width, width) for kind in kinds))

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from models import masked
 from reference import assert_same_gradients, gradients, reference_step, twin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -130,18 +131,7 @@ def test_a_wire_type_holds_for_skips_too():
 
 
 def test_what_needs_no_gradient_is_skipped_too():
-    @pe.skips(stash=["mask"])
-    class First(nn.Linear):
-        def forward(self, x):
-            pe.stash("mask", x > 0)
-            return super().forward(x)
-
-    @pe.skips(pop=["mask"])
-    class Last(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) * pe.pop("mask")
-
-    model, (x, y) = nn.Sequential(First(6, 6), nn.Linear(6, 6), Last(6, 6)), batch()
+    model, (x, y) = masked(6, 3), batch()
     for k in (1, 3):
         with pe.Pipeline(model, 3, 8, "zb-h1", F.mse_loss, pack_skips={"mask": k}) as pipe:
             assert_trains_as_plain(pipe, model, twin(model), x, y)

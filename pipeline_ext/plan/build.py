@@ -15,7 +15,7 @@ from .policy import Policy
 
 ScheduleLike = str | os.PathLike | Policy | Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
 
-AUTO = "auto"  # as a schedule: the best one at the costs
+AUTO = "auto"  # as a schedule: the best one at the costs; as in_flight: what memory allows
 
 
 class _Mode(TypedDict):

@@ -48,7 +48,7 @@ class Ordering(NamedTuple):
         """Checks arguments of ``Pipeline``. Raises InvalidArgument and InvalidSchedule, as documented there."""
         packs = arguments.packs("pack", pack, num_stages - 1, microbatches)
         packs_forward = arguments.packs("pack_forward", pack_forward, num_stages - 1, microbatches)
-        finds_slots = isinstance(in_flight, str) and in_flight == slots.AUTO
+        finds_slots = isinstance(in_flight, str) and in_flight == AUTO
         if finds_slots:
             slots.check(costs, bool(reactive), schedule == AUTO or packs is None or packs_forward is None)
         most = arguments.in_flight(None if finds_slots else in_flight, num_stages)

@@ -10,7 +10,6 @@ from ..errors import InvalidArgument, InvalidSchedule
 from .costs import Costs
 from .simulation import simulate
 
-AUTO = "auto"
 NOISE = 0.3  # coefficient of variation for which "auto" chooses
 
 _TIMES = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)  # the slots that the schedule takes by itself

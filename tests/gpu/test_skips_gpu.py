@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from models import masked
 from reference import assert_same_gradients, gradients, reference_step, twin
 from torch import nn
 
@@ -90,18 +91,7 @@ def test_ranks_with_two_stages(schedule, devices):
 
 @DEVICES
 def test_what_has_no_gradient_is_skipped_too(devices):
-    @pe.skips(stash=["mask"])
-    class First(nn.Linear):
-        def forward(self, x):
-            pe.stash("mask", x > 0)
-            return super().forward(x)
-
-    @pe.skips(pop=["mask"])
-    class Last(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) * pe.pop("mask")
-
-    model = nn.Sequential(First(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), Last(16, 16))
+    model = masked(16, 4)
     plain = twin(model).cuda()
     for k in (1, 3):
         with pe.Pipeline(
