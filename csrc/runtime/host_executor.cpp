@@ -118,7 +118,7 @@ struct HostExecutor::Step {
       if (action.stage != delivery.stage || plan().rank_of(*it) != rank) continue;
       if (std::find(ms.begin(), ms.end(), action.microbatch) == ms.end()) continue;
       if (std::find(after.begin(), it, *it) != it) continue;
-      if (ahead) ahead->hear(delivery.task, to_seconds(now()));
+      if (ahead) ahead->hear(delivery.task, to_seconds(last_progress));
       scheduler.arrive(*it, [&](int worker) { wake(worker - first_worker); });
     }
   }

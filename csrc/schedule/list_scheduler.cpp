@@ -31,28 +31,6 @@ ListScheduler::ListScheduler(const Plan& plan, Memory memory) : ListScheduler(pl
   memory_.emplace(plan, std::move(memory));
 }
 
-TaskId ListScheduler::next_forward(int worker) const {
-  TaskId next = kNoTask;
-  int queue = plan_.first_queue_of(worker);
-  for (const Queue& q : plan_.queues_of(worker)) {
-    const int at = queue++;
-    if (head_[at] == q.end) continue;
-    const TaskId task = plan_.queued(head_[at]);
-    if (plan_.takes_slot(task)) next = std::min(next, task);
-  }
-  return next;
-}
-
-TaskId ListScheduler::planned_next(int worker) const {
-  TaskId next = kNoTask;
-  int queue = plan_.first_queue_of(worker);
-  for (const Queue& q : plan_.queues_of(worker)) {
-    const int at = queue++;
-    if (head_[at] != q.end) next = std::min(next, plan_.queued(head_[at]));
-  }
-  return next;
-}
-
 TaskId ListScheduler::take_joined(int worker) {
   const TaskId task = plan_.queued(head_[plan_.first_queue_of(worker)]++);
   if (plan_.takes_slot(task)) occupy_slot(task);

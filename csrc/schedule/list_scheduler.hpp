@@ -2,6 +2,7 @@
 // threads: the simulator drives it with virtual time, the executors with real events.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -38,7 +39,9 @@ class ListScheduler {
     return take(worker, [](TaskId) { return true; });
   }
   // The first task of the worker, in planned order, that has not begun, or kNoTask.
-  TaskId planned_next(int worker) const;
+  TaskId planned_next(int worker) const {
+    return first_planned(worker, [](TaskId) { return true; });
+  }
 
   // Takes the next task of a worker that has one queue, to run it joined to the one just taken. The caller has
   // checked that it may start.
@@ -88,8 +91,9 @@ class ListScheduler {
     return a.stage + (plan_.shape().on_copy(a.microbatch) ? plan_.num_stages() : 0);
   }
   void occupy_slot(TaskId task);
-  // The first `F` of the worker's rank, in planned order, that has not begun.
-  TaskId next_forward(int worker) const;
+  // The first task in planned order that has not begun, among those for which counts(task) is true.
+  template <class Counts>
+  TaskId first_planned(int worker, Counts&& counts) const;
   TaskId frees_slot_for(TaskId task) const;
 
   static constexpr std::uint16_t kFinished = kMaxDependencies + 1;
@@ -113,13 +117,27 @@ bool ends(const Plan& plan);
 // Whether it ends if every worker takes its tasks exactly as planned.
 bool ends_as_planned(const Plan& plan);
 
+template <class Counts>
+TaskId ListScheduler::first_planned(int worker, Counts&& counts) const {
+  TaskId first = kNoTask;
+  int queue = plan_.first_queue_of(worker);
+  for (const Queue& q : plan_.queues_of(worker)) {
+    const int at = queue++;
+    if (head_[at] == q.end) continue;
+    const TaskId task = plan_.queued(head_[at]);
+    if (counts(task)) first = std::min(first, task);
+  }
+  return first;
+}
+
 template <class IsHere, class Waits>
 TaskId ListScheduler::take(int worker, IsHere&& is_here, Waits&& waits) {
   TaskId best = kNoTask;
   int best_queue = -1;
   int best_priority = 0;
   const bool limited = memory_ && memory_->limited();
-  const TaskId forward = limited ? next_forward(worker) : kNoTask;
+  const auto is_forward = [&](TaskId task) { return plan_.takes_slot(task); };
+  const TaskId forward = limited ? first_planned(worker, is_forward) : kNoTask;
   const TaskId planned = plan_.options().looks_ahead ? planned_next(worker) : kNoTask;
   int queue = plan_.first_queue_of(worker);
   for (const Queue& q : plan_.queues_of(worker)) {
