@@ -187,9 +187,9 @@ def _simulated(r: random.Random) -> None:
 
 
 def _searched(r: random.Random) -> None:
-    num_ranks = whole(r, 4)
-    # Without a budget three orders of thousands of ranks may take minutes, as is asked for.
-    budgets = (None, 0.01, 0.0, -1.0) if num_ranks < 100 else (0.01, 0.0, -1.0)
+    num_ranks, trials = whole(r, 4), whole(r, 3) if r.random() < 0.9 else 10
+    # Without a budget many trials, or a few orders of thousands of ranks, take as long as they are asked to.
+    budgets = (None, 0.01, 0.0, -1.0) if num_ranks < 100 and trials < 100 else (0.01, 0.0, -1.0)
     search(
         pe.Costs(
             forward=one_of(r, (1.0, real(r))), latency=real(r), memory_limit=one_of(r, (None, None, real(r)))
@@ -198,7 +198,7 @@ def _searched(r: random.Random) -> None:
         microbatches=one_of(r, (whole(r, 6), some(r, whole), junk(r))),
         chunks=one_of(r, ((1,), (1, 2), some(r, whole))),
         budget=one_of(r, budgets),
-        trials=whole(r, 3) if r.random() < 0.9 else 10,
+        trials=trials,
         seed=whole(r),
     )
 

@@ -145,9 +145,11 @@ class Trained:
         """The loss; None if the step failed, which only an error or an interrupt may cause."""
         layer = self.chance.choice(self.model)
         delay, layer.forwards = self.chance.random() / 50, self.chance.random() < 0.5
+        # A process that comes late to a step that has failed elsewhere finds a dead pipeline.
+        elsewhere = (pe.PeerError, *([pe.DeadPipeline] if self.together else []))
         allowed = {
-            "error": (pe.StageError, pe.PeerError),
-            "interrupt": (KeyboardInterrupt, pe.PeerError),
+            "error": (pe.StageError, *elsewhere),
+            "interrupt": (KeyboardInterrupt, *elsewhere),
         }.get(event, ())
         try:
             layer.spring = {"pause": lambda: time.sleep(delay), "error": _fail, "interrupt": _press}.get(event)
