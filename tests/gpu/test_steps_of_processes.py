@@ -1,6 +1,7 @@
 """Processes with a GPU each, forked in a moment: gradients near those of the whole model, and failures."""
 
 import gc
+import os
 import time
 
 import pytest
@@ -194,11 +195,16 @@ def complain():
     raise ValueError("poisoned")
 
 
-def fail(victim, fault, carrier):
+def fail(victim, fault, carrier, late=0.0):
+    """``late``: seconds from the moment another process hears of the failure to that in which it ends a wait."""
     if carrier == "torch":
         from pipeline_ext.engines.cuda import nccl
 
         nccl.carrier = lambda: "torch"
+        if late and dist.get_rank() != victim:
+            os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] = "1"  # torch would act after a minute
+            abort = nccl.TorchPair.abort
+            nccl.TorchPair.abort = lambda pair: (time.sleep(late), abort(pair))
     stages = [Counted(fault if rank == victim else None) for rank in range(dist.get_world_size())]
     pipe = pipeline(stages, timeout=5)
     x, y = torch.randn(2, 16, 4)
@@ -236,3 +242,10 @@ def test_every_other_process_names_the_one_that_failed_and_no_gpu_waits(size, vi
         assert kind in kinds, text
         assert f"process {victim}" in text
         assert "every .grad of the model is None" in text
+
+
+@pytest.mark.skipif(GPUS < 4, reason=f"needs four GPUs, and torch sees {GPUS}")
+def test_torch_does_not_end_a_process_that_is_late_to_abort_what_another_has_aborted():
+    first, _, *rest = outcomes(4, fail, 1, complain, "torch", 2.0, timeout=100)
+    for outcome in [first, *rest]:
+        assert isinstance(outcome, tuple) and "process 1 failed" in outcome[1], outcome

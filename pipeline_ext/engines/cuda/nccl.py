@@ -17,6 +17,7 @@ from ...processes.store import Store, asked
 from . import torch_side
 
 _TIMEOUT = timedelta(minutes=5)  # for another process to make its end
+_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
 class Pair(Protocol):
@@ -109,7 +110,7 @@ class _Torch:
 
     def __init__(self, store: Store, device: torch.device, rank: int, size: int) -> None:
         """``store`` is used for nothing else."""
-        with torch_side.on(device):
+        with torch_side.on(device), _errors_left_to_us():
             # The step itself decides when a receive has waited too long.
             # torch has no type stubs for this form, nor for what such a group can do.
             self._group: Any = dist.ProcessGroupNCCL(store, rank, size, timedelta(days=1))  # type: ignore[arg-type]
@@ -141,6 +142,23 @@ class TorchSums(_Torch):
 
     def add_up(self, tensor: Tensor) -> None:
         self._enqueue(self._group.allreduce, [tensor])
+
+
+@contextlib.contextmanager
+def _errors_left_to_us() -> Iterator[None]:
+    """Within it torch makes groups whose watchdog does not end the process when another has aborted its end.
+
+    A step that fails tells all processes why, and each then aborts its groups itself.
+    """
+    before = os.environ.get(_ERRORS)
+    os.environ[_ERRORS] = "0"  # which torch reads when it makes a group
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ERRORS]
+        else:
+            os.environ[_ERRORS] = before
 
 
 @contextlib.contextmanager
