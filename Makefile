@@ -29,6 +29,7 @@ PART := $(addprefix tests/,test_pipelining.py test_gradients.py test_split_backw
     test_context.py test_scaler.py test_checkpoint.py test_public_names.py test_calls.py \
     test_random_streams.py $(addprefix distributed/,test_drop_in.py \
     test_torchtitan.py test_wrapped_stages.py test_tensor_parallel.py test_process_gradients.py))
+LAST_FAILED := --last-failed --last-failed-no-failures none
 # The CUDA build of torch, without NVIDIA's libraries, which tests/softgpu plays; what else it and the tests need.
 SOFT := .venv-softgpu/bin
 SOFT_TORCH := torch==2.14.1
@@ -64,11 +65,13 @@ faults: .venv/installed-test
 soak: .venv/installed-test
 	@cd tests && ../$(BIN)/python -m soak.run --minutes $(MINUTES) $(ARGS)
 
-# A folder on Python's path goes before the torch of .venv.
+# A folder on Python's path goes before the torch of .venv. What fails beside others runs again by itself.
 versions: $(VERSIONS:%=build/torch-%/installed)
 	@for version in $(VERSIONS); do \
 	    echo "torch $$version"; \
-	    PYTHONPATH="$(CURDIR)/build/torch-$$version" $(BIN)/pytest -n auto --dist worksteal $(PART) $(ARGS) || exit 1; \
+	    export PYTHONPATH="$(CURDIR)/build/torch-$$version"; \
+	    run() { $(BIN)/pytest -o cache_dir=build/torch-$$version/cache $(PART) $(ARGS) "$$@"; }; \
+	    run -n auto --dist worksteal || { echo "run again, one at a time:"; run -n 0 $(LAST_FAILED); } || exit 1; \
 	done
 
 build/torch-%/installed: .venv/installed-test tools/install_torch

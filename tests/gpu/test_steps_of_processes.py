@@ -196,7 +196,7 @@ def complain():
 
 
 def fail(victim, fault, carrier, late=0.0):
-    """``late``: seconds from the moment another process hears of the failure to that in which it ends a wait."""
+    """``late``: seconds from when another process hears of the failure to when it ends a wait."""
     if carrier == "torch":
         from pipeline_ext.engines.cuda import nccl
 
