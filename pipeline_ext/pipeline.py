@@ -403,9 +403,11 @@ class Pipeline(UnsplitModel, NoModule):
         if microbatch_work is not None:
             check_reorders(self._group is not None, self._graphs is not None)
         with self._lifetime.turn("step was called"):
+            self._stepper.begun = False
+            self._first_steps.prepare(
+                self._routes.follow
+            )  # together with other processes, which it tells of errors
             try:
-                self._stepper.begun = False
-                self._first_steps.prepare(self._routes.follow)
                 order = self._entry_order.find(self._routes.train.plan, microbatch_work)
                 last = self._stages[-1]
                 batch = Batch(

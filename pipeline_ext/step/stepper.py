@@ -166,17 +166,21 @@ class Stepper:
         return None if found is None else entering(found, batch.order)
 
     def abandon(self, error: BaseException) -> None:
-        """After ``error`` at any moment of a training step that has begun: leaves no gradients of a part of it.
+        """After ``error`` at any moment of a call of a training step: leaves no gradients of a part of it.
 
-        Other processes and replicas, which may have the whole step, are told.
+        Other processes and replicas, which may have the whole step, are told. Before the step has begun an
+        ``Exception`` is a refusal: nothing has run, and other processes wait for the next call.
         """
-        if not (self.begun or (self.reduction is not None and self.reduction.in_step)):
+        has_begun = self.begun or (self.reduction is not None and self.reduction.in_step)
+        if not has_begun and isinstance(error, Exception):
             return
         if NO_GRADIENTS in " ".join([str(error), *getattr(error, "__notes__", [])]):
             return  # whoever says so has done it
         self.begun = False
         self.hooks.put_back()
         self.engine.failed(f"{type(error).__name__}: {error}")
+        if not has_begun and not self.engine.dead:
+            return  # no other process is in this step
         if self.reduction is not None:
             self.reduction.abandon(error)
         self.give_up()

@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import Gone, die, freeze, outcomes
+from processes import Gone, die, freeze, outcomes, run
 from torch import nn
 
 import pipeline_ext as pe
@@ -88,6 +89,57 @@ def test_every_other_process_names_the_one_that_failed_and_what_was_waited_for(s
         )
         assert "every .grad of the model is None" in text
         assert "the pipeline is dead: it failed in one of its processes" in text
+
+
+def raised_by(pipe, x, y):
+    """The text of what a step raises, with its kind and notes; empty if it raises nothing."""
+    try:
+        pipe.step(x, target=y)
+    except (pe.PipelineError, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}"
+    return ""
+
+
+def before_it_begins(victim, place, error):
+    """What the calls after a first step raise, of which the victim's first raises ``error`` before any task."""
+    stages = [nn.Linear(4, 4) for _ in range(dist.get_world_size())]
+    pipe = pe.Pipeline(stages, None, MICROBATCHES, "1f1b", F.mse_loss, mesh=dist.group.WORLD, timeout=300)
+    x, y = torch.randn(8, 4), torch.randn(8, 4)
+    pipe.step(x, target=y)
+    stepper, found = pipe._stepper, []
+    if dist.get_rank() == victim:
+        at = {
+            "cut": (stepper.cutter, "cut_inputs"),
+            "draw": (stepper.random, "begin"),
+            "refresh": (stepper.owners, "refresh"),
+        }[place]
+        with unittest.mock.patch.object(*at, side_effect=error):
+            found.append(raised_by(pipe, x, y))
+    found.append(raised_by(pipe, x, y))
+    gone = [p.grad is None for module in pipe.stage_modules for p in module.parameters()]
+    pipe.close()
+    return found, gone
+
+
+PLACES = pytest.mark.parametrize("victim, place", [(0, "cut"), (0, "draw"), (1, "draw"), (1, "refresh")])
+
+
+@PLACES
+def test_ctrl_c_before_a_step_begins_is_told_to_the_processes_that_wait_for_it(victim, place):
+    found = run(2, before_it_begins, victim, place, KeyboardInterrupt("pressed"), timeout=50)
+    (interrupted, again), gone = found[victim]
+    assert interrupted.startswith("KeyboardInterrupt") and "every .grad of the model is None" in interrupted
+    assert again.startswith("DeadPipeline") and all(gone)
+    (heard,), gone = found[1 - victim]
+    assert heard.startswith(("PeerError", "DeadPipeline"))  # the latter if it hears before it is in the step
+    assert f"process {victim} failed: KeyboardInterrupt: pressed" in heard and all(gone)
+
+
+@PLACES
+def test_after_a_refusal_before_a_step_begins_the_next_call_is_the_step_that_others_wait_for(victim, place):
+    found = run(2, before_it_begins, victim, place, pe.InvalidArgument("no such batch"), timeout=50)
+    assert found[victim] == (["InvalidArgument: no such batch ", ""], [False, False])
+    assert found[1 - victim] == ([""], [False, False])
 
 
 @pytest.mark.parametrize("fault", ["die", "complain"])

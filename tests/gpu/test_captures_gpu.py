@@ -71,6 +71,9 @@ class Capture:
                 graph.capture_end()
             except RuntimeError as error:
                 self.error = error
+                # torch 2.11 takes the generator for one that a capture uses, for ever.
+                generator = torch.cuda.default_generators[0]
+                generator.graphsafe_set_state(generator.graphsafe_get_state().clone_state())
 
 
 @MODES
