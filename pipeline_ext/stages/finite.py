@@ -1,5 +1,6 @@
 """Where values that are not finite first appear in a step."""
 
+import cmath
 import itertools
 from collections.abc import Iterable
 
@@ -42,7 +43,7 @@ def are_finite(tensors: Iterable[Tensor | None]) -> Tensor | bool:
 
 def _is_finite(tensor: Tensor) -> bool:
     # One quick pass: a sum with an element that is not finite is not. Only one that overflows takes another.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    return cmath.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def _floating(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
