@@ -11,7 +11,7 @@ from .engines.choice import streams_of_model
 from .errors import InvalidArgument
 from .microbatches.cutting import Arguments, Cutter, Presplit
 from .microbatches.doubt import Trial
-from .model.containers import own_code
+from .model.containers import is_list_of_stages, own_code
 from .model.cut import cut as cut_layers
 from .settings import Settings
 
@@ -67,7 +67,7 @@ def cut(
 
 def by_calls(model: Any) -> bool:
     """Whether a model is cut by its own forward."""
-    return isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList) and bool(own_code(model))
+    return isinstance(model, nn.Module) and not is_list_of_stages(model) and bool(own_code(model))
 
 
 def sample_microbatches(settings: Settings) -> list[Arguments]:

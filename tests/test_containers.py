@@ -160,6 +160,39 @@ def test_layers_of_a_stage_or_of_a_list_of_stages_that_are_replaced_are_refused(
             pipe.step(x, target=y)
 
 
+class Chain(nn.ModuleList):
+    """A list with a forward: a model, which is more than its members in order."""
+
+    def forward(self, x):
+        first, *others = self
+        x = first(x)
+        for layer in others:
+            x = 2 * layer(x)
+        return x
+
+
+@pytest.mark.parametrize("options", [{"num_stages": 2}, {"num_stages": 3}, {"cuts": [1]}])
+def test_a_list_with_a_forward_is_a_model(options):
+    x, y = batch()
+    chain, plain = Chain(model()), Chain(model())
+    plain.load_state_dict(chain.state_dict())
+    expected = reference_step(plain, x, y, 4, F.mse_loss)
+    with pe.Pipeline(chain, microbatches=4, loss_fn=F.mse_loss, **options) as pipe:
+        assert torch.equal(pipe.step(x, target=y), expected)
+    assert_same_gradients(chain, gradients(plain))
+
+
+def test_a_list_of_stages_that_gets_a_forward_is_refused():
+    x, y = batch()
+    stages = nn.ModuleList(model())
+    with pe.Pipeline(stages, microbatches=4, loss_fn=F.mse_loss) as pipe:
+        stages.forward = lambda x: x
+        with pytest.raises(pe.InvalidArgument, match="the list of stages has got a forward since"):
+            pipe.step(x, target=y)
+        del stages.forward
+        pipe.step(x, target=y)
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()

@@ -42,16 +42,23 @@ def only_runs_children(module: nn.Module) -> TypeGuard[nn.Sequential]:
     return not own_code(module)
 
 
+def is_list_of_stages(model: Any) -> TypeGuard[list[Any] | tuple[Any, ...] | nn.ModuleList]:
+    """Whether each member is a stage. An nn.ModuleList that has a forward is a model."""
+    return isinstance(model, (list, tuple)) or (isinstance(model, nn.ModuleList) and not _runs(model))
+
+
+def _runs(modules: nn.Module) -> bool:
+    return type(modules).forward is not nn.ModuleList.forward or "forward" in vars(modules)
+
+
 class Containers:
     """The containers of a model that was taken apart, with their layers at that time."""
 
     def __init__(self, model: Any, stages: Mapping[int, nn.Module]) -> None:
         """``model``: an nn.Module that was cut, or a list of stages. ``stages``: those of this process."""
-        opened = (
-            [] if isinstance(model, nn.ModuleList) or not isinstance(model, nn.Module) else _opened(model, "")
-        )
-        self._opened = list(opened)
-        lists = [("the list of stages", model)] if isinstance(model, nn.ModuleList) else []
+        self._list = model if isinstance(model, nn.ModuleList) and not _runs(model) else None
+        self._opened = [] if isinstance(model, (list, tuple)) else list(_opened(model, ""))
+        lists: list[tuple[str, nn.Module]] = [] if self._list is None else [("the list of stages", self._list)]
         lists += [(f"stage {i}", stage.layers) for i, stage in stages.items() if isinstance(stage, Slice)]
         self._layers = [
             (name, container._modules, list(container._modules.values()))
@@ -66,6 +73,10 @@ class Containers:
                 raise InvalidArgument(
                     f"{name} has got {found} since the model was cut into stages, which would not run; {_AFTER}"
                 )
+        if self._list is not None and _runs(self._list):
+            raise InvalidArgument(
+                f"the list of stages has got a forward since the model was cut, which would not run; {_AFTER}"
+            )
         for name, modules, layers in self._layers:
             if len(modules) != len(layers) or any(a is not b for a, b in zip(modules.values(), layers)):
                 raise InvalidArgument(

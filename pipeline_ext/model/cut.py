@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from ..errors import InvalidArgument
-from .containers import only_runs_children
+from .containers import is_list_of_stages, only_runs_children
 from .skips import Scope
 from .slice import Slice
 
@@ -45,7 +45,7 @@ def cut(
     Raises:
         InvalidArgument: if the model cannot be cut like this. The message says how it can.
     """
-    if isinstance(model, (list, tuple, nn.ModuleList)):
+    if is_list_of_stages(model):
         return _given_stages(model, num_stages, cuts)
     if not isinstance(model, nn.Module):
         raise InvalidArgument(
