@@ -163,7 +163,7 @@ class Pipeline(UnsplitModel, NoModule):
             a step's loss is this replica's part of the total, times their number, so that the mean of theirs
             is the total. What ``stage_loss`` and ``WithLoss`` add is weighted by rows. ``"rows"``: weigh by
             rows; so does None, but refuses a target of which microbatches have different numbers of labels of
-            -100.
+            -100, and a mean that autograd's graph shows to be over other numbers than rows.
         optimizer: its ``step`` is called at the end of each step, and is part of the graph if there is one. A
             graph needs torch's SGD, or an optimizer made with ``capturable=True``.
         scaler: scales each loss before its backward. The losses that ``step`` returns are unscaled. After

@@ -18,6 +18,7 @@ from . import boundary
 from .abandoned import this_thread
 from .elsewhere import refused
 from .finite import GRADIENT, LOSS, RESULT
+from .loss_means import check_no_sum, means_in
 from .loss_view import LossView
 from .reach import NoDerivativeByReceived, Owners, reached
 from .skips import StageSkips
@@ -152,6 +153,9 @@ class Stage:
                     losses.append((added, step.weight(m)))
                 if self.is_last:
                     loss = self._loss_of(step, m, value, arguments, all_received)
+                    if step.means is not None:
+                        check_no_sum(loss)
+                        step.means[m] = means_in(loss)
                     losses.insert(0, (loss, step.loss_weight(m)))
                     step.losses[m] = loss.detach()
             boundary.check_aliases(all_received)

@@ -14,6 +14,7 @@ from ..errors import PipelineError
 from ..transport.exchange import Exchange
 from .context import CallerContext
 from .finite import Watch
+from .loss_means import Mean
 from .random_streams import NoStreams, StepStreams
 
 
@@ -35,10 +36,12 @@ class Step:
         keep_outputs: bool = True,
         random: StepStreams | None = None,
         watch: Watch | None = None,
+        looks_at_means: bool = False,
     ) -> None:
         """``rows`` of each microbatch, and ``inputs``: None if another process has the first stage.
 
-        ``weighted``: scale each microbatch's loss by its share of the batch's rows.
+        ``weighted``: scale each microbatch's loss by its share of the batch's rows. ``looks_at_means``: which
+        is right only if the means in the losses are over rows; keep what they are over.
         """
         self.exchange = exchange
         self.inputs = inputs
@@ -61,6 +64,7 @@ class Step:
         ]
         self.outputs: list[Any] = [None] * microbatches
         self.losses: list[Tensor | None] = [None] * microbatches  # unweighted
+        self.means: list[list[Mean]] | None = [[] for _ in range(microbatches)] if looks_at_means else None
         # By microbatch: the input tensors that require a gradient, and their gradients.
         needed = inputs and differentiable(inputs[0])
         self.input_tensors: list[list[Tensor]] = (

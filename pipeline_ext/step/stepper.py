@@ -17,6 +17,7 @@ from ..plan.first_steps import FirstSteps
 from ..reduction.replica_reduction import ReplicaReduction
 from ..report.trace import Trace
 from ..stages.context import CallerContext
+from ..stages.loss_means import check_over_rows
 from ..stages.loss_view import LossView
 from ..stages.parameter_hooks import ParameterHooks
 from ..stages.random_streams import RandomStreams
@@ -102,6 +103,7 @@ class Stepper:
             keep_outputs=batch.keep_outputs,
             random=self.random.begin(),
             watch=self.nonfinite.watch(count) if applies else None,
+            looks_at_means=applies and self.weighted and self.loss_weight is None and not _is_presplit(batch),
         )
         if applies:
             self.nonfinite.check(step)
@@ -133,6 +135,9 @@ class Stepper:
                     "step found nothing to train: no microbatch's loss depends on anything that requires a "
                     "gradient; are all parameters frozen, or is the loss detached?"
                 )
+            if step.means is not None and self._has_loss:
+                shares = [step.weight(m) for m in range(self.microbatches)]
+                check_over_rows(step.means, shares, synchronizes=not self._warned)
             self.shared.end()
             if self.loss_view is not None:
                 self.loss_view.end()
@@ -317,3 +322,9 @@ class Stepper:
         elif training and self.first_steps.watches:
             self.first_steps.took((result.end - result.begin) * 1e-9)
         return result
+
+
+def _is_presplit(batch: Batch) -> bool:
+    """Whether the caller cut the batch, as far as this process knows: microbatches may be of any lengths."""
+    known = [part for part in (batch.inputs, batch.target) if part is not None]
+    return not known or any(isinstance(part, Presplit) for part in known)
