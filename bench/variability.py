@@ -1,8 +1,9 @@
 """A training step whose times vary: ranks that react, ranks that keep their order, and the peer.
 
-Four gloo processes hold every contender, which take turns. The stages wait instead of computing, so that a machine
-with few cores carries them, and all wait the same times in the same round. Beside each stand the step as simulated
-with those very times and the time that no order of the stages can beat. Writes bench/results/variability.json.
+Four gloo processes hold every contender, which take turns. The stages wait instead of computing, so that a
+machine with few cores carries them, and all wait the same times in the same round. Beside each stand the step
+as simulated with those very times and the time that no order of the stages can beat. Writes
+bench/results/variability.json.
 """
 
 import argparse
@@ -142,8 +143,8 @@ def _deliver(link: queue.SimpleQueue) -> None:
 class Clock:
     """The factors of the step that runs."""
 
-    factors: Factors = []
-    share = 1.0  # of SECONDS, for each stage
+    factors: Factors
+    share: float  # of SECONDS, for each stage
 
 
 class _Waits(torch.autograd.Function):
@@ -364,10 +365,7 @@ def measure(ranks: Contender, schedule: str, scenario: str, rounds: int) -> list
 def tell(row: dict) -> None:
     names = ("faster_than_static", "faster_than_torch", "promised_over_measured", "bound_over_measured")
     figures = [f"{row['step_ms']['median']:6.0f} ms"]
-    for name in names:
-        figures.append(
-            f"{name} " + "{min:.2f} {median:.2f} {max:.2f}".format(**row[name]) if name in row else ""
-        )
+    figures += [name + " {min:.2f} {median:.2f} {max:.2f}".format(**row[name]) for name in names if name in row]
     print(f"{row['scenario']:19} {row['schedule']:16} {row['engine']:30}", "  ".join(figures), flush=True)
 
 
