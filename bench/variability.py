@@ -25,17 +25,20 @@ import torch.distributed as dist
 from environment import write_results
 from side_by_side import Contender, one_thread_a_process, running, spread, wait_until_quiet
 from torch import Tensor, nn
+from turns import rounds_until
 
 import pipeline_ext as pe
 from pipeline_ext import _C
 from pipeline_ext.processes.connections import Connections
 
 RANKS = 4
-MICROBATCHES = 16
+MICROBATCHES = 12
 ROWS = 4  # of a microbatch as given
 SLOTS = 8  # microbatches that a rank may hold where it finds how many: twice what the fullest does in 1F1B
 SECONDS = {"F": 20e-3, "I": 20e-3, "W": 20e-3}  # of a rank and microbatch, in the mean
 SCHEDULES = {"1f1b": "1F1B", "zb-h1": None, "interleaved-1f1b": "Interleaved1F1B"}  # and the peer's name
+LATE_WAKING = 0.04  # of a step: a step in which a rank's waits ended later than that is run again,
+ATTEMPTS = 4  # up to so many times, for other programs held it up
 KINDS = "FIW"
 STATIC, REACTIVE, MORE, AUTO = "static", "reactive", "reactive, more slots", "auto"
 ORDERED, BALANCED = "reactive, ordered", "reactive, balanced and ordered"
@@ -145,18 +148,24 @@ class Clock:
 
     factors: Factors
     share: float  # of SECONDS, for each stage
+    late: float  # seconds that waits took longer than they were to
+
+    def wait(self, seconds: float) -> None:
+        begin = time.monotonic()
+        time.sleep(seconds)
+        self.late += time.monotonic() - begin - seconds
 
 
 class _Waits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, seconds: float) -> Tensor:
-        ctx.seconds = seconds
+    def forward(ctx: Any, value: Tensor, clock: Clock, seconds: float) -> Tensor:
+        ctx.clock, ctx.seconds = clock, seconds
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        time.sleep(ctx.seconds)
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.clock.wait(ctx.seconds)
+        return grad, None, None
 
 
 class Stage(nn.Module):
@@ -169,8 +178,8 @@ class Stage(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         forward, of_input, of_weight = self._seconds(value)
-        time.sleep(forward)
-        return _Waits.apply(value, of_input) + _Waits.apply(self.weight, of_weight)
+        self._clock.wait(forward)
+        return _Waits.apply(value, self._clock, of_input) + _Waits.apply(self.weight, self._clock, of_weight)
 
     def _seconds(self, value: Tensor) -> list[float]:
         if value.is_meta:
@@ -296,11 +305,11 @@ def rank_of_all(store: str, rank: int) -> Callable[[Round], tuple]:
     contenders: dict[tuple[str, str], Ours | Theirs] = {}
 
     def run(round_: Round) -> tuple:
-        """When this rank began and ended its step; what the step was promised to take, and the bound."""
+        """When this rank began and ended its step, how late waits ended, the promised step and the bound."""
         schedule, engine, scenario, seed = round_
         stages = num_stages(schedule)
         clock.factors = SCENARIOS[scenario](random.Random(seed), stages)
-        clock.share = RANKS / stages
+        clock.share, clock.late = RANKS / stages, 0.0
         most = SECONDS["F"] if scenario == LATE else 0.0
         if (schedule, engine) not in contenders:
             contenders[schedule, engine] = (Theirs if engine in PEERS else Ours)(clock, schedule, engine)
@@ -312,12 +321,13 @@ def rank_of_all(store: str, rank: int) -> Callable[[Round], tuple]:
         step, costs = contender.prepare(clock.factors, most / 2)
         late.begin(most, RANKS * seed + rank)
         dist.barrier()
+        clock.late = 0.0
         begin = time.monotonic()
         step()
         end = time.monotonic()
         dist.barrier()  # by then all messages have come
         late.begin(0.0, 0)
-        return begin, end, contender.promised(costs) if rank == 0 else None
+        return begin, end, clock.late, contender.promised(costs) if rank == 0 else None
 
     return run
 
@@ -331,35 +341,44 @@ def engines_of(schedule: str, scenario: str) -> list[str]:
     return engines + (list(PEERS) if SCHEDULES[schedule] else [])
 
 
-def measure(ranks: Contender, schedule: str, scenario: str, rounds: int) -> list[dict]:
-    engines = engines_of(schedule, scenario)
-    seconds: dict[str, list[float]] = {engine: [] for engine in engines}
-    figures: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
-    for seed in range(rounds):
-        for engine in random.Random(seed).sample(engines, len(engines)):
-            spans = ranks.run(Round(schedule, engine, scenario, seed))
+class Case:
+    """What the rounds of one contender brought."""
+
+    def __init__(self, scenario: str, schedule: str, engine: str) -> None:
+        self.scenario, self.schedule, self.engine = scenario, schedule, engine
+        self.seconds: list[float] = []
+        self.shares: list[tuple[float, ...]] = []  # of the promise and the bound in the step
+        self.held_up = 0  # rounds whose every attempt was
+
+    def run(self, ranks: Contender, seed: int) -> None:
+        for _ in range(ATTEMPTS):
+            spans = ranks.run(Round(self.schedule, self.engine, self.scenario, seed))
             took = max(span[1] for span in spans) - min(span[0] for span in spans)
-            seconds[engine].append(took)
-            if spans[0][2] is not None:
-                figures[engine].append(tuple(time / took for time in spans[0][2]))
-    rows = []
-    for engine in engines:
+            if max(span[2] for span in spans) < LATE_WAKING * took:
+                break
+        else:
+            self.held_up += 1
+        self.seconds.append(took)
+        if spans[0][3] is not None:
+            self.shares.append(tuple(seconds / took for seconds in spans[0][3]))
+
+    def row(self, others: dict[str, "Case"]) -> dict:
+        """Its figures; ``others``: by engine, of the same scenario and schedule."""
         row = {
-            "scenario": scenario,
-            "schedule": schedule,
-            "engine": engine,
-            "step_ms": spread([1e3 * took for took in seconds[engine]]),
+            "scenario": self.scenario,
+            "schedule": self.schedule,
+            "engine": self.engine,
+            "held_up": self.held_up,
+            "step_ms": spread([1e3 * took for took in self.seconds]),
         }
         for other in (STATIC, "torch"):
-            if other in engines and engine not in (other, "torch"):
-                ratios = [theirs / ours for theirs, ours in zip(seconds[other], seconds[engine])]
+            if other in others and self.engine not in (other, "torch"):
+                ratios = [theirs / ours for theirs, ours in zip(others[other].seconds, self.seconds)]
                 row[f"faster_than_{other}"] = spread(ratios)
-        if figures[engine]:
-            promised, bound = zip(*figures[engine])
+        if self.shares:
+            promised, bound = zip(*self.shares)
             row |= {"promised_over_measured": spread(promised), "bound_over_measured": spread(bound)}
-        rows.append(row)
-        tell(row)
-    return rows
+        return row
 
 
 def tell(row: dict) -> None:
@@ -373,22 +392,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=list(SCHEDULES))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=9.0, help="begin no round after them")
     options = parser.parse_args()
     one_thread_a_process()
-    rows = []
+    cases = {
+        (schedule, scenario): {
+            engine: Case(scenario, schedule, engine) for engine in engines_of(schedule, scenario)
+        }
+        for schedule in options.schedules
+        for scenario in options.scenarios
+    }
     with tempfile.TemporaryDirectory() as folder:
         ranks = Contender("ranks", rank_of_all, str(Path(folder) / "store"), ranks=RANKS)
         with running([ranks]):
             quiet = wait_until_quiet(10.0)
-            for schedule in options.schedules:
-                for scenario in options.scenarios:
-                    rows += measure(ranks, schedule, scenario, options.rounds)
+            for seed in rounds_until(time.monotonic() + 60 * options.minutes, least=3, most=25):
+                for engines in cases.values():
+                    for case in random.Random(seed).sample(list(engines.values()), len(engines)):
+                        case.run(ranks, seed)
+                print(f"round {seed}: {time.strftime('%X')}", flush=True)
+    rows = [case.row(engines) for engines in cases.values() for case in engines.values()]
+    for row in rows:
+        tell(row)
     medians = [row["faster_than_static"]["median"] for row in rows if row["engine"] == REACTIVE]
     print(f"reactive over static, least of medians {min(medians):.3f}, median {statistics.median(medians):.3f}")
-    write_results(
-        "variability", ranks=RANKS, microbatches=MICROBATCHES, seconds=SECONDS, quiet=quiet, rows=rows
-    )
+    about = {"ranks": RANKS, "microbatches": MICROBATCHES, "seconds": SECONDS, "rounds": seed + 1}
+    write_results("variability", **about, quiet=quiet, rows=rows)
 
 
 if __name__ == "__main__":
