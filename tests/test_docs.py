@@ -184,6 +184,31 @@ def test_tables_and_pictures_are_current(script):
     assert result.returncode == 0, f"run {script}: {result.stderr}"
 
 
+def test_the_picture_of_varying_times_is_what_the_readme_says(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    spec = importlib.util.spec_from_file_location("varying_times", ROOT / "docs" / "varying_times.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    static, reactive = script.median_batch()
+    gain = f"{static.makespan / reactive.makespan:.2f} times as fast"
+    assert gain in (ROOT / "README.md").read_text(), f"run docs/varying_times.py; its batch is now {gain}"
+    drawn = {}
+    monkeypatch.setattr(script, "save_picture", lambda path, panels, unit: drawn.update({path: panels}))
+    picture = tmp_path / "a.png"
+    monkeypatch.setattr(sys, "argv", ["varying_times.py", str(picture)])
+    script.main()
+    above, below = drawn[picture]
+    assert (above.plan.reactive, below.plan.reactive) == (False, True)
+    assert gain in below.title
+    assert lasted(above) == lasted(below)  # the same times, whenever a task runs
+
+
+def lasted(panel):
+    """How long each task takes."""
+    tasks = [task for task in panel.tasks if task.kind in ("F", "B")]
+    return {(task.kind, task.stage, task.microbatch): pytest.approx(task.end - task.begin) for task in tasks}
+
+
 def anchors(page):
     """Where links into a page may lead: its headings, as GitHub and the site name them."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
