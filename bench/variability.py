@@ -170,7 +170,10 @@ def ours(scenario: str, schedule: str, engine: str, store: str | None, rank: int
     clock, stages = stages_of(schedule, scenario)
     options: dict[str, Any] = {"reactive": engine != "static", "mesh": mesh}
     if engine == MORE:
-        options |= {"in_flight": "auto", "costs": pe.Costs(act_memory=1.0, memory_limit=SLOTS * len(stages) / RANKS)}
+        options |= {
+            "in_flight": "auto",
+            "costs": pe.Costs(act_memory=1.0, memory_limit=SLOTS * len(stages) / RANKS),
+        }
     pipe = pe.Pipeline(stages, len(stages), MICROBATCHES, schedule, loss_fn=loss_fn, **options)
     x, y = batch()
 

@@ -93,10 +93,10 @@ def test_it_chooses_once_within_the_limit_and_trains_the_same(schedule, stages):
                 taken = pipe.trace.act_memory
             else:
                 assert pipe.plan is choice.plan and pipe.plan.limits == choice.room
-                assert peak_bytes(pipe.trace, taken) <= choice.peak_memory <= 40 * RESULT
+                assert peak_bytes(pipe.trace, taken) <= choice.most_memory <= 40 * RESULT
         assert said.getvalue() == f"{choice}\n"
         assert choice.own == own
-        assert choice.room > own or schedule == "gpipe"
+        assert choice.room > own or schedule in ("gpipe", "zbv")
 
 
 def peak_bytes(trace, taken):

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from .. import _C
 from ..errors import InvalidSchedule
-from .costs import Costs
+from .costs import Costs, PerStage
 from .first_steps import Choice, Chooser, FirstSteps
 from .profile import Profile
 from .slots import NOISE, choose_slots
@@ -27,20 +27,20 @@ class SlotChoice(Choice):
         act_memory: measured bytes that a stage keeps for a microbatch, by stage.
         own: the most microbatches that the schedule itself holds, by stage.
         room: the most that the plan lets a stage hold, by stage.
-        peak_memory: the most bytes of activations that a rank holds in a simulated step.
+        most_memory: the most bytes of activations that the plan lets a rank hold.
         gain: share of a step's time that the room is predicted to save where times vary by 30 %.
     """
 
     act_memory: list[int]
     own: list[int]
     room: list[int]
-    peak_memory: float
+    most_memory: float
     gain: float
 
     def __str__(self) -> str:
         return (
             f'in_flight="auto": one microbatch takes {self.act_memory} bytes, by stage; stages hold at most '
-            f"{self.room} where the schedule holds {self.own}, and no rank more than {self.peak_memory:.0f} bytes; "
+            f"{self.room} where the schedule holds {self.own}, and no rank more than {self.most_memory:.0f} bytes; "
             f"a step whose times vary by {NOISE:.0%} is predicted to take {self.gain:.1%} less"
         )
 
@@ -88,7 +88,17 @@ def choose(plan_of: PlanOfSlots, profile: Profile, costs: Costs, processes: bool
     chosen, own = found.chosen, found.tried[0]
     plan = kept(chosen.room)
     gain = 1.0 - chosen.makespan / own.makespan if own.makespan else 0.0
-    return SlotChoice(plan, taken, own.room, list(plan.limits), chosen.peak_memory, gain)
+    return SlotChoice(
+        plan, taken, own.room, list(plan.limits), _most_memory(plan, taken, costs.memory_limit), gain
+    )
+
+
+def _most_memory(plan: _C.Plan, act_memory: Sequence[int], limit: PerStage | None) -> float:
+    """What the fullest rank may hold: as many microbatches as its stages may, within its limit."""
+    held = [0.0] * plan.num_ranks
+    for rank, taken, most in zip(plan.rank_of_stage, act_memory, plan.limits):
+        held[rank] += taken * most
+    return max(map(min, held, limit if isinstance(limit, Sequence) else [limit] * plan.num_ranks))
 
 
 def _kept(plan_of: PlanOfSlots, costs: Costs) -> Callable[[Sequence[int]], _C.Plan]:

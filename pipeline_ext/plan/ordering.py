@@ -119,9 +119,7 @@ class Ordering(NamedTuple):
             )
             if self.weighs:
                 return measured_slots.first_steps(with_packs, self.costs, self.processes)
-            found = slots.choose_slots(
-                lambda room: with_packs(room=room), self.costs, processes=self.processes
-            )
+            found = slots.choose_slots(lambda room: with_packs(room=room), self.costs, processes=self.processes)
             own_room = found.chosen.room
         return pack_choice.first_steps(
             lambda packs, packs_forward, room=(): plan_of(

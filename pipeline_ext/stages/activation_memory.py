@@ -51,6 +51,10 @@ class ActivationMemory:
             if isinstance(tensor, Tensor):
                 self._running[stage].add(tensor)
 
+    def computed(self, stage: int) -> None:
+        """The running ``F`` of ``stage`` only sends from here on; messages on their way do not count."""
+        self._running[stage].complete = True
+
     @staticmethod
     def of_step() -> contextlib.AbstractContextManager[Any]:
         """Measure steps in it. Compiled code runs eagerly there: its operators would not be seen."""
@@ -65,9 +69,12 @@ class _Storages:
 
     def __init__(self) -> None:
         self._known: dict[int, StorageWeakRef] = {}
+        self.complete = False  # no more are added
         self._opaque = 0  # bytes of tensors without a storage, which count as kept
 
     def add(self, tensor: Tensor) -> None:
+        if self.complete:
+            return
         for part in dense_parts(tensor):
             try:
                 storage = part.untyped_storage()

@@ -170,6 +170,8 @@ class Stage:
             raise
         if losses:
             step.contributions[self.index][m] = [_weighted(loss.detach(), weight) for loss, weight in losses]
+        if step.memory is not None:
+            step.memory.computed(self.index)
         if self.is_last:
             sent = []
             if step.keep_outputs:
