@@ -40,8 +40,8 @@ class SlotChoice(Choice):
     def __str__(self) -> str:
         return (
             f'in_flight="auto": one microbatch takes {self.act_memory} bytes, by stage; stages hold at most '
-            f"{self.room} where the schedule holds {self.own}, and no rank more than {self.most_memory:.0f} bytes; "
-            f"a step whose times vary by {NOISE:.0%} is predicted to take {self.gain:.1%} less"
+            f"{self.room} where the schedule holds {self.own}, and no rank more than {self.most_memory:.0f} "
+            f"bytes; a step whose times vary by {NOISE:.0%} is predicted to take {self.gain:.1%} less"
         )
 
 
@@ -72,8 +72,8 @@ def choose(plan_of: PlanOfSlots, profile: Profile, costs: Costs, processes: bool
 
     Raises InvalidSchedule if not even the schedule's own slots keep the limit.
     """
-    taken = profile.act_memory
-    assert taken is not None  # the first step was weighed
+    taken, limit = profile.act_memory, costs.memory_limit
+    assert taken is not None and limit is not None  # the first step was weighed, and slots.check
     costs = replace(costs, act_memory=taken)
     kept = _kept(plan_of, costs)
     try:
@@ -81,24 +81,23 @@ def choose(plan_of: PlanOfSlots, profile: Profile, costs: Costs, processes: bool
     except InvalidSchedule as error:
         raise InvalidSchedule(
             f'in_flight="auto": one microbatch takes {taken} bytes, by stage, as the first step has measured, '
-            f"and with memory_limit={costs.memory_limit} bytes the schedule holds too many; raise the limit, cut "
-            "the batch into more microbatches, or name a schedule that holds fewer at once; if the limit is not "
-            f"in bytes, give act_memory too ({error})"
+            f"and with memory_limit={limit} bytes the schedule holds too many; raise the limit, "
+            "cut the batch into more microbatches, or name a schedule that holds fewer at once; if the limit is "
+            f"not in bytes, give act_memory too ({error})"
         ) from error
     chosen, own = found.chosen, found.tried[0]
     plan = kept(chosen.room)
     gain = 1.0 - chosen.makespan / own.makespan if own.makespan else 0.0
-    return SlotChoice(
-        plan, taken, own.room, list(plan.limits), _most_memory(plan, taken, costs.memory_limit), gain
-    )
+    return SlotChoice(plan, taken, own.room, list(plan.limits), _most_memory(plan, taken, limit), gain)
 
 
-def _most_memory(plan: _C.Plan, act_memory: Sequence[int], limit: PerStage | None) -> float:
+def _most_memory(plan: _C.Plan, act_memory: Sequence[int], limit: PerStage) -> float:
     """What the fullest rank may hold: as many microbatches as its stages may, within its limit."""
     held = [0.0] * plan.num_ranks
     for rank, taken, most in zip(plan.rank_of_stage, act_memory, plan.limits):
         held[rank] += taken * most
-    return max(map(min, held, limit if isinstance(limit, Sequence) else [limit] * plan.num_ranks))
+    limits = [limit] * plan.num_ranks if isinstance(limit, (int, float)) else limit
+    return max(min(of_rank, most) for of_rank, most in zip(held, limits))
 
 
 def _kept(plan_of: PlanOfSlots, costs: Costs) -> Callable[[Sequence[int]], _C.Plan]:

@@ -93,8 +93,8 @@ def merged(plan: _C.Plan, parts: Sequence[Part]) -> Trace:
         [part.peak_by_rank[rank] for rank, part in enumerate(parts)],
     )
     trace = Trace(plan, record, sorted((sent for part in parts for sent in part.messages), key=_by_direction))
-    measured = [part.act_memory for part in parts]
-    if all(of_part is not None for of_part in measured):
+    measured = [part.act_memory for part in parts if part.act_memory is not None]
+    if len(measured) == len(parts):
         trace.act_memory = [measured[rank][stage] for stage, rank in enumerate(plan.rank_of_stage)]
     trace.add_reductions(times for part in parts for times in part.reductions)
     return trace
