@@ -143,9 +143,9 @@ def test_the_first_step_ends_a_pipeline_whose_own_slots_do_not_fit():
             assert str(refused.value).startswith(
                 f'in_flight="auto": one microbatch takes [{RESULT}, {2 * RESULT + LOSS}] bytes, by stage, as '
                 f"the first step has measured, and with memory_limit={2 * RESULT + LOSS - 1} bytes the "
-                "schedule holds too many; raise the limit, cut the batch into more microbatches, or name a schedule "
-                "that holds fewer at once; if the limit is not in bytes, give act_memory too (rank 1, cell 0 '1F0': "
-                f"the rank would hold {2 * RESULT + LOSS} of memory"
+                "schedule holds too many; raise the limit, cut the batch into more microbatches, or name a "
+                "schedule that holds fewer at once; if the limit is not in bytes, give act_memory too (rank 1, "
+                f"cell 0 '1F0': the rank would hold {2 * RESULT + LOSS} of memory"
             )
         assert pipe.slot_choice is None
 

@@ -82,8 +82,8 @@ def choose(plan_of: PlanOfSlots, profile: Profile, costs: Costs, processes: bool
         raise InvalidSchedule(
             f'in_flight="auto": one microbatch takes {taken} bytes, by stage, as the first step has measured, '
             f"and with memory_limit={limit} bytes the schedule holds too many; raise the limit, "
-            "cut the batch into more microbatches, or name a schedule that holds fewer at once; if the limit is "
-            f"not in bytes, give act_memory too ({error})"
+            "cut the batch into more microbatches, or name a schedule that holds fewer at once; if the limit "
+            f"is not in bytes, give act_memory too ({error})"
         ) from error
     chosen, own = found.chosen, found.tried[0]
     plan = kept(chosen.room)

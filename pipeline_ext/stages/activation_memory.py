@@ -86,8 +86,11 @@ class _Storages:
 
     def alive(self) -> int:
         """Bytes of those that something holds."""
-        found = (torch.UntypedStorage._new_with_weak_ptr(known.cdata) for known in self._known.values())
-        return self._opaque + sum(_bytes(storage) for storage in found if storage is not None)
+        total = self._opaque
+        for known in self._known.values():
+            storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(known.cdata)
+            total += 0 if storage is None else _bytes(storage)
+        return total
 
 
 class _Operators(TorchDispatchMode):
