@@ -212,7 +212,8 @@ class Ours:
         stages = [Stage(clock, stage) for stage in range(num_stages(schedule))]
         options: dict[str, Any] = {"reactive": engine != STATIC}
         if engine == MORE:
-            options |= {"in_flight": "auto", "costs": pe.Costs(memory_limit=SLOTS * len(stages) / RANKS)}
+            costs = pe.Costs(act_memory=1.0, memory_limit=SLOTS * len(stages) / RANKS)
+            options |= {"in_flight": "auto", "costs": costs}
         name = "auto" if engine == AUTO else schedule
         self.pipe = pe.Pipeline(
             stages, len(stages), MICROBATCHES, name, loss_fn=loss_fn, mesh=dist.group.WORLD, **options

@@ -34,6 +34,7 @@ __all__ = [
     "ScheduleChoice",
     "Simulation",
     "Skip",
+    "SlotChoice",
     "StageError",
     "StepTimeout",
     "TaskRecord",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from .plan.build import build_plan, schedule_names
     from .plan.costs import Costs
     from .plan.fit import FittedCosts, fit_costs
+    from .plan.measured_slots import SlotChoice
     from .plan.microbatch_order import MicrobatchOrder, microbatch_order
     from .plan.pack_choice import PackChoice
     from .plan.policy import Placement, Policy
@@ -127,6 +129,7 @@ else:
         "plan.build": ("build_plan", "schedule_names"),
         "plan.costs": ("Costs",),
         "plan.fit": ("FittedCosts", "fit_costs"),
+        "plan.measured_slots": ("SlotChoice",),
         "plan.microbatch_order": ("MicrobatchOrder", "microbatch_order"),
         "plan.pack_choice": ("PackChoice",),
         "plan.policy": ("Placement", "Policy"),

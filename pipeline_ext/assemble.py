@@ -146,7 +146,7 @@ def assemble(settings: Settings, sample: Sequence[Arguments] | None = None) -> A
         partners=sharing.partners,
     )
     if planned.first_steps.chooses and devices[0].type == "cuda":
-        sharing.check_gpu_choice(settings.schedule)
+        sharing.check_gpu_choice(settings.schedule, planned.first_steps.weighs)
         planned.first_steps.timed = False
     if callable(settings.loss_weight) and parts.wrapped:
         raise InvalidArgument(
@@ -273,8 +273,8 @@ def _planned(
     first_steps = ordering.first_steps()
     plan = first_steps.plan
     check_trainable(plan)
-    if settings.costs is not None:
-        simulate(plan, settings.costs)  # refuses costs that do not fit
+    if settings.costs is not None:  # costs that do not fit are refused
+        simulate(plan, replace(settings.costs, act_memory=0.0) if ordering.weighs else settings.costs)
     local = local_stages(modules, plan.rank_of_stage, sharing.holds)
     declared = declared_skips(local)
     sharing.check_agreement(
@@ -329,6 +329,7 @@ def _ordering(
         # One process decides for its partners what one thread runs; two have no order among each other.
         reactive=settings.reactive and not (sharing.partners and (overlap or on_gpus)),
         graphs=settings.graphs,
+        processes=sharing.group is not None,
     )
 
 

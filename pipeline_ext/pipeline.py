@@ -23,6 +23,7 @@ from .microbatches.rows import unmarked
 from .partition import by_calls, given_sample, takes_by_name
 from .plan.build import ScheduleLike
 from .plan.costs import Costs
+from .plan.measured_slots import SlotChoice
 from .plan.microbatch_order import MicrobatchOrder
 from .plan.ordering import PackLike
 from .plan.pack_choice import PackChoice
@@ -103,7 +104,10 @@ class Pipeline(UnsplitModel, NoModule):
         in_flight: the most microbatches that a stage may hold at once: a number, or a list by stage. None: as
             many as the schedule takes. A schedule that could never finish within the limit is refused.
             ``"auto"``: as many as shorten a step whose times vary by 30 %, simulated, within the
-            ``memory_limit`` of ``costs``; ``pipeline-ext plan --noise 0.3`` shows what each number brings.
+            ``memory_limit`` of ``costs``; ``pipeline-ext plan --noise 0.3`` shows what each number brings. If
+            ``costs`` have no ``act_memory``, the limit is bytes of activations by rank: the first step runs as
+            the schedule takes it and measures them, and the second begins with a choice, which is printed.
+            InvalidSchedule if what the schedule takes by itself exceeds the limit.
         costs: the costs for which ``"zb-auto"`` searches an order, within their ``memory_limit`` or else
             ``in_flight``. None: ``F`` = ``I`` = ``W`` = 1 at each stage. The ``memory_limit`` applies to every
             schedule: an order that exceeds it is refused, and reactive ranks begin an ``F`` only if it fits.
@@ -576,7 +580,8 @@ class Pipeline(UnsplitModel, NoModule):
     def plan(self) -> _C.Plan:
         """The plan of a step. ``pack="auto"`` and ``schedule="auto"`` replace it as the fourth step begins.
 
-        ``schedule="auto"`` may do so again: see ``schedule``.
+        ``schedule="auto"`` may do so again: see ``schedule``. ``in_flight="auto"`` that measures memory
+        replaces it as the second step begins.
         """
         return self._routes.train.plan
 
@@ -596,6 +601,12 @@ class Pipeline(UnsplitModel, NoModule):
         """The choice of ``schedule="auto"``; None before it is made, and while it is made anew."""
         choice = self._first_steps.choice
         return choice if isinstance(choice, ScheduleChoice) else None
+
+    @property
+    def slot_choice(self) -> SlotChoice | None:
+        """What ``in_flight="auto"`` chose from the memory that the first step measured; None before."""
+        choice = self._first_steps.choice
+        return choice if isinstance(choice, SlotChoice) else None
 
     @property
     def devices(self) -> list[torch.device]:

@@ -72,7 +72,7 @@ def test_a_pipeline_takes_them_and_trains_the_same():
             return pipe.plan.limits, [p.grad.clone() for stage in stages for p in stage.parameters()]
 
     own, expected = gradients()
-    found, grads = gradients(in_flight="auto", costs=pe.Costs(memory_limit=8.0))
+    found, grads = gradients(in_flight="auto", costs=pe.Costs(act_memory=1.0, memory_limit=8.0))
     assert found[0] > own[0]
     assert all(map(torch.equal, grads, expected))
 
@@ -86,6 +86,10 @@ def test_a_pipeline_takes_them_and_trains_the_same():
         ({"schedule": "auto"}, "would choose twice"),
         ({"pack": "auto"}, "would choose twice"),
         ({"in_flight": "all"}, 'or "auto"'),
+        ({"costs": pe.Costs(memory_limit=4.0, mem_w=1.0)}, "give act_memory too, or leave them out"),
+        ({"schedule": "zb-auto"}, "searches for an order .* before the first step; give act_memory"),
+        ({"graphs": True}, "graphs=True captures steps of one plan; give act_memory"),
+        ({"costs": pe.Costs(memory_limit=[4.0])}, "memory_limit has 1 entr"),
     ],
 )
 def test_what_it_does_not_go_with_is_refused(options, said):

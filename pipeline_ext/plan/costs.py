@@ -13,6 +13,8 @@ from .costs_file import BOUNDARY, LISTED_BY, MICROBATCH, STAGE
 
 PerStage = float | Sequence[float]
 
+_UNIT = 1.0  # memory of a microbatch at a stage, if it is not given
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -35,7 +37,8 @@ class Costs:
             with ``overlap``).
         pair: time of an overlapped pair ``(2F0;1B3)OVERLAP_F_B``, as a share of the time that its actions take
             one after another.
-        act_memory: memory that ``F`` of a microbatch takes, by stage. ``B`` frees it all.
+        act_memory: memory that ``F`` of a microbatch takes, by stage. ``B`` frees it all. None: 1, or what the
+            first step measures for ``Pipeline(in_flight="auto")``, whose ``memory_limit`` is then in bytes.
         mem_i: the part that ``I`` frees, by stage; None: ``act_memory`` minus ``mem_w``, or nothing if neither
             is given.
         mem_w: the part that ``W`` frees, by stage; None: ``act_memory`` minus ``mem_i``, or all if neither is
@@ -59,7 +62,7 @@ class Costs:
     message_bytes: PerStage = 0.0
     contention: float = 1.0
     pair: float = 1.0
-    act_memory: PerStage = 1.0
+    act_memory: PerStage | None = None
     mem_i: PerStage | None = None
     mem_w: PerStage | None = None
     memory_limit: PerStage | None = None
@@ -107,7 +110,7 @@ class Costs:
 
         Raises InvalidSchedule if ``I`` and ``W`` free more than ``F`` takes.
         """
-        taken = _spread(self.act_memory, num_stages)
+        taken = _spread(_UNIT if self.act_memory is None else self.act_memory, num_stages)
         if self.mem_i is None and self.mem_w is None:
             return taken, [0.0] * num_stages
         by_w = [0.0] * num_stages if self.mem_w is None else _spread(self.mem_w, num_stages)
@@ -193,6 +196,7 @@ def recut(costs: Costs, num_stages: int, wanted: int) -> Costs:
     if num_stages == wanted:
         return costs
     cut: dict[str, Any] = {}
+    costs = _with_unit(costs)
     for name, listed_by in LISTED_BY.items():
         cost = getattr(costs, name)
         if listed_by == STAGE and cost is not None:
@@ -237,11 +241,16 @@ def rebatched(costs: Costs, factor: float) -> Costs:
     def times(cost: PerStage) -> PerStage:
         return cost * factor if isinstance(cost, (int, float)) else [c * factor for c in cost]
 
+    costs = _with_unit(costs)
     names = [*(name for name, listed_by in LISTED_BY.items() if listed_by == STAGE), "message_bytes"]
     grown: dict[str, Any] = {name: times(cost) for name in names if (cost := getattr(costs, name)) is not None}
     if costs.microbatch is not None:
         grown[MICROBATCH] = microbatch_factors.rebatched(costs.microbatch, factor)
     return replace(costs, **grown)
+
+
+def _with_unit(costs: Costs) -> Costs:
+    return costs if costs.act_memory is not None else replace(costs, act_memory=_UNIT)
 
 
 def _recut(cost: PerStage, num_stages: int, wanted: int) -> PerStage:

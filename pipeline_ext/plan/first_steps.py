@@ -73,14 +73,18 @@ class FirstSteps:
         choice: what the pipeline follows; None until the choice is made, and while it is made anew.
         others: the other processes, which follow the same choice; None if this is the only one.
         timed: whether a step's time is known without waiting for its end.
+        weighs: whether measured steps measure the memory of activations too.
     """
 
     others: Others | None = None
     timed = True
 
-    def __init__(self, plans: Sequence[_C.Plan], chooser: Chooser | None = None) -> None:
+    def __init__(
+        self, plans: Sequence[_C.Plan], chooser: Chooser | None = None, *, weighs: bool = False
+    ) -> None:
         """``plans``: one for each step to measure; without a chooser, the plan of all steps."""
         self.choice: Choice | None = None
+        self.weighs = weighs
         self._plans = plans
         self._following = plans[0]
         self._chooser = chooser

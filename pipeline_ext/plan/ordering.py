@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from .. import _C
 from ..base import arguments
-from . import pack_choice, schedule_choice, slots
+from . import measured_slots, pack_choice, schedule_choice, slots, zero_bubble
 from .build import AUTO, ScheduleLike, build_plan, resolve_zb_auto
 from .costs import Costs
 from .first_steps import FirstSteps
@@ -28,6 +28,7 @@ class Ordering(NamedTuple):
     costs: Costs | None  # for their memory_limit
     overlap: bool
     reactive: bool
+    processes: bool  # each rank is one
 
     @classmethod
     def of(
@@ -44,13 +45,20 @@ class Ordering(NamedTuple):
         overlap: bool,
         reactive: bool,
         graphs: bool,
+        processes: bool = False,
     ) -> "Ordering":
         """Checks arguments of ``Pipeline``. Raises InvalidArgument and InvalidSchedule, as documented there."""
         packs = arguments.packs("pack", pack, num_stages - 1, microbatches)
         packs_forward = arguments.packs("pack_forward", pack_forward, num_stages - 1, microbatches)
         finds_slots = isinstance(in_flight, str) and in_flight == AUTO
         if finds_slots:
-            slots.check(costs, bool(reactive), schedule == AUTO or packs is None or packs_forward is None)
+            slots.check(
+                costs,
+                bool(reactive),
+                chooses=schedule == AUTO or packs is None or packs_forward is None,
+                searches=schedule == zero_bubble.NAME,
+                graphs=graphs,
+            )
         most = arguments.in_flight(None if finds_slots else in_flight, num_stages)
         if schedule == AUTO:
             schedule_choice.check(packs, packs_forward, graphs)
@@ -74,7 +82,13 @@ class Ordering(NamedTuple):
             costs,
             bool(overlap),
             bool(reactive),
+            processes,
         )
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the first step measures the memory of activations."""
+        return self.finds_slots and self.costs is not None and self.costs.act_memory is None
 
     def first_steps(self, skips: Sequence[_C.Skip] = ()) -> FirstSteps:
         """The first steps; they follow one plan if nothing is "auto". Raises InvalidSchedule."""
@@ -87,7 +101,7 @@ class Ordering(NamedTuple):
             reactive=self.reactive,
             skips=skips,
             in_flight=self.in_flight,
-            memory=self.costs,
+            memory=None if self.weighs else self.costs,
         )
         if self.schedule == AUTO:
             return schedule_choice.first_steps(
@@ -103,7 +117,10 @@ class Ordering(NamedTuple):
             with_packs = functools.partial(
                 plan_of, self.schedule, packs=self.packs or (), packs_forward=self.packs_forward or ()
             )
-            own_room = slots.choose_slots(lambda room: with_packs(room=room), self.costs).chosen.room
+            if self.weighs:
+                return measured_slots.first_steps(with_packs, self.costs, self.processes)
+            found = slots.choose_slots(lambda room: with_packs(room=room), self.costs, processes=self.processes)
+            own_room = found.chosen.room
         return pack_choice.first_steps(
             lambda packs, packs_forward, room=(): plan_of(
                 self.schedule, packs=packs, packs_forward=packs_forward, room=room or own_room

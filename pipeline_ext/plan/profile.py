@@ -28,6 +28,8 @@ class Profile:
         bandwidth: bytes per second of the link, by boundary; infinite if messages are passed by reference.
         result_bytes: bytes of the first microbatch's result, by boundary.
         packed: whether the stages' times include packing, by boundary.
+        act_memory: bytes that a stage keeps for a microbatch, the most of the step, by stage; None: not
+            measured. ``Pipeline(in_flight="auto")`` measures them in its first step.
     """
 
     forward: list[float]
@@ -39,6 +41,7 @@ class Profile:
     packed: list[bool]
     input_grad: list[float] | None = None
     weight_grad: list[float] | None = None
+    act_memory: list[int] | None = None
 
     def costs(self, plan: _C.Plan | None = None) -> Costs:
         """The costs of ``plan``; None: of a plan that packs nothing.
@@ -64,6 +67,7 @@ class Profile:
             overhead=self.overhead,
             bandwidth=self.bandwidth,
             message_bytes=self.result_bytes,
+            act_memory=self.act_memory,
         )
 
     def save(self, path: str | os.PathLike) -> None:
@@ -75,8 +79,13 @@ class Profile:
         self.costs().save(path)
 
 
-def profile(plan: _C.Plan, tasks: Sequence[TaskRecord], messages: Sequence[Messages]) -> Profile:
-    """The profile of one step."""
+def profile(
+    plan: _C.Plan,
+    tasks: Sequence[TaskRecord],
+    messages: Sequence[Messages],
+    act_memory: list[int] | None = None,
+) -> Profile:
+    """The profile of one step; ``act_memory``: as in Profile."""
     boundaries = range(plan.num_stages - 1)
     by_boundary = {b: [m for m in messages if m.boundary == b and m.skip is None] for b in boundaries}
     overhead = [_mean_overhead(by_boundary[b]) for b in boundaries]
@@ -107,6 +116,7 @@ def profile(plan: _C.Plan, tasks: Sequence[TaskRecord], messages: Sequence[Messa
         packed=[any(m.packed_nbytes > 0 for m in by_boundary[b]) for b in boundaries],
         input_grad=input_grad if split else None,
         weight_grad=weight_grad if split else None,
+        act_memory=act_memory,
     )
 
 

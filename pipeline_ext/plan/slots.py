@@ -35,7 +35,7 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class SlotChoice:
+class TriedSlots:
     """Numbers of slots that were tried, the fewest first. ``str()`` of it is a table with a curve.
 
     Attributes:
@@ -68,7 +68,7 @@ def choose_slots(
     *,
     noise: float = NOISE,
     processes: bool = False,
-) -> SlotChoice:
+) -> TriedSlots:
     """Tries more and more slots under random times, as long as they keep ``costs.memory_limit``.
 
     Args:
@@ -98,16 +98,19 @@ def choose_slots(
         )
     best = min(slots.makespan for slots in tried)
     chosen = next(slots for slots in tried if slots.makespan <= _WORTH * best)
-    return SlotChoice(tried, chosen, noise)
+    return TriedSlots(tried, chosen, noise)
 
 
-def check(costs: Costs | None, reactive: bool, chooses: bool) -> None:
-    """Raises InvalidArgument for arguments of ``Pipeline`` that ``in_flight="auto"`` does not go with."""
+def check(costs: Costs | None, reactive: bool, *, chooses: bool, searches: bool, graphs: bool) -> None:
+    """Raises InvalidArgument for arguments of ``Pipeline`` that ``in_flight="auto"`` does not go with.
+
+    ``chooses``: whether the first steps choose something else; ``searches``: whether the schedule is "zb-auto".
+    """
     if costs is None or costs.memory_limit is None:
         raise InvalidArgument(
             'in_flight="auto" takes as many microbatches as memory allows, and costs have no memory_limit; '
-            "give costs=pe.Costs(act_memory=..., memory_limit=...): what one microbatch takes at a stage, and "
-            "what a rank may hold"
+            "give costs=pe.Costs(memory_limit=...), the bytes of activations that a rank may hold, or "
+            "act_memory too, what one microbatch takes at a stage, to give both in any unit"
         )
     if not reactive:
         raise InvalidArgument(
@@ -118,6 +121,23 @@ def check(costs: Costs | None, reactive: bool, chooses: bool) -> None:
         raise InvalidArgument(
             'in_flight="auto" with schedule="auto" or pack="auto" would choose twice; give in_flight a '
             "number, or name the schedule and give pack numbers"
+        )
+    if costs.act_memory is not None:
+        return
+    if costs.mem_i is not None or costs.mem_w is not None:
+        raise InvalidArgument(
+            'in_flight="auto" measures what one microbatch takes, as costs have no act_memory, and costs have '
+            "mem_i or mem_w, a part of it; give act_memory too, or leave them out"
+        )
+    if searches or graphs:
+        before = (
+            'schedule="zb-auto" searches for an order within the memory_limit before the first step'
+            if searches
+            else "graphs=True captures steps of one plan"
+        )
+        raise InvalidArgument(
+            'in_flight="auto" measures in the first step what one microbatch takes, as costs have no '
+            f"act_memory, and {before}; give act_memory"
         )
 
 

@@ -19,6 +19,7 @@ class Part(NamedTuple):
     peak_by_stage: list[int]
     messages: list[Messages]  # that it has sent
     reductions: list[ReductionTimes]
+    act_memory: list[int] | None
 
     @classmethod
     def of(cls, trace: Trace) -> "Part":
@@ -37,6 +38,7 @@ class Part(NamedTuple):
                 )
                 for r in trace.reductions
             ],
+            trace.act_memory,
         )
 
     def earlier(self, by: int) -> "Part":
@@ -91,6 +93,9 @@ def merged(plan: _C.Plan, parts: Sequence[Part]) -> Trace:
         [part.peak_by_rank[rank] for rank, part in enumerate(parts)],
     )
     trace = Trace(plan, record, sorted((sent for part in parts for sent in part.messages), key=_by_direction))
+    measured = [part.act_memory for part in parts if part.act_memory is not None]
+    if len(measured) == len(parts):
+        trace.act_memory = [measured[rank][stage] for stage, rank in enumerate(plan.rank_of_stage)]
     trace.add_reductions(times for part in parts for times in part.reductions)
     return trace
 

@@ -28,6 +28,7 @@ class Trace:
         peak_in_flight: most microbatches alive at once, by rank.
         peak_in_flight_of_stage: the same by stage.
         messages: the messages across each boundary between ranks, by direction.
+        act_memory: the most bytes that a stage kept for a microbatch, by stage; None: not measured.
         reductions: the buffers of gradients averaged over replicas, in the order in which they were sent.
         pack_choice: what ``pack="auto"`` chose, once it has.
         schedule_choice: what ``schedule="auto"`` chose, once it has.
@@ -48,6 +49,7 @@ class Trace:
         self.peak_in_flight = list(record.peak_by_rank)
         self.peak_in_flight_of_stage = list(record.peak_by_stage)
         self.reductions: list[ReductionRecord] = []
+        self.act_memory: list[int] | None = None
 
     def __repr__(self) -> str:
         return f"<Trace: {len(self.plan)} tasks in {self.step_time * 1e3:.1f} ms, bubble {self.bubble:.1%}>"
@@ -105,8 +107,8 @@ class Trace:
         return statistics.fmean(b for rank, b in enumerate(self.bubble_by_rank) if rank in here)
 
     def profile(self) -> Profile:
-        """The measured times of stages and messages."""
-        return profile(self.plan, self.tasks, self.messages)
+        """The measured times of stages and messages, and the memory of activations if that was measured."""
+        return profile(self.plan, self.tasks, self.messages, self.act_memory)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the step to a file. The suffix decides the format:

@@ -136,9 +136,18 @@ class Stage:
         """Runs microbatch ``m``, hands the result on, and keeps what its backward needs."""
         step = self._running()
         step.context.apply()
+        if step.memory is None:
+            self._run_forward(step, m)
+        else:
+            with step.memory.of_forward(self.index):
+                self._run_forward(step, m)
+
+    def _run_forward(self, step: Step, m: int) -> None:
         arguments, received = self._receive(step, m)
         scope = self._skips.receive(step.exchange, m)
         popped = self._skips.enter(scope)
+        if step.memory is not None and self.index > 0:
+            step.memory.given(self.index, (arguments, [tensor.leaf for part in popped for tensor in part]))
         all_received = [tensor for part in (received, *popped) for tensor in part] if popped else received
         losses: list[tuple[Tensor, float]] = []
         step.random.enter(self.index, m)
@@ -165,6 +174,8 @@ class Stage:
             raise
         if losses:
             step.contributions[self.index][m] = [_weighted(loss.detach(), weight) for loss, weight in losses]
+        if step.memory is not None:
+            step.memory.computed(self.index)
         if self.is_last:
             sent = []
             if step.keep_outputs:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..base.tensors import differentiable
 from ..errors import PipelineError
 from ..transport.exchange import Exchange
+from .activation_memory import ActivationMemory
 from .context import CallerContext
 from .finite import Watch
 from .loss_means import Mean
@@ -57,6 +58,7 @@ class Step:
         self._scaler = scaler
         self._loss: Tensor | None = None  # the total, if another process sent it
         self.keep_outputs = keep_outputs
+        self.memory: ActivationMemory | None = None  # which measures what stages keep
         self.has_trained = False  # whether any backward had something to differentiate
         # By stage and microbatch: what the stage adds to the total loss, weighted.
         self.contributions: list[list[Sequence[Tensor]]] = [

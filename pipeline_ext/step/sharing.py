@@ -94,9 +94,9 @@ class OneProcess:
         """Tells whether something is true in any process; None for one process."""
         return None
 
-    def check_gpu_choice(self, schedule: ScheduleLike) -> None:
-        """Raises InvalidArgument for an "auto" that GPUs do not support."""
-        if schedule != AUTO:
+    def check_gpu_choice(self, schedule: ScheduleLike, weighs: bool) -> None:
+        """Raises InvalidArgument for an "auto" that GPUs do not support, unless it ``weighs`` activations."""
+        if schedule != AUTO and not weighs:
             raise InvalidArgument(
                 'pack="auto" is refused on GPUs: on one nothing is sent, so that K = 1 is best, and between '
                 "them what a message costs cannot be measured, because each has a clock of its own; give a "
@@ -181,7 +181,7 @@ class ManyProcesses(OneProcess):
 
         return any_of_all
 
-    def check_gpu_choice(self, schedule: ScheduleLike) -> None:
+    def check_gpu_choice(self, schedule: ScheduleLike, weighs: bool) -> None:
         raise InvalidArgument(
             '"auto" measures processes on CPUs; give a schedule and numbers, or devices=["cpu"]'
         )

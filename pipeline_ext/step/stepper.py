@@ -16,6 +16,7 @@ from ..microbatches.joining import join
 from ..plan.first_steps import FirstSteps
 from ..reduction.replica_reduction import ReplicaReduction
 from ..report.trace import Trace
+from ..stages.activation_memory import ActivationMemory
 from ..stages.context import CallerContext
 from ..stages.loss_means import check_over_rows
 from ..stages.loss_view import LossView
@@ -306,19 +307,25 @@ class Stepper:
     def _run(self, route: Route, step: Step, record: bool = False) -> StepResult:
         training = route.plan.has_backward
         measures = training and self.first_steps.measures
-        result = run_step(
-            self.engine,
-            route,
-            self.stages,
-            step,
-            timeout=self.timeout,
-            record=record or measures,
-            within=self.wrapped.gathered(),
-        )
+        with contextlib.ExitStack() as around:
+            if measures and self.first_steps.weighs:
+                step.memory = ActivationMemory(route.plan.num_stages)
+                around.enter_context(step.memory.of_step())
+            result = run_step(
+                self.engine,
+                route,
+                self.stages,
+                step,
+                timeout=self.timeout,
+                record=record or measures,
+                within=self.wrapped.gathered(),
+            )
         if training:
             self.keep_trace(result, record)
         if measures:
-            self.first_steps.observe(self.trace or self._trace_of(result))
+            trace = self.trace or self._trace_of(result)
+            trace.act_memory = None if step.memory is None else step.memory.by_stage
+            self.first_steps.observe(trace)
         elif training and self.first_steps.watches:
             self.first_steps.took((result.end - result.begin) * 1e-9)
         return result
