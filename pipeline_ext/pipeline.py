@@ -408,9 +408,8 @@ class Pipeline(UnsplitModel, NoModule):
             check_reorders(self._group is not None, self._graphs is not None)
         with self._lifetime.turn("step was called"):
             self._stepper.begun = False
-            self._first_steps.prepare(
-                self._routes.follow
-            )  # together with other processes, which it tells of errors
+            # Processes choose a plan together, and that tells them of each other's errors.
+            self._first_steps.prepare(self._routes.follow)
             try:
                 order = self._entry_order.find(self._routes.train.plan, microbatch_work)
                 last = self._stages[-1]

@@ -92,10 +92,16 @@ def test_the_script_for_big_models_runs_and_transformers_reads_what_it_saves(tmp
 
 def test_the_examples_of_the_scheduler_page_run():
     text = (ROOT / "docs" / "scheduler.md").read_text()
-    slots, room = re.findall(r"```python\n(.*?)```", text, re.S)
+    slots, measured, room = re.findall(r"```python\n(.*?)```", text, re.S)
     names = {"pe": pe, "mesh": None, "loss_fn": nn.functional.mse_loss}
-    exec(slots, names | {"model": nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))}, kept := {})
+    four = {"model": nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))}
+    exec(slots, names | four, kept := {})
     assert 4 < max(kept["pipe"].plan.limits) <= 8
+    kept["pipe"].close()
+    exec(measured, names | four, kept)
+    for _ in range(2):
+        kept["pipe"].step(torch.randn(16, 4), target=torch.randn(16, 4))
+    assert 4 < max(kept["pipe"].slot_choice.room) <= 16
     exec(room, names | {"model": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))}, kept)
     assert kept["pipe"].plan.limits == [3, 1]
 
