@@ -149,6 +149,17 @@ def test_a_mean_that_is_not_over_rows_at_all_is_left_alone(rows):
         assert_close_gradients(trained, wanted)
 
 
+@pytest.mark.parametrize("left_out", [-1, -100, 3])
+def test_the_advice_names_the_label_that_is_left_out(left_out):
+    labels = torch.tensor([0, left_out, 1, 2, 4, 4])
+    # As floats: labels of -100 among integers are refused before anything runs.
+    loss_fn = lambda out, y: F.cross_entropy(out, y.long(), ignore_index=left_out)  # noqa: E731
+    with pe.Pipeline(model(), 2, MICROBATCHES, loss_fn=loss_fn) as pipe:
+        with pytest.raises(pe.InvalidArgument, match=rf"count_not\({left_out}\) for labels") as found:
+            pipe.step(torch.randn(6, 4), target=labels.float())
+    assert "over 1 in microbatch 0 and over 2 in microbatch 1" in str(found.value)
+
+
 @pytest.mark.parametrize(
     "loss_fn", [nn.MSELoss(reduction="sum"), lambda o, y: F.l1_loss(o, y, reduction="sum")]
 )

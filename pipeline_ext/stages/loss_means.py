@@ -51,7 +51,7 @@ def _means(node: Any, factor: float, deepest: int) -> Iterator[Mean]:
         if node._saved_reduction == _MEAN:
             total = node._saved_total_weight.detach()
             count = total.item() if total.device.type == "cpu" else total
-            yield Mean(count, factor, node._saved_ignore_index)
+            yield Mean(count, factor, _signed(node._saved_ignore_index))
     elif name == "MeanBackward0":
         yield Mean(node._saved_self_sym_numel, factor)
     elif hasattr(node, "_saved_reduction"):
@@ -64,6 +64,11 @@ def _means(node: Any, factor: float, deepest: int) -> Iterator[Mean]:
         elif _SCALES.fullmatch(name) and len(followed) == 1 and (by := _scalar(node)) is not None:
             scaled = factor / by if name.startswith("Div") and by else factor * by
             yield from _means(followed[0][0], scaled, deepest - 1)
+
+
+def _signed(label: int) -> int:
+    """A label that torch shows as an unsigned number of 64 bits."""
+    return label - 2**64 if label >= 2**63 else label
 
 
 def _shape(node: Any, output: int) -> tuple[int, ...]:
