@@ -43,7 +43,7 @@ def batch(rows=32, width=64):
 
 
 def pipeline(model, mode, microbatches=8, **options):
-    return pe.Pipeline(model, 4, microbatches, loss_fn=F.mse_loss, **{**mode, **options})
+    return pe.Pipeline(model, 4, microbatches, **{"loss_fn": F.mse_loss, **mode, **options})
 
 
 def train(model, mode, x, y, **options):
@@ -362,6 +362,29 @@ class Fails(nn.Module):
         if self.left == 0:
             raise ValueError("no")
         return x
+
+
+@MODES
+def test_a_mean_that_is_not_over_rows_is_refused_in_the_first_step(mode):
+    model, x, labels = blocks(), torch.randn(32, 64), torch.arange(32)
+    loss_fn = nn.CrossEntropyLoss(ignore_index=0)
+    with pipeline(model, mode, loss_fn=loss_fn) as pipe:
+        with pytest.raises(pe.InvalidArgument, match=r"count_not\(0\) for labels that are left out"):
+            pipe.step(x, target=labels)
+        assert all(p.grad is None for p in model.parameters())
+    if mode is GRAPHS:  # these take another way, which the error of loss_weight= names
+        weighed = {"loss_fn": lambda out, y: F.cross_entropy(out, y, ignore_index=0, reduction="sum") / 31}
+        weighed["loss_reduction"] = "sum"
+    else:
+        weighed = {"loss_fn": loss_fn, "loss_weight": pe.count_not(0)}
+    plain = twin(model)
+    loss = loss_fn(plain(x.cuda()), labels.cuda())
+    loss.backward()
+    with pipeline(model, mode, **weighed) as pipe:
+        for _ in range(STEPS):
+            model.zero_grad()
+            torch.testing.assert_close(pipe.step(x, target=labels), loss.detach(), rtol=1e-4, atol=1e-5)
+            assert_near(gradients(model), gradients(plain))
 
 
 def test_a_stage_that_raises_leaves_no_gradients_and_the_next_step_works():
