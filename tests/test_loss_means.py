@@ -44,6 +44,10 @@ def kinds(chance):
     def masked(out, y):
         return F.mse_loss(out[y < 9], y[y < 9])
 
+    def by_hand(out, y):
+        kept = y < 9
+        return ((out - y.clamp(max=9)).square() * kept).sum() / kept.sum()
+
     return {
         "a label is left out": (nn.CrossEntropyLoss(ignore_index=left_out), labels, counts),
         "the same, scaled": (
@@ -56,6 +60,12 @@ def kinds(chance):
         "smoothed": (nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1), labels, weighs),
         "masked": (masked, numbers, lambda y: (y < 9).sum()),
         "masked, absolute": (lambda o, y: (o - y)[y < 9].abs().mean(), numbers, lambda y: (y < 9).sum()),
+        "counted by hand": (
+            lambda o, y: F.cross_entropy(o, y, ignore_index=left_out, reduction="sum") / (y != left_out).sum(),
+            labels,
+            counts,
+        ),
+        "masked by hand": (by_hand, numbers, lambda y: (y < 9).sum()),
         "a term is masked": (
             lambda o, y: o.square().mean() * 0 + masked(o, y),
             numbers,
@@ -114,6 +124,14 @@ RIGHT = {
     "divergence": (nn.KLDivLoss(reduction="batchmean"), lambda rows: torch.rand(rows, CLASSES).softmax(1)),
     "a sum over rows": (
         lambda o, y: F.mse_loss(o, y, reduction="sum") / len(y),
+        lambda rows: torch.randn(rows, CLASSES),
+    ),
+    "a sum over a number": (
+        lambda o, y: 0.5 * (o - y).square().sum() / (len(y) * CLASSES),
+        lambda rows: torch.randn(rows, CLASSES),
+    ),
+    "a mean of each row's": (
+        lambda o, y: ((o * (y > 0)).sum(1) / (y > 0).sum(1).clamp(min=1)).mean(),
         lambda rows: torch.randn(rows, CLASSES),
     ),
     "a mean of the columns' sums": (

@@ -17,10 +17,10 @@ _ALIKE = 1e-5  # relative: a sum of weights is rounded
 
 
 class Mean(NamedTuple):
-    """A mean that is a term of a loss.
+    """A mean that is a term of a loss, or a sum that is divided.
 
     Attributes:
-        over: a number of elements, or the sum of the labels' weights, which may be on a GPU.
+        over: a number of elements, the sum of the labels' weights, or what divides the sum; maybe on a GPU.
         factor: by which the loss multiplies it.
         left_out: the label that it leaves out, if it is one of labels.
     """
@@ -32,7 +32,7 @@ class Mean(NamedTuple):
 
 def check_no_sum(loss: Tensor) -> None:
     """Raises InvalidArgument for just what a loss function of torch with ``reduction="sum"`` returns."""
-    if getattr(loss.grad_fn, "_saved_reduction", None) == _SUM:
+    if _reduces_by(loss.grad_fn) == _SUM:
         raise InvalidArgument(
             'loss_fn returns a sum (reduction="sum"), which loss_reduction="mean" would weigh by the '
             'microbatch\'s share of the rows; give Pipeline loss_reduction="sum", or loss_fn reduction="mean"'
@@ -48,40 +48,52 @@ def _means(node: Any, factor: float, deepest: int) -> Iterator[Mean]:
     followed = [edge for edge in node.next_functions if edge[0] is not None]
     name = node.name()
     if hasattr(node, "_saved_total_weight"):
-        if node._saved_reduction == _MEAN:
+        if _reduces_by(node) == _MEAN:
             total = node._saved_total_weight.detach()
             count = total.item() if total.device.type == "cpu" else total
-            yield Mean(count, factor, _signed(node._saved_ignore_index))
+            yield Mean(count, factor, _left_out(node))
     elif name == "MeanBackward0":
         yield Mean(node._saved_self_sym_numel, factor)
-    elif hasattr(node, "_saved_reduction"):
-        if node._saved_reduction == _MEAN and followed:
+    elif (reduction := _reduces_by(node)) is not None:
+        if reduction == _MEAN and followed:
             yield Mean(math.prod(_shape(*followed[0])), factor)
     elif deepest and all(_shape(*edge) == () for edge in followed):
         if _KEEPS.fullmatch(name):
             for child, _ in followed:
                 yield from _means(child, factor, deepest - 1)
         elif _SCALES.fullmatch(name) and len(followed) == 1 and (by := _scalar(node)) is not None:
-            scaled = factor / by if name.startswith("Div") and by else factor * by
-            yield from _means(followed[0][0], scaled, deepest - 1)
+            ((child, _),) = followed
+            divides = name.startswith("Div")
+            if divides and (child.name().startswith("SumBackward") or _reduces_by(child) == _SUM):
+                yield Mean(by, factor, _left_out(child))
+            elif not isinstance(by, Tensor):
+                yield from _means(child, factor / by if divides and by else factor * by, deepest - 1)
 
 
-def _signed(label: int) -> int:
-    """A label that torch shows as an unsigned number of 64 bits."""
-    return label - 2**64 if label >= 2**63 else label
+def _reduces_by(node: Any) -> int | None:
+    """The reduction of one of torch's loss functions."""
+    return getattr(node, "_saved_reduction", None)
+
+
+def _left_out(node: Any) -> int | None:
+    label = getattr(node, "_saved_ignore_index", None)
+    # torch shows it as an unsigned number of 64 bits.
+    return label - 2**64 if label is not None and label >= 2**63 else label
 
 
 def _shape(node: Any, output: int) -> tuple[int, ...]:
     return tuple(node._input_metadata[output].shape)
 
 
-def _scalar(node: Any) -> float | None:
-    """The number by which a node multiplies or divides the only tensor that has a graph."""
+def _scalar(node: Any) -> "float | Tensor | None":
+    """The number by which a node multiplies or divides the only tensor that has a graph; on a GPU a tensor."""
     other = getattr(node, "_saved_other", None)
     if other is None:
         other = getattr(node, "_saved_self", None)
     if isinstance(other, Tensor):
-        return other.item() if other.dim() == 0 and other.device.type == "cpu" else None
+        if other.dim() > 0 or other.is_complex():
+            return None
+        return other.item() if other.device.type == "cpu" else other.detach()
     return other if isinstance(other, (int, float)) else None
 
 
