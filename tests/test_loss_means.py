@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from processes import run
 from reference import assert_close_gradients, gradients, reference_step, twin
@@ -195,8 +196,6 @@ def test_a_sum_is_refused_and_the_advice_works(loss_fn):
 
 
 def of_processes():
-    import torch.distributed as dist
-
     trained, x, y = model(), torch.randn(9, 4), torch.tensor([0, 0, 1, 1, 2, 3, 4, 4, 4])
     loss_fn = nn.CrossEntropyLoss(ignore_index=0)
     with pe.Pipeline(trained, 2, MICROBATCHES, loss_fn=loss_fn, mesh=dist.group.WORLD) as pipe:

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from reference import assert_same_gradients, gradients, reference_step, twin
+from slot_cases import pipeline, product
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,25 +34,8 @@ class Keeps(nn.Module):
         return x
 
 
-def product(output, target):
-    return (output * target).mean()  # keeps both; mse_loss keeps a result in memory of their size
-
-
 def data(rows=ROWS * MICROBATCHES):
     return torch.randn(rows, WIDTH), torch.randn(rows, WIDTH)
-
-
-def pipeline(model, limit, schedule="1f1b", **options):
-    return pe.Pipeline(
-        model,
-        len(model),
-        MICROBATCHES,
-        schedule,
-        product,
-        in_flight="auto",
-        costs=pe.Costs(memory_limit=limit),
-        **options,
-    )
 
 
 def model_of(*counts):
@@ -59,7 +43,7 @@ def model_of(*counts):
 
 
 def test_bytes_are_those_that_stages_keep():
-    with pipeline(model_of(1, 3, 2), 1e9) as pipe:
+    with pipeline(model_of(1, 3, 2), MICROBATCHES, 1e9) as pipe:
         pipe.step(*data()[:1], target=data()[1])
         # What the stage before sent is kept too. The batch is there anyway.
         expected = [RESULT, RESULT + 3 * RESULT, RESULT + 2 * RESULT + LOSS]
@@ -75,7 +59,7 @@ def test_it_chooses_once_within_the_limit_and_trains_the_same(schedule, stages):
     model = model_of(*range(1, stages + 1))
     plain = twin(model)
     said = io.StringIO()
-    with pipeline(model, 40 * RESULT, schedule) as pipe:
+    with pipeline(model, MICROBATCHES, 40 * RESULT, schedule) as pipe:
         own = list(pipe.plan.limits)
         taken = 0
         for step in range(4):
@@ -122,7 +106,7 @@ def peak_bytes(trace, taken):
 def test_a_limit_leaves_room_for_as_many_as_fit():
     by_limit = []
     for times in (2, 3, 5, 12):
-        with pipeline(model_of(1, 1), [times * RESULT, 1e9]) as pipe:
+        with pipeline(model_of(1, 1), MICROBATCHES, [times * RESULT, 1e9]) as pipe:
             for _ in range(2):
                 x, y = data()
                 pipe.step(x, target=y)
@@ -134,7 +118,7 @@ def test_a_limit_leaves_room_for_as_many_as_fit():
 
 
 def test_the_first_step_ends_a_pipeline_whose_own_slots_do_not_fit():
-    with pipeline(model_of(1, 1), 2 * RESULT + LOSS - 1) as pipe:
+    with pipeline(model_of(1, 1), MICROBATCHES, 2 * RESULT + LOSS - 1) as pipe:
         x, y = data()
         pipe.step(x, target=y)
         for _ in range(2):
@@ -152,7 +136,7 @@ def test_the_first_step_ends_a_pipeline_whose_own_slots_do_not_fit():
 
 def test_a_step_that_fails_is_measured_again():
     model = model_of(1, 1)
-    with pipeline(model, 1e9) as pipe:
+    with pipeline(model, MICROBATCHES, 1e9) as pipe:
         x, y = data()
         handle = model[1].register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(pe.StageError):
@@ -207,7 +191,7 @@ def test_what_something_holds_counts_whoever_holds_it(forward, kept):
 def test_compiled_stages_run_eagerly_in_the_first_step_and_compiled_later():
     compiled = torch.compile(Keeps(2), backend="aot_eager")
     model = nn.Sequential(Keeps(1), compiled)
-    with pipeline(model, 1e9) as pipe:
+    with pipeline(model, MICROBATCHES, 1e9) as pipe:
         x, y = data()
         pipe.step(x, target=y)
         assert pipe.trace.act_memory == [RESULT, 3 * RESULT + LOSS]

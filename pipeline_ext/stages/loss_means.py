@@ -47,16 +47,11 @@ def means_in(loss: Tensor) -> list[Mean]:
 def _means(node: Any, factor: float, deepest: int) -> Iterator[Mean]:
     followed = [edge for edge in node.next_functions if edge[0] is not None]
     name = node.name()
-    if hasattr(node, "_saved_total_weight"):
-        if _reduces_by(node) == _MEAN:
-            total = node._saved_total_weight.detach()
-            count = total.item() if total.device.type == "cpu" else total
-            yield Mean(count, factor, _left_out(node))
-    elif name == "MeanBackward0":
+    if name == "MeanBackward0":
         yield Mean(node._saved_self_sym_numel, factor)
     elif (reduction := _reduces_by(node)) is not None:
-        if reduction == _MEAN and followed:
-            yield Mean(math.prod(_shape(*followed[0])), factor)
+        if reduction == _MEAN:
+            yield Mean(_averaged_over(node, followed), factor, _left_out(node))
     elif deepest and all(_shape(*edge) == () for edge in followed):
         if _KEEPS.fullmatch(name):
             for child, _ in followed:
@@ -73,6 +68,14 @@ def _means(node: Any, factor: float, deepest: int) -> Iterator[Mean]:
 def _reduces_by(node: Any) -> int | None:
     """The reduction of one of torch's loss functions."""
     return getattr(node, "_saved_reduction", None)
+
+
+def _averaged_over(node: Any, followed: Sequence[Any]) -> "float | Tensor":
+    # Read once: a tensor that is saved under checkpointing is computed anew by each reading.
+    total = getattr(node, "_saved_total_weight", None)
+    if total is None:
+        return math.prod(_shape(*followed[0]))
+    return total.item() if total.device.type == "cpu" else total.detach()
 
 
 def _left_out(node: Any) -> int | None:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from processes import run
 from reference import reference_step, twin
+from slot_cases import pipeline, product
 from torch import nn
 
 import pipeline_ext as pe
@@ -16,10 +17,6 @@ WIDTH, ROWS, MICROBATCHES = 32, 8, 8
 RESULT = ROWS * WIDTH * 4  # bytes of one microbatch's float32[ROWS, WIDTH]
 INNER = 2 * RESULT + 512  # and what it was sent, in a buffer with its description
 LAST = INNER + 8  # and two scalars
-
-
-def product(output, target):
-    return (output * target).mean()
 
 
 class Tanh(nn.Module):
@@ -33,18 +30,8 @@ class Tanh(nn.Module):
         return (x * self.weight).tanh()
 
 
-def pipeline(model, limit, schedule):
-    return pe.Pipeline(
-        model,
-        len(model),
-        MICROBATCHES,
-        schedule,
-        product,
-        in_flight="auto",
-        costs=pe.Costs(memory_limit=limit),
-        mesh=dist.group.WORLD,
-        timeout=20,
-    )
+def over_processes(model, limit, schedule):
+    return pipeline(model, MICROBATCHES, limit, schedule, mesh=dist.group.WORLD, timeout=20)
 
 
 def train(stages, schedule, limit):
@@ -53,7 +40,7 @@ def train(stages, schedule, limit):
     model = nn.Sequential(*(Tanh() for _ in range(stages)))
     plain = twin(model)
     said = io.StringIO()
-    with pipeline(model, limit, schedule) as pipe:
+    with over_processes(model, limit, schedule) as pipe:
         before = list(pipe.plan.limits)
         for step in range(4):
             model.zero_grad()
@@ -84,7 +71,7 @@ def test_all_processes_follow_one_choice(stages, schedule):
 
 
 def exceed():
-    with pipeline(nn.Sequential(Tanh(), Tanh()), [2.0 * RESULT, LAST - 1.0], "1f1b") as pipe:
+    with over_processes(nn.Sequential(Tanh(), Tanh()), [2.0 * RESULT, LAST - 1.0], "1f1b") as pipe:
         x, y = torch.randn(2, ROWS * MICROBATCHES, WIDTH)
         pipe.step(x, target=y)
         first = dist.get_rank() == 0
